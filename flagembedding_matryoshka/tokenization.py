@@ -1,0 +1,71 @@
+"""From a query and a passage to token ids and part lengths; the only home of prompt, separator and truncation.
+
+    [bos] query sep passage sep prompt
+    |query part|           |prompt part|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+PROMPT = "Predict whether passage B contains an answer to query A."
+SEPARATOR = "\n"
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One input sequence; tokens between query part and prompt part are the passage, which compression may merge."""
+
+    input_ids: list[int]
+    query_length: int
+    prompt_length: int
+
+
+def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
+    """The first token of `text`: the vocabulary row that scoring heads start from."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"][0]
+
+
+class PairTokenizer:
+    """Joins tokenised queries and passages into input sequences.
+
+    Args:
+        tokenizer: used without special tokens; its bos opens a sequence unless it is also the pad token.
+        separator: text behind the query and behind the passage.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str = SEPARATOR) -> None:
+        self.tokenizer = tokenizer
+        has_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.pad_token_id
+        self.bos_ids = [tokenizer.bos_token_id] if has_bos else []
+        self.separator_ids = self.encode([separator])[0]
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text, cut to `max_length` tokens."""
+        if not texts:
+            return []
+        # The tokenizer's own truncation is state that threads would share, and its warning of long input is moot here.
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [ids[:max_length] for ids in encoded["input_ids"]]
+
+    def join(
+        self, query_ids: list[int], passage_ids: list[int], prompt_ids: list[int], max_length: int
+    ) -> TokenizedPair:
+        """Build the sequence; the passage is cut so that all before the prompt part holds `max_length` tokens.
+
+        Raises:
+            ValueError: if the query leaves no room for its passage.
+        """
+        head = self.bos_ids + query_ids + self.separator_ids
+        tail = self.separator_ids + prompt_ids
+        room = max_length - len(head)
+        if room < min(1, len(passage_ids)):
+            raise ValueError(
+                f"a query of {len(query_ids)} tokens leaves no room for its passage: with "
+                f"{len(head) - len(query_ids)} tokens beside it, it must fit into {max_length}. "
+                "Cut queries shorter or raise the maximal length."
+            )
+        return TokenizedPair(head + passage_ids[:room] + tail, len(head), len(tail))
