@@ -1,5 +1,7 @@
 """Matryoshka (CostWise) Mistral re-rankers: one model, any depth and width."""
 
+from typing import TYPE_CHECKING, Any
+
 from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
 from flagembedding_matryoshka.modeling import (
     CostWiseCausalLMOutputWithPast,
@@ -9,6 +11,9 @@ from flagembedding_matryoshka.modeling import (
     CostWiseModelOutputWithPast,
 )
 
+if TYPE_CHECKING:
+    from flagembedding_matryoshka.reranker import MatryoshkaReranker
+
 __all__ = [
     "CostWiseCausalLMOutputWithPast",
     "CostWiseHead",
@@ -16,5 +21,15 @@ __all__ = [
     "CostWiseMistralForCausalLM",
     "CostWiseMistralModel",
     "CostWiseModelOutputWithPast",
+    "MatryoshkaReranker",
     "SubNetwork",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # FlagEmbedding takes seconds to import: only who asks for the re-ranker waits for it.
+    if name == "MatryoshkaReranker":
+        from flagembedding_matryoshka.reranker import MatryoshkaReranker
+
+        return MatryoshkaReranker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,9 @@ from torch import Tensor
 from flagembedding_matryoshka.packing import PackedBatch
 
 
-def compress(hidden_states: Tensor, attention_row: Tensor, packed: PackedBatch, ratio: int) -> tuple[Tensor, PackedBatch]:
+def compress(
+    hidden_states: Tensor, attention_row: Tensor, packed: PackedBatch, ratio: int
+) -> tuple[Tensor, PackedBatch]:
     """Merge groups of `ratio` neighbouring passage tokens (paper: arXiv 2501.16302, width compression).
 
     A group becomes Σ w·h, with w the attention row normalised inside the group, equal where all of it underflowed.
@@ -58,7 +60,9 @@ def _slots(packed: PackedBatch, compressed: PackedBatch, ratio: int) -> tuple[Te
     in_query = offset < per_token(packed.query_lengths)
     in_prompt = offset >= per_token(packed.query_lengths + packed.passage_lengths)
     in_passage = ~in_query & ~in_prompt
-    group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(ratio, rounding_mode="floor")
+    group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(
+        ratio, rounding_mode="floor"
+    )
     behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
     slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
     return (slot + per_token(compressed.cu_seqlens[:-1])).to(packed.device), in_passage.to(packed.device)

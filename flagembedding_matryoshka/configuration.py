@@ -22,6 +22,7 @@ class CostWiseMistralConfig(MistralConfig):
         layer_sep: distance between neighbouring exits.
         head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, see
             [`~flagembedding_matryoshka.tokenization.find_head_token_id`]; None starts the heads at random.
+        raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
     """
 
     model_type = "cost_wise_mistral"
@@ -30,6 +31,7 @@ class CostWiseMistralConfig(MistralConfig):
     start_layer: int = 8
     layer_sep: int = 1
     head_token_id: int | None = None
+    raw_peft: list[str] | tuple[str, ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Published checkpoints point at remote code here; ours is the only code that runs.

@@ -94,6 +94,7 @@ class CostWiseMistralDecoderLayer(MistralDecoderLayer):
 class CostWiseMistralModel(MistralModel):
     """Mistral's decoder on a packed batch, stopping at the deepest cutoff and compressing the passage on its way."""
 
+    config: CostWiseMistralConfig
     config_class = CostWiseMistralConfig
     _no_split_modules = ["CostWiseMistralDecoderLayer"]
 
@@ -173,6 +174,7 @@ class CostWiseMistralModel(MistralModel):
 class CostWiseMistralForCausalLM(MistralForCausalLM):
     """A re-ranker that can be read at any of its exits; without `config.layer_wise`, a plain Mistral language model."""
 
+    config: CostWiseMistralConfig
     config_class = CostWiseMistralConfig
     _no_split_modules = ["CostWiseMistralDecoderLayer"]
 
@@ -181,10 +183,17 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         self.model = CostWiseMistralModel(config)
         if config.layer_wise:
             self._use_heads([CostWiseHead(config.hidden_size) for _ in config.exit_layers])
+        # A configuration of fewer layers than the checkpoint has asks for the lower part of it.
+        kept = "|".join(map(str, range(config.num_hidden_layers)))
+        heads = "|".join(map(str, range(len(config.exit_layers)))) if config.layer_wise else ""
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"^model\.layers\.(?!({kept})\.)\d+\.",
+            rf"^lm_head\.(?!({heads})\.)\d+\.",
+        ]
         self.post_init()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | PathLike[str],
         *args: Any,
@@ -247,7 +256,7 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
     def _use_heads(self, heads: list[CostWiseHead]) -> None:
         self.lm_head = nn.ModuleList(heads)
         self.config.tie_word_embeddings = False
-        self._tied_weights_keys = None
+        self._tied_weights_keys = {}
         self.all_tied_weights_keys = {}
 
     def forward(
@@ -287,7 +296,9 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         if not self.config.layer_wise:
             return super().forward(input_ids, attention_mask, output_hidden_states=output_hidden_states, **kwargs)
         if compress_layer is not None:
-            if compress_layers is not None and as_layer_tuple("", compress_layer) != as_layer_tuple("", compress_layers):
+            if compress_layers is not None and as_layer_tuple("", compress_layer) != as_layer_tuple(
+                "", compress_layers
+            ):
                 raise ValueError(f"compress_layer {compress_layer} and compress_layers {compress_layers} contradict.")
             compress_layers = compress_layer
         return_dict = kwargs.pop("return_dict", None)

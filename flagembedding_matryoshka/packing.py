@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class PackedBatch:
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
         """(start, end) of each sequence in the row."""
-        bounds = self.cu_seqlens.tolist()
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(pairwise(self.cu_seqlens.tolist()))
 
     @property
     def max_seqlen(self) -> int:

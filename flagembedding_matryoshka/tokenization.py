@@ -1,7 +1,7 @@
 """From a query and a passage to token ids and part lengths; the only home of prompt, separator and truncation.
 
-    [bos] query sep passage sep prompt
-    |query part|           |prompt part|
+[bos] query sep passage sep prompt
+|query part|           |prompt part|
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it makes, and which is made anew only where it is missing.
+#   PYTHON     the interpreter that makes .venv (3.10 or newer)
+#   PIP_FLAGS  further options for pip install, such as --index-url or --find-links
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow test-all test-gpu lint format build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with the package and all its tools in it
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## run the demo
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## run the quick tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED) ## run the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: $(INSTALLED) ## run the quick and the slow tests
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(INSTALLED) ## run the tests that need an accelerator
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED) ## check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## put the code into shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+build: $(INSTALLED) ## build the source archive and the wheel into dist
+	$(BIN)/python -m build
+
+clean: ## remove what the tools leave behind, all but .venv
+	rm -rf build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,138 @@
+"""Checkpoints in: raw Mistral, layer-wise, and directories that fine-tuning wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from flagembedding_matryoshka.configuration import CostWiseMistralConfig
+from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.tokenization import find_head_token_id
+
+DEFAULT_START_LAYER = 4
+DEFAULT_LAYER_SEP = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a path holds.
+
+    Attributes:
+        path: as given; its tokenizer and, unless `base` differs, its weights are used.
+        base: where the weights lie that adapters are merged into.
+        adapters: LoRA adapters to merge, in order.
+        config: the layer-wise model to build.
+        from_raw: whether `base` is a raw Mistral, whose heads are made while loading.
+    """
+
+    path: str
+    base: str
+    config: CostWiseMistralConfig
+    from_raw: bool
+    adapters: list[str] = field(default_factory=list)
+
+
+def inspect_checkpoint(
+    path: str,
+    from_raw: bool | None = None,
+    start_layer: int = DEFAULT_START_LAYER,
+    layer_sep: int = DEFAULT_LAYER_SEP,
+    max_layer: int | None = None,
+    **hub: Any,
+) -> Checkpoint:
+    """Read what lies at `path`, without its weights, and decide how to load it.
+
+    Args:
+        path: a local directory or a name on the hub.
+        from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
+        start_layer, layer_sep: the exits to give a raw Mistral.
+        max_layer: layers above this one are not loaded.
+        hub: `cache_dir`, `token`, … as in transformers.
+
+    Raises:
+        FileNotFoundError: if `path` looks like a local directory and does not exist.
+        ValueError: if it is no Mistral, or not of the kind or with the exits asked for.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    adapters: list[str] = []
+    base = path
+    if find_adapter_config_file(path, **hub) is not None:
+        base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+        adapters.append(path)
+    stored, _ = CostWiseMistralConfig.get_config_dict(path, **hub)
+    if stored.get("model_type") not in ("mistral", CostWiseMistralConfig.model_type):
+        raise ValueError(
+            f"{path} holds a model of type {stored.get('model_type')!r}; a re-ranker is made from a Mistral "
+            "(model_type 'mistral') or loaded from a 'cost_wise_mistral' checkpoint."
+        )
+    config = CostWiseMistralConfig.from_dict(stored)
+    is_raw = not config.layer_wise
+    if from_raw is not None and from_raw != is_raw:
+        kind = "a raw Mistral without heads" if is_raw else "a layer-wise checkpoint that has its heads"
+        raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
+    if is_raw:
+        config.layer_wise, config.start_layer, config.layer_sep = True, start_layer, layer_sep
+    else:
+        _refuse_other_exits(path, config, start_layer, layer_sep)
+    if max_layer is not None:
+        _cut(config, max_layer)
+    return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters])
+
+
+def _refuse_other_exits(path: str, config: CostWiseMistralConfig, start_layer: int, layer_sep: int) -> None:
+    for name, asked, default in (
+        ("start_layer", start_layer, DEFAULT_START_LAYER),
+        ("layer_sep", layer_sep, DEFAULT_LAYER_SEP),
+    ):
+        if asked not in (default, getattr(config, name)):
+            raise ValueError(
+                f"{name}={asked}, but the heads of {path} were trained with {name}={getattr(config, name)}. "
+                "Exits can be chosen for a raw Mistral only."
+            )
+
+
+def _cut(config: CostWiseMistralConfig, max_layer: int) -> None:
+    if not config.start_layer <= max_layer <= config.num_hidden_layers:
+        raise ValueError(
+            f"max_layer={max_layer} leaves no exit or no layer to load: it must lie between the shallowest exit "
+            f"{config.start_layer} and the model's {config.num_hidden_layers} layers."
+        )
+    config.num_hidden_layers = max_layer
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, padding on the right."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, padding_side="right", **hub)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    peft_paths: Sequence[str] = (),
+    **hub: Any,
+) -> CostWiseMistralForCausalLM:
+    """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
+
+    Raises:
+        FileNotFoundError: if an adapter has no adapter_config.json.
+    """
+    adapters = [*checkpoint.adapters, *peft_paths]
+    for adapter in adapters:
+        if find_adapter_config_file(adapter, **hub) is None:
+            raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
+    config = checkpoint.config
+    if checkpoint.from_raw and config.head_token_id is None:
+        config.head_token_id = find_head_token_id(tokenizer)
+    model = CostWiseMistralForCausalLM.from_pretrained(checkpoint.base, config=config, dtype=dtype, **hub)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter, **hub).merge_and_unload()
+    return model.eval()

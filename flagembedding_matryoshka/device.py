@@ -1,0 +1,48 @@
+"""Which number format a device computes fast."""
+
+from __future__ import annotations
+
+import torch
+
+# Names in torch.cpu.get_capabilities(): x86 tiles, x86 vectors, Arm.
+_CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def fast_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 where `device` has instructions for it, else float32.
+
+    A processor without them still runs bfloat16, tens of times slower than float32.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        # torch releases that cannot tell what the processor has get the format that is fast on all of them
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        has_bfloat16 = any(capabilities.get(name) for name in _CPU_BFLOAT16)
+    elif kind == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = False
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def resolve_dtype(dtype: str | torch.dtype, use_fp16: bool, use_bf16: bool, device: str | torch.device) -> torch.dtype:
+    """The format that weights are loaded in.
+
+    Args:
+        dtype: "auto", a torch dtype or its name.
+        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16.
+
+    Raises:
+        ValueError: if they contradict each other or name no floating-point format.
+    """
+    flagged = [torch.float16] * use_fp16 + [torch.bfloat16] * use_bf16
+    if dtype == "auto" and not flagged:
+        return fast_dtype(device)
+    if dtype != "auto":
+        named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+        flagged.append(named)
+    if len(set(flagged)) > 1:
+        raise ValueError(f"dtype={dtype!r}, use_fp16={use_fp16} and use_bf16={use_bf16} contradict each other.")
+    return flagged[0]

@@ -1,0 +1,362 @@
+"""Scoring text pairs at any depth and width, as FlagEmbedding's re-rankers do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from FlagEmbedding.abc.inference import AbsReranker
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from flagembedding_matryoshka.checkpoint import (
+    DEFAULT_LAYER_SEP,
+    DEFAULT_START_LAYER,
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+)
+from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
+from flagembedding_matryoshka.device import resolve_dtype
+from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
+
+Pair = Sequence[str]
+Layers = int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What a call may override; the names are the constructor's."""
+
+    query_instruction_for_rerank: str | None
+    query_instruction_format: str
+    passage_instruction_for_rerank: str | None
+    passage_instruction_format: str
+    cutoff_layers: Layers
+    compress_layers: Layers
+    compress_ratio: int
+    prompt: str
+    batch_size: int
+    query_max_length: int | None
+    max_length: int
+    normalize: bool
+
+
+class MatryoshkaReranker(AbsReranker):
+    """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
+
+    Args:
+        model_name_or_path: a layer-wise checkpoint, a raw Mistral, or a directory that fine-tuning wrote.
+        peft_path: one LoRA adapter or several, merged in order.
+        dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
+        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. float16 needs a device other than a CPU.
+        from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
+        start_layer, layer_sep: the exits that a raw Mistral gets; a layer-wise checkpoint has its own.
+        max_layer: layers above this one are not loaded, and no deeper cutoff can be asked for.
+        cutoff_layers: exits to score at, an int or several; None is the deepest.
+        compress_layers: numbers of layers after which the passage is compressed, an int or several.
+        compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
+        prompt: text behind the passage; None is the one that the published models were trained with.
+        query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
+            passage_instruction_format: what is put around the texts, as in FlagEmbedding.
+        batch_size: pairs scored in one pass, at most.
+        query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
+        max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
+        normalize: sigmoid of the scores instead of the scores.
+        devices: one device or several; None is the first accelerator, else the CPU.
+        cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
+
+    Raises:
+        FileNotFoundError: if a checkpoint or adapter is not there.
+        ValueError: if the checkpoint is not Mistral-shaped or arguments contradict it or each other.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        peft_path: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool = False,
+        use_bf16: bool = False,
+        from_raw: bool | None = None,
+        start_layer: int = DEFAULT_START_LAYER,
+        layer_sep: int = DEFAULT_LAYER_SEP,
+        max_layer: int | None = None,
+        cutoff_layers: Layers = None,
+        compress_layers: Layers = None,
+        compress_ratio: int = 1,
+        prompt: str | None = None,
+        query_instruction_for_rerank: str | None = "A: ",
+        query_instruction_format: str = "{}{}",
+        passage_instruction_for_rerank: str | None = "B: ",
+        passage_instruction_format: str = "{}{}",
+        batch_size: int = 128,
+        query_max_length: int | None = None,
+        max_length: int = 512,
+        normalize: bool = False,
+        devices: str | int | list[str] | list[int] | None = None,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(
+            model_name_or_path,
+            use_fp16=use_fp16,
+            query_instruction_for_rerank=query_instruction_for_rerank,
+            query_instruction_format=query_instruction_format,
+            passage_instruction_for_rerank=passage_instruction_for_rerank,
+            passage_instruction_format=passage_instruction_format,
+            devices=devices,
+            batch_size=batch_size,
+            query_max_length=query_max_length,
+            max_length=max_length,
+            normalize=normalize,
+        )
+        available = self.get_target_devices(devices)
+        self.target_devices: list[str] = available[:1] if devices is None else available
+        self.cutoff_layers = cutoff_layers
+        self.compress_layers = compress_layers
+        self.compress_ratio = compress_ratio
+        self.prompt = PROMPT if prompt is None else prompt
+        self.max_layer = max_layer
+
+        resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
+        hub = {} if cache_dir is None else {"cache_dir": cache_dir}
+        checkpoint = inspect_checkpoint(model_name_or_path, from_raw, start_layer, layer_sep, max_layer, **hub)
+        self.config = checkpoint.config
+        self._sub_network(cutoff_layers, compress_layers, compress_ratio)
+        self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
+        self._pair_tokenizer = PairTokenizer(self.tokenizer)
+        peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
+        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, **hub)
+        self._replicas = self._place_replicas()
+
+    def _place_replicas(self) -> dict[str, CostWiseMistralForCausalLM]:
+        """One copy of the model for each different device."""
+        first, *others = dict.fromkeys(self.target_devices)
+        replicas = {device: copy.deepcopy(self.model).to(device) for device in others}  # type: ignore[arg-type]
+        return {first: self.model.to(first), **replicas}  # type: ignore[arg-type]
+
+    def stop_self_pool(self) -> None:
+        """Nothing to stop: devices are served by threads that end with each call."""
+
+    def compute_score(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
+        """Score pairs of query and passage, spread over all devices.
+
+        Args:
+            sentence_pairs: (query, passage) pairs, or a single pair.
+            overrides: the arguments of `compute_score_single_gpu`, but for `device`.
+
+        Returns, raises: as `compute_score_single_gpu`.
+        """
+        devices = self.target_devices
+        if len(devices) == 1:
+            return self.compute_score_single_gpu(sentence_pairs, device=devices[0], **overrides)
+        pairs = _as_pairs(sentence_pairs)
+        shares = [pairs[start :: len(devices)] for start in range(len(devices))]
+        with ThreadPoolExecutor(len(devices)) as pool:
+            parts = list(
+                pool.map(
+                    lambda share, device: torch.tensor(
+                        self.compute_score_single_gpu(share, device=device, **overrides)
+                    ),
+                    shares,
+                    devices,
+                )
+            )
+        scores = torch.empty(*parts[0].shape[:-1], len(pairs))
+        for start, part in enumerate(parts):
+            if part.numel():
+                scores[..., start :: len(devices)] = part
+        return scores.tolist()
+
+    def compute_score_single_gpu(
+        self,
+        sentence_pairs: Sequence[Pair] | Pair,
+        *,
+        device: str | None = None,
+        compress_layer: Layers = None,
+        show_progress_bar: bool | None = None,
+        **overrides: Any,
+    ) -> list[float] | list[list[float]]:
+        """Score pairs of query and passage on one device.
+
+        Args:
+            sentence_pairs: (query, passage) pairs, or a single pair.
+            device: one of the re-ranker's `devices`; None is the first.
+            compress_layer: the reference's spelling of `compress_layers`.
+            show_progress_bar: None shows one when there is more than one batch.
+            overrides: any of the constructor's `cutoff_layers`, `compress_layers`, `compress_ratio`, `prompt`,
+                `batch_size`, `query_max_length`, `max_length`, `normalize` and instructions; None keeps the default.
+
+        Returns:
+            One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
+            the order asked for. No pairs: an empty list.
+
+        Raises:
+            TypeError: if a text is not a string, a pair is not a pair, or a keyword is unknown.
+            ValueError: if the layers, ratio or lengths asked for do not fit the model.
+            torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
+        """
+        model = self._replica(device)
+        options = self._options(compress_layer, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        pairs = _as_pairs(sentence_pairs)
+        if not pairs:
+            return []
+        inputs = self._tokenize(pairs, options)
+        longest_first = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
+        scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
+        hidden = len(pairs) <= options.batch_size if show_progress_bar is None else not show_progress_bar
+        with tqdm(total=len(pairs), desc="scoring", unit="pair", disable=hidden) as progress:
+            start, batch_size = 0, options.batch_size
+            while start < len(pairs):
+                indices = longest_first[start : start + batch_size]
+                try:
+                    scores[:, indices] = _forward(model, [inputs[index] for index in indices], sub_network)
+                except torch.OutOfMemoryError as error:
+                    if len(indices) == 1:
+                        raise torch.OutOfMemoryError(
+                            f"pair {indices[0]}, of {len(inputs[indices[0]].input_ids)} tokens, does not fit into "
+                            f"memory alone. Lower max_length, or compress earlier. ({error})"
+                        ) from error
+                    batch_size = len(indices) // 2
+                    continue
+                start += len(indices)
+                progress.update(len(indices))
+        per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
+        return per_layer[0] if len(per_layer) == 1 else per_layer
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **overrides: Any,
+    ) -> list[dict[str, int | float | str]]:
+        """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
+
+        Args:
+            top_k: how many to return; None is all.
+            return_documents: also return each document's text.
+            overrides: as in `compute_score`, with one cutoff layer.
+
+        Returns:
+            A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
+            the best first; ties keep the order given.
+
+        Raises:
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1 or several cutoffs are given.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        if isinstance(documents, str):
+            raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
+        cutoffs = overrides.get("cutoff_layers")
+        cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
+        if cutoffs is not None and len(cutoffs) > 1:
+            raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
+        scores: list[Any] = self.compute_score([(query, document) for document in documents], **overrides)
+        ranked = [
+            {"corpus_id": index, "score": score} | ({"text": documents[index]} if return_documents else {})
+            for index, score in enumerate(scores)
+        ]
+        return sorted(ranked, key=lambda document: -document["score"])[:top_k]
+
+    def _replica(self, device: str | None) -> CostWiseMistralForCausalLM:
+        if device is None:
+            device = self.target_devices[0]
+        if device not in self._replicas:
+            raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
+        return self._replicas[device]
+
+    def _options(self, compress_layer: Layers, overrides: dict[str, Any]) -> ScoringOptions:
+        if compress_layer is not None:
+            if overrides.get("compress_layers") is not None:
+                raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
+            overrides = overrides | {"compress_layers": compress_layer}
+        names = [field.name for field in fields(ScoringOptions)]
+        unknown = sorted(set(overrides) - set(names))
+        if unknown:
+            raise TypeError(f"unknown arguments {unknown}; a call may override {names}.")
+        chosen = {name: getattr(self, name) if overrides.get(name) is None else overrides[name] for name in names}
+        options = ScoringOptions(**chosen)
+        for name in ("batch_size", "max_length", "query_max_length"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        return options
+
+    def _sub_network(self, cutoff_layers: Layers, compress_layers: Layers, compress_ratio: int) -> SubNetwork:
+        try:
+            return SubNetwork.resolve(self.config, cutoff_layers, compress_layers, compress_ratio)
+        except ValueError as error:
+            if self.max_layer is None:
+                raise
+            raise ValueError(f"{error} Layers above max_layer={self.max_layer} were not loaded.") from error
+
+    def _tokenize(self, pairs: list[tuple[str, str]], options: ScoringOptions) -> list[TokenizedPair]:
+        """Input sequences of `pairs`; a query that several pairs share is tokenised once."""
+        query_max_length = options.query_max_length or options.max_length * 3 // 4
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prefix, template = options.query_instruction_for_rerank, options.query_instruction_format
+        texts = [self._instruct(template, prefix, query) for query in queries]
+        query_ids = dict(zip(queries, self._pair_tokenizer.encode(texts, query_max_length), strict=True))
+        prefix, template = options.passage_instruction_for_rerank, options.passage_instruction_format
+        passages = [self._instruct(template, prefix, passage) for _, passage in pairs]
+        passage_ids = self._pair_tokenizer.encode(passages, options.max_length)
+        prompt_ids = self._pair_tokenizer.encode([options.prompt])[0]
+        limit = options.max_length + len(self._pair_tokenizer.separator_ids) + len(prompt_ids)
+        return [
+            self._pair_tokenizer.join(query_ids[query], ids, prompt_ids, limit)
+            for (query, _), ids in zip(pairs, passage_ids, strict=True)
+        ]
+
+    def _instruct(self, template: str, instruction: str | None, text: str) -> str:
+        return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
+
+
+@torch.inference_mode()
+def _forward(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
+    """(cutoff layers, pairs) float32 scores, on the CPU."""
+    rows = [torch.tensor(pair.input_ids) for pair in inputs]
+    outputs = model(
+        pad_sequence(rows, batch_first=True).to(model.device),
+        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        compress_layers=sub_network.compress_layers,
+        compress_ratio=sub_network.compress_ratio,
+        cutoff_layers=sub_network.cutoff_layers,
+        query_lengths=[pair.query_length for pair in inputs],
+        prompt_lengths=[pair.prompt_length for pair in inputs],
+    )
+    return torch.stack(outputs.logits).cpu()
+
+
+def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:
+    """Pairs of strings; a single pair becomes a list of one.
+
+    Raises:
+        TypeError: naming the first thing that is not a pair of strings, and where it stands.
+    """
+    if isinstance(sentence_pairs, str):
+        raise TypeError(f"pairs of query and passage are wanted, got the string {_excerpt(sentence_pairs)}.")
+    pairs: list[Any] = list(sentence_pairs)
+    if len(pairs) == 2 and isinstance(pairs[0], str):
+        pairs = [pairs]
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"pair {index} must be a query and a passage, got {_excerpt(pair)}.")
+        for name, text in zip(("query", "passage"), pair, strict=True):
+            if not isinstance(text, str):
+                raise TypeError(f"the {name} of pair {index} must be a string, got {_excerpt(text)}.")
+    return [(query, passage) for query, passage in pairs]
+
+
+def _excerpt(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

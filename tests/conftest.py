@@ -1,0 +1,85 @@
+"""Tiny random models and their tokenizer, and the golden numbers where the checkout has them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
+from flagembedding_matryoshka.tokenization import PROMPT, find_head_token_id
+
+SHARED = Path(__file__).parents[2] / "shared"
+SENTENCES = ["Yes", "how does a wing lift", "air flows faster over the upper side of a wing.", PROMPT, "A: ", "B: \n"]
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"this checkout has no shared/{name}")
+    return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def shared_parity() -> Path:
+    return _shared("parity")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_raw_model_path(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A plain Mistral of 6 layers, 32 wide, with its tokenizer."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        rms_norm_eps=1e-5,
+    )
+    path = tmp_path_factory.mktemp("raw_model")
+    MistralForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_layerwise_path(tiny_raw_model_path, tiny_tokenizer, tmp_path_factory) -> Path:
+    """The same with exits from layer 2 on, whose heads differ."""
+    config = CostWiseMistralConfig.from_pretrained(tiny_raw_model_path)
+    config.layer_wise, config.start_layer, config.layer_sep = True, 2, 1
+    config.head_token_id = find_head_token_id(tiny_tokenizer)
+    model = CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path, config=config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for head in model.lm_head:
+            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    path = tmp_path_factory.mktemp("layerwise_model")
+    model.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flagembedding_matryoshka import CostWiseMistralForCausalLM, SubNetwork
+from flagembedding_matryoshka.flops import estimate_flops
+
+QUERY, PASSAGE, PROMPT = torch.tensor([5, 3]), torch.tensor([17, 8]), torch.tensor([4, 4])
+
+
+@pytest.mark.parametrize(
+    ("cutoff_layers", "compress_layers", "ratio"), [([6], [], 1), ([3], [], 1), ([4, 6], [2, 3], 4), ([5], [5], 2)]
+)
+def test_equals_what_torch_counts(tiny_layerwise_path, cutoff_layers, compress_layers, ratio):
+    model = CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path, dtype=torch.float32)
+    lengths = QUERY + PASSAGE + PROMPT
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    # the counter sees matrix products, but not inside the fused attention of a CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(
+            mask.long(),
+            mask,
+            cutoff_layers=cutoff_layers,
+            compress_layers=compress_layers,
+            compress_ratio=ratio,
+            query_lengths=QUERY,
+            prompt_lengths=PROMPT,
+        )
+    sub_network = SubNetwork.resolve(model.config, cutoff_layers, compress_layers, ratio)
+    assert estimate_flops(model.config, sub_network, QUERY, PASSAGE, PROMPT) == counter.get_total_flops()
+
+
+def test_depth_and_width_save(tiny_layerwise_path):
+    config = CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path).config
+
+    def flops(**sub_network):
+        return estimate_flops(config, SubNetwork.resolve(config, **sub_network), QUERY, PASSAGE, PROMPT)
+
+    full = flops()
+    assert flops(cutoff_layers=3) < full
+    assert flops(compress_layers=[2], compress_ratio=4) < flops(compress_layers=[2], compress_ratio=2) < full

@@ -1,0 +1,228 @@
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.reranker import _as_pairs
+
+PAIRS = [
+    ("how does a wing lift", "air flows faster over the upper side of a wing."),
+    ("how does a wing lift", ""),
+    ("Yes", "a"),
+    ("what is a heat flux?", "the flow of energy per unit of area and time. " * 40),
+]
+WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}, {"compress_layers": [2, 4], "compress_ratio": 8}]
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_layerwise_path):
+    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=64)
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_pair_scores_the_same_alone_in_a_batch_and_in_any_order(reranker, width):
+    together = reranker.compute_score(PAIRS, cutoff_layers=[3, 6], **width)
+    alone = [reranker.compute_score(pair, cutoff_layers=[3, 6], **width) for pair in PAIRS]
+    backwards = reranker.compute_score(PAIRS[::-1], cutoff_layers=[3, 6], batch_size=2, **width)
+    close(together, [[scores[exit_][0] for scores in alone] for exit_ in range(2)])
+    close(together, [scores[::-1] for scores in backwards])
+
+
+@given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=300)), min_size=2, max_size=5), st.randoms())
+@settings(max_examples=20, deadline=None)
+def test_any_text_scores_the_same_in_any_order(reranker, pairs, random):
+    shuffled = random.sample(range(len(pairs)), len(pairs))
+    scores = reranker.compute_score(pairs, compress_layers=3, compress_ratio=2)
+    assert all(map(math.isfinite, scores))
+    close(
+        reranker.compute_score([pairs[index] for index in shuffled], compress_layers=3, compress_ratio=2),
+        [scores[index] for index in shuffled],
+    )
+
+
+def test_shapes(reranker):
+    assert [type(score) for score in reranker.compute_score(PAIRS)] == [float] * 4
+    assert len(reranker.compute_score(PAIRS[0])) == 1
+    assert len(reranker.compute_score(list(PAIRS[0]))) == 1
+    assert reranker.compute_score([]) == []
+    assert [len(scores) for scores in reranker.compute_score(PAIRS, cutoff_layers=[6, 2, 4])] == [4, 4, 4]
+
+
+def test_layers_come_in_the_order_asked_for(reranker):
+    by_layer = {layer: reranker.compute_score(PAIRS, cutoff_layers=layer) for layer in range(2, 7)}
+    close(reranker.compute_score(PAIRS, cutoff_layers=[6, 2, 4]), [by_layer[layer] for layer in (6, 2, 4)])
+    close(reranker.compute_score(PAIRS), by_layer[6])
+
+
+def test_a_call_overrides_each_default_and_leaves_it(tiny_layerwise_path, reranker):
+    changes = {
+        "cutoff_layers": [4],
+        "compress_layers": [2],
+        "compress_ratio": 4,
+        "prompt": "Yes?",
+        "query_max_length": 3,
+        "max_length": 20,
+        "normalize": True,
+        "query_instruction_for_rerank": "query: ",
+        "passage_instruction_format": "{}<{}>",
+    }
+    before = reranker.compute_score(PAIRS)
+    overridden = reranker.compute_score(PAIRS, batch_size=1, **changes)
+    constructed = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=2, **changes)
+    close(overridden, constructed.compute_score(PAIRS))
+    assert not torch.allclose(torch.tensor(overridden), torch.tensor(before))
+    assert reranker.compute_score(PAIRS) == before
+    close(reranker.compute_score(PAIRS, compress_layer=2, compress_ratio=2), reranker.compute_score(PAIRS, **WIDTHS[1]))
+
+
+def test_normalize_gives_sigmoids(reranker):
+    scores = torch.tensor(reranker.compute_score(PAIRS))
+    close(reranker.compute_score(PAIRS, normalize=True), scores.sigmoid().tolist(), 1e-7)
+
+
+def test_several_devices_score_as_one(tiny_layerwise_path, reranker):
+    two = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=["cpu", "cpu"], max_length=64)
+    for pairs in (PAIRS, PAIRS[:3], PAIRS[:1]):
+        close(two.compute_score(pairs, cutoff_layers=[2, 6]), reranker.compute_score(pairs, cutoff_layers=[2, 6]))
+        close(two.compute_score(pairs), reranker.compute_score(pairs))
+    assert two.compute_score([]) == []
+    with pytest.raises(ValueError, match="'cuda:7' is not one of"):
+        two.compute_score_single_gpu(PAIRS, device="cuda:7")
+
+
+def test_rank_orders_by_score(reranker):
+    query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
+    scores = reranker.compute_score([(query, document) for document in documents], cutoff_layers=3)
+    ranked = reranker.rank(query, documents, cutoff_layers=3, return_documents=True)
+    assert [hit["corpus_id"] for hit in ranked] == sorted(range(4), key=lambda index: -scores[index])
+    for hit in ranked:
+        assert hit["text"] == documents[hit["corpus_id"]]
+        assert hit["score"] == pytest.approx(scores[hit["corpus_id"]], abs=1e-6)
+    top = reranker.rank(query, documents, top_k=2, cutoff_layers=[3])
+    assert top == [{"corpus_id": hit["corpus_id"], "score": hit["score"]} for hit in ranked[:2]]
+    assert reranker.rank(query, []) == []
+    with pytest.raises(ValueError, match="top_k is 0"):
+        reranker.rank(query, documents, top_k=0)
+    with pytest.raises(ValueError, match=r"cutoff_layers=\[2, 3\]"):
+        reranker.rank(query, documents, cutoff_layers=[2, 3])
+    with pytest.raises(TypeError, match="documents must be a list"):
+        reranker.rank(query, "a document")
+
+
+def test_progress_bar_on_long_work_only(reranker, capsys):
+    reranker.compute_score(PAIRS)
+    assert capsys.readouterr().err == ""
+    reranker.compute_score(PAIRS, batch_size=2)
+    assert "4/4" in capsys.readouterr().err
+    reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=False)
+    assert capsys.readouterr().err == ""
+
+
+def out_of_memory_above(model, pairs_that_fit):
+    forward = model.forward
+
+    def limited(input_ids, *args, **kwargs):
+        if len(input_ids) > pairs_that_fit:
+            raise torch.OutOfMemoryError("no room")
+        return forward(input_ids, *args, **kwargs)
+
+    return limited
+
+
+def test_out_of_memory_halves_the_batch_down_to_one_pair(reranker, monkeypatch):
+    expected = reranker.compute_score(PAIRS)
+    monkeypatch.setattr(reranker.model, "forward", out_of_memory_above(reranker.model, 1))
+    close(reranker.compute_score(PAIRS), expected)
+
+
+def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
+    monkeypatch.setattr(reranker.model, "forward", out_of_memory_above(reranker.model, 0))
+    with pytest.raises(torch.OutOfMemoryError, match=r"pair 3, of \d+ tokens, does not fit"):
+        reranker.compute_score(PAIRS)
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(reranker, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("not memory")
+
+    monkeypatch.setattr(reranker.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="not memory"):
+        reranker.compute_score(PAIRS)
+
+
+def test_bfloat16_is_close_to_float32(tiny_layerwise_path, reranker):
+    half = MatryoshkaReranker(str(tiny_layerwise_path), use_bf16=True, devices="cpu", max_length=64)
+    assert half.model.dtype == torch.bfloat16
+    exact = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=[2, 6]))
+    scale = exact.abs().max().item()
+    close(half.compute_score(PAIRS, cutoff_layers=[2, 6]), exact.tolist(), 0.05 * scale)
+
+
+def test_scoring_changes_no_global_state(reranker):
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    reranker.compute_score(PAIRS)
+    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == before
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("a string", "got the string 'a string'"),
+        ([("a", "b"), ("a", None)], "the passage of pair 1 must be a string, got None"),
+        ([(3, "b")], "the query of pair 0 must be a string, got 3"),
+        ([("a", "b", "c")], r"pair 0 must be a query and a passage, got \('a', 'b', 'c'\)"),
+        (["ab", "cd", "ef"], "pair 0 must be a query and a passage, got 'ab'"),
+        ([("a", "b"), 7], "pair 1 must be a query and a passage, got 7"),
+    ],
+)
+def test_what_is_not_a_pair_of_strings_is_named(pairs, message):
+    with pytest.raises(TypeError, match=message):
+        _as_pairs(pairs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"cutoff_layers": [1]}, ValueError, r"cutoff_layers \[1\] have no head. This model's exits are \[2, 3, 4"),
+        ({"cutoff_layers": "6"}, TypeError, "cutoff_layers must be an int or a list of ints, got '6'"),
+        ({"compress_layers": 0, "compress_ratio": 2}, ValueError, r"compress_layers \[0\] do not exist.* from 1 to 6"),
+        ({"compress_layers": [7], "compress_ratio": 2}, ValueError, r"compress_layers \[7\] do not exist"),
+        (
+            {"compress_layers": [2], "compress_ratio": 3},
+            ValueError,
+            r"compress_ratio is 3, .*\[1, 2, 4, 8\]: the model",
+        ),
+        ({"compress_ratio": 2}, ValueError, "compress_ratio=2 needs compress_layers"),
+        ({"compress_layers": 2, "compress_layer": 2}, ValueError, "one argument with two names"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"max_length": -1}, ValueError, "max_length is -1"),
+        ({"cutof_layers": [2]}, TypeError, r"unknown arguments \['cutof_layers'\]"),
+        ({"max_length": 8, "query_max_length": 30}, ValueError, "leaves no room for its passage"),
+        ({"prompt": "", "max_length": 4, "query_max_length": 30}, ValueError, "leaves no room for its passage"),
+    ],
+)
+def test_bad_requests_are_named_before_the_model_runs(reranker, monkeypatch, overrides, error, message):
+    monkeypatch.setattr(reranker.model, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(error, match=message):
+        reranker.compute_score([("how does a wing lift, and what does it carry?", "air " * 30)], **overrides)
+
+
+def test_bad_defaults_are_refused_at_construction(tiny_layerwise_path):
+    with pytest.raises(ValueError, match=r"cutoff_layers \[99\]"):
+        MatryoshkaReranker(str(tiny_layerwise_path), cutoff_layers=[99])
+
+
+def test_max_layer_loads_the_lower_layers_alone(tiny_layerwise_path, reranker):
+    lower = MatryoshkaReranker(str(tiny_layerwise_path), max_layer=4, dtype="float32", devices="cpu", max_length=64)
+    assert len(lower.model.model.layers) == 4
+    close(lower.compute_score(PAIRS, cutoff_layers=[3, 4]), reranker.compute_score(PAIRS, cutoff_layers=[3, 4]))
+    close(lower.compute_score(PAIRS), reranker.compute_score(PAIRS, cutoff_layers=4))
+    with pytest.raises(ValueError, match=r"\[6\] have no head.*max_layer=4 were not loaded"):
+        lower.compute_score(PAIRS, cutoff_layers=6)
