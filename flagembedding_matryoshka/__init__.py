@@ -1,5 +1,6 @@
 """Matryoshka (CostWise) Mistral re-rankers: one model, any depth and width."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
@@ -14,7 +15,11 @@ from flagembedding_matryoshka.modeling import (
 if TYPE_CHECKING:
     from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
+TINY_BASE = str(Path(__file__).parent / "tiny_base")
+"""A raw Mistral of a few megabytes, trained by examples/tiny_base.py: for demos and tests."""
+
 __all__ = [
+    "TINY_BASE",
     "CostWiseCausalLMOutputWithPast",
     "CostWiseHead",
     "CostWiseMistralConfig",

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from flagembedding_matryoshka.packing import PackedBatch
 
+UNDERFLOW = 1e-30
+"""A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""
+
 
 def compress(
     hidden_states: Tensor, attention_row: Tensor, packed: PackedBatch, ratio: int
@@ -43,7 +46,7 @@ def compress(
     row = torch.where(in_passage, attention_row, 1.0)
     group_sum = row.new_zeros(total).index_add(0, slots, row)[slots]
     group_size = row.new_zeros(total).index_add(0, slots, torch.ones_like(row))[slots]
-    underflow = group_sum == 0
+    underflow = group_sum < UNDERFLOW
     weights = torch.where(underflow, 1 / group_size, row / group_sum.masked_fill(underflow, 1.0))
 
     merged = weights.new_zeros(total, hidden_states.shape[-1]).index_add(0, slots, hidden_states[0] * weights[:, None])

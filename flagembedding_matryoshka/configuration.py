@@ -62,7 +62,7 @@ def as_layer_tuple(name: str, layers: int | Iterable[int] | None) -> tuple[int, 
     """
     if layers is None:
         return None
-    values = (layers,) if isinstance(layers, int) else tuple(layers)
+    values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")

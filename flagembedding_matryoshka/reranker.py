@@ -22,6 +22,7 @@ from flagembedding_matryoshka.checkpoint import (
 )
 from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.device import resolve_dtype
+from flagembedding_matryoshka.flops import estimate_flops
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
 
@@ -267,6 +268,24 @@ class MatryoshkaReranker(AbsReranker):
             for index, score in enumerate(scores)
         ]
         return sorted(ranked, key=lambda document: -document["score"])[:top_k]
+
+    def estimate_flops(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> int:
+        """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
+
+        Args:
+            sentence_pairs, overrides: as in `compute_score`.
+
+        Returns:
+            operations of all pairs together, see [`~flagembedding_matryoshka.flops.estimate_flops`].
+        """
+        options = self._options(None, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        inputs = self._tokenize(_as_pairs(sentence_pairs), options)
+        lengths = torch.tensor([len(pair.input_ids) for pair in inputs], dtype=torch.long)
+        query_lengths = torch.tensor([pair.query_length for pair in inputs], dtype=torch.long)
+        prompt_lengths = torch.tensor([pair.prompt_length for pair in inputs], dtype=torch.long)
+        passage_lengths = lengths - query_lengths - prompt_lengths
+        return estimate_flops(self.config, sub_network, query_lengths, passage_lengths, prompt_lengths)
 
     def _replica(self, device: str | None) -> CostWiseMistralForCausalLM:
         if device is None:

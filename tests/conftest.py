@@ -1,14 +1,20 @@
 """Tiny random models and their tokenizer, and the golden numbers where the checkout has them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
 from flagembedding_matryoshka.tokenization import PROMPT, find_head_token_id
+
+# The first example of a test may load or compile; how long it takes says nothing.
+settings.register_profile("quick", max_examples=30, deadline=None)
+settings.load_profile("quick")
 
 SHARED = Path(__file__).parents[2] / "shared"
 SENTENCES = ["Yes", "how does a wing lift", "air flows faster over the upper side of a wing.", PROMPT, "A: ", "B: \n"]
@@ -82,4 +88,35 @@ def tiny_layerwise_path(tiny_raw_model_path, tiny_tokenizer, tmp_path_factory) -
     path = tmp_path_factory.mktemp("layerwise_model")
     model.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_model(tiny_raw_model_path) -> MistralForCausalLM:
+    """transformers' own model of the decoder that all tiny models share. Tests leave it as it is."""
+    return MistralForCausalLM.from_pretrained(tiny_raw_model_path, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def layerwise_model(tiny_layerwise_path) -> CostWiseMistralForCausalLM:
+    """Tests leave it as it is."""
+    return CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path).eval()
+
+
+@pytest.fixture(scope="session")
+def training_file(tmp_path_factory) -> Path:
+    """Eight rows with teacher scores, whose positives share words with their queries."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    words = ["wing", "lift", "air", "side", "upper", "flow", "heat", "flux"]
+    rows = [
+        {
+            "query": f"what about the {word}",
+            "pos": [f"this text is about a {word} and the {word} alone"],
+            "neg": [f"this text is about a {other}" for other in words if other != word],
+            "pos_scores": [3.0],
+            "neg_scores": [0.5] * 7,
+        }
+        for word in words
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

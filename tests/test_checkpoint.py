@@ -29,11 +29,11 @@ def test_a_raw_mistral_gets_its_exits_and_heads(tiny_raw_model_path, tiny_tokeni
 
 
 def test_insisting_on_the_other_kind_is_refused(tiny_raw_model_path, tiny_layerwise_path):
-    with pytest.raises(ValueError, match="from_raw=False, but .* is a raw Mistral"):
+    with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw Mistral"):
         inspect_checkpoint(str(tiny_raw_model_path), from_raw=False)
-    with pytest.raises(ValueError, match="from_raw=True, but .* is a layer-wise checkpoint"):
+    with pytest.raises(ValueError, match=r"from_raw=True, but .* is a layer-wise checkpoint"):
         inspect_checkpoint(str(tiny_layerwise_path), from_raw=True)
-    with pytest.raises(ValueError, match="start_layer=3, but the heads of .* were trained with start_layer=2"):
+    with pytest.raises(ValueError, match=r"start_layer=3, but the heads of .* were trained with start_layer=2"):
         inspect_checkpoint(str(tiny_layerwise_path), start_layer=3)
 
 
@@ -44,7 +44,7 @@ def test_max_layer_must_leave_an_exit(tiny_layerwise_path, max_layer):
 
 
 def test_missing_files_are_named(tiny_layerwise_path, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing"):
         MatryoshkaReranker(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match=r"no adapter \(adapter_config.json\) at"):
         MatryoshkaReranker(str(tiny_layerwise_path), peft_path=str(tmp_path))

@@ -116,6 +116,14 @@ def test_rank_orders_by_score(reranker):
         reranker.rank(query, "a document")
 
 
+def test_flops_fall_with_depth_and_width_and_add_up(reranker):
+    full = reranker.estimate_flops(PAIRS)
+    assert full == sum(reranker.estimate_flops(pair) for pair in PAIRS)
+    assert reranker.estimate_flops(PAIRS, cutoff_layers=[3]) < full
+    assert reranker.estimate_flops(PAIRS, compress_layers=[2], compress_ratio=2) < full
+    assert reranker.estimate_flops([]) == 0
+
+
 def test_progress_bar_on_long_work_only(reranker, capsys):
     reranker.compute_score(PAIRS)
     assert capsys.readouterr().err == ""

@@ -1,0 +1,19 @@
+"""Fine-tuning on FlagEmbedding's runner: `torchrun --nproc_per_node N -m flagembedding_matryoshka.finetune …`."""
+
+from flagembedding_matryoshka.finetune.arguments import (
+    MatryoshkaDataArguments,
+    MatryoshkaModelArguments,
+    MatryoshkaTrainingArguments,
+)
+from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
+from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
+from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
+
+__all__ = [
+    "MatryoshkaCrossEncoder",
+    "MatryoshkaDataArguments",
+    "MatryoshkaModelArguments",
+    "MatryoshkaRunner",
+    "MatryoshkaTrainer",
+    "MatryoshkaTrainingArguments",
+]

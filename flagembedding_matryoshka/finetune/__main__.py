@@ -1,0 +1,28 @@
+"""Command line of fine-tuning."""
+
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from flagembedding_matryoshka.finetune.arguments import (
+    MatryoshkaDataArguments,
+    MatryoshkaModelArguments,
+    MatryoshkaTrainingArguments,
+)
+from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
+
+
+def build_parser() -> HfArgumentParser:
+    """FlagEmbedding's and the reference's arguments."""
+    arguments: Any = (MatryoshkaModelArguments, MatryoshkaDataArguments, MatryoshkaTrainingArguments)
+    return HfArgumentParser(arguments)
+
+
+def main() -> None:
+    """Parse the command line and fine-tune."""
+    model_args, data_args, training_args = build_parser().parse_args_into_dataclasses()
+    MatryoshkaRunner(model_args=model_args, data_args=data_args, training_args=training_args).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Training rows: checked, cut into groups, joined into sequences."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsLLMRerankerCollator,
+    AbsLLMRerankerTrainDataset,
+    AbsRerankerDataArguments,
+)
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flagembedding_matryoshka.losses import TRAIN_METHODS
+from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
+
+SUFFIXES = (".json", ".jsonl")
+
+
+def training_files(paths: Sequence[str]) -> list[str]:
+    """The JSON Lines files that `paths`, files or directories, stand for, those of a directory in order of name.
+
+    Raises:
+        FileNotFoundError: if a path is not there.
+        ValueError: if a file is not called .json or .jsonl, or a directory holds no such file.
+    """
+    files: list[str] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no training data at {path}")
+        if path.is_dir():
+            found = sorted(str(file) for file in path.iterdir() if file.suffix in SUFFIXES)
+            if not found:
+                raise ValueError(f"{path} holds no {' or '.join(SUFFIXES)} file.")
+            files.extend(found)
+        elif path.suffix in SUFFIXES:
+            files.append(str(path))
+        else:
+            raise ValueError(f"{path} is not called {' or '.join(SUFFIXES)}: training data is JSON Lines.")
+    return files
+
+
+def check_training_file(path: str, needs_scores: bool) -> int:
+    """Read every line of a file and return how many rows it has.
+
+    Args:
+        needs_scores: whether rows must have `pos_scores` and `neg_scores`.
+
+    Raises:
+        ValueError: naming file, line and what is wrong with it.
+    """
+    rows = 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            fault = _fault(line, needs_scores)
+            if fault is not None:
+                raise ValueError(f"{path}, line {number}: {fault}")
+            rows += 1
+    return rows
+
+
+def _fault(line: str, needs_scores: bool) -> str | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error})"
+    if not isinstance(row, dict):
+        return f"a row is an object with query, pos and neg, got {line.strip()[:80]}"
+    if not isinstance(row.get("query"), str):
+        return f"query must be a string, got {row.get('query')!r}"
+    for name in ("pos", "neg"):
+        texts = row.get(name)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            return f"{name} must be a list of at least one string, got {texts!r}"[:200]
+        scores = row.get(f"{name}_scores")
+        if scores is None and not needs_scores:
+            continue
+        if scores is None:
+            free = [method for method, parts in TRAIN_METHODS.items() if parts.data_scores == "none"]
+            return f"{name}_scores is missing. Methods that need no teacher scores: {', '.join(free)}"
+        if not isinstance(scores, list) or len(scores) != len(texts):
+            return f"{name}_scores must be a list of {len(texts)} numbers, one for each of {name}, got {scores!r}"[:200]
+        if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
+            return f"{name}_scores must be numbers, got {scores!r}"[:200]
+    return None
+
+
+class MatryoshkaTrainDataset(AbsLLMRerankerTrainDataset):
+    """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
+
+    Rows are memory-mapped by `datasets`. `args.knowledge_distillation` says whether teacher scores are read.
+
+    Raises:
+        ValueError: naming file and line of a row that is wrong.
+    """
+
+    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        rows = sum(check_training_file(path, args.knowledge_distillation) for path in args.train_data)
+        if not rows:
+            raise ValueError(f"there is no row in {', '.join(args.train_data)}")
+        super().__init__(args, tokenizer)
+        self.pair_tokenizer = PairTokenizer(tokenizer, args.sep_token)
+
+    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
+        """Sequences of the group with their part lengths, and their teacher scores."""
+        row, args = self.dataset[item], self.args
+        positive = random.randrange(len(row["pos"]))
+        wanted = args.train_group_size - 1
+        # fewer negatives than wanted are drawn again
+        pool = list(range(len(row["neg"]))) * math.ceil(wanted / len(row["neg"]))
+        negatives = random.sample(pool, wanted)
+        passages = [self._shuffle_text(row["pos"][positive]), *(row["neg"][index] for index in negatives)]
+        scores = None
+        if args.knowledge_distillation:
+            scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
+        return self._sequences(row, passages), scores
+
+    def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
+        args, encode = self.args, self.pair_tokenizer.encode
+        query = self._instruct(
+            args.query_instruction_format, args.query_instruction_for_rerank, row.get("query_prompt"), row["query"]
+        )
+        passages = [
+            self._instruct(
+                args.passage_instruction_format, args.passage_instruction_for_rerank, row.get("passage_prompt"), passage
+            )
+            for passage in passages
+        ]
+        (query_ids,) = encode([query], args.query_max_len)
+        (prompt_ids,) = encode([row.get("prompt") or PROMPT])
+        limit = self.max_length - len(prompt_ids) - len(self.pair_tokenizer.separator_ids)
+        joined = [
+            self.pair_tokenizer.join(query_ids, passage_ids, prompt_ids, limit)
+            for passage_ids in encode(passages, args.passage_max_len + args.query_max_len // 2)
+        ]
+        return [
+            {
+                "input_ids": pair.input_ids,
+                "attention_mask": [1] * len(pair.input_ids),
+                "query_length": pair.query_length,
+                "prompt_length": pair.prompt_length,
+            }
+            for pair in joined
+        ]
+
+    @staticmethod
+    def _instruct(template: str, instruction: str | None, own: str | None, text: str) -> str:
+        return text if instruction is None else template.format(own or instruction, text)
+
+
+@dataclass
+class MatryoshkaCollator(AbsLLMRerankerCollator):
+    """Right-pads the sequences of several groups and keeps their part lengths."""
+
+    def __call__(
+        self, features: list[tuple[list[dict[str, Any]], list[float] | None]], return_tensors: str = "pt"
+    ) -> dict[str, Any]:
+        """`pair` with input_ids and attention_mask (sequences, length) and the part lengths, and `teacher_scores`."""
+        sequences = [sequence for group, _ in features for sequence in group]
+        lengths = {
+            f"{part}_lengths": Tensor([sequence[f"{part}_length"] for sequence in sequences]).long()
+            for part in ("query", "prompt")
+        }
+        plain = [
+            ([{name: sequence[name] for name in ("input_ids", "attention_mask")} for sequence in group], scores)
+            for group, scores in features
+        ]
+        batch = super().__call__(plain, return_tensors)
+        return {"pair": {**batch["pair"], **lengths}, "teacher_scores": batch["teacher_scores"]}

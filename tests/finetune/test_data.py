@@ -1,0 +1,118 @@
+import json
+
+import pytest
+
+from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
+from flagembedding_matryoshka.finetune.data import (
+    MatryoshkaCollator,
+    MatryoshkaTrainDataset,
+    check_training_file,
+    training_files,
+)
+from flagembedding_matryoshka.tokenization import PROMPT
+
+ROW = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1.0], "neg_scores": [0.0, 0.5]}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def dataset(path, tokenizer, **options):
+    args = MatryoshkaDataArguments(train_data=[str(path)], cache_path=str(path.parent / "cache"), **options)
+    return MatryoshkaTrainDataset(args, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("{", "not JSON"),
+        ("[1]", r"a row is an object with query, pos and neg, got \[1\]"),
+        ({**ROW, "query": 3}, "query must be a string, got 3"),
+        ({"query": "q", "neg": ["n"]}, "pos must be a list of at least one string, got None"),
+        ({**ROW, "pos": []}, r"pos must be a list of at least one string, got \[\]"),
+        ({**ROW, "neg": []}, r"neg must be a list of at least one string, got \[\]"),
+        ({**ROW, "neg": ["n", None]}, "neg must be a list of at least one string"),
+        ({**ROW, "neg_scores": [1.0]}, r"neg_scores must be a list of 2 numbers, one for each of neg, got \[1.0\]"),
+        ({**ROW, "pos_scores": ["x"]}, r"pos_scores must be numbers, got \['x'\]"),
+        ({**ROW, "pos_scores": [float("nan")]}, r"pos_scores must be numbers, got \[nan\]"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, row, fault):
+    path = write(tmp_path / "bad.jsonl", ROW, "", row)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: {fault}"):
+        check_training_file(str(path), needs_scores=False)
+
+
+def test_scores_may_be_missing_only_where_no_method_reads_them(tmp_path):
+    path = write(tmp_path / "plain.jsonl", {"query": "q", "pos": ["p"], "neg": ["n"]})
+    assert check_training_file(str(path), needs_scores=False) == 1
+    with pytest.raises(ValueError, match=r"line 1: pos_scores is missing\. Methods that need no .*: normal"):
+        check_training_file(str(path), needs_scores=True)
+
+
+def test_files_and_directories(tmp_path):
+    for name in ("b.jsonl", "a.json", "readme.txt"):
+        write(tmp_path / name, ROW)
+    assert training_files([str(tmp_path)]) == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
+    with pytest.raises(FileNotFoundError, match=r"no training data at .*missing"):
+        training_files([str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match=r"readme\.txt is not called \.json or \.jsonl"):
+        training_files([str(tmp_path / "readme.txt")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no"):
+        training_files([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="train_data is empty"):
+        MatryoshkaDataArguments(train_data=[])
+
+
+def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny_tokenizer):
+    rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=3, knowledge_distillation=True)
+    sequences, scores = rows[0]
+    texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+    assert f"A: q\nB: p\n{PROMPT}" in texts[0]
+    assert scores[0] == 1.0
+    assert {text[text.index("B: ") + 3]: score for text, score in zip(texts, scores, strict=True)} == {
+        "p": 1.0,
+        "n": 0.0,
+        "m": 0.5,
+    }
+
+
+def test_fewer_negatives_than_wanted_are_drawn_again(tmp_path, tiny_tokenizer):
+    rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=8)
+    sequences, scores = rows[0]
+    assert len(sequences) == 8 and scores is None
+
+
+def test_lengths_are_cut_as_the_reference_cuts_them(tmp_path, tiny_tokenizer):
+    long = {"query": "wing " * 100, "pos": ["air " * 300], "neg": ["a"]}
+    path = write(tmp_path / "a.jsonl", long)
+    rows = dataset(path, tiny_tokenizer, train_group_size=2, query_max_len=16, passage_max_len=96)
+    first, short = rows[0][0]
+    prompt = len(tiny_tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
+    assert first["query_length"] == 1 + 16 + 1
+    assert first["prompt_length"] == prompt + 1
+    # bos, query, separator and passage hold query_max_len + passage_max_len - prompt - separator tokens
+    assert len(first["input_ids"]) - first["prompt_length"] == 16 + 96 - prompt - 1
+    assert len(short["input_ids"]) < len(first["input_ids"])
+
+
+def test_a_row_brings_its_own_prompt(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.jsonl", {**ROW, "prompt": "Yes?"}, {**ROW, "prompt": None})
+    rows = dataset(path, tiny_tokenizer, train_group_size=2)
+    assert tiny_tokenizer.decode(rows[0][0][0]["input_ids"]).endswith("\nYes?")
+    assert tiny_tokenizer.decode(rows[1][0][0]["input_ids"]).endswith(PROMPT)
+
+
+def test_a_batch_keeps_part_lengths(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.jsonl", ROW, {**ROW, "query": "how does a wing lift"})
+    rows = dataset(path, tiny_tokenizer, train_group_size=2, knowledge_distillation=True)
+    batch = MatryoshkaCollator(tokenizer=tiny_tokenizer)([rows[0], rows[1]])
+    sequences = [sequence for item in (0, 1) for sequence in rows[item][0]]
+    pair = batch["pair"]
+    assert pair["input_ids"].shape[0] == 4 and len(batch["teacher_scores"]) == 4
+    assert pair["query_lengths"].tolist() == [sequence["query_length"] for sequence in sequences]
+    assert pair["prompt_lengths"].tolist() == [sequence["prompt_length"] for sequence in sequences]
+    assert (pair["attention_mask"].sum(1) > pair["query_lengths"] + pair["prompt_lengths"]).all()

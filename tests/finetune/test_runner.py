@@ -1,0 +1,226 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.finetune import (
+    MatryoshkaDataArguments,
+    MatryoshkaModelArguments,
+    MatryoshkaRunner,
+    MatryoshkaTrainingArguments,
+)
+from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+
+PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]
+WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}]
+
+
+def runner(model, data, output_dir, model_args=(), **training):
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "train_method": "normal"}
+    return MatryoshkaRunner(
+        model_args=MatryoshkaModelArguments(
+            model_name_or_path=str(model), **({"lora_rank": 4, "lora_dropout": 0.0} | dict(model_args))
+        ),
+        data_args=MatryoshkaDataArguments(
+            train_data=[str(data)],
+            train_group_size=4,
+            query_max_len=64,
+            passage_max_len=192,
+            cache_path=str(Path(output_dir).parent / "cache"),
+        ),
+        training_args=MatryoshkaTrainingArguments(
+            output_dir=str(output_dir),
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            **(options | training),
+        ),
+    )
+
+
+def scores_of(reranker, **width):
+    return torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=reranker.config.exit_layers, **width))
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start", ["raw", "layer-wise", "merged adapters", "fine-tuned", "all weights"])
+def test_what_is_written_scores_as_what_was_trained(
+    start, tiny_raw_model_path, tiny_layerwise_path, training_file, tmp_path
+):
+    model, model_args = tiny_raw_model_path, {"start_layer": 2}
+    if start == "layer-wise":
+        model, model_args = tiny_layerwise_path, {}
+    elif start == "all weights":
+        model_args["use_lora"] = False
+    elif start in ("merged adapters", "fine-tuned"):
+        runner(model, training_file, tmp_path / "stage1", model_args).run()
+        if start == "fine-tuned":
+            model, model_args = tmp_path / "stage1", {}
+        else:
+            model_args["raw_peft"] = [str(tmp_path / "stage1")]
+    run = runner(model, training_file, tmp_path / "out", model_args, seed=7)
+    in_memory = run.model.model
+    before = {name: value.clone() for name, value in in_memory.state_dict().items()}
+    run.run()
+    changed = [name for name, value in in_memory.state_dict().items() if not torch.equal(value, before[name])]
+    assert any("linear_head" in name for name in changed)
+
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert loaded.config.exit_layers == [2, 3, 4, 5, 6]
+    written = [scores_of(loaded, **width) for width in WIDTHS]
+    loaded._replicas = {"cpu": in_memory.eval()}
+    for width, scores in zip(WIDTHS, written, strict=True):
+        close(scores, scores_of(loaded, **width))
+
+
+def test_the_merged_model_is_a_checkpoint_of_its_own(tiny_raw_model_path, training_file, tmp_path):
+    model_args = {"start_layer": 2, "save_merged_lora_model": True}
+    runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args).run()
+    adapters = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    merged = MatryoshkaReranker(str(tmp_path / "out" / "merged_model"), dtype="float32", from_raw=False, devices="cpu")
+    close(scores_of(merged), scores_of(adapters))
+
+
+@pytest.mark.parametrize("method", ["normal", "distill_fix_layer_teacher"])
+def test_the_loss_goes_down_at_every_width(method, tiny_raw_model_path, training_file, tmp_path):
+    run = runner(
+        tiny_raw_model_path,
+        training_file,
+        tmp_path / "out",
+        {"start_layer": 2},
+        train_method=method,
+        max_steps=40,
+        learning_rate=5e-3,
+        compress_layers=[2, 4],
+        compress_ratios=[1, 2, 4],
+        logging_steps=1,
+    )
+    run.run()
+    losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_file, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        run = runner(
+            tiny_raw_model_path,
+            training_file,
+            tmp_path / str(checkpointing),
+            {"start_layer": 2},
+            gradient_checkpointing=checkpointing,
+            train_method="distill_fix_layer_teacher",
+            compress_layers=[2],
+            compress_ratios=[2],
+            logging_steps=1,
+            max_steps=3,
+        )
+        run.run()
+        losses.append([entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
+    steps = []
+    from flagembedding_matryoshka.finetune import trainer
+
+    def recorded(config, layers, ratios, seed, step, rank):
+        steps.append(step)
+        return sample_sub_network(config, layers, ratios, seed, step, rank)
+
+    monkeypatch.setattr(trainer, "sample_sub_network", recorded)
+    runner(
+        tiny_raw_model_path,
+        training_file,
+        tmp_path / "out",
+        {"start_layer": 2},
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        max_steps=3,
+    ).run()
+    assert steps == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_method": "distil"}, "train_method is 'distil', but must be one of"),
+        ({"compress_ratios": [3]}, r"compress_ratios \[3\] must be drawn from"),
+        ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
+        ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
+    ],
+)
+def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path, training_file, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_flash_attn": True}, "use_flash_attn=True"),
+        ({"layer_wise": False}, "layer_wise=False"),
+        ({"config_name": "x"}, "config_name='x'"),
+        ({"model_type": "encoder"}, "model_type is 'encoder'"),
+        ({"use_lora": False, "from_peft": "x"}, "use_lora=False contradicts"),
+    ],
+)
+def test_arguments_without_use_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MatryoshkaModelArguments(model_name_or_path="x", **options)
+
+
+def test_insisting_on_a_kind_of_checkpoint(tiny_raw_model_path, training_file, tmp_path):
+    with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw Mistral"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", {"model_type": "from_finetuned_model"})
+
+
+def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_model_path, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}))
+    with pytest.raises(ValueError, match=r"plain\.jsonl, line 1: pos_scores is missing.*: normal"):
+        runner(tiny_raw_model_path, path, tmp_path / "out", train_method="distill_fix_layer_teacher")
+    with pytest.raises(FileNotFoundError, match="no training data at"):
+        runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
+
+
+def command_line(model, data, output_dir, processes):
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"),
+        *("-m", "flagembedding_matryoshka.finetune", "--model_name_or_path", str(model), "--train_data", str(data)),
+        *("--output_dir", str(output_dir), "--cache_path", str(output_dir.parent / "cache"), "--start_layer", "2"),
+        *("--layer_sep", "1", "--layer_wise", "True", "--train_method", "distill_fix_layer_teacher"),
+        *("--knowledge_distillation", "True", "--compress_layers", "2", "4", "--compress_ratios", "1", "2", "4"),
+        *("--use_lora", "True", "--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"),
+        *("--target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj"),
+        *("linear_head", "--loss_type", "only logits", "--use_flash_attn", "False", "--padding_side", "right"),
+        *("--train_group_size", "4", "--query_max_len", "64", "--passage_max_len", "192", "--learning_rate", "5e-3"),
+        *("--max_steps", "12", "--per_device_train_batch_size", "4", "--dataloader_drop_last", "True"),
+        *("--warmup_ratio", "0.1", "--gradient_checkpointing", "--ddp_find_unused_parameters", "False"),
+        *("--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "True"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_line_of_the_reference(processes, tiny_raw_model_path, training_file, tmp_path):
+    command = command_line(tiny_raw_model_path, training_file, tmp_path / "out", processes)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", result.stdout)]
+    assert len(losses) == 12
+    assert sum(losses[-4:]) < sum(losses[:4])
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert scores_of(loaded).isfinite().all()
