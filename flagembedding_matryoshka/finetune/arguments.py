@@ -118,8 +118,16 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
     compress_ratios: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Ratios to draw from, one each step; 1 is off."}
     )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps in which the learning rate rises; or give warmup_steps."}
+    )
 
     def __post_init__(self) -> None:
+        if self.warmup_ratio is not None:
+            if self.warmup_steps or not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1), and without warmup_steps.")
+            # transformers 5 reads a fraction as the ratio that had an argument of its own before
+            self.warmup_steps: float = self.warmup_ratio
         super().__post_init__()
         if self.train_method not in TRAIN_METHODS:
             raise ValueError(f"train_method is {self.train_method!r}, but must be one of {list(TRAIN_METHODS)}.")

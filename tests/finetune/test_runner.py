@@ -196,7 +196,7 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
 
 def command_line(model, data, output_dir, processes):
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"),
         *("-m", "flagembedding_matryoshka.finetune", "--model_name_or_path", str(model), "--train_data", str(data)),
         *("--output_dir", str(output_dir), "--cache_path", str(output_dir.parent / "cache"), "--start_layer", "2"),
         *("--layer_sep", "1", "--layer_wise", "True", "--train_method", "distill_fix_layer_teacher"),
