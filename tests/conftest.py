@@ -36,6 +36,15 @@ def shared_data() -> Path:
     return _shared("data")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: a second thread gains nothing, and waiting for it on a busy machine takes most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

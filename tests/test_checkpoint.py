@@ -8,6 +8,7 @@ from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReran
 from flagembedding_matryoshka.checkpoint import inspect_checkpoint
 from flagembedding_matryoshka.tokenization import find_head_token_id
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("Yes", "no")]
 
 

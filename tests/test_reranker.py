@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.reranker import _as_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [
     ("how does a wing lift", "air flows faster over the upper side of a wing."),
     ("how does a wing lift", ""),

@@ -17,6 +17,7 @@ from flagembedding_matryoshka.finetune import (
 )
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]
 WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}]
 

@@ -1,0 +1,107 @@
+"""Batches of random tokens for the tiny models, and a slow and obvious model to hold their scores against."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import MistralForCausalLM
+
+VOCABULARY = 300
+EXITS = (2, 3, 4, 5, 6)
+WIDTHS = [
+    {},
+    {"compress_layers": 2, "compress_ratio": 2},
+    {"compress_layers": [1, 3, 5], "compress_ratio": 4},
+    {"compress_layers": [2, 4], "compress_ratio": 8},
+]
+# (query, passage, prompt): a short last group, no passage, a single passage token, a passage alone, a single token
+LENGTHS = [(5, 17, 4), (3, 0, 4), (2, 1, 4), (0, 30, 0), (4, 9, 3), (1, 0, 0)]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    ids: list[int]
+    query_length: int
+    prompt_length: int
+
+
+def random_sequences(lengths, seed=0) -> list[TokenSequence]:
+    """One sequence per (query, passage, prompt) length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        TokenSequence(torch.randint(VOCABULARY, (sum(parts),), generator=generator).tolist(), parts[0], parts[2])
+        for parts in lengths
+    ]
+
+
+def collate(sequences, side="right", extra=0) -> dict:
+    """Keyword arguments of a model; padding holds ordinary tokens, so that whoever reads it is found out."""
+    length = max(len(sequence.ids) for sequence in sequences) + extra
+    input_ids = torch.full((len(sequences), length), 7)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        tokens = slice(len(sequence.ids)) if side == "right" else slice(length - len(sequence.ids), None)
+        input_ids[row, tokens] = torch.tensor(sequence.ids)
+        attention_mask[row, tokens] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "query_lengths": [sequence.query_length for sequence in sequences],
+        "prompt_lengths": [sequence.prompt_length for sequence in sequences],
+    }
+
+
+def scores(model, sequences, side="right", extra=0, cutoff_layers=EXITS, **width) -> Tensor:
+    """(exits, batch)"""
+    return torch.stack(model(**collate(sequences, side, extra), cutoff_layers=cutoff_layers, **width).logits)
+
+
+def slow_scores(
+    plain: MistralForCausalLM, heads, sequence: TokenSequence, cutoff_layers=EXITS, compress_layers=(), compress_ratio=1
+) -> Tensor:
+    """(exits,) scores of one sequence: transformers' eager Mistral, layer by layer, each group of tokens in a loop.
+
+    Args:
+        heads: of the exits `EXITS`.
+    """
+    compress_layers = [compress_layers] if isinstance(compress_layers, int) else compress_layers
+    hidden = plain.model.embed_tokens(torch.tensor([sequence.ids]))
+    result = {}
+    for depth, layer in enumerate(plain.model.layers[: max(cutoff_layers)], start=1):
+        hidden, attention = _eager_layer(plain, layer, hidden)
+        if depth in cutoff_layers:
+            result[depth] = heads[EXITS.index(depth)](plain.model.norm(hidden[:, -1]))
+        if compress_ratio > 1 and depth in compress_layers:
+            row = attention[0, :, -1].sum(0)
+            passage_end = hidden.shape[1] - sequence.prompt_length
+            merged = slow_compress(hidden[0], row, sequence.query_length, passage_end, compress_ratio)
+            hidden = torch.stack(merged)[None]
+    return torch.cat([result[depth] for depth in cutoff_layers])
+
+
+def _eager_layer(plain, layer, hidden):
+    """The layer's output and its attention map (1, heads, length, length)."""
+    length = hidden.shape[1]
+    maps = []
+    hook = layer.self_attn.register_forward_hook(lambda _module, _args, output: maps.append(output[1]))
+    output = layer(
+        hidden,
+        attention_mask=torch.full((1, 1, length, length), -torch.inf).triu(1),
+        position_embeddings=plain.model.rotary_emb(hidden, torch.arange(length)[None]),
+    )
+    hook.remove()
+    return output, maps[0]
+
+
+def slow_compress(tokens, row, passage_start, passage_end, ratio) -> list[Tensor]:
+    """Tokens of one sequence, its passage's groups of `ratio` neighbours each replaced by their weighted mean."""
+    merged = list(tokens[:passage_start])
+    for start in range(passage_start, passage_end, ratio):
+        group = slice(start, min(start + ratio, passage_end))
+        weights = row[group] / row[group].sum() if row[group].any() else torch.ones_like(row[group]) / len(row[group])
+        merged.append(weights @ tokens[group])
+    return merged + list(tokens[passage_end:])
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from flagembedding_matryoshka.attention import last_token_row, packed_attention
+from flagembedding_matryoshka.packing import PackedBatch
+from tests.batches import close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LENGTHS = torch.tensor([5, 1, 9, 2])
+SCALING = 0.3
+HEADS = pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all_heads", "grouped", "one_key"])
+
+
+def packed_batch():
+    return PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"))
+
+
+def states(heads, scale=1.0):
+    """Query, key and value, (1, heads, total_tokens, head_dim)."""
+    generator = torch.Generator().manual_seed(0)
+    query_heads, kv_heads = heads
+    shapes = [(1, count, int(LENGTHS.sum()), 8) for count in (query_heads, kv_heads, kv_heads)]
+    return [(scale * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
+
+
+def attention_map(query, key):
+    """(heads, total_tokens, total_tokens): softmax over the earlier tokens of the same sequence."""
+    sequence = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
+    token = torch.arange(len(sequence))
+    visible = (sequence[:, None] == sequence) & (token[:, None] >= token)
+    repeated = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
+    logits = SCALING * query[0] @ repeated.transpose(1, 2)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def last_rows_of_map(query, key):
+    """(total_tokens,)"""
+    rows = attention_map(query, key)[:, LENGTHS.cumsum(0) - 1]
+    return rows.sum((0, 1))
+
+
+def gradients(output, inputs):
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@HEADS
+def test_equals_the_plain_softmax_inside_each_sequence(heads):
+    query, key, value = states(heads)
+    output, no_map = packed_attention(None, query, key, value, None, SCALING, packed_batch())
+    repeated = value[0].repeat_interleave(heads[0] // heads[1], 0)
+    expected = (attention_map(query, key) @ repeated).transpose(0, 1)[None]
+    assert no_map is None
+    close(output, expected, 1e-6)
+    for actual, wanted in zip(*(gradients(each, (query, key, value)) for each in (output, expected)), strict=True):
+        close(actual, wanted)
+
+
+@HEADS
+def test_the_last_row_is_that_of_the_map(heads):
+    query, key, _ = states(heads)
+    row, expected = last_token_row(query[0], key[0], packed_batch(), SCALING), last_rows_of_map(query, key)
+    close(row, expected, 1e-6)
+    for actual, wanted in zip(*(gradients(each, (query, key)) for each in (row, expected)), strict=True):
+        close(actual, wanted)
+
+
+def test_attention_hands_out_the_last_row():
+    query, key, value = states((4, 2))
+    rows = []
+    packed_attention(None, query, key, value, None, SCALING, packed_batch(), last_rows=rows)
+    (row,) = rows
+    torch.testing.assert_close(row, last_token_row(query[0], key[0], packed_batch(), SCALING), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_sequence_shares_out_one_per_head_however_large_the_logits(scale):
+    query, key, _ = states((4, 2), scale)
+    row = last_token_row(query[0], key[0], packed_batch(), SCALING)
+    close(torch.stack([part.sum() for part in row.split(LENGTHS.tolist())]), torch.full((len(LENGTHS),), 4.0))
+    assert all(gradient.isfinite().all() for gradient in gradients(row, (query, key)))
+
+
+def test_the_row_of_half_precision_states_is_float32():
+    query, key, _ = states((4, 2))
+    row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), SCALING)
+    assert row.dtype == torch.float32
+    close(row, last_rows_of_map(query, key), 0.05)

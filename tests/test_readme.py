@@ -1,0 +1,31 @@
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_blocks_to_run():
+    assert PYTHON_BLOCKS
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_block_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_command_lines_name_arguments_that_exist(capsys):
+    from flagembedding_matryoshka.finetune.__main__ import build_parser
+
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    (command,) = re.findall(r"torchrun.*?```", README, re.DOTALL)
+    named = set(re.findall(r"--\w+", command)) - {"--nproc_per_node"}
+    assert named <= known
+    assert len(named) > 15
+
+
+def test_links_and_figures_are_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (Path(__file__).parents[1] / target).exists(), target
