@@ -101,11 +101,11 @@ def test_golden_losses_and_gradients(shared_parity, case):
     teacher = torch.tensor(golden["teacher_scores"]).view_as(student[0])
     loss = layer_wise_loss(TRAIN_METHODS[expected["train_method"]], student, group_scores().detach(), teacher)
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
-    if expected["compress_layers"] == [2, 4, 6]:
-        # Rows differ in length after the first compression. The reference then reads the attention of a pad token, a
-        # fault that scores of single pairs do not show; its gradient norms differ from ours by up to 2e-3.
-        return
+    # Rows differ in length after the first compression. The reference then reads the attention of a pad token, a fault
+    # that scores of single pairs do not show. With that fault put into a padded model, its gradient norms come out to
+    # 1e-6; ours differ from them by up to 2e-3.
+    tolerance = 2.5e-3 if expected["compress_layers"] == [2, 4, 6] else 1e-4
     loss.backward()
     parameters = dict(model.named_parameters())
     for name, norm in expected["grad_norms"].items():
-        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-4), name
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=tolerance), name

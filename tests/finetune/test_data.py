@@ -35,6 +35,7 @@ def dataset(path, tokenizer, **options):
         ({**ROW, "neg": []}, r"neg must be a list of at least one string, got \[\]"),
         ({**ROW, "neg": ["n", None]}, "neg must be a list of at least one string"),
         ({**ROW, "neg_scores": [1.0]}, r"neg_scores must be a list of 2 numbers, one for each of neg, got \[1.0\]"),
+        ({**ROW, "prompt": 5}, "prompt must be a string where it is given, got 5"),
         ({**ROW, "pos_scores": ["x"]}, r"pos_scores must be numbers, got \['x'\]"),
         ({**ROW, "pos_scores": [float("nan")]}, r"pos_scores must be numbers, got \[nan\]"),
     ],
@@ -50,6 +51,13 @@ def test_scores_may_be_missing_only_where_no_method_reads_them(tmp_path):
     assert check_training_file(str(path), needs_scores=False) == 1
     with pytest.raises(ValueError, match=r"line 1: pos_scores is missing\. Methods that need no .*: normal"):
         check_training_file(str(path), needs_scores=True)
+
+
+def test_files_with_other_columns_and_number_types_are_joined(tmp_path, tiny_tokenizer):
+    write(tmp_path / "a.jsonl", {**ROW, "id": 1, "pos_scores": [1], "neg_scores": [0, 2]})
+    write(tmp_path / "b.jsonl", {**ROW, "id": "x", "prompt": "Yes?"})
+    rows = dataset(tmp_path, tiny_tokenizer, train_group_size=2, knowledge_distillation=True)
+    assert [rows[item][1][0] for item in (0, 1)] == [1.0, 1.0]
 
 
 def test_files_and_directories(tmp_path):

@@ -131,6 +131,27 @@ def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_fi
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(use_lora, tiny_raw_model_path, training_file, tmp_path):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "compress_layers": [2, 4],
+        "compress_ratios": [1, 2, 4],
+    }
+    histories = []
+    for resume_from in (None, str(tmp_path / "out" / "checkpoint-2")):
+        model_args = {"start_layer": 2, "use_lora": use_lora}
+        arguments = (tiny_raw_model_path, training_file, tmp_path / "out", model_args)
+        run = runner(*arguments, resume_from_checkpoint=resume_from, **options)
+        run.run()
+        histories.append([entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
+
+
 def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
     steps = []
     from flagembedding_matryoshka.finetune import trainer
@@ -157,6 +178,14 @@ def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, trainin
     [
         ({"train_method": "distil"}, "train_method is 'distil', but must be one of"),
         ({"compress_ratios": [3]}, r"compress_ratios \[3\] must be drawn from"),
+        ({"compress_ratios": [2, 4]}, r"compress_ratios \[2, 4\] need compress_layers"),
+        (
+            {"finetune_type": "layer", "compress_layers": [2], "compress_ratios": [1, 2]},
+            r"without compression, got \[1, 2",
+        ),
+        ({"finetune_type": "token", "compress_layers": [2], "compress_ratios": [1]}, "finetune_type=token trains with"),
+        ({"finetune_type": "width"}, "finetune_type is 'width'"),
+        ({"sub_batch_size": 2}, "sub_batch_size=2"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
         ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
     ],
@@ -169,6 +198,8 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"padding_side": "left"}, "padding_side is 'left'"),
+        ({"loss_type": "hidden"}, "loss_type is 'hidden'"),
         ({"use_flash_attn": True}, "use_flash_attn=True"),
         ({"layer_wise": False}, "layer_wise=False"),
         ({"config_name": "x"}, "config_name='x'"),
@@ -191,6 +222,12 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
     path.write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}))
     with pytest.raises(ValueError, match=r"plain\.jsonl, line 1: pos_scores is missing.*: normal"):
         runner(tiny_raw_model_path, path, tmp_path / "out", train_method="distill_fix_layer_teacher")
+    with pytest.raises(ValueError, match=r"knowledge_distillation=True, but train_method normal reads no"):
+        MatryoshkaRunner(
+            MatryoshkaModelArguments(model_name_or_path=str(tiny_raw_model_path)),
+            MatryoshkaDataArguments(train_data=[str(path)], knowledge_distillation=True),
+            MatryoshkaTrainingArguments(output_dir=str(tmp_path / "out"), train_method="normal", use_cpu=True),
+        )
     with pytest.raises(FileNotFoundError, match="no training data at"):
         runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
 

@@ -1,0 +1,89 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from docstrings import (
+    Bm25,
+    Pair,
+    candidates,
+    collect_pairs,
+    parse_pair,
+    split,
+    training_rows,
+    write_jsonl,
+)
+
+BODY = "The words of this body are many enough to make a passage of a docstring that a summary line can look for."
+
+
+def pairs(count):
+    return [Pair(f"Return the number called item{i}.", f"{BODY} It is about item{i} alone.") for i in range(count)]
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "package"
+    (folder / "tests").mkdir(parents=True)
+    source = f'def one():\n    """Return the first number there is.\n\n    {BODY}\n    """\n'
+    (folder / "a.py").write_text(source)
+    (folder / "b.py").write_text(source)
+    (folder / "c.py").write_text("def broken(:\n")
+    (folder / "d.py").write_text('raise RuntimeError("a module was imported")\n')
+    (folder / "tests" / "e.py").write_text(source.replace("first", "last"))
+    return folder
+
+
+def test_files_are_read_not_imported_and_each_text_is_kept_once(package):
+    assert collect_pairs([package]) == [Pair("Return the first number there is.", BODY)]
+
+
+@pytest.mark.parametrize(
+    "docstring", ["Too short.\n\n" + BODY, "Return the first number there is.\n\nShort.", "No body"]
+)
+def test_halves_that_are_too_short_make_no_pair(docstring):
+    assert parse_pair(docstring) is None
+
+
+def test_doctest_lines_and_markup_are_left_out():
+    pair = parse_pair(f"Return the first ``number`` there is.\n\n>>> one()\n\n{BODY}\n-----\n")
+    assert pair == Pair("Return the first number there is.", BODY)
+
+
+def test_the_split_is_disjoint_and_does_not_depend_on_the_rest():
+    many = pairs(1000)
+    parts = split(many)
+    assert sorted(map(repr, parts.train + parts.dev + parts.held_out)) == sorted(map(repr, many))
+    assert 30 < len(parts.held_out) < 90 and 20 < len(parts.dev) < 60
+    few = split(many[::7])
+    assert set(few.held_out) <= set(parts.held_out) and set(few.train) <= set(parts.train)
+
+
+def test_bm25_lists_distinct_passages_best_first():
+    texts = [pair.passage for pair in pairs(50)]
+    found, scores = Bm25(texts).top(["item7", "item31"], 20)
+    assert [row[0] for row in found.tolist()] == [7, 31]
+    assert all(len(set(row)) == 20 for row in found.tolist())
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_candidates_hold_the_relevant_passage():
+    queries = pairs(50)
+    for item in candidates(queries, [pair.passage for pair in queries], 5):
+        assert len(item.passages) == 5
+        assert item.passages[item.positive] in {pair.passage for pair in queries if pair.query == item.query}
+
+
+def test_training_rows_are_flagembedding_rows(tmp_path):
+    everything = pairs(40)
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, training_rows(everything[:9], everything, negatives=7))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["query"] for row in rows] == [pair.query for pair in everything[:9]]
+    for row, pair in zip(rows, everything, strict=False):
+        assert row["pos"] == [pair.passage] and pair.passage not in row["neg"]
+        assert len(row["neg"]) == len(row["neg_scores"]) == 7
+        assert row["pos_scores"][0] >= max(row["neg_scores"]) + 2
