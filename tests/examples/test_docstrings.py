@@ -1,11 +1,6 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 from docstrings import (
     Bm25,
     Pair,

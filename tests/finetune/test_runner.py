@@ -23,7 +23,13 @@ WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}]
 
 
 def runner(model, data, output_dir, model_args=(), **training):
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "train_method": "normal"}
+    options = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "train_method": "normal",
+        "save_strategy": "no",
+    }
     return MatryoshkaRunner(
         model_args=MatryoshkaModelArguments(
             model_name_or_path=str(model), **({"lora_rank": 4, "lora_dropout": 0.0} | dict(model_args))
@@ -39,7 +45,6 @@ def runner(model, data, output_dir, model_args=(), **training):
             output_dir=str(output_dir),
             report_to="none",
             use_cpu=True,
-            save_strategy="no",
             disable_tqdm=True,
             **(options | training),
         ),

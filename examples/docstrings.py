@@ -1,0 +1,194 @@
+"""A small ranking task from text that lies on every machine: find the docstring body of a summary line.
+
+The docstrings of Python's standard library and of the installed packages are read with ``ast``; nothing is imported.
+The summary is the query, the rest of the docstring its one relevant passage. BM25 finds the candidates to re-rank.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from inspect import cleandoc
+from itertools import chain
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+
+MIN_QUERY_WORDS, MAX_QUERY_WORDS = 3, 25
+MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 15, 120
+SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BM25_WEIGHT = 0.25
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A summary line and the passage that follows it."""
+
+    query: str
+    passage: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs to train on, to tune on and to report on; no query and no passage is in two of them."""
+
+    train: list[Pair]
+    dev: list[Pair]
+    held_out: list[Pair]
+
+
+def environment_roots() -> list[Path]:
+    """The standard library's folder and the folder of the installed packages."""
+    return [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """Python files under a root in a fixed order, without test suites and nested package folders."""
+    for path in sorted(root.rglob("*.py")):
+        if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def docstrings(path: Path) -> list[str]:
+    """The docstrings of a source file, in the order of the syntax tree; none from a file that is not valid Python 3."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    return [text for node in documented(tree) if (text := ast.get_docstring(node))]
+
+
+def documented(node: ast.AST) -> Iterator[ast.AST]:
+    """A module, its classes and functions, and what is defined inside them; expressions are not walked."""
+    if isinstance(node, DOCUMENTED):
+        yield node
+    for child in getattr(node, "body", ()):
+        if isinstance(child, DOCUMENTED):
+            yield from documented(child)
+
+
+def prose(text: str) -> str:
+    """One line of text without doctest input, reStructuredText markup and rulers."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith((">>>", "... ", ".. "))]
+    joined = re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(lines))
+    return " ".join(re.sub(r"[`*]+|([-=~^#])\1{2,}", " ", joined).split())
+
+
+def parse_pair(docstring: str) -> Pair | None:
+    """Split a docstring after its first paragraph, or None where either half is too short, too long or not English."""
+    head, _, body = cleandoc(docstring).partition("\n\n")
+    query, words = prose(head), prose(body).split()
+    if not MIN_QUERY_WORDS <= len(query.split()) <= MAX_QUERY_WORDS or len(words) < MIN_PASSAGE_WORDS:
+        return None
+    pair = Pair(query, " ".join(words[:MAX_PASSAGE_WORDS]))
+    letters = sum(character.isascii() and character.isalpha() for character in pair.passage)
+    return pair if pair.query.isascii() and letters > 0.6 * len(pair.passage) else None
+
+
+def normalise(text: str) -> str:
+    """The words of a text in lower case: what decides whether two texts are the same."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def pairs_of_file(path: Path) -> list[Pair]:
+    """The pairs of one source file."""
+    return [pair for docstring in docstrings(path) if (pair := parse_pair(docstring))]
+
+
+def collect_pairs(roots: Sequence[Path] | None = None) -> list[Pair]:
+    """All pairs below the roots (the running environment's when None), each query and each passage once."""
+    files = [path for root in (environment_roots() if roots is None else roots) for path in source_files(root)]
+    pairs, seen = [], set()
+    with ProcessPoolExecutor() as pool:
+        for pair in chain.from_iterable(pool.map(pairs_of_file, files, chunksize=64)):
+            keys = {("query", normalise(pair.query)), ("passage", normalise(pair.passage)[:200])}
+            if not keys & seen:
+                seen |= keys
+                pairs.append(pair)
+    return pairs
+
+
+def split(pairs: Iterable[Pair]) -> Split:
+    """Send 6 % of the pairs to held_out and 4 % to dev by a hash of the query: stable whatever else is installed."""
+    parts = Split([], [], [])
+    for pair in pairs:
+        bucket = int(hashlib.sha256(normalise(pair.query).encode()).hexdigest(), 16) % 100
+        (parts.held_out if bucket < 6 else parts.dev if bucket < 10 else parts.train).append(pair)
+    return parts
+
+
+class Bm25:
+    """BM25 over a list of passages, English stop words removed and words stemmed."""
+
+    def __init__(self, passages: Sequence[str]) -> None:
+        self.stemmer = Stemmer.Stemmer("english")
+        self.index = bm25s.BM25()
+        self.index.index(self.tokenize(passages), show_progress=False)
+
+    def tokenize(self, texts: Sequence[str]) -> bm25s.tokenization.Tokenized:
+        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
+
+    def top(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The passages' numbers and their scores, best first; both (queries, k)."""
+        return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A query, its BM25 list (best first) and the place of the relevant passage in it."""
+
+    query: str
+    passages: list[str]
+    positive: int
+
+
+def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) -> list[Candidates]:
+    """The BM25 top k of each query whose relevant passage is among them; the other queries are left out.
+
+    No order of the list could help those, so metrics are over the queries that remain: compare the lengths and say so.
+    """
+    found, _ = Bm25(passages).top([pair.query for pair in queries], k)
+    lists = [(pair, [passages[i] for i in row]) for pair, row in zip(queries, found, strict=True)]
+    return [Candidates(pair.query, row, row.index(pair.passage)) for pair, row in lists if pair.passage in row]
+
+
+def training_rows(queries: Sequence[Pair], pairs: Sequence[Pair], negatives: int = 15) -> Iterator[dict]:
+    """FlagEmbedding's training rows: BM25's best passages of other training pairs as negatives, with teacher scores.
+
+    A teacher score is ``BM25_WEIGHT * BM25 score``, the positive's raised to at least the best negative's plus 2: the
+    softmax over a group then says the label first and, among the negatives, what the lexical match says.
+
+    Args:
+        queries: the pairs to make rows of.
+        pairs: all training pairs; negatives are passages of these.
+    """
+    passages = [pair.passage for pair in pairs]
+    found, scores = Bm25(passages).top([pair.query for pair in queries], negatives + 1)
+    for pair, numbers, values in zip(queries, found, scores, strict=True):
+        teacher = {passages[i]: BM25_WEIGHT * float(value) for i, value in zip(numbers, values, strict=True)}
+        own = teacher.pop(pair.passage, 0.0)
+        hard = list(teacher)[:negatives]
+        neg_scores = [teacher[passage] for passage in hard]
+        yield {
+            "query": pair.query,
+            "pos": [pair.passage],
+            "neg": hard,
+            "pos_scores": [max(own, max(neg_scores) + 2.0)],
+            "neg_scores": neg_scores,
+        }
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
