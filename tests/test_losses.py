@@ -102,7 +102,7 @@ def test_golden_losses_and_gradients(shared_parity, case):
     loss = layer_wise_loss(TRAIN_METHODS[expected["train_method"]], student, group_scores().detach(), teacher)
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
     # Rows differ in length after the first compression. The reference then reads the attention of a pad token, a fault
-    # that scores of single pairs do not show. With that fault put into a padded model, its gradient norms come out to
+    # that scores of single pairs do not show. With that fault put into a padded model, its gradient norms are met to
     # 1e-6; ours differ from them by up to 2e-3.
     tolerance = 2.5e-3 if expected["compress_layers"] == [2, 4, 6] else 1e-4
     loss.backward()

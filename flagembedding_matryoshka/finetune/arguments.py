@@ -66,6 +66,10 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             raise ValueError(f"model_type is {self.model_type!r}: use decoder, from_raw_model or from_finetuned_model.")
         if not self.layer_wise:
             raise ValueError("layer_wise=False: FlagEmbedding's own decoder-only fine-tuning trains a single head.")
+        if self.padding_side != "right":
+            raise ValueError(f"padding_side is {self.padding_side!r}: batches are padded on the right.")
+        if self.loss_type != "only logits":
+            raise ValueError(f"loss_type is {self.loss_type!r}: 'only logits' is the only one.")
         if self.use_flash_attn:
             raise ValueError("use_flash_attn=True: a packed batch brings its own attention. Leave the argument out.")
         if self.config_name is not None:
@@ -95,6 +99,8 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         paths: str | list[str] = self.train_data
         self.train_data: list[str] = training_files([paths] if isinstance(paths, str) else paths)
         super().__post_init__()
+        if self.max_len != AbsRerankerDataArguments.max_len:
+            raise ValueError(f"max_len={self.max_len} cuts nothing: use query_max_len and passage_max_len.")
         if self.train_group_size < 2:
             raise ValueError(f"train_group_size is {self.train_group_size}: a positive needs at least one negative.")
 
@@ -104,7 +110,7 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
     """The method, the sub-networks to train, and all of transformers' `TrainingArguments`.
 
     Raises:
-        ValueError: on a method, layer or ratio that does not exist.
+        ValueError: on a method or ratio that does not exist, and on ratios that contradict the rest.
     """
 
     train_method: str = field(
@@ -117,6 +123,13 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
     )
     compress_ratios: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Ratios to draw from, one each step; 1 is off."}
+    )
+    finetune_type: Literal["layer", "token"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which adapter of the second stage this is: layer trains without compression, token with it. "
+            "It checks compress_ratios and compress_layers, which alone decide what is trained."
+        },
     )
     warmup_ratio: float | None = field(
         default=None, metadata={"help": "Share of the steps in which the learning rate rises; or give warmup_steps."}
@@ -134,3 +147,17 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         unknown = [ratio for ratio in self.compress_ratios if ratio not in COMPRESS_RATIOS]
         if unknown or not self.compress_ratios:
             raise ValueError(f"compress_ratios {self.compress_ratios} must be drawn from {list(COMPRESS_RATIOS)}.")
+        if self.sub_batch_size is not None:
+            raise ValueError(f"sub_batch_size={self.sub_batch_size}: use gradient_accumulation_steps instead.")
+        compresses = bool(self.compress_layers) and max(self.compress_ratios) > 1
+        if 1 not in self.compress_ratios and not compresses:
+            raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")
+        if self.finetune_type not in (None, "layer", "token"):
+            raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
+        if self.finetune_type == "layer" and max(self.compress_ratios) > 1:
+            raise ValueError(f"finetune_type=layer trains without compression, got {self.compress_ratios}; use 1.")
+        if self.finetune_type == "token" and not compresses:
+            raise ValueError(
+                "finetune_type=token trains with compression, but none is asked for by "
+                f"compress_ratios {self.compress_ratios} and compress_layers {self.compress_layers}."
+            )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, Value
+from datasets import Sequence as ListOf
 from FlagEmbedding.abc.finetune.reranker import (
     AbsLLMRerankerCollator,
     AbsLLMRerankerTrainDataset,
@@ -22,6 +24,9 @@ from flagembedding_matryoshka.losses import TRAIN_METHODS
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
 
 SUFFIXES = (".json", ".jsonl")
+INSTRUCTIONS = ("prompt", "query_prompt", "passage_prompt")
+SCORES = ("pos_scores", "neg_scores")
+COLUMNS = ("query", "pos", "neg", *SCORES, *INSTRUCTIONS)
 
 
 def training_files(paths: Sequence[str]) -> list[str]:
@@ -77,6 +82,9 @@ def _fault(line: str, needs_scores: bool) -> str | None:
         return f"a row is an object with query, pos and neg, got {line.strip()[:80]}"
     if not isinstance(row.get("query"), str):
         return f"query must be a string, got {row.get('query')!r}"
+    for name in INSTRUCTIONS:
+        if not isinstance(row.get(name), str | None):
+            return f"{name} must be a string where it is given, got {row[name]!r}"
     for name in ("pos", "neg"):
         texts = row.get(name)
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -109,6 +117,14 @@ class MatryoshkaTrainDataset(AbsLLMRerankerTrainDataset):
             raise ValueError(f"there is no row in {', '.join(args.train_data)}")
         super().__init__(args, tokenizer)
         self.pair_tokenizer = PairTokenizer(tokenizer, args.sep_token)
+
+    def _load_dataset(self, file_path: str) -> Dataset:
+        # Files are joined, so what they share must have one type, and what is not used must not stand in the way.
+        rows = super()._load_dataset(file_path)
+        rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+        for name in set(SCORES).intersection(rows.column_names):
+            rows = rows.cast_column(name, ListOf(Value("float64")))
+        return rows
 
     def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
         """Sequences of the group with their part lengths, and their teacher scores."""

@@ -59,7 +59,8 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
             pair: input_ids and attention_mask (queries · group, length), query_lengths and prompt_lengths
                 (queries · group,).
             teacher_scores: one per pair; needed by methods that learn from the data's scores.
-            sub_network: what the learning pass runs; None is the full width at every exit.
+            sub_network: what the learning pass runs; None is the full width at every exit. A learning pass at full
+                width is its own teacher, under the dropout that it was drawn with.
         """
         scores = self.encode(pair, sub_network)
         if not self.training:

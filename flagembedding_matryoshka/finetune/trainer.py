@@ -49,6 +49,10 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             inputs = {**inputs, "sub_network": sub_network}
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # `_save` writes the wrapped model's weights, under its own names.
+        super()._load_from_checkpoint(resume_from_checkpoint, self.model.model if model is None else model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = output_dir or self.args.output_dir
         self.model.save(directory)
