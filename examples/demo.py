@@ -29,7 +29,7 @@ from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 QUERIES, CANDIDATES, TIMED_PAIRS = 100, 20, 200
 START_LAYER, COMPRESS_LAYER, RATIOS = 2, 2, [1, 2, 4]
 TRAINING = {
-    "learning_rate": 1e-3,
+    "learning_rate": 1e-4,
     "max_steps": 100,
     "warmup_ratio": 0.1,
     "per_device_train_batch_size": 4,
@@ -44,6 +44,7 @@ TRAINING = {
     "train_method": "distill_fix_layer_teacher",
     "logging_steps": 10,
     "save_strategy": "no",
+    "ddp_find_unused_parameters": False,
     "report_to": "none",
     "seed": 1,
 }
@@ -183,8 +184,8 @@ def main() -> None:
         fine_tune(train_data, model)
         results = [
             *other_orders(lists),
-            *evaluate("base", TINY_BASE, lists),
-            *evaluate("fine-tuned", str(model), lists),
+            *evaluate("base", TINY_BASE, lists, [1]),
+            *evaluate("fine-tuned", str(model), lists, RATIOS),
         ]
     print_table(results)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor()}
