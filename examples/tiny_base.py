@@ -1,6 +1,6 @@
 """Make the tiny base model of the demo: a 6-layer Mistral which ranks docstrings, trained on two CPU cores.
 
-    python examples/tiny_base.py --output_dir DIR --minutes 20
+    python examples/tiny_base.py --output_dir DIR --minutes 12
 
 A ranking loss does not find the interaction of query and passage from random weights in minutes, so the weights start
 with a lexical matcher written into them (``write_matcher``): an ordinary checkpoint whose first three layers count the
