@@ -90,7 +90,8 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
     query_instruction_for_rerank: str | None = field(default="A: ", metadata={"help": "Text in front of a query."})
     passage_instruction_for_rerank: str | None = field(default="B: ", metadata={"help": "Text in front of a passage."})
     passage_max_len: int = field(
-        default=192, metadata={"help": "Tokens of a passage; see the README for the exact cut."}
+        default=192,
+        metadata={"help": "Tokens of a passage; the whole sequence is cut to query_max_len + passage_max_len."},
     )
 
     def __post_init__(self) -> None:
