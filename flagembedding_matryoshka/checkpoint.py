@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from flagembedding_matryoshka.configuration import CostWiseMistralConfig
+from flagembedding_matryoshka.configuration import COMPRESS_RATIOS, CostWiseMistralConfig
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.tokenization import find_head_token_id
 
@@ -118,12 +121,18 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     peft_paths: Sequence[str] = (),
+    attach_token_adapters: bool = False,
     **hub: Any,
 ) -> CostWiseMistralForCausalLM:
     """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
 
+    Args:
+        attach_token_adapters: keep adapters that make up for a compression ratio apart, switched off, so that
+            `use_token_adapter` can choose among them; False merges them as all others.
+
     Raises:
         FileNotFoundError: if an adapter has no adapter_config.json.
+        ValueError: if two adapters to attach are for the same ratio.
     """
     adapters = [*checkpoint.adapters, *peft_paths]
     for adapter in adapters:
@@ -133,6 +142,53 @@ def load_model(
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_id(tokenizer)
     model = CostWiseMistralForCausalLM.from_pretrained(checkpoint.base, config=config, dtype=dtype, **hub)
+    attached: dict[int, str] = {}
     for adapter in adapters:
-        model = PeftModel.from_pretrained(model, adapter, **hub).merge_and_unload()
+        ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None
+        if ratio is None:
+            model = PeftModel.from_pretrained(model, adapter, **hub).merge_and_unload()
+        elif ratio in attached:
+            raise ValueError(f"{attached[ratio]} and {adapter} are both token adapters for compress_ratio={ratio}.")
+        else:
+            attached[ratio] = adapter
+    for ratio, adapter in attached.items():
+        # Adapters go into the model's own layers; the wrapper around it is not needed.
+        PeftModel.from_pretrained(model, adapter, adapter_name=_token_adapter_name(ratio), **hub)
+    if attached:
+        use_token_adapter(model, 1)
     return model.eval()
+
+
+def token_adapter_ratio(path: str, **hub: Any) -> int | None:
+    """The ratio that an adapter makes up for, as fine-tuning noted beside it; None for any other adapter."""
+    file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        return None
+    compensation = json.loads(Path(file).read_text(encoding="utf-8")).get("compensation") or {}
+    return compensation.get("compress_ratio") if compensation.get("axis") == "token" else None
+
+
+def token_adapter_ratios(model: CostWiseMistralForCausalLM) -> set[int]:
+    """The ratios that a model has adapters attached for."""
+    return {
+        ratio
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for ratio in COMPRESS_RATIOS
+        if _token_adapter_name(ratio) in layer._get_available_adapters()
+    }
+
+
+def use_token_adapter(model: CostWiseMistralForCausalLM, ratio: int) -> None:
+    """Let the adapter that is attached for `ratio` act, alone, or none where there is none. No weight changes."""
+    name = _token_adapter_name(ratio)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            present = name in layer._get_available_adapters()
+            layer.enable_adapters(present)
+            if present:
+                layer.set_adapter(name, inference_mode=True)
+
+
+def _token_adapter_name(ratio: int) -> str:
+    return f"token_{ratio}"

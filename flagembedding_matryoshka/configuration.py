@@ -23,6 +23,8 @@ class CostWiseMistralConfig(MistralConfig):
         head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, see
             [`~flagembedding_matryoshka.tokenization.find_head_token_id`]; None starts the heads at random.
         raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
+        compensation: what that adapter makes up for, {"axis": "layer" or "token", "compress_ratio": …}; None for one
+            of the first stage (paper, section on factorized compensation).
     """
 
     model_type = "cost_wise_mistral"
@@ -32,6 +34,7 @@ class CostWiseMistralConfig(MistralConfig):
     layer_sep: int = 1
     head_token_id: int | None = None
     raw_peft: list[str] | tuple[str, ...] = ()
+    compensation: dict[str, int | str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Published checkpoints point at remote code here; ours is the only code that runs.

@@ -5,6 +5,7 @@ Scores of one pass are (exits, queries, group): exits from the shallowest to the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,8 +30,21 @@ class TrainMethod:
     data_scores: Literal["none", "deepest", "every"]
 
 
-TRAIN_METHODS = {
+TrainMethodName = Literal[
+    "normal",
+    "distill",
+    "distill_teacher",
+    "distill_final_layer",
+    "distill_last_layer",
+    "distill_fix_layer",
+    "distill_last_layer_teacher",
+    "distill_fix_layer_teacher",
+    "distill_final_layer_teacher",
+]
+TRAIN_METHODS: dict[TrainMethodName, TrainMethod] = {
     "normal": TrainMethod("none", "none"),
+    "distill": TrainMethod("none", "deepest"),
+    "distill_teacher": TrainMethod("none", "every"),
     "distill_final_layer": TrainMethod("deepest", "deepest"),
     "distill_last_layer": TrainMethod("next", "deepest"),
     "distill_fix_layer": TrainMethod("every_8th", "deepest"),
@@ -45,9 +59,29 @@ def contrastive_loss(scores: Tensor) -> Tensor:
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
 
 
-def distillation_loss(scores: Tensor, teacher: Tensor) -> Tensor:
-    """−mean Σ softmax(teacher) · log softmax(scores); both (queries, group). No gradient reaches `teacher`."""
-    return -(teacher.detach().softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+def cross_entropy(scores: Tensor, teacher: Tensor) -> Tensor:
+    """−mean Σ softmax(teacher) · log softmax(scores)."""
+    return -(teacher.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+
+
+def kl_divergence(scores: Tensor, teacher: Tensor) -> Tensor:
+    """mean Σ softmax(teacher) · (log softmax(teacher) − log softmax(scores)): the gradients of `cross_entropy`."""
+    return F.kl_div(scores.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def margin_mse(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of the positive's margins over the negatives (Hofstätter et al., arXiv 2010.02666, eq. 2)."""
+    return F.mse_loss(scores[:, :1] - scores[:, 1:], teacher[:, :1] - teacher[:, 1:])
+
+
+DistillLoss = Literal["ce", "kl", "mse", "margin_mse"]
+DISTILL_LOSSES: dict[DistillLoss, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "kl": kl_divergence,
+    "mse": F.mse_loss,
+    "margin_mse": margin_mse,
+}
+"""How far scores (queries, group) are from those of a teacher; mse and margin_mse compare raw scores, not shares."""
 
 
 def teaching_exit(method: TrainMethod, index: int) -> int | None:
@@ -61,15 +95,23 @@ def teaching_exit(method: TrainMethod, index: int) -> int | None:
     return (index - 1) // FIXED_TEACHER_STEP * FIXED_TEACHER_STEP
 
 
-def layer_wise_loss(
-    method: TrainMethod, student: Tensor, full_width: Tensor | None = None, data_scores: Tensor | None = None
-) -> Tensor:
-    """The sum over all exits of the contrastive term and the terms that `method` adds.
+def layer_wise_losses(
+    method: TrainMethod,
+    student: Tensor,
+    full_width: Tensor | None = None,
+    data_scores: Tensor | None = None,
+    distill_loss: DistillLoss = "ce",
+) -> list[dict[str, Tensor]]:
+    """The terms of the loss at each exit, from the shallowest; the loss is the sum of all of them.
 
     Args:
         student: (exits, queries, group) scores of the pass that learns.
         full_width: (exits, queries, group) scores of a pass without compression; needed where deeper exits teach.
         data_scores: (queries, group) teacher scores; needed where the data teaches.
+        distill_loss: how scores are compared with those of a teacher, whom no gradient reaches.
+
+    Returns:
+        For each exit scalars named `contrastive` and, where `method` has them, `data_scores` and `deeper_exit`.
 
     Raises:
         ValueError: if scores that `method` needs are missing or have another shape.
@@ -78,17 +120,19 @@ def layer_wise_loss(
         raise ValueError(f"full_width scores must be {tuple(student.shape)}, got {_shape(full_width)}.")
     if method.data_scores != "none" and (data_scores is None or data_scores.shape != student.shape[1:]):
         raise ValueError(f"data_scores must be {tuple(student.shape[1:])}, got {_shape(data_scores)}.")
-    loss = student.new_zeros(())
+    distillation = DISTILL_LOSSES[distill_loss]
+    losses = []
     for index, scores in enumerate(student.flip(0)):
-        loss = loss + contrastive_loss(scores)
+        terms = {"contrastive": contrastive_loss(scores)}
         if data_scores is not None and (
             method.data_scores == "every" or (method.data_scores == "deepest" and not index)
         ):
-            loss = loss + distillation_loss(scores, data_scores)
+            terms["data_scores"] = distillation(scores, data_scores.detach())
         teacher = teaching_exit(method, index)
         if teacher is not None and full_width is not None:
-            loss = loss + distillation_loss(scores, full_width.flip(0)[teacher])
-    return loss
+            terms["deeper_exit"] = distillation(scores, full_width.flip(0)[teacher].detach())
+        losses.append(terms)
+    return losses[::-1]
 
 
 def _shape(scores: Tensor | None) -> str:

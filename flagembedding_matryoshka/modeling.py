@@ -35,6 +35,8 @@ class CostWiseModelOutputWithPast(ModelOutput):
         last_token_states: tuple of (batch, hidden), normalised.
         hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
         attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
+        full_width_states: as `last_token_states`, of the pass without compression and its graph; None for exits that
+            are read before anything is compressed, where both passes are the same. None unless asked for.
     """
 
     last_hidden_state: Tensor | None = None
@@ -42,6 +44,7 @@ class CostWiseModelOutputWithPast(ModelOutput):
     last_token_states: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attention_masks: tuple[Tensor, ...] | None = None
+    full_width_states: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass
@@ -54,6 +57,7 @@ class CostWiseCausalLMOutputWithPast(ModelOutput):
         past_key_values: None when layer-wise.
         hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
         attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
+        full_width_logits: as `logits`, without compression and without a graph; None unless asked for.
     """
 
     loss: Tensor | None = None
@@ -62,6 +66,7 @@ class CostWiseCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_masks: tuple[Tensor, ...] | None = None
+    full_width_logits: tuple[Tensor, ...] | None = None
 
 
 class CostWiseHead(nn.Module):
@@ -121,6 +126,7 @@ class CostWiseMistralModel(MistralModel):
         query_lengths: Lengths = None,
         prompt_lengths: Lengths = None,
         output_hidden_states: bool | None = None,
+        return_full_width: bool = False,
         **kwargs: Any,
     ) -> Any:
         """See [`CostWiseMistralForCausalLM.forward`]; without `config.layer_wise`, `MistralModel.forward`."""
@@ -138,13 +144,21 @@ class CostWiseMistralModel(MistralModel):
                 f"row {int(packed.lengths.argmax())} has {packed.max_seqlen} tokens, more than the sliding window of "
                 f"{window} that this model attends over. Use a smaller max_length."
             )
-        return self._forward_packed(self.embed_tokens(token_ids), packed, sub_network, bool(output_hidden_states))
+        return self._forward_packed(
+            self.embed_tokens(token_ids), packed, sub_network, bool(output_hidden_states), return_full_width
+        )
 
     def _forward_packed(
-        self, hidden: Tensor, packed: PackedBatch, sub_network: SubNetwork, output_hidden_states: bool
+        self,
+        hidden: Tensor,
+        packed: PackedBatch,
+        sub_network: SubNetwork,
+        output_hidden_states: bool,
+        return_full_width: bool,
     ) -> CostWiseModelOutputWithPast:
         position_embeddings = self.rotary_emb(hidden, packed.position_ids)
         last_token_states: dict[int, Tensor] = {}
+        full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}
         attention_masks: dict[int, Tensor] = {}
         for depth, layer in enumerate(self.layers[: sub_network.depth], start=1):
@@ -156,6 +170,8 @@ class CostWiseMistralModel(MistralModel):
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
             if compresses:
+                if return_full_width and full_width_states is None:
+                    full_width_states = self._full_width_states(hidden, packed, sub_network, depth)
                 hidden, packed = compress(hidden, row, packed, sub_network.compress_ratio)
                 position_embeddings = self.rotary_emb(hidden, packed.position_ids)
 
@@ -163,12 +179,27 @@ class CostWiseMistralModel(MistralModel):
             return tuple(values[layer] for layer in sub_network.cutoff_layers) if values else None
 
         states = in_order(hidden_states)
+        full_width = full_width_states or {}
         return CostWiseModelOutputWithPast(
             last_hidden_state=None if states is None else states[-1],
             last_token_states=in_order(last_token_states),
             hidden_states=states,
             attention_masks=in_order(attention_masks),
+            full_width_states=tuple(map(full_width.get, sub_network.cutoff_layers)) if return_full_width else None,
         )
+
+    @torch.no_grad()
+    def _full_width_states(
+        self, hidden: Tensor, packed: PackedBatch, sub_network: SubNetwork, layers_run: int
+    ) -> dict[int, Tensor]:
+        """Exit to (batch, hidden), of the exits that are left when the layers behind `layers_run` run uncompressed."""
+        position_embeddings = self.rotary_emb(hidden, packed.position_ids)
+        states: dict[int, Tensor] = {}
+        for depth, layer in enumerate(self.layers[layers_run : sub_network.depth], start=layers_run + 1):
+            hidden, _ = layer(hidden, packed=packed, last_row=False, position_embeddings=position_embeddings)
+            if depth in sub_network.cutoff_layers:
+                states[depth] = self.norm(hidden[0, packed.last_tokens])
+        return states
 
 
 class CostWiseMistralForCausalLM(MistralForCausalLM):
@@ -270,6 +301,7 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         query_lengths: Lengths = None,
         prompt_lengths: Lengths = None,
         output_hidden_states: bool | None = None,
+        return_full_width: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Score sequences of query part, passage and prompt part at each of `cutoff_layers`.
@@ -283,6 +315,8 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
             cutoff_layers: exits to score at, an int or several; None is the deepest.
             query_lengths, prompt_lengths: (batch,) tokens before and behind the passage; compression needs them.
             output_hidden_states: also return `hidden_states` and `attention_masks`.
+            return_full_width: also return `full_width_logits`, what the pass would score without compression. The
+                layers in front of the first compression run once for both.
 
         Returns:
             `CostWiseCausalLMOutputWithPast` with a tuple of (batch,) float32 `logits`. Without `config.layer_wise`,
@@ -314,16 +348,23 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
             query_lengths=query_lengths,
             prompt_lengths=prompt_lengths,
             output_hidden_states=output_hidden_states,
+            return_full_width=return_full_width,
         )
         cutoffs = SubNetwork.resolve(self.config, cutoff_layers).cutoff_layers
-        exits = self.config.exit_layers
+        heads = [self.lm_head[self.config.exit_layers.index(layer)] for layer in cutoffs]
+        logits = tuple(head(states) for head, states in zip(heads, outputs.last_token_states, strict=True))
+        full_width_logits = None
+        if return_full_width:
+            with torch.no_grad():
+                full_width_logits = tuple(
+                    own.detach() if states is None else head(states)
+                    for head, own, states in zip(heads, logits, outputs.full_width_states, strict=True)
+                )
         result = CostWiseCausalLMOutputWithPast(
-            logits=tuple(
-                self.lm_head[exits.index(layer)](states)
-                for layer, states in zip(cutoffs, outputs.last_token_states, strict=True)
-            ),
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attention_masks=outputs.attention_masks,
+            full_width_logits=full_width_logits,
         )
         return result.to_tuple() if return_dict is False else result
 

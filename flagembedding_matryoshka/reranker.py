@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -19,6 +20,8 @@ from flagembedding_matryoshka.checkpoint import (
     inspect_checkpoint,
     load_model,
     load_tokenizer,
+    token_adapter_ratios,
+    use_token_adapter,
 )
 from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.device import resolve_dtype
@@ -53,7 +56,8 @@ class MatryoshkaReranker(AbsReranker):
 
     Args:
         model_name_or_path: a layer-wise checkpoint, a raw Mistral, or a directory that fine-tuning wrote.
-        peft_path: one LoRA adapter or several, merged in order.
+        peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
+            stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
         dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
         use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. float16 needs a device other than a CPU.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
@@ -133,7 +137,9 @@ class MatryoshkaReranker(AbsReranker):
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer)
         peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
-        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, **hub)
+        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
+        self._token_adapters = token_adapter_ratios(self.model)
+        self._switching = threading.Lock()
         self._replicas = self._place_replicas()
 
     def _place_replicas(self) -> dict[str, CostWiseMistralForCausalLM]:
@@ -218,7 +224,7 @@ class MatryoshkaReranker(AbsReranker):
             while start < len(pairs):
                 indices = longest_first[start : start + batch_size]
                 try:
-                    scores[:, indices] = _forward(model, [inputs[index] for index in indices], sub_network)
+                    scores[:, indices] = self._forward(model, [inputs[index] for index in indices], sub_network)
                 except torch.OutOfMemoryError as error:
                     if len(indices) == 1:
                         raise torch.OutOfMemoryError(
@@ -231,6 +237,15 @@ class MatryoshkaReranker(AbsReranker):
                 progress.update(len(indices))
         per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
+
+    def _forward(
+        self, model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork
+    ) -> torch.Tensor:
+        if not self._token_adapters:
+            return _forward(model, inputs, sub_network)
+        with self._switching:
+            use_token_adapter(model, sub_network.compress_ratio)
+            return _forward(model, inputs, sub_network)
 
     def rank(
         self,

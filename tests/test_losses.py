@@ -6,10 +6,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.losses import (
+    DISTILL_LOSSES,
     TRAIN_METHODS,
     contrastive_loss,
-    distillation_loss,
-    layer_wise_loss,
+    layer_wise_losses,
     teaching_exit,
 )
 
@@ -23,6 +23,10 @@ def scores():
     return student, full, torch.randn(QUERIES, GROUP, generator=generator)
 
 
+def layer_wise_loss(*args, **options):
+    return sum(term for terms in layer_wise_losses(*args, **options) for term in terms.values())
+
+
 def slow_loss(name, student, full, data):
     """The table of the reference, a term at a time."""
     total = 0.0
@@ -32,7 +36,7 @@ def slow_loss(name, student, full, data):
             log_probability = torch.log(torch.exp(exit_scores[query]) / torch.exp(exit_scores[query]).sum())
             total -= log_probability[0] / QUERIES
             teachers = []
-            if name.endswith("_teacher") or (name.startswith("distill") and i == 0):
+            if name.endswith("_teacher") or (name != "normal" and i == 0):
                 teachers.append(data[query])
             if i > 0 and name == "distill_final_layer":
                 teachers.append(full[0][query])
@@ -62,10 +66,46 @@ def test_no_gradient_reaches_a_teacher(scores):
     assert student.grad.isfinite().all()
 
 
-def test_distillation_is_least_where_student_and_teacher_agree(scores):
-    _, _, teacher = scores
-    assert distillation_loss(teacher + 5.0, teacher) < distillation_loss(teacher.flip(-1), teacher)
-    assert contrastive_loss(torch.tensor([[9.0, 0.0]])) < contrastive_loss(torch.tensor([[0.0, 9.0]]))
+def test_terms_are_those_of_the_method_from_the_shallowest_exit(scores):
+    losses = layer_wise_losses(TRAIN_METHODS["distill_last_layer"], *scores)
+    assert [sorted(terms) for terms in losses] == [["contrastive", "deeper_exit"]] * 9 + [
+        ["contrastive", "data_scores"]
+    ]
+    assert losses[0]["contrastive"] == contrastive_loss(scores[0][0])
+    losses = layer_wise_losses(TRAIN_METHODS["distill_teacher"], *scores)
+    assert [sorted(terms) for terms in losses] == [["contrastive", "data_scores"]] * EXITS
+
+
+@pytest.mark.parametrize("name", DISTILL_LOSSES)
+def test_distillation_is_least_where_student_and_teacher_agree(name, scores):
+    student, _, teacher = scores
+    loss = DISTILL_LOSSES[name]
+    agreeing = teacher.clone().requires_grad_()
+    loss(agreeing, teacher).backward()
+    assert agreeing.grad.abs().max() < 1e-6
+    assert all(loss(teacher, teacher) < loss(other, teacher) for other in student)
+
+
+def test_distill_losses_against_their_formulas(scores):
+    student, teacher = scores[0][0], scores[2]
+    share, wanted = student.softmax(-1), teacher.softmax(-1)
+    assert DISTILL_LOSSES["ce"](student, teacher) == pytest.approx(-(wanted * share.log()).sum().item() / QUERIES)
+    assert DISTILL_LOSSES["kl"](student, teacher) == pytest.approx(
+        (wanted * (wanted / share).log()).sum().item() / QUERIES, rel=1e-5
+    )
+    assert DISTILL_LOSSES["mse"](student, teacher) == pytest.approx(((student - teacher) ** 2).mean().item())
+    margins = [
+        ((student[q, 0] - student[q, n]) - (teacher[q, 0] - teacher[q, n])).item() ** 2
+        for q in range(QUERIES)
+        for n in range(1, GROUP)
+    ]
+    assert DISTILL_LOSSES["margin_mse"](student, teacher) == pytest.approx(sum(margins) / len(margins))
+
+
+def test_the_loss_is_a_choice(scores):
+    method = TRAIN_METHODS["distill_last_layer"]
+    terms = layer_wise_losses(method, *scores, distill_loss="mse")[0]
+    assert terms["deeper_exit"] == pytest.approx(((scores[0][0] - scores[1][1]) ** 2).mean().item())
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,26 @@ def test_gradient_checkpointing_changes_no_gradient(layerwise_model, own_model, 
         close(parameter.grad, expected[name])
 
 
+@pytest.mark.parametrize("layers", [[3], [2, 4], [4]])
+def test_the_full_width_comes_along_without_a_graph_and_no_layer_runs_twice_in_vain(layerwise_model, own_model, layers):
+    runs = [0] * 6
+    for depth, layer in enumerate(own_model.model.layers):
+        layer.register_forward_hook(lambda *_, depth=depth: runs.__setitem__(depth, runs[depth] + 1))
+    width = {"compress_layers": layers, "compress_ratio": 4}
+    outputs = own_model(**collate(SEQUENCES), cutoff_layers=[6, 2, 4], return_full_width=True, **width)
+    assert runs == [1 if depth < layers[0] else 2 for depth in range(6)]
+    close(torch.stack(outputs.logits), scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4], **width), 1e-6)
+    full_width = torch.stack(outputs.full_width_logits)
+    assert not full_width.requires_grad
+    close(full_width, scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4]), 1e-6)
+    assert layerwise_model(**collate(SEQUENCES), **width).full_width_logits is None
+
+
+def test_without_compression_the_full_width_is_the_pass_itself(own_model):
+    outputs = own_model(**collate(SEQUENCES), cutoff_layers=[4, 6], return_full_width=True)
+    assert all(torch.equal(own, full) for own, full in zip(outputs.logits, outputs.full_width_logits, strict=True))
+
+
 def test_scores_can_be_regressed_on(own_model):
     optimizer = torch.optim.AdamW(own_model.parameters(), lr=1e-2)
     target = torch.linspace(-1, 1, len(SEQUENCES))

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from FlagEmbedding.abc.finetune.reranker import (
@@ -13,7 +14,7 @@ from FlagEmbedding.abc.finetune.reranker import (
 
 from flagembedding_matryoshka.configuration import COMPRESS_RATIOS
 from flagembedding_matryoshka.finetune.data import training_files
-from flagembedding_matryoshka.losses import TRAIN_METHODS
+from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
 
@@ -54,7 +55,21 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
         default=False, metadata={"help": "Also write output_dir/merged_model, adapters merged."}
     )
     use_flash_attn: bool = field(
-        default=False, metadata={"help": "Refused: attention is over packed sequences already."}
+        default=False,
+        metadata={
+            "help": "Insist on the FlashAttention kernel, PyTorch's own, which is taken by itself wherever it runs: "
+            "on a GPU, with --bf16 or --fp16."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Hold the frozen weights in 4 bits (NF4) while adapters learn (QLoRA); needs bitsandbytes."},
+    )
+    head_multi: bool = field(
+        default=True, metadata={"help": "FlagEmbedding's layer-wise argument: a head per exit, the only way here."}
+    )
+    head_type: Literal["simple"] = field(
+        default="simple", metadata={"help": "FlagEmbedding's layer-wise argument: a head is one linear map."}
     )
     padding_side: Literal["right"] = field(default="right", metadata={"help": "Side that batches are padded on."})
     loss_type: Literal["only logits"] = field(
@@ -70,8 +85,14 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             raise ValueError(f"padding_side is {self.padding_side!r}: batches are padded on the right.")
         if self.loss_type != "only logits":
             raise ValueError(f"loss_type is {self.loss_type!r}: 'only logits' is the only one.")
-        if self.use_flash_attn:
-            raise ValueError("use_flash_attn=True: a packed batch brings its own attention. Leave the argument out.")
+        if not self.head_multi:
+            raise ValueError("head_multi=False: every exit has a head of its own.")
+        if self.head_type != "simple":
+            raise ValueError(f"head_type is {self.head_type!r}: 'simple', one linear map, is the only one.")
+        if self.load_in_4bit and not self.use_lora:
+            raise ValueError("load_in_4bit=True contradicts use_lora=False: weights in 4 bits cannot learn.")
+        if self.load_in_4bit and find_spec("bitsandbytes") is None:
+            raise ImportError("load_in_4bit=True needs the package bitsandbytes: pip install bitsandbytes")
         if self.config_name is not None:
             raise ValueError(f"config_name={self.config_name!r}: the configuration comes with the checkpoint.")
         if not self.use_lora and (self.from_peft is not None or self.save_merged_lora_model):
@@ -94,11 +115,24 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         metadata={"help": "Tokens of a passage; the whole sequence is cut to query_max_len + passage_max_len."},
     )
 
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files or directories as in train_data, whose lists every exit ranks at each checkpoint: MRR@10 "
+            "and nDCG@10 are logged, and the best checkpoint is kept."
+        },
+    )
+    skip_bad_lines: bool = field(
+        default=False, metadata={"help": "Leave out lines that are wrong, and say how many, instead of stopping."}
+    )
+
     def __post_init__(self) -> None:
         if not self.train_data:
             raise ValueError("train_data is empty: name one or more JSON Lines files, or directories of them.")
         paths: str | list[str] = self.train_data
         self.train_data: list[str] = training_files([paths] if isinstance(paths, str) else paths)
+        if self.eval_data is not None:
+            self.eval_data = training_files(self.eval_data)
         super().__post_init__()
         if self.max_len != AbsRerankerDataArguments.max_len:
             raise ValueError(f"max_len={self.max_len} cuts nothing: use query_max_len and passage_max_len.")
@@ -114,22 +148,48 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         ValueError: on a method or ratio that does not exist, and on ratios that contradict the rest.
     """
 
-    train_method: str = field(
-        default="distill_fix_layer_teacher",
-        metadata={"help": "What is learnt beside the label: " + ", ".join(TRAIN_METHODS)},
+    # What is None here depends on finetune_type and has its value behind __post_init__.
+    train_method: TrainMethodName = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "Who teaches an exit beside the label: the next deeper exit (last_layer), the deepest "
+            "(final_layer), every 8th (fix_layer), the data's scores (teacher). Default: distill_fix_layer_teacher, "
+            "with finetune_type normal."
+        },
+    )
+    distill_loss: DistillLoss = field(
+        default="ce",
+        metadata={
+            "help": "How scores are compared with a teacher's: shares in the group (ce, kl) or raw (mse, margin_mse)."
+        },
+    )
+    learning_rate: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint to go on from; without a value the newest complete one in output_dir, if any.",
+            "nargs": "?",
+            "const": "last",
+        },
     )
     compress_layers: list[int] = field(
         default_factory=list,
         metadata={"help": "Layers after which the passage may be compressed; each is on in half of the steps."},
     )
     compress_ratios: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Ratios to draw from, one each step; 1 is off."}
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "Ratios to draw from, one each step; 1 is off. Default: 1 2 4 8, with finetune_type layer 1, "
+            "with finetune_type token 2."
+        },
     )
     finetune_type: Literal["layer", "token"] | None = field(
         default=None,
         metadata={
-            "help": "Which adapter of the second stage this is: layer trains without compression, token with it. "
-            "It checks compress_ratios and compress_layers, which alone decide what is trained."
+            "help": "Which adapter of the second stage this is: layer learns to make up for missing layers, at full "
+            "width; token for compression, at one ratio. The adapter notes it, and scoring acts on it."
         },
     )
     warmup_ratio: float | None = field(
@@ -142,23 +202,33 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
                 raise ValueError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1), and without warmup_steps.")
             # transformers 5 reads a fraction as the ratio that had an argument of its own before
             self.warmup_steps: float = self.warmup_ratio
+        if self.deepspeed is not None and find_spec("deepspeed") is None:
+            raise ImportError(f"deepspeed={self.deepspeed} needs the package of that name: pip install deepspeed")
+        compensates = self.finetune_type is not None
+        if self.train_method is None:
+            self.train_method = "normal" if compensates else "distill_fix_layer_teacher"
+        if self.learning_rate is None:
+            self.learning_rate = 2e-5 if compensates else 2e-4
+        if self.compress_ratios is None:
+            self.compress_ratios = {None: list(COMPRESS_RATIOS), "layer": [1], "token": [2]}.get(self.finetune_type, [])
         super().__post_init__()
         if self.train_method not in TRAIN_METHODS:
             raise ValueError(f"train_method is {self.train_method!r}, but must be one of {list(TRAIN_METHODS)}.")
+        if self.distill_loss not in DISTILL_LOSSES:
+            raise ValueError(f"distill_loss is {self.distill_loss!r}, but must be one of {list(DISTILL_LOSSES)}.")
+        if self.finetune_type not in (None, "layer", "token"):
+            raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
         unknown = [ratio for ratio in self.compress_ratios if ratio not in COMPRESS_RATIOS]
         if unknown or not self.compress_ratios:
             raise ValueError(f"compress_ratios {self.compress_ratios} must be drawn from {list(COMPRESS_RATIOS)}.")
         if self.sub_batch_size is not None:
             raise ValueError(f"sub_batch_size={self.sub_batch_size}: use gradient_accumulation_steps instead.")
-        compresses = bool(self.compress_layers) and max(self.compress_ratios) > 1
-        if 1 not in self.compress_ratios and not compresses:
-            raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")
-        if self.finetune_type not in (None, "layer", "token"):
-            raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
         if self.finetune_type == "layer" and max(self.compress_ratios) > 1:
             raise ValueError(f"finetune_type=layer trains without compression, got {self.compress_ratios}; use 1.")
-        if self.finetune_type == "token" and not compresses:
+        if self.finetune_type == "token" and (len(self.compress_ratios) > 1 or 1 in self.compress_ratios):
             raise ValueError(
-                "finetune_type=token trains with compression, but none is asked for by "
-                f"compress_ratios {self.compress_ratios} and compress_layers {self.compress_layers}."
+                f"finetune_type=token trains an adapter for one ratio above 1, got {self.compress_ratios}. Train one "
+                "for each ratio."
             )
+        if 1 not in self.compress_ratios and not self.compress_layers:
+            raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Value
+import torch
+from datasets import Dataset, Value, load_dataset
 from datasets import Sequence as ListOf
+from datasets.config import HF_DATASETS_CACHE
 from FlagEmbedding.abc.finetune.reranker import (
     AbsLLMRerankerCollator,
     AbsLLMRerankerTrainDataset,
     AbsRerankerDataArguments,
 )
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.losses import TRAIN_METHODS
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl")
 INSTRUCTIONS = ("prompt", "query_prompt", "passage_prompt")
@@ -61,6 +71,11 @@ def check_training_file(path: str, needs_scores: bool) -> int:
     Raises:
         ValueError: naming file, line and what is wrong with it.
     """
+    return _count_rows(path, needs_scores, os.stat(path).st_mtime_ns)
+
+
+@cache
+def _count_rows(path: str, needs_scores: bool, modified: int) -> int:
     rows = 0
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -71,6 +86,38 @@ def check_training_file(path: str, needs_scores: bool) -> int:
                 raise ValueError(f"{path}, line {number}: {fault}")
             rows += 1
     return rows
+
+
+def good_lines(path: str, needs_scores: bool, cache_dir: str | None) -> str:
+    """`path`, or where lines of it are bad, a copy without them in the cache of `datasets`.
+
+    How many lines were left out, and the first of them, is logged as a warning.
+    """
+    digest, faults, rows = hashlib.sha256(), [], 0
+    directory = Path(cache_dir or HF_DATASETS_CACHE) / "good_lines"
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{os.getpid()}.partial"
+    try:
+        with open(path, encoding="utf-8") as file, partial.open("w", encoding="utf-8") as copy:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                fault = _fault(line, needs_scores)
+                if fault is not None:
+                    faults.append(f"line {number}: {fault}")
+                    continue
+                digest.update(line.encode())
+                copy.write(line)
+                rows += 1
+        if not faults:
+            return path
+        logger.warning("%s: %d bad lines are left out, %d are kept. %s", path, len(faults), rows, faults[0])
+        target = directory / f"{digest.hexdigest()}.jsonl"
+        if not target.exists():
+            partial.replace(target)
+        return str(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _fault(line: str, needs_scores: bool) -> str | None:
@@ -102,16 +149,20 @@ def _fault(line: str, needs_scores: bool) -> str | None:
     return None
 
 
-class MatryoshkaTrainDataset(AbsLLMRerankerTrainDataset):
-    """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
+class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
+    """Rows of training files, memory-mapped by `datasets`, as sequences of a query and some of its passages.
 
-    Rows are memory-mapped by `datasets`. `args.knowledge_distillation` says whether teacher scores are read.
+    Args:
+        args: where the rows are and how pairs are joined; `args.knowledge_distillation` says whether teacher scores
+            are read.
+        seed: of all that is drawn.
 
     Raises:
         ValueError: naming file and line of a row that is wrong.
     """
 
-    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
+        self.seed = seed
         rows = sum(check_training_file(path, args.knowledge_distillation) for path in args.train_data)
         if not rows:
             raise ValueError(f"there is no row in {', '.join(args.train_data)}")
@@ -120,25 +171,15 @@ class MatryoshkaTrainDataset(AbsLLMRerankerTrainDataset):
 
     def _load_dataset(self, file_path: str) -> Dataset:
         # Files are joined, so what they share must have one type, and what is not used must not stand in the way.
-        rows = super()._load_dataset(file_path)
-        rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+        rows = load_dataset("json", data_files=file_path, split="train", cache_dir=self.args.cache_path)
+        limit = self.args.max_example_num_per_dataset
+        if len(rows) > limit:
+            rows = rows.select(random.Random(f"{self.seed}-{file_path}").sample(range(len(rows)), limit))
+        unused = () if self.args.knowledge_distillation else SCORES
+        rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names and name not in unused])
         for name in set(SCORES).intersection(rows.column_names):
             rows = rows.cast_column(name, ListOf(Value("float64")))
         return rows
-
-    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
-        """Sequences of the group with their part lengths, and their teacher scores."""
-        row, args = self.dataset[item], self.args
-        positive = random.randrange(len(row["pos"]))
-        wanted = args.train_group_size - 1
-        # fewer negatives than wanted are drawn again
-        pool = list(range(len(row["neg"]))) * math.ceil(wanted / len(row["neg"]))
-        negatives = random.sample(pool, wanted)
-        passages = [self._shuffle_text(row["pos"][positive]), *(row["neg"][index] for index in negatives)]
-        scores = None
-        if args.knowledge_distillation:
-            scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
-        return self._sequences(row, passages), scores
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
         args, encode = self.args, self.pair_tokenizer.encode
@@ -173,6 +214,57 @@ class MatryoshkaTrainDataset(AbsLLMRerankerTrainDataset):
         return text if instruction is None else template.format(own or instruction, text)
 
 
+class MatryoshkaTrainDataset(MatryoshkaDataset):
+    """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
+
+    What is drawn is a function of (seed, epoch, item) alone: a resumed run, and any number of processes, draw the same.
+    """
+
+    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
+        super().__init__(args, tokenizer, seed)
+        # Shared with the workers of a data loader, which may live longer than an epoch.
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw other positives and negatives than in other epochs.
+
+        Not called `set_epoch`: accelerate calls a method of that name in a run of one process alone.
+        """
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
+        """Sequences of the group with their part lengths, and their teacher scores."""
+        row, args = self.dataset[item], self.args
+        draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
+        positive = draw.randrange(len(row["pos"]))
+        wanted = args.train_group_size - 1
+        # fewer negatives than wanted are drawn again
+        pool = list(range(len(row["neg"]))) * math.ceil(wanted / len(row["neg"]))
+        negatives = draw.sample(pool, wanted)
+        passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives)]
+        scores = None
+        if args.knowledge_distillation:
+            scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
+        return self._sequences(row, passages), scores
+
+    def _in_pieces(self, text: str, draw: random.Random) -> str:
+        """FlagEmbedding's `shuffle_ratio`: that share of the positives has its thirds in another order."""
+        if len(text) <= 100 or draw.random() >= self.args.shuffle_ratio:
+            return text
+        size = len(text) // 3 + 1
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        return " ".join(draw.sample(pieces, len(pieces)))
+
+
+class MatryoshkaEvalDataset(MatryoshkaDataset):
+    """Queries with all of their positives and negatives, to be ranked."""
+
+    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
+        """Sequences of the list with their part lengths, and their labels, 1 on positives."""
+        row = self.dataset[item]
+        return self._sequences(row, [*row["pos"], *row["neg"]]), [1.0] * len(row["pos"]) + [0.0] * len(row["neg"])
+
+
 @dataclass
 class MatryoshkaCollator(AbsLLMRerankerCollator):
     """Right-pads the sequences of several groups and keeps their part lengths."""
@@ -192,3 +284,16 @@ class MatryoshkaCollator(AbsLLMRerankerCollator):
         ]
         batch = super().__call__(plain, return_tensors)
         return {"pair": {**batch["pair"], **lengths}, "teacher_scores": batch["teacher_scores"]}
+
+
+@dataclass
+class MatryoshkaEvalCollator(MatryoshkaCollator):
+    """Right-pads the sequences of several lists, which may differ in length."""
+
+    def __call__(
+        self, features: list[tuple[list[dict[str, Any]], list[float] | None]], return_tensors: str = "pt"
+    ) -> dict[str, Any]:
+        """`pair` as in training, and `labels` (lists, longest list) with PADDING behind the shorter ones."""
+        batch = super().__call__([(sequences, None) for sequences, _ in features], return_tensors)
+        labels = [torch.tensor(labels) for _, labels in features]
+        return {"pair": batch["pair"], "labels": pad_sequence(labels, batch_first=True, padding_value=PADDING)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerModel, RerankerOutput
 from peft import PeftModel
@@ -9,8 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.configuration import SubNetwork
-from flagembedding_matryoshka.losses import TrainMethod, layer_wise_loss
+from flagembedding_matryoshka.losses import DistillLoss, TrainMethod, layer_wise_losses
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+
+
+@dataclass
+class MatryoshkaOutput(RerankerOutput):
+    """Loss and scores of one pass.
+
+    Attributes:
+        terms: what the loss is the sum of, detached scalars named `layer_{exit}_{term}`; None when not training.
+    """
+
+    terms: dict[str, Tensor] | None = None
 
 
 class MatryoshkaCrossEncoder(AbsRerankerModel):
@@ -20,6 +33,7 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         base_model: the layer-wise re-ranker, with or without LoRA adapters.
         method: what is learnt beside the label.
         train_group_size: pairs per query, the positive first.
+        distill_loss: how scores are compared with those of a teacher.
     """
 
     def __init__(
@@ -29,57 +43,83 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         method: TrainMethod,
         train_batch_size: int,
         train_group_size: int,
+        distill_loss: DistillLoss = "ce",
     ) -> None:
         super().__init__(base_model, tokenizer=tokenizer, train_batch_size=train_batch_size)
         self.method = method
         self.train_group_size = train_group_size
+        self.distill_loss = distill_loss
         self.full_width = SubNetwork.resolve(self.config, self.config.exit_layers)
 
-    def encode(self, features: dict[str, Tensor], sub_network: SubNetwork | None = None) -> Tensor:
-        """(exits, queries, group) float32 scores of the pairs in `features`; None is the full width at every exit."""
+    def encode(
+        self, features: dict[str, Tensor], sub_network: SubNetwork | None = None, return_full_width: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of the pairs in `features` and, where asked for, those without compression and graph.
+
+        Returns:
+            (exits, pairs) float32 each; `sub_network` None is the full width at every exit.
+        """
         sub_network = sub_network or self.full_width
         outputs = self.model(
             **features,
             cutoff_layers=sub_network.cutoff_layers,
             compress_layers=sub_network.compress_layers,
             compress_ratio=sub_network.compress_ratio,
+            return_full_width=return_full_width,
         )
-        scores = torch.stack(outputs.logits)
-        return scores.view(len(scores), -1, self.train_group_size)
+        full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
+        return torch.stack(outputs.logits), full_width
 
     def forward(
         self,
         pair: dict[str, Tensor],
         teacher_scores: list[float] | None = None,
         sub_network: SubNetwork | None = None,
-    ) -> RerankerOutput:
-        """Loss, when training, and scores of a batch.
+    ) -> MatryoshkaOutput:
+        """Loss, when training, and (exits, pairs) scores of a batch.
 
         Args:
             pair: input_ids and attention_mask (queries · group, length), query_lengths and prompt_lengths
-                (queries · group,).
+                (queries · group,). Groups may be of any size when not training.
             teacher_scores: one per pair; needed by methods that learn from the data's scores.
-            sub_network: what the learning pass runs; None is the full width at every exit. A learning pass at full
-                width is its own teacher, under the dropout that it was drawn with.
+            sub_network: what the learning pass runs; None is the full width at every exit. Where nothing has been
+                compressed yet the learning pass is its own teacher, under the dropout that it was drawn with.
         """
-        scores = self.encode(pair, sub_network)
+        scores, full_width = self.encode(pair, sub_network, self.training and self.method.deeper_exit != "none")
         if not self.training:
-            return RerankerOutput(scores=scores)
-        full_width = data_scores = None
-        if self.method.deeper_exit != "none":
-            full_width = scores.detach()
-            if sub_network is not None and sub_network.compress_ratio > 1:
-                with torch.no_grad():
-                    full_width = self.encode(pair)
+            return MatryoshkaOutput(scores=scores)
+        groups = (len(scores), -1, self.train_group_size)
+        data_scores = None
         if self.method.data_scores != "none" and teacher_scores is not None:
-            data_scores = torch.tensor(teacher_scores, device=scores.device).view_as(scores[0])
-        loss = layer_wise_loss(self.method, scores, full_width, data_scores)
-        return RerankerOutput(loss=loss, scores=scores)
+            data_scores = torch.tensor(teacher_scores, device=scores.device).view(groups[1:])
+        exits = layer_wise_losses(
+            self.method,
+            scores.view(groups),
+            None if full_width is None else full_width.view(groups),
+            data_scores,
+            self.distill_loss,
+        )
+        terms = {
+            f"layer_{layer}_{name}": term
+            for layer, losses in zip(self.full_width.cutoff_layers, exits, strict=True)
+            for name, term in losses.items()
+        }
+        return MatryoshkaOutput(
+            loss=torch.stack(list(terms.values())).sum(),
+            scores=scores,
+            terms={name: term.detach() for name, term in terms.items()},
+        )
 
-    def save(self, output_dir: str) -> None:
+    def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write adapters, or all weights where there are none, and the configuration that they need.
 
         With adapters the directory names its base and holds the exits, so that it can be loaded by itself.
+
+        Args:
+            state_dict: this module's weights, where they have been gathered from several processes.
         """
-        self.model.save_pretrained(output_dir)
+        weights = None
+        if state_dict is not None:
+            weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.model.save_pretrained(output_dir, state_dict=weights)
         self.config.save_pretrained(output_dir)

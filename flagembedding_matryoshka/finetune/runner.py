@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerRunner
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.configuration import SubNetwork
@@ -17,7 +19,16 @@ from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
 )
-from flagembedding_matryoshka.finetune.data import MatryoshkaCollator, MatryoshkaTrainDataset, check_training_file
+from flagembedding_matryoshka.finetune.checkpoints import resolve
+from flagembedding_matryoshka.finetune.data import (
+    MatryoshkaCollator,
+    MatryoshkaEvalCollator,
+    MatryoshkaEvalDataset,
+    MatryoshkaTrainDataset,
+    check_training_file,
+    good_lines,
+)
+from flagembedding_matryoshka.finetune.evaluation import ranking_metrics
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.losses import TRAIN_METHODS
@@ -52,8 +63,20 @@ class MatryoshkaRunner(AbsRerankerRunner):
                 f"These do: {', '.join(using)}."
             )
         data_args.knowledge_distillation = needs_scores
-        for path in data_args.train_data:
-            check_training_file(path, needs_scores)
+        if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
+            raise ValueError(
+                f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
+                "the argument attention takes the fastest kernel that runs."
+            )
+        for paths, scores in ((data_args.train_data, needs_scores), (data_args.eval_data or [], False)):
+            for index, path in enumerate(paths):
+                if data_args.skip_bad_lines:
+                    paths[index] = good_lines(path, scores, data_args.cache_path)
+                check_training_file(paths[index], scores)
+        if data_args.eval_data is not None:
+            _evaluate_checkpoints(training_args)
+        output_dir = Path(training_args.output_dir)
+        training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
         super().__init__(model_args, data_args, training_args)
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaCrossEncoder]:
@@ -75,18 +98,36 @@ class MatryoshkaRunner(AbsRerankerRunner):
             layers = self.training_args.compress_layers
             SubNetwork.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
         raw_peft = args.raw_peft or []
+        if args.load_in_4bit:
+            hub["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self._weights_dtype(),
+                llm_int8_skip_modules=["lm_head"],
+            )
         model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **hub)
+        if args.load_in_4bit:
+            model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
         model.config.raw_peft = [*checkpoint.adapters, *raw_peft] if args.use_lora else []
+        model.config.compensation = self._compensation()
         cross_encoder = MatryoshkaCrossEncoder(
             self._add_adapters(model) if args.use_lora else model,
             tokenizer,
             self.method,
             self.training_args.per_device_train_batch_size,
             self.data_args.train_group_size,
+            self.training_args.distill_loss,
         )
         if self.training_args.gradient_checkpointing and args.use_lora:
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
+
+    def _compensation(self) -> dict[str, int | str] | None:
+        """What the adapter makes up for: a note that is saved beside it."""
+        if self.training_args.finetune_type is None:
+            return None
+        return {"axis": self.training_args.finetune_type, "compress_ratio": self.training_args.compress_ratios[0]}
 
     def _weights_dtype(self) -> torch.dtype:
         """Frozen weights can lie in the format that is computed in; weights that learn stay in float32."""
@@ -112,11 +153,21 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Groups of pairs."""
-        return MatryoshkaTrainDataset(args=self.data_args, tokenizer=self.tokenizer)
+        return MatryoshkaTrainDataset(self.data_args, self.tokenizer, self.training_args.seed)
+
+    def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
+        if self.data_args.eval_data is None:
+            return None
+        args = copy.copy(self.data_args)
+        args.train_data, args.knowledge_distillation = self.data_args.eval_data, False
+        return MatryoshkaEvalDataset(args, self.tokenizer)
 
     def load_data_collator(self) -> MatryoshkaCollator:
         """Pads groups into a batch."""
-        return MatryoshkaCollator(
+        return self._collator(MatryoshkaCollator)
+
+    def _collator(self, kind: type[MatryoshkaCollator]) -> MatryoshkaCollator:
+        return kind(
             tokenizer=self.tokenizer,
             query_max_len=self.data_args.query_max_len,
             passage_max_len=self.data_args.passage_max_len,
@@ -131,6 +182,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
             train_dataset=self.train_dataset,
             data_collator=self.data_collator,
             processing_class=self.tokenizer,
+            eval_dataset=self._load_eval_dataset(),
+            eval_collator=self._collator(MatryoshkaEvalCollator),
+            compute_metrics=partial(ranking_metrics, exits=self.model.config.exit_layers),
             compress_layers=self.training_args.compress_layers,
             compress_ratios=self.training_args.compress_ratios,
         )
@@ -146,3 +200,24 @@ class MatryoshkaRunner(AbsRerankerRunner):
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             logger.info("Wrote the merged model to %s", merged)
+
+
+def _is_half(args: MatryoshkaTrainingArguments) -> bool:
+    return bool(args.bf16 or args.fp16)
+
+
+def _evaluate_checkpoints(args: MatryoshkaTrainingArguments) -> None:
+    """Evaluate whenever a checkpoint is written, where nothing else is asked for, and keep the one of the best nDCG@10.
+
+    Raises:
+        ValueError: if no checkpoint is ever written or evaluated.
+    """
+    if args.eval_strategy == "no":
+        args.eval_strategy = args.save_strategy
+        args.eval_steps = args.save_steps
+    if args.eval_strategy == "no":
+        raise ValueError(
+            "eval_data is given, but save_strategy and eval_strategy are 'no': nothing would be evaluated."
+        )
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = "nDCG@10", True

@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+
+
+class StartEpoch(TrainerCallback):
+    """Tells the data which epoch begins, in any number of processes and after a resume too."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["train_dataloader"].dataset.start_epoch(int(state.epoch or 0))
 
 
 class MatryoshkaTrainer(AbsRerankerTrainer):
@@ -16,15 +30,26 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
 
     Args:
         compress_layers, compress_ratios: what sub-networks are drawn from.
+        eval_collator: joins the lists that are ranked when it evaluates.
     """
 
+    data_collator: Any
+
     def __init__(
-        self, *args: Any, compress_layers: Sequence[int] = (), compress_ratios: Sequence[int] = (1,), **kwargs: Any
+        self,
+        *args: Any,
+        compress_layers: Sequence[int] = (),
+        compress_ratios: Sequence[int] = (1,),
+        eval_collator: MatryoshkaEvalCollator | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(StartEpoch())
+        self.eval_collator = eval_collator
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
+        self._terms: list[dict[str, Tensor]] = []
 
     def _pass_number(self) -> int:
         """Passes before this one, counted from the optimizer step, so that a resumed run counts on."""
@@ -37,23 +62,62 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of one pass under a freshly drawn sub-network."""
-        if model.training:
-            sub_network = sample_sub_network(
-                self.model.config,
-                self.compress_layers,
-                self.compress_ratios,
-                self.args.seed,
-                self._pass_number(),
-                self.args.process_index,
-            )
-            inputs = {**inputs, "sub_network": sub_network}
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        sub_network = sample_sub_network(
+            self.model.config,
+            self.compress_layers,
+            self.compress_ratios,
+            self.args.seed,
+            self._pass_number(),
+            self.args.process_index,
+        )
+        loss, outputs = super().compute_loss(model, {**inputs, "sub_network": sub_network}, True, **kwargs)
+        self._terms.append(outputs.terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, beside the loss, what it is the sum of: means over the passes since the last time, of all processes."""
+        if "loss" in logs and self._terms:
+            names = list(self._terms[0])
+            means = torch.stack([torch.stack([terms[name] for terms in self._terms]).mean() for name in names])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= dict(zip((f"loss_{name}" for name in names), means.tolist(), strict=True))
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Whole lists instead of training's groups."""
+        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Scores (queries, exits, longest list) and labels (queries, longest list), both PADDING behind a list."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = model(**inputs).scores
+        lists = scores.new_full((len(scores), *labels.shape), PADDING)
+        lists[:, labels != PADDING] = scores
+        return None, lists.transpose(0, 1).contiguous(), labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # `_save` writes the wrapped model's weights, under its own names.
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.model if model is None else model)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        # trainer_state.json comes next: no checkpoint that has it lacks a file of another process.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = output_dir or self.args.output_dir
-        self.model.save(directory)
+        self.model.save(directory, state_dict)
         self._save_processing_class(directory)

@@ -7,6 +7,7 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
     MatryoshkaTrainDataset,
     check_training_file,
+    good_lines,
     training_files,
 )
 from flagembedding_matryoshka.tokenization import PROMPT
@@ -124,3 +125,36 @@ def test_a_batch_keeps_part_lengths(tmp_path, tiny_tokenizer):
     assert pair["query_lengths"].tolist() == [sequence["query_length"] for sequence in sequences]
     assert pair["prompt_lengths"].tolist() == [sequence["prompt_length"] for sequence in sequences]
     assert (pair["attention_mask"].sum(1) > pair["query_lengths"] + pair["prompt_lengths"]).all()
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_item_alone(tmp_path, tiny_tokenizer):
+    row = {"query": "q", "pos": [f"pos {i}" for i in range(5)], "neg": [f"neg {i}" for i in range(20)]}
+    path = write(tmp_path / "rows.jsonl", *[{**row, "query": f"q {i}"} for i in range(4)])
+    first, other = (dataset(path, tiny_tokenizer, train_group_size=4) for _ in range(2))
+    assert [first[item] for item in (0, 1, 2, 3)] == [other[item] for item in (3, 2, 1, 0)][::-1]
+    epoch_0 = first[0]
+    first.start_epoch(1)
+    assert first[0] != epoch_0
+    first.start_epoch(0)
+    assert first[0] == epoch_0
+    assert MatryoshkaTrainDataset(first.args, tiny_tokenizer, seed=7)[0] != epoch_0
+
+
+def test_good_lines_are_copied_only_where_there_are_bad_ones(tmp_path, caplog):
+    path = write(tmp_path / "good.jsonl", ROW, ROW)
+    assert good_lines(str(path), True, str(tmp_path)) == str(path)
+    bad = write(tmp_path / "bad.jsonl", ROW, "{", {**ROW, "pos": []}, ROW)
+    copy = good_lines(str(bad), True, str(tmp_path))
+    assert copy == good_lines(str(bad), True, str(tmp_path))
+    assert check_training_file(copy, needs_scores=True) == 2
+    assert "2 bad lines are left out, 2 are kept. line 2: not JSON" in caplog.text
+    assert len(list((tmp_path / "good_lines").iterdir())) == 1
+
+
+def test_a_share_of_the_positives_comes_in_another_order(tmp_path, tiny_tokenizer):
+    text = " ".join(["first"] * 20 + ["second"] * 20 + ["third"] * 20)
+    path = write(tmp_path / "long.jsonl", *[{"query": f"q {i}", "pos": [text], "neg": ["n"]} for i in range(40)])
+    plain, shuffled = (dataset(path, tiny_tokenizer, train_group_size=2, shuffle_ratio=ratio) for ratio in (0.0, 0.5))
+    changed = sum(plain[item][0][0] != shuffled[item][0][0] for item in range(40))
+    assert 5 < changed < 35
+    assert all(plain[item][0][1] == shuffled[item][0][1] for item in range(40))

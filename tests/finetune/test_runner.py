@@ -1,12 +1,15 @@
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.finetune import (
@@ -22,7 +25,7 @@ PAIRS = [("what about the wing", "this text is about a wing"), ("what about the 
 WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}]
 
 
-def runner(model, data, output_dir, model_args=(), **training):
+def runner(model, data, output_dir, model_args=(), data_args=(), **training):
     options = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -40,6 +43,7 @@ def runner(model, data, output_dir, model_args=(), **training):
             query_max_len=64,
             passage_max_len=192,
             cache_path=str(Path(output_dir).parent / "cache"),
+            **dict(data_args),
         ),
         training_args=MatryoshkaTrainingArguments(
             output_dir=str(output_dir),
@@ -157,6 +161,72 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(use_lora, tiny_raw_model
     assert histories[1] == pytest.approx(histories[0], rel=1e-5)
 
 
+def test_the_history_has_every_term_of_the_loss(tiny_raw_model_path, training_file, tmp_path):
+    run = runner(
+        tiny_raw_model_path,
+        training_file,
+        tmp_path / "out",
+        {"start_layer": 5},
+        train_method="distill_last_layer",
+        distill_loss="kl",
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        compress_layers=[2],
+        compress_ratios=[1, 2],
+    )
+    run.run()
+    history = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    for entry in history:
+        terms = {name: value for name, value in entry.items() if name.startswith("loss_layer")}
+        assert set(terms) == {
+            "loss_layer_5_contrastive", "loss_layer_5_deeper_exit",
+            "loss_layer_6_contrastive", "loss_layer_6_data_scores",
+        }  # fmt: skip
+        assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_evaluation_ranks_at_every_exit_and_keeps_the_best_checkpoint(tiny_raw_model_path, training_file, tmp_path):
+    run = runner(
+        tiny_raw_model_path,
+        training_file,
+        tmp_path / "out",
+        {"start_layer": 5},
+        {"eval_data": [str(training_file)]},
+        save_strategy="steps",
+        save_steps=5,
+        save_total_limit=1,
+        max_steps=20,
+        learning_rate=5e-3,
+    )
+    before = run.trainer.evaluate()
+    run.run()
+    history = [entry for entry in run.trainer.state.log_history if "eval_nDCG@10" in entry]
+    assert [entry["step"] for entry in history] == [5, 10, 15, 20]
+    for layer in (5, 6):
+        assert history[-1][f"eval_layer_{layer}_MRR@10"] > before[f"eval_layer_{layer}_MRR@10"]
+    best = max(history, key=lambda entry: entry["eval_nDCG@10"])
+    assert (tmp_path / "out" / f"checkpoint-{best['step']}").is_dir()
+    assert run.trainer.state.best_global_step == best["step"]
+
+
+def test_evaluation_without_checkpoints_is_refused(tiny_raw_model_path, training_file, tmp_path):
+    with pytest.raises(ValueError, match="nothing would be evaluated"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", {}, {"eval_data": [str(training_file)]})
+
+
+def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path, caplog):
+    path = tmp_path / "some_bad.jsonl"
+    path.write_text("{\n" + training_file.read_text() + json.dumps({"query": "q"}))
+    with pytest.raises(ValueError, match=r"some_bad\.jsonl, line 1: not JSON"):
+        runner(tiny_raw_model_path, path, tmp_path / "out")
+    kept = runner(tiny_raw_model_path, path, tmp_path / "out", {}, {"skip_bad_lines": True}).train_dataset
+    assert "2 bad lines are left out" in caplog.text
+    assert list(kept.dataset) == list(
+        runner(tiny_raw_model_path, training_file, tmp_path / "out").train_dataset.dataset
+    )
+
+
 def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
     steps = []
     from flagembedding_matryoshka.finetune import trainer
@@ -188,7 +258,13 @@ def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, trainin
             {"finetune_type": "layer", "compress_layers": [2], "compress_ratios": [1, 2]},
             r"without compression, got \[1, 2",
         ),
-        ({"finetune_type": "token", "compress_layers": [2], "compress_ratios": [1]}, "finetune_type=token trains with"),
+        (
+            {"finetune_type": "token", "compress_layers": [2], "compress_ratios": [1]},
+            r"token trains an adapter for one ratio above 1, got \[1\]",
+        ),
+        ({"finetune_type": "token", "compress_layers": [2], "compress_ratios": [2, 4]}, r"got \[2, 4\]"),
+        ({"finetune_type": "token"}, r"compress_ratios \[2\] need compress_layers"),
+        ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"finetune_type": "width"}, "finetune_type is 'width'"),
         ({"sub_batch_size": 2}, "sub_batch_size=2"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
@@ -205,7 +281,9 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
     [
         ({"padding_side": "left"}, "padding_side is 'left'"),
         ({"loss_type": "hidden"}, "loss_type is 'hidden'"),
-        ({"use_flash_attn": True}, "use_flash_attn=True"),
+        ({"head_multi": False}, "head_multi=False"),
+        ({"head_type": "complex"}, "head_type is 'complex'"),
+        ({"use_lora": False, "load_in_4bit": True}, "load_in_4bit=True contradicts use_lora=False"),
         ({"layer_wise": False}, "layer_wise=False"),
         ({"config_name": "x"}, "config_name='x'"),
         ({"model_type": "encoder"}, "model_type is 'encoder'"),
@@ -215,6 +293,37 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
 def test_arguments_without_use_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MatryoshkaModelArguments(model_name_or_path="x", **options)
+
+
+@pytest.mark.parametrize(
+    ("finetune_type", "expected"),
+    [
+        (None, ("distill_fix_layer_teacher", 2e-4, [1, 2, 4, 8])),
+        ("layer", ("normal", 2e-5, [1])),
+        ("token", ("normal", 2e-5, [2])),
+    ],
+)
+def test_finetune_type_sets_defaults_that_can_be_overridden(finetune_type, expected, tmp_path):
+    def arguments(**options):
+        args = MatryoshkaTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, compress_layers=[2], finetune_type=finetune_type, **options
+        )
+        return args.train_method, args.learning_rate, args.compress_ratios
+
+    assert arguments() == expected
+    assert arguments(learning_rate=1e-3, train_method="distill")[:2] == ("distill", 1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that could run the kernel")
+def test_flash_attention_is_refused_where_it_cannot_run(tiny_raw_model_path, training_file, tmp_path):
+    with pytest.raises(ValueError, match="use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on cpu"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", {"use_flash_attn": True})
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_is_named_where_it_is_missing(tiny_raw_model_path, training_file, tmp_path):
+    with pytest.raises(ImportError, match=r"deepspeed=stage1\.json needs the package of that name"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", deepspeed="stage1.json")
 
 
 def test_insisting_on_a_kind_of_checkpoint(tiny_raw_model_path, training_file, tmp_path):
@@ -237,33 +346,110 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
         runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
 
 
-def command_line(model, data, output_dir, processes):
+LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj", "linear_head")
+
+
+def command_line(model, data, output_dir, processes, *more):
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"),
         *("-m", "flagembedding_matryoshka.finetune", "--model_name_or_path", str(model), "--train_data", str(data)),
         *("--output_dir", str(output_dir), "--cache_path", str(output_dir.parent / "cache"), "--start_layer", "2"),
         *("--layer_sep", "1", "--layer_wise", "True", "--train_method", "distill_fix_layer_teacher"),
-        *("--knowledge_distillation", "True", "--compress_layers", "2", "4", "--compress_ratios", "1", "2", "4"),
-        *("--use_lora", "True", "--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"),
-        *("--target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj"),
-        *("linear_head", "--loss_type", "only logits", "--use_flash_attn", "False", "--padding_side", "right"),
-        *("--train_group_size", "4", "--query_max_len", "64", "--passage_max_len", "192", "--learning_rate", "5e-3"),
-        *("--max_steps", "12", "--per_device_train_batch_size", "4", "--dataloader_drop_last", "True"),
-        *("--warmup_ratio", "0.1", "--gradient_checkpointing", "--ddp_find_unused_parameters", "False"),
-        *("--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "True"),
+        *("--knowledge_distillation", "True", "--use_lora", "True", "--lora_rank", "4", "--lora_alpha", "8"),
+        *("--target_modules", *LORA, "--loss_type", "only logits", "--use_flash_attn", "False"),
+        *("--padding_side", "right", "--train_group_size", "4", "--query_max_len", "64", "--passage_max_len", "192"),
+        *("--learning_rate", "5e-3", "--max_steps", "12", "--per_device_train_batch_size", "4"),
+        *("--dataloader_drop_last", "True", "--warmup_ratio", "0.1", "--ddp_find_unused_parameters", "False"),
+        *("--logging_steps", "1", "--report_to", "none", "--use_cpu", "True", *more),
     ]
+
+
+WIDTH = ("--compress_layers", "2", "4", "--compress_ratios", "1", "2", "4")
+
+
+def run_command(command):
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def history(output_dir, step=12):
+    state = json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def trained_weights(output_dir):
+    return load_file(output_dir / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_line_of_the_reference(processes, tiny_raw_model_path, training_file, tmp_path):
-    command = command_line(tiny_raw_model_path, training_file, tmp_path / "out", processes)
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", result.stdout)]
+    output_dir = tmp_path / "out"
+    options = (*WIDTH, "--save_steps", "100", "--save_total_limit", "50", "--gradient_checkpointing")
+    run_command(command_line(tiny_raw_model_path, training_file, output_dir, processes, *options))
+    losses = history(output_dir)
     assert len(losses) == 12
     assert sum(losses[-4:]) < sum(losses[:4])
-    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    loaded = MatryoshkaReranker(str(output_dir), dtype="float32", devices="cpu")
     assert scores_of(loaded).isfinite().all()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_batch_of_both(tiny_raw_model_path, training_file, tmp_path):
+    losses = []
+    for processes, batch in ((1, 4), (2, 2)):
+        output_dir = tmp_path / str(processes)
+        options = ("--lora_dropout", "0", "--compress_ratios", "1", "--per_device_train_batch_size", str(batch))
+        run_command(command_line(tiny_raw_model_path, training_file, output_dir, processes, *options))
+        losses.append(history(output_dir))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_weights_when_it_is_resumed(tiny_raw_model_path, training_file, tmp_path):
+    # 4 steps an epoch: checkpoint 6 lies within one
+    options = (*WIDTH, "--save_steps", "3", "--save_total_limit", "2", "--per_device_train_batch_size", "2")
+
+    def command(output_dir):
+        return command_line(tiny_raw_model_path, training_file, output_dir, 1, *options, "--resume_from_checkpoint")
+
+    run_command(command(tmp_path / "whole"))
+    output_dir = tmp_path / "killed"
+    with (tmp_path / "log").open("w") as log:
+        # A group of its own, so that the launcher and what it launched die together.
+        process = subprocess.Popen(
+            command(output_dir),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 200
+        while not list(output_dir.glob("checkpoint-6*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+    assert not (output_dir / "adapter_model.safetensors").exists()
+    run_command(command(output_dir))
+    expected, resumed = trained_weights(tmp_path / "whole"), trained_weights(output_dir)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_shards_train_save_and_load(tiny_raw_model_path, training_file, tmp_path):
+    options = (*WIDTH, "--save_strategy", "steps", "--save_steps", "12", "--lora_dropout", "0")
+    losses = []
+    for name, more in (("ddp", ()), ("fsdp", ("--fsdp", "full_shard"))):
+        output_dir = tmp_path / name
+        run_command(command_line(tiny_raw_model_path, training_file, output_dir, 2, *options, *more))
+        losses.append(history(output_dir))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    scores = [
+        scores_of(MatryoshkaReranker(str(tmp_path / name), dtype="float32", devices="cpu")) for name in ("ddp", "fsdp")
+    ]
+    torch.testing.assert_close(*scores, atol=1e-3, rtol=0)

@@ -1,0 +1,42 @@
+import json
+import shutil
+
+import pytest
+
+from flagembedding_matryoshka.finetune.checkpoints import is_complete, newest_complete, resolve
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """Checkpoints of steps 2, 9 and 10; the last was cut off while its last file was written, 11 before that."""
+    for step in (2, 9, 10, 11):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        state = json.dumps({"global_step": step, "log_history": []})
+        (directory / "trainer_state.json").write_text(state if step < 10 else state[:20])
+    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-best").mkdir()
+    return tmp_path
+
+
+def test_a_checkpoint_cut_off_is_never_taken_for_a_good_one(output_dir):
+    assert [is_complete(output_dir / f"checkpoint-{step}") for step in (2, 9, 10, 11)] == [True, True, False, False]
+    assert newest_complete(output_dir) == output_dir / "checkpoint-9"
+    shutil.rmtree(output_dir / "checkpoint-9")
+    assert newest_complete(output_dir) == output_dir / "checkpoint-2"
+
+
+def test_what_can_be_asked_for(output_dir):
+    assert resolve(None, output_dir) is resolve("False", output_dir) is None
+    assert resolve("True", output_dir) == resolve("last", output_dir) == str(output_dir / "checkpoint-9")
+    assert resolve(str(output_dir / "checkpoint-2"), output_dir) == str(output_dir / "checkpoint-2")
+
+
+def test_without_a_checkpoint_the_run_starts_anew(tmp_path):
+    assert resolve("last", tmp_path) is None
+    assert resolve("last", tmp_path / "never made") is None
+
+
+def test_asking_for_one_that_was_cut_off_names_a_good_one(output_dir):
+    with pytest.raises(ValueError, match=r"checkpoint-10 is no complete checkpoint.*beside it: .*checkpoint-9"):
+        resolve(str(output_dir / "checkpoint-10"), output_dir)
