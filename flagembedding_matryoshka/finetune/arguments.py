@@ -174,6 +174,9 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "const": "last",
         },
     )
+    overwrite_output_dir: bool = field(
+        default=True, metadata={"help": "False refuses an output_dir that is not empty, unless the run is resumed."}
+    )
     compress_layers: list[int] = field(
         default_factory=list,
         metadata={"help": "Layers after which the passage may be compressed; each is on in half of the steps."},

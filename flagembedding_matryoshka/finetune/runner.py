@@ -77,6 +77,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
             _evaluate_checkpoints(training_args)
         output_dir = Path(training_args.output_dir)
         training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
+        resumed = training_args.resume_from_checkpoint is not None
+        if not training_args.overwrite_output_dir and not resumed and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise ValueError(f"{output_dir} is not empty, and overwrite_output_dir=False.")
         super().__init__(model_args, data_args, training_args)
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaCrossEncoder]:

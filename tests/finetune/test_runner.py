@@ -326,6 +326,14 @@ def test_deepspeed_is_named_where_it_is_missing(tiny_raw_model_path, training_fi
         runner(tiny_raw_model_path, training_file, tmp_path / "out", deepspeed="stage1.json")
 
 
+def test_an_output_directory_can_be_protected(tiny_raw_model_path, training_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
+    (tmp_path / "out" / "model").touch()
+    with pytest.raises(ValueError, match="out is not empty, and overwrite_output_dir=False"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
+
+
 def test_insisting_on_a_kind_of_checkpoint(tiny_raw_model_path, training_file, tmp_path):
     with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw Mistral"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {"model_type": "from_finetuned_model"})

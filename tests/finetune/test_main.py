@@ -1,0 +1,51 @@
+import shlex
+
+import pytest
+
+from flagembedding_matryoshka.finetune.__main__ import build_parser
+
+# The example of FlagEmbedding's guide for its layer-wise re-ranker, without --deepspeed, which needs that package.
+FLAG_EMBEDDING = """
+    --model_name_or_path BAAI/bge-reranker-v2-minicpm-layerwise --use_lora True --lora_rank 32 --lora_alpha 64
+    --target_modules q_proj k_proj v_proj o_proj --save_merged_lora_model True --model_type from_finetuned_model
+    --start_layer 8 --head_multi True --head_type simple --trust_remote_code True --cache_dir ./cache/model
+    --train_data {data} --cache_path ./cache/data --train_group_size 8 --query_max_len 512 --passage_max_len 512
+    --pad_to_multiple_of 8 --knowledge_distillation True --query_instruction_for_rerank 'A: '
+    --query_instruction_format {{}}{{}} --passage_instruction_for_rerank 'B: ' --passage_instruction_format {{}}{{}}
+    --output_dir {output} --learning_rate 2e-4 --num_train_epochs 1 --use_flash_attn True
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --dataloader_drop_last True --warmup_ratio 0.1
+    --gradient_checkpointing --weight_decay 0.01 --logging_steps 1 --save_steps 1000 --overwrite_output_dir
+"""
+
+
+def test_flag_embeddings_layer_wise_command_line_is_understood(training_file, tmp_path):
+    words = shlex.split(FLAG_EMBEDDING.format(data=training_file, output=tmp_path))
+    model, data, training = build_parser().parse_args_into_dataclasses(words)
+    assert (model.start_layer, model.head_multi, model.head_type) == (8, True, "simple")
+    assert data.query_instruction_for_rerank == "A: "
+    assert training.train_method == "distill_fix_layer_teacher"
+
+
+def test_every_argument_of_ours_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for name in ("--distill_loss", "--finetune_type", "--eval_data", "--load_in_4bit", "--skip_bad_lines"):
+        assert name in text
+
+
+def test_a_method_that_does_not_exist_is_answered_with_those_that_do(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--train_method", "distil"])
+    assert "distill_fix_layer_teacher" in capsys.readouterr().err
+
+
+def test_resuming_needs_no_value(training_file, tmp_path):
+    words = ["--model_name_or_path", "m", "--train_data", str(training_file), "--output_dir", str(tmp_path)]
+    for more, expected in (
+        ([], None),
+        (["--resume_from_checkpoint"], "last"),
+        (["--resume_from_checkpoint", "x"], "x"),
+    ):
+        training = build_parser().parse_args_into_dataclasses([*words, *more])[2]
+        assert training.resume_from_checkpoint == expected
