@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -122,4 +123,8 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         if state_dict is not None:
             weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.model.save_pretrained(output_dir, state_dict=weights)
-        self.config.save_pretrained(output_dir)
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):
+            # How the frozen weights were held while training is no property of what was trained.
+            del config.quantization_config
+        config.save_pretrained(output_dir)

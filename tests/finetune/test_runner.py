@@ -93,6 +93,20 @@ def test_what_is_written_scores_as_what_was_trained(
         close(scores, scores_of(loaded, **width))
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_adapters_learn_over_weights_in_four_bits(tiny_raw_model_path, training_file, tmp_path):
+    model_args = {"start_layer": 2, "load_in_4bit": True}
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args, max_steps=20, logging_steps=1)
+    weights = {name: value.dtype for name, value in run.model.model.named_parameters()}
+    assert weights["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"] == torch.uint8
+    run.run()
+    losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    relevant, other = scores_of(loaded).T
+    assert (relevant > other).all()
+
+
 def test_the_merged_model_is_a_checkpoint_of_its_own(tiny_raw_model_path, training_file, tmp_path):
     model_args = {"start_layer": 2, "save_merged_lora_model": True}
     runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args).run()
