@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import ir_measures
@@ -177,10 +178,11 @@ def main() -> None:
         flush=True,
     )
 
-    rows = random.Random(0).sample(parts.train, TRAINING["max_steps"] * TRAINING["per_device_train_batch_size"])
+    wanted = TRAINING["max_steps"] * TRAINING["per_device_train_batch_size"]
+    queries = random.Random(0).sample(parts.train, 2 * wanted)
     with tempfile.TemporaryDirectory() as folder:
         train_data, model = Path(folder) / "train.jsonl", Path(folder) / "model"
-        write_jsonl(train_data, training_rows(rows, parts.train))
+        write_jsonl(train_data, islice(training_rows(queries, parts.train), wanted))
         fine_tune(train_data, model)
         results = [
             *other_orders(lists),

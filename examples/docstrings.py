@@ -162,8 +162,8 @@ def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) ->
     return [Candidates(pair.query, row, row.index(pair.passage)) for pair, row in lists if pair.passage in row]
 
 
-def training_rows(queries: Sequence[Pair], pairs: Sequence[Pair], negatives: int = 15) -> Iterator[dict]:
-    """FlagEmbedding's training rows: BM25's best passages of other training pairs as negatives, with teacher scores.
+def training_rows(queries: Sequence[Pair], pairs: Sequence[Pair], k: int = 20) -> Iterator[dict]:
+    """FlagEmbedding's training rows, made as `candidates` are: the BM25 top k of queries whose passage is among them.
 
     A teacher score is ``BM25_WEIGHT * BM25 score``, the positive's raised to at least the best negative's plus 2: the
     softmax over a group then says the label first and, among the negatives, what the lexical match says.
@@ -173,18 +173,18 @@ def training_rows(queries: Sequence[Pair], pairs: Sequence[Pair], negatives: int
         pairs: all training pairs; negatives are passages of these.
     """
     passages = [pair.passage for pair in pairs]
-    found, scores = Bm25(passages).top([pair.query for pair in queries], negatives + 1)
+    found, scores = Bm25(passages).top([pair.query for pair in queries], k)
     for pair, numbers, values in zip(queries, found, scores, strict=True):
         teacher = {passages[i]: BM25_WEIGHT * float(value) for i, value in zip(numbers, values, strict=True)}
-        own = teacher.pop(pair.passage, 0.0)
-        hard = list(teacher)[:negatives]
-        neg_scores = [teacher[passage] for passage in hard]
+        if pair.passage not in teacher:
+            continue
+        own = teacher.pop(pair.passage)
         yield {
             "query": pair.query,
             "pos": [pair.passage],
-            "neg": hard,
-            "pos_scores": [max(own, max(neg_scores) + 2.0)],
-            "neg_scores": neg_scores,
+            "neg": list(teacher),
+            "pos_scores": [max(own, max(teacher.values()) + 2.0)],
+            "neg_scores": list(teacher.values()),
         }
 
 

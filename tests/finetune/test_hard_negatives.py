@@ -1,0 +1,183 @@
+import json
+import sys
+
+import pytest
+
+from flagembedding_matryoshka.finetune import hard_negatives
+from flagembedding_matryoshka.finetune.data import check_training_file
+from flagembedding_matryoshka.finetune.hard_negatives import main, read_collection, write_rows
+
+WORDS = ["wing", "lift", "drag", "flow", "heat", "shock", "layer", "plate", "cone", "nozzle"]
+# The rank of "wing …" passages for the query "wing" is their number: the longer, the worse.
+CORPUS = [{"_id": f"p{i}", "title": "wing", "text": " ".join(WORDS[1 : i + 1])} for i in range(8)]
+QUERIES = [{"_id": "q1", "text": "wing"}, {"_id": "q2", "text": "a nozzle?"}, {"_id": "q3", "text": "the heat"}]
+
+
+def lines(rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """Writes a collection, of which parts can be told, and returns its directory."""
+
+    def write(corpus=CORPUS, queries=QUERIES, judgements=(("q1", "p2", 1),), header="query-id\tcorpus-id\tscore"):
+        directory = tmp_path / "beir"
+        (directory / "qrels").mkdir(parents=True, exist_ok=True)
+        (directory / "corpus.jsonl").write_text(lines(corpus))
+        (directory / "queries.jsonl").write_text(lines(queries))
+        rows = ["\t".join(map(str, judgement)) for judgement in judgements]
+        (directory / "qrels" / "train.tsv").write_text(lines([header, *rows]))
+        return directory
+
+    return write
+
+
+def mined(directory, *more):
+    output = directory.parent / "train.jsonl"
+    main(["--data", str(directory), "--output", str(output), *map(str, more)])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def passage(number):
+    return f"{CORPUS[number]['title']} {CORPUS[number]['text']}".strip()
+
+
+def test_rows_are_flagembeddings(collection):
+    directory = collection(judgements=[("q3", "p4", 1), ("q1", "p2", 2), ("q1", "p0", 1), ("q1", "p3", 0)])
+    rows = mined(directory, "--first", 1, "--negatives", 8)
+    assert [row["query"] for row in rows] == ["the heat", "wing"]
+    assert [row["pos"] for row in rows] == [[passage(4)], [passage(2), "wing"]]
+    assert {tuple(sorted(row["neg"])) for row in rows} == {
+        tuple(sorted(passage(i) for i in (5, 6, 7))),  # those with heat in them
+        tuple(sorted(passage(i) for i in (1, 3, 4, 5, 6, 7))),
+    }
+    assert all(list(row) == ["query", "pos", "neg"] for row in rows)
+    assert check_training_file(str(directory.parent / "train.jsonl"), needs_scores=False) == 2
+
+
+@pytest.mark.parametrize(("first", "last", "expected"), [(1, 2, [1]), (2, 4, [1, 3]), (4, 5, [3, 4]), (7, 99, [6, 7])])
+def test_negatives_are_of_the_ranks_asked_for(collection, first, last, expected):
+    # Rank 1 is the query itself, rank 3 is relevant.
+    (row,) = mined(collection(), "--first", first, "--last", last)
+    assert sorted(row["neg"]) == sorted(passage(i) for i in expected)
+
+
+def test_no_more_negatives_than_asked_for_and_none_twice(collection):
+    (row,) = mined(collection(), "--first", 1, "--negatives", 3)
+    assert len(row["neg"]) == len(set(row["neg"])) == 3
+
+
+def test_a_passage_with_the_text_of_a_relevant_one_or_of_the_query_is_no_negative(collection):
+    twin = {"_id": "twin", "title": " wing", "text": "lift drag"}
+    (row,) = mined(collection([*CORPUS, twin], judgements=[("q1", "p2", 1), ("q1", "twin", 1)]), "--first", 1)
+    assert row["pos"] == [passage(2)] == ["wing lift drag"]
+    assert sorted(row["neg"]) == sorted(passage(i) for i in (1, 3, 4, 5, 6, 7))
+    (row,) = mined(collection([*CORPUS, {**twin, "title": None, "text": "wing lift drag"}]), "--first", 1)
+    assert "wing lift drag" not in row["neg"] and "wing" not in row["neg"]
+
+
+def test_what_is_drawn_depends_on_seed_and_query_alone(collection, monkeypatch):
+    corpus = [{"_id": str(i), "text": f"wing {i:03}"} for i in range(60)]
+    queries = [{"_id": str(i), "text": f"wing {i:03}"} for i in range(20)]
+    judgements = [(str(i), str(i), 1) for i in range(20)]
+    rows = mined(collection(corpus, queries, judgements), "--seed", 1)
+    assert mined(collection(corpus, queries, judgements), "--seed", 1) == rows
+    assert mined(collection(corpus, queries, judgements), "--seed", 2) != rows
+    monkeypatch.setattr(hard_negatives, "BATCH", 3)
+    assert mined(collection(corpus, queries, judgements[::-1]), "--seed", 1) == rows[::-1]
+    assert len({tuple(text[5:] for text in row["neg"]) for row in rows}) == 20
+
+
+def test_queries_without_negatives_are_dropped_and_counted(collection, caplog):
+    judgements = [("q2", "p1", 1), ("q1", "p2", 1)]
+    (row,) = mined(collection(judgements=judgements))
+    assert row["query"] == "wing"
+    assert "1 queries are left out" in caplog.text
+
+
+def test_without_any_row_nothing_is_written(collection):
+    directory = collection(judgements=[("q2", "p1", 1)])
+    with pytest.raises(ValueError, match=r"no negative in ranks 2 to 100 of 8 passages for any query"):
+        mined(directory)
+    assert [path.name for path in directory.parent.iterdir()] == ["beir"]
+
+
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ({"corpus": [CORPUS[2], "", "{"]}, r"corpus\.jsonl, line 3: not JSON"),
+        (
+            {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
+            r"corpus\.jsonl, line 2: an object with the strings _id and",
+        ),
+        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object with the strings _id and text is wanted"),
+        ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
+        ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: _id 'p2' is there twice"),
+        ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: an object with the strings _id and text is wanted"),
+        ({"header": "q1\tp2\t1"}, r"train\.tsv, line 1: the header must be \['query-id', .*got \['q1', 'p2', '1'\]"),
+        ({"judgements": [("q1", "p2")]}, r"train\.tsv, line 2: query-id, corpus-id and .* wanted, got \['q1', 'p2'\]"),
+        ({"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]}, r"train\.tsv, line 3: query-id, .*a whole score.*²"),
+        ({"judgements": [("q9", "p2", 1)]}, r"train\.tsv, line 2: there is no query 'q9'"),
+        ({"judgements": [("q1", "p2", 1), ("", ""), ("q1", "p9", 1)]}, r"train\.tsv, line 4: there is no passage 'p9'"),
+        ({"judgements": []}, r"train\.tsv names no relevant passage: no score is above 0"),
+        ({"judgements": [("q1", "p2", 0), ("q1", "p3", -1)]}, r"train\.tsv names no relevant passage"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_and_line(collection, part, fault):
+    directory = collection(**part)
+    with pytest.raises(ValueError, match=fault):
+        read_collection(directory, "train")
+
+
+def test_blank_lines_and_quotes_are_no_fault(collection):
+    corpus = [{"_id": '"a', "text": "wing lift"}, "", *CORPUS]
+    read = read_collection(collection(corpus, judgements=[("q1", '"a', 1), ("   ",), ("q1", "p3", 1)]), "train")
+    assert read.positives == {"q1": ['"a', "p3"]}
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv"])
+def test_a_missing_file_is_named(collection, name):
+    directory = collection()
+    (directory / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_collection(directory, "train")
+
+
+@pytest.mark.parametrize("ranks", [("--negatives", 0), ("--first", 0), ("--first", 5, "--last", 4)])
+def test_impossible_ranks_are_refused(collection, ranks):
+    with pytest.raises(ValueError, match=r"negatives=\d+ of ranks \d+ to \d+: at least one"):
+        mined(collection(), *ranks)
+
+
+@pytest.mark.parametrize("package", ["bm25s", "Stemmer"])
+def test_the_extra_to_install_is_named(collection, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install flagembedding_matryoshka\[mining\]"):
+        mined(collection())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    assert write_rows(path, [{"query": "é"}, {}]) == 2
+    assert path.read_text(encoding="utf-8") == '{"query": "é"}\n{}\n'
+
+    def broken():
+        yield {}
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_rows(path, broken())
+    assert path.read_text(encoding="utf-8").count("\n") == 2
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError, match="new is a directory"):
+        write_rows(path.parent, broken())
+
+
+def test_the_cranfield_collection(shared_data, tmp_path):
+    output = tmp_path / "train.jsonl"
+    main(["--data", str(shared_data / "cranfield"), "--split", "test", "--output", str(output)])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert check_training_file(str(output), needs_scores=False) == len(rows) == 225
+    assert all(len(row["neg"]) == 15 and not set(row["neg"]) & set(row["pos"]) for row in rows)
+    assert rows[0]["query"].startswith("what similarity laws") and sum(len(row["pos"]) for row in rows) == 1612

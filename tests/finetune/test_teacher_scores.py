@@ -1,0 +1,182 @@
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification as Bert
+
+from flagembedding_matryoshka.finetune import teacher_scores
+from flagembedding_matryoshka.finetune.data import check_training_file
+from flagembedding_matryoshka.finetune.teacher_scores import add_scores, main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ["wing", "lift", "drag", "flow", "heat", "shock", "layer", "plate", "cone", "nozzle"]
+BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("sentence_transformers",)]
+
+
+def save_cross_encoder(path, labels):
+    """A random BERT of 2 layers, 32 wide, whose scores differ by more than rounding, and a tokenizer of whole words."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special).save_pretrained(path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        num_labels=labels,
+    )
+    Bert(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory):
+    return save_cross_encoder(tmp_path_factory.mktemp("cross_encoder"), labels=1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(60)]
+    return [{"query": texts.pop(), "pos": [texts.pop()], "neg": [texts.pop() for _ in range(1 + i)]} for i in range(7)]
+
+
+@pytest.fixture
+def training_rows(rows, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@torch.no_grad()
+def logits(path, pairs):
+    """A pair at a time, by transformers alone."""
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path)
+    return [model.eval()(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
+
+
+def scored(path, model, backend, *more):
+    output = path.parent / "scored.jsonl"
+    words = ["--input", path, "--output", output, "--model", model, "--max_length", 64, "--device", "cpu", *more]
+    main([*map(str, words), "--backend", *backend])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[0])
+def test_scores_are_the_logits_of_transformers(cross_encoder, training_rows, rows, backend, monkeypatch):
+    monkeypatch.setattr(teacher_scores, "ROWS_AT_ONCE", 3)
+    found = scored(training_rows, cross_encoder, backend, "--batch_size", 4)
+    assert [{name: row[name] for name in ("query", "pos", "neg")} for row in found] == rows
+    expected = [logits(cross_encoder, [(row["query"], text) for text in (*row["pos"], *row["neg"])]) for row in rows]
+    assert len({round(score, 3) for scores in expected for score in scores}) > 30
+    assert max(map(max, expected)) > 1  # of which a sigmoid would leave nothing
+    for row, scores in zip(found, expected, strict=True):
+        assert row["pos_scores"] + row["neg_scores"] == pytest.approx(scores, abs=1e-4)
+        assert len(row["pos_scores"]) == 1
+    assert check_training_file(str(training_rows.parent / "scored.jsonl"), needs_scores=True) == 7
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[0])
+def test_pairs_are_cut_to_the_length_asked_for(cross_encoder, tmp_path, backend):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"query": "wing", "pos": ["lift drag heat"], "neg": ["lift drag flow"]}))
+    (whole,), (cut,) = (scored(path, cross_encoder, backend, "--max_length", length) for length in (64, 6))
+    assert whole["pos_scores"] != pytest.approx(whole["neg_scores"], abs=1e-2)
+    assert cut["pos_scores"] == pytest.approx(cut["neg_scores"], abs=1e-4)
+
+
+def test_other_fields_stay_and_old_scores_go(tmp_path):
+    row = {"id": 7, "prompt": None, "query": "é", "pos": ["p"], "pos_scores": [9], "neg": ["n", "m"], "type": "x"}
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n\n{json.dumps({**row, 'neg': ['n']})}\n")
+    found = list(add_scores(path, lambda pairs: np.arange(len(pairs)), total=2))
+    assert found == [
+        {**row, "pos_scores": [0.0], "neg_scores": [1.0, 2.0]},
+        {**row, "neg": ["n"], "pos_scores": [3.0], "neg_scores": [4.0]},
+    ]
+    assert '"neg_scores": [1.0, 2.0]' in json.dumps(found[0])
+
+
+def test_rows_are_read_a_chunk_at_a_time(training_rows, rows, monkeypatch):
+    monkeypatch.setattr(teacher_scores, "ROWS_AT_ONCE", 2)
+    asked = []
+
+    def scorer(pairs):
+        asked.append(pairs)
+        return [float(len(text)) for _, text in pairs]
+
+    found = add_scores(training_rows, scorer, total=7)
+    assert next(found)["pos_scores"] == [len(rows[0]["pos"][0])]
+    assert asked == [[(row["query"], text) for row in rows[:2] for text in (*row["pos"], *row["neg"])]]
+    assert len(list(found)) == 6 and len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "fault"),
+    [
+        (np.zeros(34), r"scores of shape \(34,\) for 35 pairs"),
+        (np.zeros((2, 35)), r"scores of shape \(2, 35\) for 35 pairs"),
+        ([0.0] * 34 + [float("nan")], r"the teacher gave nan for \('[a-z ]+', '[a-z ]+'\)"),
+        ([float("-inf")] + [0.0] * 34, r"the teacher gave -inf for \('[a-z ]+', '[a-z ]+'\)"),
+    ],
+)
+def test_what_is_no_score_is_refused(training_rows, scores, fault):
+    with pytest.raises(ValueError, match=fault):
+        list(add_scores(training_rows, lambda pairs: scores, total=7))
+
+
+@pytest.mark.parametrize(
+    ("backend", "fault"), [(BACKENDS[0], "has 3 labels: a re-ranker has one"), (BACKENDS[1], r"shape \(\d+, 3\) for")]
+)
+def test_a_classifier_is_no_teacher(training_rows, tmp_path, backend, fault):
+    model = save_cross_encoder(tmp_path / "classifier", labels=3)
+    with pytest.raises(ValueError, match=fault):
+        scored(training_rows, model, backend)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier", "train.jsonl"]
+
+
+def test_a_bad_row_is_named_before_the_teacher_is_loaded(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"], "neg": ["n"]}\n\n{"query": "q", "pos": ["p"], "neg": []}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3: neg must be a list of at least one string, got \[\]"):
+        scored(path, tmp_path / "no_such_model", BACKENDS[1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_rows):
+    with pytest.raises(ValueError, match="model_class"):
+        scored(training_rows, cross_encoder, ("flagembedding",))
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--output", "{input}"], r"--output .*train\.jsonl is the input"),
+        (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
+        (["--model_class", "encoder-only-base", "--backend", "sentence_transformers"], "--model_class is"),
+        (["--backend", "onnx"], "invalid choice: 'onnx'"),
+        (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(training_rows, tmp_path, capsys, words, fault):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    before = training_rows.read_text()
+    given = [word.format(input=training_rows, parent=tmp_path) for word in words]
+    with pytest.raises(SystemExit):
+        main(["--input", str(training_rows), "--output", str(tmp_path / "out.jsonl"), "--model", "m", *given])
+    assert re.search(fault, capsys.readouterr().err)
+    assert training_rows.read_text() == before and not (tmp_path / "out.jsonl").exists()
