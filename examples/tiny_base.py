@@ -26,8 +26,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 PROMPT = "Predict whether passage B contains an answer to query A."
 VOCABULARY, HIDDEN, HEADS, LAYERS = 6144, 192, 3, 6
 QUERY_TOKENS, PASSAGE_TOKENS = 28, 88
-GROUP, HARD, QUERIES = 8, 6, 8
-LEARNING_RATE, WARMUP_STEPS, STEPS = 5e-4, 60, 2000
+GROUP, CANDIDATES, QUERIES = 8, 20, 8
+LEARNING_RATE, WARMUP_STEPS, STEPS = 5e-4, 60, 800
 EXIT_WEIGHTS = {3: 0.3, 6: 1.0}
 
 # The matcher's places in the residual stream: a word's identity, its company, and single features.
@@ -223,14 +223,18 @@ def reciprocal_ranks(model: MistralForCausalLM, encoder: Encoder, yes: int, list
 
 
 def training_groups(pairs: Sequence[Pair], seed: int) -> Iterator[tuple[str, list[str]]]:
-    """Queries with GROUP passages, endlessly: the positive, HARD passages of the BM25 top 20, the rest at random."""
+    """Queries with GROUP passages, endlessly: the positive and others of the BM25 list that it is in.
+
+    Queries whose positive is not in the list are left out, as they are when lists are re-ranked: they would teach that
+    the passage with the fewest words in common is right.
+    """
     draw, passages = random.Random(seed), [pair.passage for pair in pairs]
-    found, _ = Bm25(passages).top([pair.query for pair in pairs], 20)
+    found, _ = Bm25(passages).top([pair.query for pair in pairs], CANDIDATES)
+    lists = {number: row for number, row in enumerate(found.tolist()) if number in row}
     while True:
-        for number in draw.sample(range(len(pairs)), len(pairs)):
-            hard = draw.sample([int(i) for i in found[number] if i != number], HARD)
-            others = [i for i in draw.sample(range(len(pairs)), GROUP) if i != number]
-            yield pairs[number].query, [passages[i] for i in [number, *hard, *others][:GROUP]]
+        for number in draw.sample(list(lists), len(lists)):
+            others = draw.sample([i for i in lists[number] if i != number], GROUP - 1)
+            yield pairs[number].query, [passages[i] for i in [number, *others]]
 
 
 def group_scores(model: MistralForCausalLM, rows: Sequence[list[int]], yes: int, chunks: int = 4) -> Tensor:

@@ -75,7 +75,7 @@ def test_candidates_hold_the_relevant_passage():
 def test_training_rows_are_flagembedding_rows(tmp_path):
     everything = pairs(40)
     path = tmp_path / "train.jsonl"
-    lost = Pair("Something else that no body says.", f"{BODY} Unrelated.")
+    lost = Pair(" ".join(f"item{i}" for i in range(8)), f"{BODY} It is found behind the eight that the query names.")
     write_jsonl(path, training_rows([*everything[:9], lost], [*everything, lost], k=8))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["query"] for row in rows] == [pair.query for pair in everything[:9]]
