@@ -93,6 +93,19 @@ def test_what_is_written_scores_as_what_was_trained(
         close(scores, scores_of(loaded, **width))
 
 
+def test_bfloat16_trains_adapters_in_float32_over_frozen_weights_in_bfloat16(
+    tiny_raw_model_path, training_file, tmp_path
+):
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2}, bf16=True, logging_steps=1)
+    assert {value.dtype for value in run.model.parameters() if not value.requires_grad} == {torch.bfloat16}
+    assert {value.dtype for value in run.model.parameters() if value.requires_grad} == {torch.float32}
+    run.run()
+    plain = runner(tiny_raw_model_path, training_file, tmp_path / "plain", {"start_layer": 2}, logging_steps=1)
+    plain.run()
+    losses = [r.trainer.state.log_history[0]["loss"] for r in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_adapters_learn_over_weights_in_four_bits(tiny_raw_model_path, training_file, tmp_path):
     model_args = {"start_layer": 2, "load_in_4bit": True}
