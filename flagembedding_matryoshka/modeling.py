@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -67,6 +67,28 @@ class CostWiseCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     attention_masks: tuple[Tensor, ...] | None = None
     full_width_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PackedStates:
+    """How far a packed batch has come.
+
+    Attributes:
+        hidden: (1, total_tokens, hidden), not normalised.
+        packed: where the sequences lie in it.
+        layers_run: decoder layers behind it, with the compression that follows the last of them.
+    """
+
+    hidden: Tensor
+    packed: PackedBatch
+    layers_run: int = 0
+
+    def select(self, sequences: Sequence[int]) -> PackedStates:
+        """The states of some sequences, in the order given."""
+        tokens = torch.cat([torch.arange(*self.packed.segments[index]) for index in sequences])
+        return PackedStates(
+            self.hidden[:, tokens.to(self.hidden.device)], self.packed.select(sequences), self.layers_run
+        )
 
 
 class CostWiseHead(nn.Module):
@@ -138,68 +160,81 @@ class CostWiseMistralModel(MistralModel):
         if sub_network.compress_ratio > 1 and query_lengths is None:
             raise ValueError("Compression needs query_lengths and prompt_lengths: only the passage is compressed.")
         token_ids, packed = pack(input_ids, attention_mask, query_lengths, prompt_lengths)
+        return self._forward_packed(
+            self.embed(token_ids, packed), sub_network, bool(output_hidden_states), return_full_width
+        )
+
+    def embed(self, token_ids: Tensor, packed: PackedBatch) -> PackedStates:
+        """Token ids (1, total_tokens) before the first layer.
+
+        Raises:
+            ValueError: if a sequence is longer than the sliding window.
+        """
         window = self.config.sliding_window
         if window is not None and packed.max_seqlen > window:
             raise ValueError(
                 f"row {int(packed.lengths.argmax())} has {packed.max_seqlen} tokens, more than the sliding window of "
                 f"{window} that this model attends over. Use a smaller max_length."
             )
-        return self._forward_packed(
-            self.embed_tokens(token_ids), packed, sub_network, bool(output_hidden_states), return_full_width
-        )
+        return PackedStates(self.embed_tokens(token_ids), packed)
+
+    def run(
+        self, states: PackedStates, sub_network: SubNetwork, until: int
+    ) -> Iterator[tuple[int, Tensor, PackedBatch]]:
+        """Bring `states` to `until` layers, yielding what each layer gives before it is compressed.
+
+        Yields:
+            the number of layers run, (1, total_tokens, hidden) and where the sequences lie in it.
+        """
+        position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
+        for depth in range(states.layers_run + 1, until + 1):
+            compresses = sub_network.compresses_after(depth)
+            hidden, row = self.layers[depth - 1](
+                states.hidden, packed=states.packed, last_row=compresses, position_embeddings=position_embeddings
+            )
+            yield depth, hidden, states.packed
+            if compresses:
+                hidden, states.packed = compress(hidden, row, states.packed, sub_network.compress_ratio)
+                position_embeddings = self.rotary_emb(hidden, states.packed.position_ids)
+            states.hidden, states.layers_run = hidden, depth
 
     def _forward_packed(
-        self,
-        hidden: Tensor,
-        packed: PackedBatch,
-        sub_network: SubNetwork,
-        output_hidden_states: bool,
-        return_full_width: bool,
+        self, states: PackedStates, sub_network: SubNetwork, output_hidden_states: bool, return_full_width: bool
     ) -> CostWiseModelOutputWithPast:
-        position_embeddings = self.rotary_emb(hidden, packed.position_ids)
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}
         attention_masks: dict[int, Tensor] = {}
-        for depth, layer in enumerate(self.layers[: sub_network.depth], start=1):
-            compresses = sub_network.compresses_after(depth)
-            hidden, row = layer(hidden, packed=packed, last_row=compresses, position_embeddings=position_embeddings)
+        for depth, hidden, packed in self.run(states, sub_network, sub_network.depth):
             if depth in sub_network.cutoff_layers:
                 last_token_states[depth] = self.norm(hidden[0, packed.last_tokens])
                 if output_hidden_states:
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
-            if compresses:
-                if return_full_width and full_width_states is None:
-                    full_width_states = self._full_width_states(hidden, packed, sub_network, depth)
-                hidden, packed = compress(hidden, row, packed, sub_network.compress_ratio)
-                position_embeddings = self.rotary_emb(hidden, packed.position_ids)
+            if return_full_width and full_width_states is None and sub_network.compresses_after(depth):
+                full_width_states = self._full_width_states(PackedStates(hidden, packed, depth), sub_network)
 
         def in_order(values: dict[int, Tensor]) -> tuple[Tensor, ...] | None:
             return tuple(values[layer] for layer in sub_network.cutoff_layers) if values else None
 
-        states = in_order(hidden_states)
+        per_layer = in_order(hidden_states)
         full_width = full_width_states or {}
         return CostWiseModelOutputWithPast(
-            last_hidden_state=None if states is None else states[-1],
+            last_hidden_state=None if per_layer is None else per_layer[-1],
             last_token_states=in_order(last_token_states),
-            hidden_states=states,
+            hidden_states=per_layer,
             attention_masks=in_order(attention_masks),
             full_width_states=tuple(map(full_width.get, sub_network.cutoff_layers)) if return_full_width else None,
         )
 
     @torch.no_grad()
-    def _full_width_states(
-        self, hidden: Tensor, packed: PackedBatch, sub_network: SubNetwork, layers_run: int
-    ) -> dict[int, Tensor]:
-        """Exit to (batch, hidden), of the exits that are left when the layers behind `layers_run` run uncompressed."""
-        position_embeddings = self.rotary_emb(hidden, packed.position_ids)
-        states: dict[int, Tensor] = {}
-        for depth, layer in enumerate(self.layers[layers_run : sub_network.depth], start=layers_run + 1):
-            hidden, _ = layer(hidden, packed=packed, last_row=False, position_embeddings=position_embeddings)
-            if depth in sub_network.cutoff_layers:
-                states[depth] = self.norm(hidden[0, packed.last_tokens])
-        return states
+    def _full_width_states(self, states: PackedStates, sub_network: SubNetwork) -> dict[int, Tensor]:
+        """Exit to (batch, hidden), of the exits that are left when the rest of the layers runs uncompressed."""
+        return {
+            depth: self.norm(hidden[0, packed.last_tokens])
+            for depth, hidden, packed in self.run(states, SubNetwork(sub_network.cutoff_layers), sub_network.depth)
+            if depth in sub_network.cutoff_layers
+        }
 
 
 class CostWiseMistralForCausalLM(MistralForCausalLM):
@@ -289,6 +324,10 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         self.config.tie_word_embeddings = False
         self._tied_weights_keys = {}
         self.all_tied_weights_keys = {}
+
+    def score(self, layer: int, hidden: Tensor, packed: PackedBatch) -> Tensor:
+        """(batch,) float32 scores of exit `layer` on what that many layers have given."""
+        return self.lm_head[self.config.exit_layers.index(layer)](self.model.norm(hidden[0, packed.last_tokens]))
 
     def forward(
         self,

@@ -76,6 +76,13 @@ class PackedBatch:
         """(batch,) int64, on `device`: index of each sequence's last token in the row."""
         return (self.cu_seqlens[1:] - 1).to(self.device)
 
+    def select(self, sequences: Sequence[int]) -> PackedBatch:
+        """The lengths of some sequences, in the order given."""
+        index = torch.tensor(sequences, dtype=torch.long)
+        return PackedBatch(
+            self.query_lengths[index], self.passage_lengths[index], self.prompt_lengths[index], self.device
+        )
+
     def pad(self, row: Tensor) -> Tensor:
         """A packed row (total_tokens, hidden) as (batch, max_seqlen, hidden), right-padded with zeros."""
         padded = row.new_zeros(len(self.lengths), self.max_seqlen, row.shape[-1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +16,7 @@ from FlagEmbedding.abc.inference import AbsReranker
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from flagembedding_matryoshka.cascade import Schedule, run_cascade
 from flagembedding_matryoshka.checkpoint import (
     DEFAULT_LAYER_SEP,
     DEFAULT_START_LAYER,
@@ -27,6 +30,7 @@ from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.device import resolve_dtype
 from flagembedding_matryoshka.flops import estimate_flops
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.packing import pack
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
 
 Pair = Sequence[str]
@@ -241,11 +245,18 @@ class MatryoshkaReranker(AbsReranker):
     def _forward(
         self, model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork
     ) -> torch.Tensor:
+        with self._adapted(model, sub_network.compress_ratio):
+            return _forward(model, inputs, sub_network)
+
+    @contextmanager
+    def _adapted(self, model: CostWiseMistralForCausalLM, ratio: int) -> Iterator[None]:
+        """Nobody else switches the token adapters meanwhile."""
         if not self._token_adapters:
-            return _forward(model, inputs, sub_network)
+            yield
+            return
         with self._switching:
-            use_token_adapter(model, sub_network.compress_ratio)
-            return _forward(model, inputs, sub_network)
+            use_token_adapter(model, ratio)
+            yield
 
     def rank(
         self,
@@ -253,6 +264,7 @@ class MatryoshkaReranker(AbsReranker):
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
         **overrides: Any,
     ) -> list[dict[str, int | float | str]]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
@@ -260,29 +272,106 @@ class MatryoshkaReranker(AbsReranker):
         Args:
             top_k: how many to return; None is all.
             return_documents: also return each document's text.
+            cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
+                8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
+                better. All of it is one pass, on the first device, and all states lie in memory.
             overrides: as in `compute_score`, with one cutoff layer.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
-            the best first; ties keep the order given.
+            the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
 
         Raises:
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1 or several cutoffs are given.
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given, or
+                the cascade does not fit the model or keeps fewer than `top_k`.
+        """
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **overrides)[0]
+
+    def rank_batch(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> list[list[dict[str, int | float | str]]]:
+        """`rank` for many queries, in common batches.
+
+        Args:
+            candidates: the documents of each query.
+
+        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
-        if isinstance(documents, str):
-            raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
+        if isinstance(queries, str) or len(queries) != len(candidates):
+            raise ValueError(f"{len(candidates)} lists of candidates need a list of as many queries.")
+        for documents in candidates:
+            if isinstance(documents, str):
+                raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
         cutoffs = overrides.get("cutoff_layers")
         cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
         if cutoffs is not None and len(cutoffs) > 1:
             raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
-        scores: list[Any] = self.compute_score([(query, document) for document in documents], **overrides)
-        ranked = [
-            {"corpus_id": index, "score": score} | ({"text": documents[index]} if return_documents else {})
-            for index, score in enumerate(scores)
+        pairs = [
+            (query, document) for query, documents in zip(queries, candidates, strict=True) for document in documents
         ]
-        return sorted(ranked, key=lambda document: -document["score"])[:top_k]
+        found: list[dict[str, Any]]
+        if cascade is None:
+            found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
+        else:
+            owner = [number for number, documents in enumerate(candidates) for _ in documents]
+            found = self._cascade(pairs, owner, cascade, top_k, overrides)
+        rankings, rest = [], iter(found)
+        for documents in candidates:
+            ranked = [
+                {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
+                for index, text in enumerate(documents)
+            ]
+            ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
+            rankings.append(ranked[:top_k])
+        return rankings
+
+    @torch.inference_mode()
+    def _cascade(
+        self,
+        pairs: list[tuple[str, str]],
+        owner: list[int],
+        cascade: Mapping[int, float],
+        top_k: int | None,
+        overrides: dict[str, Any],
+    ) -> list[dict[str, float | int]]:
+        """Score and exit of each pair; `owner` says whose candidate it is."""
+        compress_layer, _ = overrides.pop("compress_layer", None), overrides.pop("show_progress_bar", None)
+        options = self._options(compress_layer, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        schedule = Schedule.resolve(self.config, cascade, sub_network.depth)
+        for query, count in Counter(owner).items():
+            if top_k is not None and schedule.kept(count) < min(top_k, count):
+                raise ValueError(
+                    f"cascade {dict(cascade)} keeps {schedule.kept(count)} of the {count} candidates of query {query}, "
+                    f"fewer than top_k={top_k}."
+                )
+        pairs = _as_pairs(pairs)
+        if not pairs:
+            return []
+        model, inputs = self._replica(None), self._tokenize(pairs, options)
+        longest_first = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
+        batches = [longest_first[i : i + options.batch_size] for i in range(0, len(pairs), options.batch_size)]
+        with self._adapted(model, sub_network.compress_ratio):
+            scores, exits = run_cascade(
+                model,
+                [model.model.embed(*pack(**_collate(model, [inputs[index] for index in batch]))) for batch in batches],
+                [[owner[index] for index in batch] for batch in batches],
+                schedule,
+                sub_network,
+            )
+        if options.normalize:
+            scores = scores.sigmoid()
+        place = torch.tensor(longest_first).argsort()
+        found = zip(scores[place].tolist(), exits[place].tolist(), strict=True)
+        return [{"score": score, "cutoff_layer": layer} for score, layer in found]
 
     def estimate_flops(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> int:
         """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
@@ -358,17 +447,24 @@ class MatryoshkaReranker(AbsReranker):
 @torch.inference_mode()
 def _forward(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
     """(cutoff layers, pairs) float32 scores, on the CPU."""
-    rows = [torch.tensor(pair.input_ids) for pair in inputs]
     outputs = model(
-        pad_sequence(rows, batch_first=True).to(model.device),
-        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        **_collate(model, inputs),
         compress_layers=sub_network.compress_layers,
         compress_ratio=sub_network.compress_ratio,
         cutoff_layers=sub_network.cutoff_layers,
-        query_lengths=[pair.query_length for pair in inputs],
-        prompt_lengths=[pair.prompt_length for pair in inputs],
     )
     return torch.stack(outputs.logits).cpu()
+
+
+def _collate(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair]) -> dict[str, Any]:
+    """The arguments that model and `pack` have in common."""
+    rows = [torch.tensor(pair.input_ids) for pair in inputs]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True).to(model.device),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "query_lengths": [pair.query_length for pair in inputs],
+        "prompt_lengths": [pair.prompt_length for pair in inputs],
+    }
 
 
 def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:
