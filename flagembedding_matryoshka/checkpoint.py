@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +160,35 @@ def load_model(
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
+
+
+def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
+    """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
+
+    Exits of a checkpoint are evenly spaced, so heads that lie between `cutoff_layers` may come along.
+    """
+    cutoffs = sorted(set(cutoff_layers))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.start_layer = cutoffs[-1], cutoffs[0]
+    config.layer_sep = math.gcd(*(deeper - cutoff for cutoff, deeper in pairwise(cutoffs))) or 1
+    config.raw_peft, config.compensation = [], None
+    heads = {
+        f"lm_head.{old}.": f"lm_head.{config.exit_layers.index(layer)}."
+        for old, layer in enumerate(model.config.exit_layers)
+        if layer in config.exit_layers
+    }
+    with torch.device("meta"):
+        part = CostWiseMistralForCausalLM(config)
+    wanted, weights = part.state_dict().keys(), {}
+    for name, value in model.state_dict().items():
+        if name.startswith("lm_head."):
+            prefix = next((old for old in heads if name.startswith(old)), None)
+            if prefix is not None:
+                weights[heads[prefix] + name.removeprefix(prefix)] = value
+        elif name in wanted:
+            weights[name] = value
+    part.load_state_dict(weights, assign=True)
+    part.save_pretrained(output_dir)
 
 
 def token_adapter_ratio(path: str, **hub: Any) -> int | None:

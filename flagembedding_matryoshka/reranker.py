@@ -20,6 +20,7 @@ from flagembedding_matryoshka.cascade import Schedule, run_cascade
 from flagembedding_matryoshka.checkpoint import (
     DEFAULT_LAYER_SEP,
     DEFAULT_START_LAYER,
+    export_exits,
     inspect_checkpoint,
     load_model,
     load_tokenizer,
@@ -372,6 +373,26 @@ class MatryoshkaReranker(AbsReranker):
         place = torch.tensor(longest_first).argsort()
         found = zip(scores[place].tolist(), exits[place].tolist(), strict=True)
         return [{"score": score, "cutoff_layer": layer} for score, layer in found]
+
+    def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
+        """Write a smaller checkpoint, tokenizer included, which scores at `cutoff_layers` as this model does.
+
+        Args:
+            cutoff_layers: the exits to keep, with the layers below them; None is the re-ranker's own.
+
+        Raises:
+            ValueError: if an exit does not exist, or token adapters are attached, of which a checkpoint can hold one.
+        """
+        if self._token_adapters:
+            raise ValueError(
+                f"token adapters for the ratios {sorted(self._token_adapters)} are attached: export the model without "
+                "them, and give them to the exported one as peft_path."
+            )
+        cutoffs = self._sub_network(
+            self.cutoff_layers if cutoff_layers is None else cutoff_layers, None, 1
+        ).cutoff_layers
+        export_exits(self.model, cutoffs, output_dir)
+        self.tokenizer.save_pretrained(output_dir)
 
     def estimate_flops(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> int:
         """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.

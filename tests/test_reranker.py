@@ -235,3 +235,25 @@ def test_max_layer_loads_the_lower_layers_alone(tiny_layerwise_path, reranker):
     close(lower.compute_score(PAIRS), reranker.compute_score(PAIRS, cutoff_layers=4))
     with pytest.raises(ValueError, match=r"\[6\] have no head.*max_layer=4 were not loaded"):
         lower.compute_score(PAIRS, cutoff_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("cutoff_layers", "exits"), [([4], [4]), ([2, 4], [2, 4]), ([2, 3, 5], [2, 3, 4, 5]), (None, [6]), (3, [3])]
+)
+def test_an_exported_part_scores_as_the_whole(tiny_layerwise_path, tmp_path, cutoff_layers, exits):
+    whole = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    whole.export(str(tmp_path / "part"), cutoff_layers)
+    part = MatryoshkaReranker(str(tmp_path / "part"), dtype="float32", devices="cpu")
+    assert part.config.exit_layers == exits
+    assert len(part.model.model.layers) == exits[-1]
+    pairs = [("what about the wing", "this text is about a wing"), ("flow", "air")]
+    for width in ({}, {"compress_layers": [2], "compress_ratio": 2}):
+        expected = whole.compute_score(pairs, cutoff_layers=exits, **width)
+        found = part.compute_score(pairs, cutoff_layers=exits, **width)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_an_exit_that_does_not_exist_is_not_exported(tiny_layerwise_path, tmp_path):
+    with pytest.raises(ValueError, match=r"cutoff_layers \[7\] have no head"):
+        MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu").export(str(tmp_path / "part"), [7])
+    assert not (tmp_path / "part").exists()

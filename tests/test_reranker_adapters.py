@@ -93,6 +93,11 @@ def test_an_adapter_directory_is_a_model_of_its_ratio(tiny_layerwise_path, adapt
     assert (scores(alone, 2) - scores(plain, 2)).abs().max() > 1e-3
 
 
+def test_what_has_token_adapters_is_not_exported(reranker, tmp_path):
+    with pytest.raises(ValueError, match=r"token adapters for the ratios \[2, 4\] are attached"):
+        reranker.export(str(tmp_path), [4])
+
+
 def test_two_adapters_for_one_ratio_are_refused(tiny_layerwise_path, adapters):
     with pytest.raises(ValueError, match=r"are both token adapters for compress_ratio=2"):
         load(tiny_layerwise_path, [adapters[2], adapters[2]])
