@@ -51,6 +51,7 @@ class ScoringOptions:
     compress_ratio: int
     prompt: str
     batch_size: int
+    max_tokens_per_batch: int
     query_max_length: int | None
     max_length: int
     normalize: bool
@@ -75,6 +76,8 @@ class MatryoshkaReranker(AbsReranker):
         query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
             passage_instruction_format: what is put around the texts, as in FlagEmbedding.
         batch_size: pairs scored in one pass, at most.
+        max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded, so
+            they are what a pass costs in time and memory.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
         normalize: sigmoid of the scores instead of the scores.
@@ -106,6 +109,7 @@ class MatryoshkaReranker(AbsReranker):
         passage_instruction_for_rerank: str | None = "B: ",
         passage_instruction_format: str = "{}{}",
         batch_size: int = 128,
+        max_tokens_per_batch: int = 16_384,
         query_max_length: int | None = None,
         max_length: int = 512,
         normalize: bool = False,
@@ -133,6 +137,7 @@ class MatryoshkaReranker(AbsReranker):
         self.compress_ratio = compress_ratio
         self.prompt = PROMPT if prompt is None else prompt
         self.max_layer = max_layer
+        self.max_tokens_per_batch = max_tokens_per_batch
 
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
         hub = {} if cache_dir is None else {"cache_dir": cache_dir}
@@ -203,7 +208,8 @@ class MatryoshkaReranker(AbsReranker):
             compress_layer: the reference's spelling of `compress_layers`.
             show_progress_bar: None shows one when there is more than one batch.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers`, `compress_ratio`, `prompt`,
-                `batch_size`, `query_max_length`, `max_length`, `normalize` and instructions; None keeps the default.
+                `batch_size`, `max_tokens_per_batch`, `query_max_length`, `max_length`, `normalize` and instructions;
+                None keeps the default.
 
         Returns:
             One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
@@ -223,20 +229,22 @@ class MatryoshkaReranker(AbsReranker):
         inputs = self._tokenize(pairs, options)
         longest_first = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
         scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
-        hidden = len(pairs) <= options.batch_size if show_progress_bar is None else not show_progress_bar
+        lengths = [len(pair.input_ids) for pair in inputs]
+        small = len(pairs) <= options.batch_size and sum(lengths) <= options.max_tokens_per_batch
+        hidden = small if show_progress_bar is None else not show_progress_bar
         with tqdm(total=len(pairs), desc="scoring", unit="pair", disable=hidden) as progress:
-            start, batch_size = 0, options.batch_size
+            start, max_tokens = 0, options.max_tokens_per_batch
             while start < len(pairs):
-                indices = longest_first[start : start + batch_size]
+                indices = _next_batch(longest_first, lengths, start, options.batch_size, max_tokens)
                 try:
                     scores[:, indices] = self._forward(model, [inputs[index] for index in indices], sub_network)
                 except torch.OutOfMemoryError as error:
                     if len(indices) == 1:
                         raise torch.OutOfMemoryError(
-                            f"pair {indices[0]}, of {len(inputs[indices[0]].input_ids)} tokens, does not fit into "
+                            f"pair {indices[0]}, of {lengths[indices[0]]} tokens, does not fit into "
                             f"memory alone. Lower max_length, or compress earlier. ({error})"
                         ) from error
-                    batch_size = len(indices) // 2
+                    max_tokens = sum(lengths[index] for index in indices) // 2
                     continue
                 start += len(indices)
                 progress.update(len(indices))
@@ -358,8 +366,11 @@ class MatryoshkaReranker(AbsReranker):
         if not pairs:
             return []
         model, inputs = self._replica(None), self._tokenize(pairs, options)
-        longest_first = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
-        batches = [longest_first[i : i + options.batch_size] for i in range(0, len(pairs), options.batch_size)]
+        lengths = [len(pair.input_ids) for pair in inputs]
+        longest_first = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+        batches: list[list[int]] = []
+        while (start := sum(map(len, batches))) < len(pairs):
+            batches.append(_next_batch(longest_first, lengths, start, options.batch_size, options.max_tokens_per_batch))
         with self._adapted(model, sub_network.compress_ratio):
             scores, exits = run_cascade(
                 model,
@@ -430,7 +441,7 @@ class MatryoshkaReranker(AbsReranker):
             raise TypeError(f"unknown arguments {unknown}; a call may override {names}.")
         chosen = {name: getattr(self, name) if overrides.get(name) is None else overrides[name] for name in names}
         options = ScoringOptions(**chosen)
-        for name in ("batch_size", "max_length", "query_max_length"):
+        for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
@@ -463,6 +474,18 @@ class MatryoshkaReranker(AbsReranker):
 
     def _instruct(self, template: str, instruction: str | None, text: str) -> str:
         return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
+
+
+def _next_batch(order: list[int], lengths: list[int], start: int, batch_size: int, max_tokens: int) -> list[int]:
+    """What comes next in `order`, from place `start`: one pair, and more while they stay within both limits."""
+    batch: list[int] = []
+    total = 0
+    for index in order[start : start + batch_size]:
+        total += lengths[index]
+        if batch and total > max_tokens:
+            break
+        batch.append(index)
+    return batch
 
 
 @torch.inference_mode()

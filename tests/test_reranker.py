@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -211,6 +212,7 @@ def test_what_is_not_a_pair_of_strings_is_named(pairs, message):
         ({"compress_ratio": 2}, ValueError, "compress_ratio=2 needs compress_layers"),
         ({"compress_layers": 2, "compress_layer": 2}, ValueError, "one argument with two names"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"max_tokens_per_batch": 0}, ValueError, "max_tokens_per_batch is 0"),
         ({"max_length": -1}, ValueError, "max_length is -1"),
         ({"cutof_layers": [2]}, TypeError, r"unknown arguments \['cutof_layers'\]"),
         ({"max_length": 8, "query_max_length": 30}, ValueError, "leaves no room for its passage"),
@@ -257,3 +259,22 @@ def test_an_exit_that_does_not_exist_is_not_exported(tiny_layerwise_path, tmp_pa
     with pytest.raises(ValueError, match=r"cutoff_layers \[7\] have no head"):
         MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu").export(str(tmp_path / "part"), [7])
     assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 100, 1000])
+def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_tokens, monkeypatch):
+    expected = reranker.compute_score(PAIRS)
+    sizes = []
+    forward = reranker._forward
+
+    def recorded(model, inputs, sub_network):
+        sizes.append([len(pair.input_ids) for pair in inputs])
+        return forward(model, inputs, sub_network)
+
+    monkeypatch.setattr(reranker, "_forward", recorded)
+    found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
+    assert sum(map(len, sizes)) == len(PAIRS)
+    assert all(sum(batch) <= max_tokens or len(batch) == 1 for batch in sizes)
+    # greedy: the next pair would not have fitted
+    assert all(sum(batch) + after[0] > max_tokens for batch, after in itertools.pairwise(sizes))
