@@ -269,7 +269,8 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         """As in transformers; a layer-wise `config` also turns a raw Mistral checkpoint into a re-ranker.
 
         Raises:
-            ValueError: if the checkpoint is not Mistral-shaped, or has its heads at other layers than `config` says.
+            ValueError: if the checkpoint is not Mistral-shaped, has its heads at other layers than `config` says, or
+                lacks weights.
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored, _ = CostWiseMistralConfig.get_config_dict(pretrained_model_name_or_path, **hub)
@@ -285,19 +286,27 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
                 f"attn_implementation={kwargs['attn_implementation']!r} has no packed form; a layer-wise model brings "
                 "its own attention. Leave the argument out."
             )
-        if config.layer_wise and not stored.get("layer_wise"):
-            raw_config = copy.deepcopy(config)
-            raw_config.layer_wise = False
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=raw_config, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded)._become_layer_wise()
-            return loaded
+        is_raw = config.layer_wise and not stored.get("layer_wise")
+        if is_raw:
+            config = copy.deepcopy(config)
+            config.layer_wise = False
+            # The layer-wise model ties nothing, but the checkpoint may: then its lm_head is its embedding.
+            config.tie_word_embeddings = stored.get("tie_word_embeddings", False)
         for name in ("start_layer", "layer_sep"):
             if config.layer_wise and name in stored and stored[name] != getattr(config, name):
                 raise ValueError(
                     f"{name} is {getattr(config, name)}, but the heads of {pretrained_model_name_or_path} were saved "
                     f"with {name} {stored[name]}. Leave it out to use the checkpoint's own."
                 )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
+        if is_raw:
+            model._become_layer_wise()
+        return (model, info) if wants_info else model
 
     def _become_layer_wise(self) -> None:
         """Replace the vocabulary head by one scoring head per exit."""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
@@ -91,6 +91,15 @@ def test_heads_are_random_with_a_warning_where_no_token_is_known(tiny_raw_model_
     assert 0.5 < float(weights.detach().std() / config.initializer_range) < 2
     (message,) = warnings_of_loading()
     assert "head_token_id is not set" in message
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_raw_model_path, tmp_path):
+    shutil.copytree(tiny_raw_model_path, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"], weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['lm_head.weight', 'model.norm.weight'\]"):
+        from_raw(tmp_path)
 
 
 def test_loading_leaves_the_given_configuration_alone(tiny_raw_model_path):

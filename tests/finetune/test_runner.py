@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.finetune import (
@@ -63,12 +64,27 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("start", ["raw", "layer-wise", "merged adapters", "fine-tuned", "all weights"])
+@pytest.fixture(scope="module")
+def tied_raw_model_path(tiny_raw_model_path, tiny_tokenizer, tmp_path_factory):
+    """A checkpoint whose vocabulary head is its embedding, and is not stored."""
+    path = tmp_path_factory.mktemp("tied")
+    config = MistralConfig.from_pretrained(tiny_raw_model_path)
+    config.tie_word_embeddings = True
+    torch.manual_seed(3)
+    MistralForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("start", ["raw", "tied", "layer-wise", "merged adapters", "fine-tuned", "all weights"])
 def test_what_is_written_scores_as_what_was_trained(
-    start, tiny_raw_model_path, tiny_layerwise_path, training_file, tmp_path
+    start, tiny_raw_model_path, tied_raw_model_path, tiny_layerwise_path, training_file, tmp_path
 ):
     model, model_args = tiny_raw_model_path, {"start_layer": 2}
-    if start == "layer-wise":
+    if start == "tied":
+        model = tied_raw_model_path
+    elif start == "layer-wise":
         model, model_args = tiny_layerwise_path, {}
     elif start == "all weights":
         model_args["use_lora"] = False
