@@ -28,12 +28,12 @@ from ir_measures import RR, nDCG
 from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 
 QUERIES, CANDIDATES, TIMED_PAIRS = 100, 20, 200
-START_LAYER, COMPRESS_LAYER, RATIOS = 2, 2, [1, 2, 4]
+START_LAYER, COMPRESS_LAYER, RATIOS = 3, 3, [1, 2, 4]
 TRAINING = {
-    "learning_rate": 1e-4,
-    "max_steps": 100,
+    "learning_rate": 6e-4,
+    "max_steps": 40,
     "warmup_ratio": 0.1,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 8,
     "train_group_size": 8,
     "query_max_len": 32,
     "passage_max_len": 108,
@@ -149,7 +149,7 @@ def plot(results: list[Result], path: Path) -> None:
     for result in results[:2]:
         axes.axhline(result.mrr, color="black", lw=0.8, ls="--" if "BM25" in result.order else ":")
         axes.annotate(result.order, (1, result.mrr), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set(xlabel="MFLOP per pair", ylabel="MRR@10", title="One model, read at 2 to 6 layers (numbers on the points)")
+    axes.set(xlabel="MFLOP per pair", ylabel="MRR@10", title="One model, read at 3 to 6 layers (numbers on the points)")
     axes.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
