@@ -299,9 +299,10 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
                     f"with {name} {stored[name]}. Leave it out to use the checkpoint's own."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
         if is_raw:
