@@ -40,47 +40,59 @@ def packed_attention(
     """
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, scaling))
-    output = torch.cat(
-        [
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            for start, end in packed.segments
-        ],
-        dim=2,
-    )
-    return output.transpose(1, 2).contiguous(), None
+    outputs = []
+    prefixes = [-1] * len(packed.segments) if packed.prefixes is None else packed.prefixes.tolist()
+    for (start, end), prefix in zip(packed.segments, prefixes, strict=True):
+        # A prefix's own rows are attended once more and dropped: no mask is needed for a square map.
+        rows = [slice(start, end)] if prefix < 0 else [slice(*packed.segments[prefix]), slice(start, end)]
+        attended = F.scaled_dot_product_attention(
+            _rows(query, rows),
+            _rows(key, rows),
+            _rows(value, rows),
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(attended[:, :, start - end :])
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _rows(tensor: Tensor, rows: list[slice]) -> Tensor:
+    """Some tokens of (1, heads, total_tokens, head_dim)."""
+    parts = [tensor[:, :, part] for part in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
-    """How much each token is attended to by the last token of its sequence, summed over heads.
+    """How much each token is attended to by the last token of its segment, summed over heads.
 
     Args:
         query: (heads, total_tokens, head_dim).
         key: (kv_heads, total_tokens, head_dim).
 
     Returns:
-        (total_tokens,) float32; each sequence's values sum to the number of heads.
+        (total_tokens,) float32; with those of the query that it shares, a sequence's values sum to the number of heads.
     """
-    kv_heads, total, head_dim = key.shape
+    kv_heads, _, head_dim = key.shape
     heads_per_key = query.shape[0] // kv_heads
-    last = query[:, packed.last_tokens].view(kv_heads, heads_per_key, -1, head_dim)
+    if packed.prefixes is None:
+        segments = packed.segment_ids
+    else:
+        segments = torch.repeat_interleave(packed.context_lengths).to(packed.device)
+        key = key[:, packed.context_tokens]
+    last = query[:, packed.segment_ends].view(kv_heads, heads_per_key, -1, head_dim)
     # (kv_heads, heads_per_key, total): one product per token and head, nothing quadratic
-    logits = torch.einsum("kgtd,ktd->kgt", last[:, :, packed.sequence_ids], key).float() * scaling
-    logits = logits.reshape(-1, total)
+    logits = torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float() * scaling
+    logits = logits.reshape(-1, logits.shape[-1])
 
-    sequences = packed.sequence_ids.expand_as(logits)
-    per_sequence = logits.new_zeros(logits.shape[0], len(packed.lengths))
-    peak = per_sequence.scatter_reduce(1, sequences, logits.detach(), "amax", include_self=False)
-    weights = (logits - peak.gather(1, sequences)).exp()
-    norm = per_sequence.scatter_add(1, sequences, weights)
-    return (weights / norm.gather(1, sequences)).sum(0)
+    index = segments.expand_as(logits)
+    per_segment = logits.new_zeros(logits.shape[0], len(packed.lengths))
+    peak = per_segment.scatter_reduce(1, index, logits.detach(), "amax", include_self=False)
+    weights = (logits - peak.gather(1, index)).exp()
+    norm = per_segment.scatter_add(1, index, weights)
+    row = (weights / norm.gather(1, index)).sum(0)
+    return row if packed.prefixes is None else row[packed.own_in_context]
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

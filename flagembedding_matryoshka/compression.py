@@ -9,6 +9,8 @@ Ratio 2 on a sequence of 2 query, 5 passage and 1 prompt tokens:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,12 +36,7 @@ def compress(
     Returns:
         (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.
     """
-    compressed = PackedBatch(
-        packed.query_lengths,
-        (packed.passage_lengths + ratio - 1).div(ratio, rounding_mode="floor"),
-        packed.prompt_lengths,
-        packed.device,
-    )
+    compressed = replace(packed, passage_lengths=(packed.passage_lengths + ratio - 1).div(ratio, rounding_mode="floor"))
     slots, in_passage = _slots(packed, compressed, ratio)
     total = int(compressed.cu_seqlens[-1])
 

@@ -85,10 +85,8 @@ class PackedStates:
 
     def select(self, sequences: Sequence[int]) -> PackedStates:
         """The states of some sequences, in the order given."""
-        tokens = torch.cat([torch.arange(*self.packed.segments[index]) for index in sequences])
-        return PackedStates(
-            self.hidden[:, tokens.to(self.hidden.device)], self.packed.select(sequences), self.layers_run
-        )
+        packed, tokens = self.packed.select(sequences)
+        return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
 
 class CostWiseHead(nn.Module):
@@ -172,9 +170,10 @@ class CostWiseMistralModel(MistralModel):
         """
         window = self.config.sliding_window
         if window is not None and packed.max_seqlen > window:
+            longest = int(packed.sequence_lengths.argmax())
             raise ValueError(
-                f"row {int(packed.lengths.argmax())} has {packed.max_seqlen} tokens, more than the sliding window of "
-                f"{window} that this model attends over. Use a smaller max_length."
+                f"row {longest} has {packed.max_seqlen} tokens, more than the sliding window of {window} that this "
+                "model attends over. Use a smaller max_length."
             )
         return PackedStates(self.embed_tokens(token_ids), packed)
 
@@ -336,7 +335,7 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         self.all_tied_weights_keys = {}
 
     def score(self, layer: int, hidden: Tensor, packed: PackedBatch) -> Tensor:
-        """(batch,) float32 scores of exit `layer` on what that many layers have given."""
+        """(sequences,) float32 scores of exit `layer` on what that many layers have given."""
         return self.lm_head[self.config.exit_layers.index(layer)](self.model.norm(hidden[0, packed.last_tokens]))
 
     def forward(

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from FlagEmbedding.abc.inference import AbsReranker
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from flagembedding_matryoshka.batching import by_query, count_tokens, cut_batches, next_batch
 from flagembedding_matryoshka.cascade import Schedule, run_cascade
 from flagembedding_matryoshka.checkpoint import (
     DEFAULT_LAYER_SEP,
@@ -31,7 +32,7 @@ from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.device import resolve_dtype
 from flagembedding_matryoshka.flops import estimate_flops
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
-from flagembedding_matryoshka.packing import pack
+from flagembedding_matryoshka.packing import pack_pairs
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
 
 Pair = Sequence[str]
@@ -76,8 +77,8 @@ class MatryoshkaReranker(AbsReranker):
         query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
             passage_instruction_format: what is put around the texts, as in FlagEmbedding.
         batch_size: pairs scored in one pass, at most.
-        max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded, so
-            they are what a pass costs in time and memory.
+        max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
+            a query that pairs have in common counts once, so they are what a pass costs in time and memory.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
         normalize: sigmoid of the scores instead of the scores.
@@ -227,24 +228,24 @@ class MatryoshkaReranker(AbsReranker):
         if not pairs:
             return []
         inputs = self._tokenize(pairs, options)
-        longest_first = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
+        order = by_query(inputs)
         scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
-        lengths = [len(pair.input_ids) for pair in inputs]
-        small = len(pairs) <= options.batch_size and sum(lengths) <= options.max_tokens_per_batch
+        small = next_batch(inputs, order[: options.batch_size], options.max_tokens_per_batch) == order
         hidden = small if show_progress_bar is None else not show_progress_bar
         with tqdm(total=len(pairs), desc="scoring", unit="pair", disable=hidden) as progress:
             start, max_tokens = 0, options.max_tokens_per_batch
             while start < len(pairs):
-                indices = _next_batch(longest_first, lengths, start, options.batch_size, max_tokens)
+                indices = next_batch(inputs, order[start : start + options.batch_size], max_tokens)
+                batch = [inputs[index] for index in indices]
                 try:
-                    scores[:, indices] = self._forward(model, [inputs[index] for index in indices], sub_network)
+                    scores[:, indices] = self._forward(model, batch, sub_network)
                 except torch.OutOfMemoryError as error:
                     if len(indices) == 1:
                         raise torch.OutOfMemoryError(
-                            f"pair {indices[0]}, of {lengths[indices[0]]} tokens, does not fit into "
+                            f"pair {indices[0]}, of {len(batch[0].input_ids)} tokens, does not fit into "
                             f"memory alone. Lower max_length, or compress earlier. ({error})"
                         ) from error
-                    max_tokens = sum(lengths[index] for index in indices) // 2
+                    max_tokens = count_tokens(batch) // 2
                     continue
                 start += len(indices)
                 progress.update(len(indices))
@@ -366,22 +367,18 @@ class MatryoshkaReranker(AbsReranker):
         if not pairs:
             return []
         model, inputs = self._replica(None), self._tokenize(pairs, options)
-        lengths = [len(pair.input_ids) for pair in inputs]
-        longest_first = sorted(range(len(pairs)), key=lambda index: -lengths[index])
-        batches: list[list[int]] = []
-        while (start := sum(map(len, batches))) < len(pairs):
-            batches.append(_next_batch(longest_first, lengths, start, options.batch_size, options.max_tokens_per_batch))
+        batches = list(cut_batches(inputs, options.batch_size, options.max_tokens_per_batch))
         with self._adapted(model, sub_network.compress_ratio):
             scores, exits = run_cascade(
                 model,
-                [model.model.embed(*pack(**_collate(model, [inputs[index] for index in batch]))) for batch in batches],
+                [model.model.embed(*pack_pairs([inputs[index] for index in batch], model.device)) for batch in batches],
                 [[owner[index] for index in batch] for batch in batches],
                 schedule,
                 sub_network,
             )
         if options.normalize:
             scores = scores.sigmoid()
-        place = torch.tensor(longest_first).argsort()
+        place = torch.tensor(list(chain(*batches))).argsort()
         found = zip(scores[place].tolist(), exits[place].tolist(), strict=True)
         return [{"score": score, "cutoff_layer": layer} for score, layer in found]
 
@@ -417,11 +414,18 @@ class MatryoshkaReranker(AbsReranker):
         options = self._options(None, overrides)
         sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
         inputs = self._tokenize(_as_pairs(sentence_pairs), options)
-        lengths = torch.tensor([len(pair.input_ids) for pair in inputs], dtype=torch.long)
-        query_lengths = torch.tensor([pair.query_length for pair in inputs], dtype=torch.long)
-        prompt_lengths = torch.tensor([pair.prompt_length for pair in inputs], dtype=torch.long)
-        passage_lengths = lengths - query_lengths - prompt_lengths
-        return estimate_flops(self.config, sub_network, query_lengths, passage_lengths, prompt_lengths)
+        total = 0
+        for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
+            pairs = [inputs[index] for index in batch]
+            total += estimate_flops(
+                self.config,
+                sub_network,
+                query_lengths=torch.tensor([pair.query_length for pair in pairs]),
+                passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
+                prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
+                shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
+            )
+        return total
 
     def _replica(self, device: str | None) -> CostWiseMistralForCausalLM:
         if device is None:
@@ -476,39 +480,16 @@ class MatryoshkaReranker(AbsReranker):
         return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
 
 
-def _next_batch(order: list[int], lengths: list[int], start: int, batch_size: int, max_tokens: int) -> list[int]:
-    """What comes next in `order`, from place `start`: one pair, and more while they stay within both limits."""
-    batch: list[int] = []
-    total = 0
-    for index in order[start : start + batch_size]:
-        total += lengths[index]
-        if batch and total > max_tokens:
-            break
-        batch.append(index)
-    return batch
-
-
 @torch.inference_mode()
 def _forward(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
     """(cutoff layers, pairs) float32 scores, on the CPU."""
-    outputs = model(
-        **_collate(model, inputs),
-        compress_layers=sub_network.compress_layers,
-        compress_ratio=sub_network.compress_ratio,
-        cutoff_layers=sub_network.cutoff_layers,
-    )
-    return torch.stack(outputs.logits).cpu()
-
-
-def _collate(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair]) -> dict[str, Any]:
-    """The arguments that model and `pack` have in common."""
-    rows = [torch.tensor(pair.input_ids) for pair in inputs]
-    return {
-        "input_ids": pad_sequence(rows, batch_first=True).to(model.device),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        "query_lengths": [pair.query_length for pair in inputs],
-        "prompt_lengths": [pair.prompt_length for pair in inputs],
+    states = model.model.embed(*pack_pairs(inputs, model.device))
+    scores = {
+        depth: model.score(depth, hidden, packed)
+        for depth, hidden, packed in model.model.run(states, sub_network, sub_network.depth)
+        if depth in sub_network.cutoff_layers
     }
+    return torch.stack([scores[layer] for layer in sub_network.cutoff_layers]).cpu()
 
 
 def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:

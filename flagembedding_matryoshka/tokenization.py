@@ -23,6 +23,15 @@ class TokenizedPair:
     query_length: int
     prompt_length: int
 
+    @property
+    def passage_length(self) -> int:
+        return len(self.input_ids) - self.query_length - self.prompt_length
+
+    @property
+    def query_ids(self) -> list[int]:
+        """The query part, which candidates of one query have in common."""
+        return self.input_ids[: self.query_length]
+
 
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
     """The first token of `text`: the vocabulary row that scoring heads start from."""

@@ -1,9 +1,12 @@
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.packing import PackedBatch, pack
+from flagembedding_matryoshka.packing import PackedBatch, pack, pack_pairs
+from flagembedding_matryoshka.tokenization import TokenizedPair
 from tests.batches import LENGTHS, collate, random_sequences
 
 PART_LENGTHS = st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 4)).filter(sum)
@@ -18,11 +21,46 @@ def test_every_index_names_its_place_in_the_row(lengths):
     assert packed.max_seqlen == max(map(sum, lengths))
     assert packed.cu_seqlens.tolist() == [*starts, len(places)]
     assert packed.segments == list(zip(starts, [*starts[1:], len(places)], strict=True))
-    assert packed.sequence_ids.tolist() == [row for row, _ in places]
+    assert packed.segment_ids.tolist() == [row for row, _ in places]
     assert packed.offsets.tolist() == packed.position_ids[0].tolist() == [offset for _, offset in places]
     assert [places[token] for token in packed.last_tokens] == [
         (row, sum(parts) - 1) for row, parts in enumerate(lengths)
     ]
+
+
+QUERIES = [[1, 2], [3], [4, 5, 6]]
+SHARING = st.lists(st.tuples(st.sampled_from(QUERIES), st.integers(0, 5), st.integers(1, 3)), min_size=1, max_size=8)
+
+
+def tokenized(shapes):
+    return [
+        TokenizedPair(query + [7 + place] * passage + [8 + place] * prompt, len(query), prompt)
+        for place, (query, passage, prompt) in enumerate(shapes)
+    ]
+
+
+def contexts(token_ids, packed):
+    """What the last token of each sequence attends to: (token, position) pairs."""
+    found = list(zip(token_ids[0].tolist(), packed.position_ids[0].tolist(), strict=True))
+    parts = packed.context_tokens.split(packed.context_lengths.tolist())
+    return [[found[token] for token in parts[segment]] for segment in packed.sequences]
+
+
+@given(SHARING, st.data())
+def test_a_shared_query_stands_once_in_front_of_its_sequences(shapes, data):
+    pairs = tokenized(shapes)
+    token_ids, packed = pack_pairs(pairs, torch.device("cpu"))
+    assert contexts(token_ids, packed) == [list(zip(p.input_ids, range(len(p.input_ids)), strict=True)) for p in pairs]
+    assert token_ids[0, packed.last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
+    assert packed.sequence_lengths.tolist() == [len(pair.input_ids) for pair in pairs]
+    assert packed.context_tokens[packed.own_in_context].tolist() == list(range(token_ids.numel()))
+    queries = [len(list(group)) for _, group in itertools.groupby(shapes, key=lambda shape: shape[0])]
+    assert len(packed.segments) == len(pairs) + sum(count > 1 for count in queries)
+
+    chosen = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1, unique=True))
+    part, tokens = packed.select(chosen)
+    expected = [contexts(token_ids, packed)[sequence] for sequence in chosen]
+    assert contexts(token_ids[:, tokens], part) == expected
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,12 +1,14 @@
-import itertools
 import math
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.batching import count_tokens
 from flagembedding_matryoshka.reranker import _as_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,10 +121,10 @@ def test_rank_orders_by_score(reranker):
 
 
 def test_flops_fall_with_depth_and_width_and_add_up(reranker):
-    full = reranker.estimate_flops(PAIRS)
-    assert full == sum(reranker.estimate_flops(pair) for pair in PAIRS)
-    assert reranker.estimate_flops(PAIRS, cutoff_layers=[3]) < full
-    assert reranker.estimate_flops(PAIRS, compress_layers=[2], compress_ratio=2) < full
+    full = reranker.estimate_flops(PAIRS[1:])
+    assert full == sum(reranker.estimate_flops(pair) for pair in PAIRS[1:])
+    assert reranker.estimate_flops(PAIRS[1:], cutoff_layers=[3]) < full
+    assert reranker.estimate_flops(PAIRS[1:], compress_layers=[2], compress_ratio=2) < full
     assert reranker.estimate_flops([]) == 0
 
 
@@ -136,24 +138,24 @@ def test_progress_bar_on_long_work_only(reranker, capsys):
 
 
 def out_of_memory_above(model, pairs_that_fit):
-    forward = model.forward
+    embed = model.embed
 
-    def limited(input_ids, *args, **kwargs):
-        if len(input_ids) > pairs_that_fit:
+    def limited(token_ids, packed):
+        if len(packed.sequences) > pairs_that_fit:
             raise torch.OutOfMemoryError("no room")
-        return forward(input_ids, *args, **kwargs)
+        return embed(token_ids, packed)
 
     return limited
 
 
 def test_out_of_memory_halves_the_batch_down_to_one_pair(reranker, monkeypatch):
     expected = reranker.compute_score(PAIRS)
-    monkeypatch.setattr(reranker.model, "forward", out_of_memory_above(reranker.model, 1))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 1))
     close(reranker.compute_score(PAIRS), expected)
 
 
 def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
-    monkeypatch.setattr(reranker.model, "forward", out_of_memory_above(reranker.model, 0))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
     with pytest.raises(torch.OutOfMemoryError, match=r"pair 3, of \d+ tokens, does not fit"):
         reranker.compute_score(PAIRS)
 
@@ -162,7 +164,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(reranker, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("not memory")
 
-    monkeypatch.setattr(reranker.model, "forward", broken)
+    monkeypatch.setattr(reranker.model.model, "embed", broken)
     with pytest.raises(RuntimeError, match="not memory"):
         reranker.compute_score(PAIRS)
 
@@ -268,13 +270,35 @@ def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_to
     forward = reranker._forward
 
     def recorded(model, inputs, sub_network):
-        sizes.append([len(pair.input_ids) for pair in inputs])
+        sizes.append(inputs)
         return forward(model, inputs, sub_network)
 
     monkeypatch.setattr(reranker, "_forward", recorded)
     found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
     assert sum(map(len, sizes)) == len(PAIRS)
-    assert all(sum(batch) <= max_tokens or len(batch) == 1 for batch in sizes)
-    # greedy: the next pair would not have fitted
-    assert all(sum(batch) + after[0] > max_tokens for batch, after in itertools.pairwise(sizes))
+    assert all(count_tokens(batch) <= max_tokens or len(batch) == 1 for batch in sizes)
+
+
+CANDIDATES = ["", "a wing", "heat flux", "air flows over a wing. " * 6, "the flow of energy"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_shared_query_changes_no_score(reranker, width):
+    queries = ["how does a wing lift", "what is a heat flux?"]
+    pairs = [(query, text) for text in CANDIDATES for query in queries]
+    for cutoffs in ([6], [6, 2, 4]):
+        alone = [reranker.compute_score(pair, cutoff_layers=cutoffs, **width) for pair in pairs]
+        together = torch.tensor(reranker.compute_score(pairs, cutoff_layers=cutoffs, **width))
+        expected = torch.tensor(alone)[..., 0].movedim(0, -1)
+        close(together.tolist(), expected.reshape(together.shape).tolist(), 1e-5)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_shared_query_is_computed_once(reranker, width):
+    pairs = [("how does a wing lift", text) for text in CANDIDATES]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        reranker.compute_score(pairs, **width)
+    estimate = reranker.estimate_flops(pairs, **width)
+    assert estimate == counter.get_total_flops()
+    assert estimate < sum(reranker.estimate_flops(pair, **width) for pair in pairs)
