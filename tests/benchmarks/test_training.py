@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import training
+from flagembedding_matryoshka import SubNetwork
+
+SCRIPT = Path(training.__file__)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Passages of 1 to 20 tokens: groups that are short, and passages that are a single group."""
+    monkeypatch.setattr(training, "PASSAGE_LENGTHS", (1, 20))
+    return training.Job(training.small_config(4, 32), 2, 3, 2, "cpu", 1, torch.float32, checkpointing=False)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("compress_layers", "ratio"), [([], 1), ([2], 2), ([1, 3], 4), ([1, 2, 3], 2), ([1, 2], 8)])
+def test_sides_agree_in_loss_and_gradients(job, compress_layers, ratio, checkpointing):
+    job = replace(job, checkpointing=checkpointing)
+    sub_network = SubNetwork.resolve(job.config, job.config.exit_layers, compress_layers, ratio)
+    ours, baseline = (training.Learner(job, side) for side in ("ours", "baseline"))
+    assert ours.learn(sub_network) == pytest.approx(baseline.learn(sub_network), rel=1e-5)
+    assert list(ours.weights) == list(baseline.weights)
+    for name, weight in ours.weights.items():
+        assert weight.grad.any(), name
+        expected = baseline.weights[name].grad
+        assert (weight.grad - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_nothing_is_timed_where_sides_disagree(job, monkeypatch):
+    compress = training.compress_padded
+
+    def unweighted(hidden, mask, weights, *args):
+        return compress(hidden, mask, torch.ones_like(weights), *args)
+
+    monkeypatch.setattr(training, "compress_padded", unweighted)
+    assert any(sub_network.compress_ratio > 1 for sub_network in job.sub_networks)
+    with pytest.raises(RuntimeError, match="different numbers"):
+        training.measure_time(job)
+
+
+def test_ours_alone(job, monkeypatch):
+    monkeypatch.setattr(training, "MATRIX_SIZE", 64)
+    result = training.measure_alone(replace(job, checkpointing=True))
+    assert len(result["ours"]["steps_s"]) == job.steps
+    assert result["tokens_per_step"] == sum(training.describe(job)["lengths"])
+    assert all(result[name] > 0 for name in ("tokens_per_s", "tflops_per_s", "share_of_matrix_peak", "peak_mib"))
+
+
+@pytest.mark.slow
+def test_script(tmp_path):
+    options = ["--layers=4", "--hidden=64", "--group=2", "--steps=1", "--threads=1", "--device=cpu"]
+    command = [sys.executable, SCRIPT, *options, "--output", tmp_path / "report.json"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report = json.loads(output.splitlines()[-1])
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert len(report["settings"]) + 2 * len(report["skipped"]) == 4
+    assert [setting["gradient_checkpointing"] for setting in report["settings"][:2]] == [False, True]
+    for setting in report["settings"]:
+        assert all(setting[side]["median_s"] > 0 for side in ("ours", "baseline"))
+        assert setting["time_ratio"] > 0
+        assert setting["memory_ratio"] > 0
+    assert report["environment"]["threads"] == 1
