@@ -1,7 +1,7 @@
 """One training step: ours against the same step as the research code does it, in time and in memory.
 
-    python benchmarks/training.py --output training.json
-    python benchmarks/training.py --seven_b    # on a GPU: ours alone, in the shape of Mistral-7B, with random weights
+    python -m benchmarks.training --output training.json
+    python -m benchmarks.training --seven_b    # on a GPU: ours alone, in the shape of Mistral-7B, with random weights
 
 Both sides have the same weights, LoRA adapters, batches and sub-networks, and the learning method is
 `distill_fix_layer_teacher`. The research code's step is rebuilt here on the layers of the installed transformers: a
@@ -25,8 +25,6 @@ import ctypes
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -35,7 +33,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +49,7 @@ from transformers.models.mistral.modeling_mistral import (
     eager_attention_forward,
 )
 
+from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import TINY_BASE, CostWiseMistralConfig, CostWiseMistralForCausalLM, SubNetwork
 from flagembedding_matryoshka.checkpoint import load_tokenizer
 from flagembedding_matryoshka.device import fast_dtype
@@ -69,7 +67,6 @@ LEARNING_RATE = 2e-4
 SEEDS = (9, 10, 3, 1, 23, 5, 20, 12)
 """Of sub-networks: with three compress layers these draws hold ratios and layers about as often as chance does."""
 TOLERANCE = 1e-4
-MATRIX_SIZE = 8192
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
@@ -379,11 +376,6 @@ class Learner:
         return time.perf_counter() - start
 
 
-def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def reset_peak(device: str) -> int:
     """Forget the peak so far; bytes in use now."""
     if torch.device(device).type == "cuda":
@@ -495,19 +487,6 @@ def measure_alone(job: Job) -> dict[str, Any]:
     }
 
 
-def matrix_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 20) -> float:
-    """What a big product of square matrices reaches."""
-    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
-    for _ in range(3):
-        left @ right
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        left @ right
-    synchronize(device)
-    return 2 * MATRIX_SIZE**3 * repeats / (time.perf_counter() - start)
-
-
 # Running it
 
 
@@ -569,21 +548,6 @@ def table_row(result: dict[str, Any]) -> str:
     )
 
 
-def environment(job: Job) -> dict[str, Any]:
-    """What the numbers depend on beside the code; a load above 0 at the start says that others were computing."""
-    on_gpu = torch.device(job.device).type == "cuda"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    processor = capabilities.get("cpu_name", platform.processor())
-    return {
-        "device": torch.cuda.get_device_name(job.device) if on_gpu else str(processor),
-        "processors": os.cpu_count(),
-        "threads": job.threads,
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("flagembedding_matryoshka", "torch", "transformers", "peft")},
-    }
-
-
 def describe(job: Job) -> dict[str, Any]:
     """What was run."""
     config = job.config
@@ -621,7 +585,11 @@ def main() -> None:
     config = seven_b_config() if args.seven_b else small_config(args.layers, args.hidden)
     dtype = torch.bfloat16 if args.seven_b else torch.float32
     job = Job(config, args.queries, args.group, args.steps, args.device, args.threads, dtype, args.seven_b)
-    report = {"benchmark": "training", **describe(job), "environment": environment(job)}
+    report = {
+        "benchmark": "training",
+        **describe(job),
+        "environment": environment(job.device) | {"threads": job.threads},
+    }
     if args.seven_b:
         report["seven_b"] = in_fresh_process(measure_alone, job)
         for name, value in report["seven_b"].items():

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import measuring, training
 from flagembedding_matryoshka import SubNetwork
 
-SCRIPT = Path(training.__file__)
+ROOT = Path(training.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -48,7 +48,7 @@ def test_nothing_is_timed_where_sides_disagree(job, monkeypatch):
 
 
 def test_ours_alone(job, monkeypatch):
-    monkeypatch.setattr(training, "MATRIX_SIZE", 64)
+    monkeypatch.setitem(measuring.MATRIX_SIZE, "cpu", 64)
     result = training.measure_alone(replace(job, checkpointing=True))
     assert len(result["ours"]["steps_s"]) == job.steps
     assert result["tokens_per_step"] == sum(training.describe(job)["lengths"])
@@ -58,8 +58,8 @@ def test_ours_alone(job, monkeypatch):
 @pytest.mark.slow
 def test_script(tmp_path):
     options = ["--layers=4", "--hidden=64", "--group=2", "--steps=1", "--threads=1", "--device=cpu"]
-    command = [sys.executable, SCRIPT, *options, "--output", tmp_path / "report.json"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "benchmarks.training", *options, "--output", tmp_path / "report.json"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     report = json.loads(output.splitlines()[-1])
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert len(report["settings"]) + 2 * len(report["skipped"]) == 4

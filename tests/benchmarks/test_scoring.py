@@ -1,0 +1,34 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scoring
+
+ROOT = Path(scoring.__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_every_setting_is_measured(tmp_path):
+    options = ["--shapes", "4x128", "--pairs", "6", "--rounds", "2", "--queries", "2", "--device", "cpu"]
+    files = ["--output", str(tmp_path / "scoring.json"), "--figure", str(tmp_path / "scoring.png")]
+    command = [sys.executable, "-m", "benchmarks.scoring", *options, *files]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    report = json.loads(output.splitlines()[-1])
+    assert report == json.loads((tmp_path / "scoring.json").read_text())
+    assert (tmp_path / "scoring.png").read_bytes()[:4] == b"\x89PNG"
+    rows = {row["setting"]: row for row in report["shapes"][0]["settings"]}
+    assert all(row["pairs_per_s"] > 0 and row["speedup"] > 0 for row in rows.values())
+    assert rows["full depth"]["flops_share"] == rows["full depth"]["time_share"] == 1
+    assert rows["half depth"]["flops_share"] == pytest.approx(0.5, abs=0.01)
+    assert report["cascade_agreement"][0]["overlap_of_top_10"] == 1
+
+
+def test_nothing_is_timed_where_the_scores_disagree(tmp_path, monkeypatch):
+    scoring.write_checkpoint(scoring.config_of(4, 64), str(tmp_path))
+    ours = scoring.MatryoshkaReranker(str(tmp_path), devices="cpu", dtype="float32")
+    monkeypatch.setattr(scoring.PlainCrossEncoder, "compute_score", lambda *_: [0.0])
+    with pytest.raises(RuntimeError, match="differ by up to"):
+        scoring.settings_of(ours, [("wing", "a wing")], {})
