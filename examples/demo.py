@@ -27,7 +27,7 @@ from ir_measures import RR, nDCG
 
 from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 
-QUERIES, CANDIDATES, TIMED_PAIRS = 100, 20, 200
+QUERIES, CANDIDATES, TIMED_PAIRS = 150, 20, 200
 START_LAYER, COMPRESS_LAYER, RATIOS = 3, 3, [1, 2, 4]
 TRAINING = {
     "learning_rate": 6e-4,
@@ -143,13 +143,14 @@ def plot(results: list[Result], path: Path) -> None:
         axes.plot([r.mflops_per_pair for r in line], [r.mrr for r in line], marker=marker, label=label)
         for result in line:
             text, place = f"{result.depth}", (result.mflops_per_pair, result.mrr)
-            axes.annotate(text, place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(text, place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)
     base = [result for result in results if result.order.startswith("base") and result.ratio == 1]
     axes.plot([r.mflops_per_pair for r in base], [r.mrr for r in base], ":", color="grey", label="before fine-tuning")
     for result in results[:2]:
         axes.axhline(result.mrr, color="black", lw=0.8, ls="--" if "BM25" in result.order else ":")
         axes.annotate(result.order, (1, result.mrr), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xlabel="MFLOP per pair", ylabel="MRR@10", title="One model, read at 3 to 6 layers (numbers on the points)")
+    axes.set_ylim(0, 1.2 * max(result.mrr for result in results))
     axes.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
