@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-all test-gpu lint format build clean
+.PHONY: help install demo bench test test-slow test-all test-gpu lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## run the demo
 	$(BIN)/python examples/demo.py
+
+bench: $(INSTALLED) ## time scoring against a plain cross-encoder and draw the figure (half an hour)
+	$(BIN)/python -m benchmarks.scoring --output benchmarks/results/scoring.json --figure benchmarks/results/scoring.png
 
 test: $(INSTALLED) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
