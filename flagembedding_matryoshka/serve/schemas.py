@@ -86,7 +86,7 @@ class DocumentsRequest(Request):
         """Cohere's answer with Jina's `usage`; `relevance_score` is the score's sigmoid."""
         results = []
         for index, hit in scored.best_first()[: self.top_n]:
-            result = {"index": index, "relevance_score": sigmoid(hit["score"])}
+            result: dict[str, Any] = {"index": index, "relevance_score": sigmoid(hit["score"])}
             if "cutoff_layer" in hit:
                 result["cutoff_layer"] = hit["cutoff_layer"]
             if self.return_documents:
