@@ -402,6 +402,21 @@ class MatryoshkaReranker(AbsReranker):
         export_exits(self.model, cutoffs, output_dir)
         self.tokenizer.save_pretrained(output_dir)
 
+    def count_tokens(self, query: str, documents: Sequence[str], **overrides: Any) -> tuple[int, list[int]]:
+        """Tokens that scoring reads: those of the query part, which a batch holds once, and each document's own.
+
+        Args:
+            overrides: as in `compute_score`.
+
+        Returns, raises: (query tokens, tokens of each document with separator and prompt); errors as in
+            `compute_score`.
+        """
+        inputs = self._tokenize(
+            _as_pairs([(query, document) for document in documents]), self._options(None, overrides)
+        )
+        shared = inputs[0].query_length if inputs else 0
+        return shared, [len(pair.input_ids) - shared for pair in inputs]
+
     def estimate_flops(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> int:
         """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
 

@@ -128,6 +128,19 @@ def test_flops_fall_with_depth_and_width_and_add_up(reranker):
     assert reranker.estimate_flops([]) == 0
 
 
+def test_tokens_of_a_query_and_of_each_document(reranker):
+    query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
+    shared, tokens = reranker.count_tokens(query, documents)
+    pairs = [(query, document) for document in documents]
+    lengths = [len(pair.input_ids) for pair in reranker._tokenize(pairs, reranker._options(None, {}))]
+    assert [shared + count for count in tokens] == lengths
+    assert tokens[1] == min(tokens) > 0
+    assert sum(reranker.count_tokens(query, documents, max_length=1000)[1]) > sum(tokens)
+    assert reranker.count_tokens(query, []) == (0, [])
+    with pytest.raises(TypeError, match="the passage of pair 0 must be a string, got 3"):
+        reranker.count_tokens(query, [3])
+
+
 def test_progress_bar_on_long_work_only(reranker, capsys):
     reranker.compute_score(PAIRS)
     assert capsys.readouterr().err == ""

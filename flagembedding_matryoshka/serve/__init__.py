@@ -1,0 +1,8 @@
+"""A re-rank server over HTTP: `python -m flagembedding_matryoshka.serve --model …`."""
+
+try:
+    from flagembedding_matryoshka.serve.app import Limits, create_app
+except ImportError as error:
+    raise ImportError("serving needs FastAPI and more: pip install flagembedding_matryoshka[serve]") from error
+
+__all__ = ["Limits", "create_app"]

@@ -1,0 +1,338 @@
+"""The server as its clients see it."""
+
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from flagembedding_matryoshka.serve import Limits
+from tests.serve.conftest import client_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUERY = "how does a wing lift"
+DOCUMENTS = ["the flow of energy", "air flows faster over the upper side of a wing.", "", "what is a heat flux? " * 9]
+OPTIONS = [
+    {},
+    {"cutoff_layers": 3},
+    {"cutoff_layers": [4], "compress_layers": [2], "compress_ratio": 2},
+    {"compress_layers": 3, "compress_ratio": 8},
+]
+
+
+def expected(reranker, documents=DOCUMENTS, **options):
+    """(index, relevance) the best first, by the re-ranker itself."""
+    return [
+        (hit["corpus_id"], pytest.approx(hit["score"], abs=1e-6))
+        for hit in reranker.rank(QUERY, documents, normalize=True, **options)
+    ]
+
+
+@pytest.fixture
+def gate(reranker, monkeypatch):
+    """Until it is set, the model computes nothing; `gate.entered` is set once it would."""
+    gate = threading.Event()
+    gate.entered = threading.Event()
+    rank_batch = reranker.rank_batch
+
+    def waiting(queries, candidates, *args, **options):
+        if candidates != [[]]:
+            gate.entered.set()
+            assert gate.wait(20)
+        return rank_batch(queries, candidates, *args, **options)
+
+    monkeypatch.setattr(reranker, "rank_batch", waiting)
+    yield gate
+    gate.set()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_scores_are_the_rerankers(client, reranker, path, options):
+    cohere = client.post(path, json={"query": QUERY, "documents": DOCUMENTS, "model": "any", **options})
+    assert cohere.status_code == 200
+    found = [(result["index"], result["relevance_score"]) for result in cohere.json()["results"]]
+    assert found == expected(reranker, **options)
+    tei = client.post(path, json={"query": QUERY, "texts": DOCUMENTS, **options}).json()
+    assert [(result["index"], result["score"]) for result in tei] == found
+
+
+def test_the_form_of_cohere_and_jina(client, reranker):
+    documents = ["air", {"text": "wing", "title": "lift"}]
+    body = {"model": "m", "query": QUERY, "documents": documents, "top_n": 2, "return_documents": True}
+    answer = client.post("/v1/rerank", json=body).json()
+    shared, tokens = reranker.count_tokens(QUERY, ["air", "wing"])
+    total = shared + sum(tokens)
+    assert set(answer) == {"id", "model", "results", "meta", "usage"}
+    assert answer["model"] == "tiny"
+    assert answer["meta"] == {"api_version": {"version": "2"}, "tokens": {"input_tokens": total, "output_tokens": 0}}
+    assert answer["usage"] == {"prompt_tokens": total, "total_tokens": total}
+    by_index = {result["index"]: result for result in answer["results"]}
+    assert by_index[0]["document"] == {"text": "air"} and by_index[1]["document"] == documents[1]
+    assert all(0 < result["relevance_score"] < 1 for result in answer["results"])
+    body |= {"top_n": 1, "return_documents": False}
+    (best,) = client.post("/v2/rerank", json=body).json()["results"]
+    assert best == {key: value for key, value in answer["results"][0].items() if key != "document"}
+
+
+def test_the_form_of_tei(client, reranker):
+    body = {
+        "query": QUERY,
+        "texts": DOCUMENTS,
+        "raw_scores": True,
+        "return_text": True,
+        "truncation_direction": "Right",
+    }
+    assert client.post("/rerank", json=body).json() == [
+        {"index": hit["corpus_id"], "score": pytest.approx(hit["score"], abs=1e-5), "text": hit["text"]}
+        for hit in reranker.rank(QUERY, DOCUMENTS, return_documents=True)
+    ]
+
+
+def test_tei_refuses_texts_that_do_not_fit_if_asked_to(client):
+    body = {"query": QUERY, "texts": ["air", "wing"], "truncate": False}
+    assert client.post("/rerank", json=body).status_code == 200
+    body["texts"].append("wing " * 100)
+    answer = client.post("/rerank", json=body)
+    assert answer.status_code == 422
+    assert "must fit into 64 tokens" in answer.json()["error"]
+    assert client.post("/rerank", json=body | {"truncate": True}).status_code == 200
+
+
+def test_a_cascade_says_where_scores_were_read(client, reranker):
+    documents = DOCUMENTS * 3
+    cascade = {3: 0.5, 5: 0.25}
+    ranked = reranker.rank(QUERY, documents, cascade=cascade, compress_layers=[2], compress_ratio=2)
+    body = {"query": QUERY, "cascade": cascade, "compress_layers": [2], "compress_ratio": 2}
+    results = client.post("/rerank", json=body | {"documents": documents}).json()["results"]
+    for key in ("cutoff_layer", "index"):
+        assert [result[key] for result in results] == [hit["corpus_id" if key == "index" else key] for hit in ranked]
+    texts = client.post("/rerank", json=body | {"texts": documents, "raw_scores": True}).json()
+    assert texts == [
+        {
+            "index": hit["corpus_id"],
+            "score": pytest.approx(hit["score"], abs=1e-5),
+            "cutoff_layer": hit["cutoff_layer"],
+        }
+        for hit in ranked
+    ]
+
+
+def test_no_documents_are_ranked_at_once(client):
+    assert client.post("/rerank", json={"query": "q", "documents": []}).json()["results"] == []
+    assert client.post("/rerank", json={"query": "q", "texts": []}).json() == []
+
+
+def test_concurrent_requests_get_their_own_answers(client, reranker, gate):
+    """Different documents, depths and widths, and bad ones in between, which arrive while the model computes."""
+    bodies = [
+        {
+            "query": QUERY,
+            "documents": [f"wing {number} " * (1 + number % 7) for number in range(count % 5 + 1)],
+            **options,
+        }
+        for count, options in enumerate([*OPTIONS, {"cascade": {"3": 0.5}}] * 4)
+    ]
+    for place, bad in enumerate([{"cutoff_layers": 99}, {"cascade": {"9": 0.5}}, {"compress_ratio": 2}]):
+        bodies.insert(4 * place, bodies[0] | bad)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [pool.submit(client.post, "/rerank", json=body) for body in bodies]
+        time.sleep(0.3)
+        gate.set()
+        answers = [answer.result() for answer in answers]
+    assert [answer.status_code for answer in answers].count(422) == 3
+    for body, answer in zip(bodies, answers, strict=True):
+        options = {key: value for key, value in body.items() if key not in ("query", "documents")}
+        if "cascade" in options:
+            options["cascade"] = {int(layer): share for layer, share in options["cascade"].items()}
+        if answer.status_code == 200:
+            found = [(result["index"], result["relevance_score"]) for result in answer.json()["results"]]
+            assert found == expected(reranker, body["documents"], **options)
+
+
+def test_a_failing_request_among_good_ones(reranker, gate, monkeypatch):
+    """What the model itself chokes on: nobody sees more of it than that it is internal."""
+    gated = reranker.rank_batch
+
+    def choking(queries, candidates, *args, **options):
+        found = gated(queries, candidates, *args, **options)
+        if "poison" in queries and candidates != [[]]:
+            raise RuntimeError("a secret of the machine")
+        return found
+
+    monkeypatch.setattr(reranker, "rank_batch", choking)
+    with client_of(reranker) as client, ThreadPoolExecutor() as pool:
+        bodies = [{"query": query, "texts": DOCUMENTS} for query in (QUERY, "poison", QUERY)]
+        answers = [pool.submit(client.post, "/rerank", json=body) for body in bodies]
+        time.sleep(0.2)
+        gate.set()
+        good, poisoned, also_good = [answer.result() for answer in answers]
+        assert good.json() == also_good.json()
+        assert [(result["index"], result["score"]) for result in good.json()] == expected(reranker)
+        assert poisoned.status_code == 500
+        assert poisoned.json() == dict.fromkeys(("message", "error", "detail"), "internal error")
+
+
+def test_health_asks_a_model_that_failed(reranker, monkeypatch):
+    with client_of(reranker) as client:
+        assert client.get("/health").json() == {"status": "ok", "model": "tiny"}
+        with monkeypatch.context() as broken:
+            broken.setattr(reranker, "compute_score", lambda pairs, **_: [] if not pairs else 1 / 0)
+            assert client.post("/rerank", json={"query": "q", "texts": ["t"]}).status_code == 500
+            assert client.get("/health").status_code == 503
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": "q"}, "body.documents: Field required"),
+        ({"texts": ["t"]}, "body.query: Field required"),
+        ({"query": 3, "texts": ["t"]}, "body.query: Input should be a valid string"),
+        ({"query": "q", "texts": "t"}, "body.texts: Input should be a valid array"),
+        ({"query": "q", "texts": ["t", None]}, "body.texts.1: Input should be a valid string"),
+        ({"query": "q", "documents": [{"title": "t"}]}, r"object with a string 'text', got the keys \['title'\]"),
+        ({"query": "q", "documents": ["t"], "top_n": 0}, "body.top_n: Input should be greater than or equal to 1"),
+        ({"query": "q", "documents": ["t"], "cutof_layers": 3}, "body.cutof_layers: Extra inputs are not permitted"),
+        ({"query": "q", "texts": ["t"], "truncation_direction": "Left"}, "body.truncation_direction: .*'right'"),
+        ({"query": "q", "texts": ["t"], "cutoff_layers": True}, "body.cutoff_layers"),
+        ({"query": "q", "texts": ["t"], "cutoff_layers": 7}, r"cutoff_layers \[7\] have no head.*\[2, 3, 4, 5, 6\]"),
+        ({"query": "q", "texts": ["t"], "cutoff_layers": [2, 3]}, r"cutoff_layers=\[2, 3\]"),
+        ({"query": "q", "texts": ["t"], "compress_ratio": 3}, "compress_ratio is 3, but must be one of"),
+        ({"query": "q", "texts": ["t"], "cascade": {"6": 0.5}}, "cascade drops candidates after layer 6"),
+        ({"query": "q", "texts": ["t"], "cascade": {"3": 1.5}}, r"cascade keeps 1.5 of all .* in \(0, 1\]"),
+        (["q"], "Unable to extract tag"),
+    ],
+)
+def test_bad_requests_are_explained(client, body, message):
+    answer = client.post("/rerank", json=body)
+    assert answer.status_code == 422
+    explanation = answer.json()
+    assert set(explanation) == {"message", "error", "detail"} and len(set(explanation.values())) == 1
+    assert re.search(message, explanation["message"]), explanation["message"]
+
+
+def test_what_is_not_json_is_explained(client):
+    answer = client.post("/rerank", content=b'{"query": ')
+    assert answer.status_code == 422
+    assert "Invalid JSON" in answer.json()["message"]
+    assert client.get("/rerank").status_code == 405
+    assert client.post("/embed").json()["message"] == "Not Found"
+
+
+def test_limits_of_documents_and_bytes(reranker):
+    with client_of(reranker, limits=Limits(documents=2, body_bytes=200)) as client:
+        assert client.post("/rerank", json={"query": "q", "texts": ["t"] * 2}).status_code == 200
+        answer = client.post("/rerank", json={"query": "q", "texts": ["t"] * 3})
+        assert (answer.status_code, answer.json()["message"]) == (422, "3 documents are more than 2")
+        large = json.dumps({"query": "q", "texts": ["t" * 200]}).encode()
+        chunks = (large[start : start + 50] for start in range(0, len(large), 50))
+        for content in (large, chunks):
+            answer = client.post("/rerank", content=content)
+            assert (answer.status_code, answer.json()["message"]) == (413, "the body is larger than 200 bytes")
+
+
+def test_limit_of_requests(reranker, gate):
+    with client_of(reranker, limits=Limits(requests=2)) as client, ThreadPoolExecutor() as pool:
+        body = {"query": "q", "texts": ["t"]}
+        admitted = [pool.submit(client.post, "/rerank", json=body) for _ in range(2)]
+        assert gate.entered.wait(10)
+        time.sleep(0.2)
+        refused = client.post("/rerank", json=body)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        gate.set()
+        assert [answer.result().status_code for answer in admitted] == [200, 200]
+        assert client.post("/rerank", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", "Basic key", "Bearer kéy", "key"])
+def test_without_the_token_nothing_is_ranked(reranker, header):
+    with client_of(reranker, api_key="key") as client:
+        headers = {} if header is None else {"Authorization": header.encode()}
+        answer = client.post("/rerank", json={"query": "q", "texts": ["t"]}, headers=headers)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        right = {"Authorization": "Bearer key"}
+        assert client.post("/rerank", json={"query": "q", "texts": ["t"]}, headers=right).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def test_who_hangs_up_is_not_computed(reranker, gate):
+    with client_of(reranker) as client, ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/rerank", json={"query": "q", "texts": ["first"]})
+        assert gate.entered.wait(10)
+        body = json.dumps({"query": "q", "texts": ["gone"]})
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
+            gone.sendall(f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait_for(client, "matryoshka_queue_requests 2.0")
+        wait_for(client, 'matryoshka_requests_total{status="499"} 1.0')
+        gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/rerank", json={"query": "q", "texts": ["last"]}).status_code == 200
+        metrics = client.get("/metrics").text
+        assert "matryoshka_queue_requests 0.0" in metrics
+        assert "matryoshka_batch_documents_sum 2.0" in metrics
+
+
+def test_who_hangs_up_while_sending_is_no_error_of_the_server(reranker):
+    with client_of(reranker) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
+            gone.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.1)
+        wait_for(client, 'matryoshka_requests_total{status="499"} 1.0')
+
+
+def wait_for(client, line):
+    """Until the metrics have `line`."""
+    for _ in range(200):
+        if line in client.get("/metrics").text:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{line!r} is not in\n{client.get('/metrics').text}")
+
+
+def test_metrics_count_requests_batches_and_tokens(reranker, gate):
+    with client_of(reranker) as client, ThreadPoolExecutor() as pool:
+        body = {"query": QUERY, "texts": ["a", "b"]}
+        first = pool.submit(client.post, "/rerank", json=body)
+        assert gate.entered.wait(10)
+        others = [pool.submit(client.post, "/rerank", json=body) for _ in range(3)]
+        wait_for(client, "matryoshka_queue_requests 4.0")
+        gate.set()
+        assert all(answer.result().status_code == 200 for answer in [first, *others])
+        client.post("/rerank", json={})
+        shared, tokens = reranker.count_tokens(QUERY, ["a", "b"])
+        metrics = client.get("/metrics")
+        assert metrics.headers["content-type"].startswith("text/plain; version=")
+        for line in (
+            'matryoshka_requests_total{status="200"} 4.0',
+            'matryoshka_requests_total{status="422"} 1.0',
+            "matryoshka_request_seconds_count 5.0",
+            "matryoshka_batch_seconds_count 2.0",
+            "matryoshka_batch_requests_sum 4.0",
+            "matryoshka_batch_documents_sum 8.0",
+            f"matryoshka_tokens_total {4.0 * (shared + sum(tokens))}",
+        ):
+            assert line in metrics.text, line
+
+
+def test_the_forms_are_documented(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    schema = paths["/rerank"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert ["documents" in form["properties"] for form in schema["anyOf"]] == [True, False]
+    assert "$ref" not in json.dumps(schema)
+
+
+def test_coheres_own_client(reranker):
+    cohere = pytest.importorskip("cohere")
+    with client_of(reranker, api_key="key") as server:
+        address = str(server.base_url)
+        for client in (cohere.ClientV2("key", base_url=address), cohere.Client("key", base_url=address)):
+            answer = client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=2)
+            assert [(result.index, result.relevance_score) for result in answer.results] == expected(reranker)[:2]
+            with pytest.raises(cohere.UnprocessableEntityError, match="top_n"):
+                client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=0)
+        with pytest.raises(cohere.UnauthorizedError):
+            cohere.ClientV2("other", base_url=address).rerank(model="m", query="q", documents=["d"])
