@@ -27,6 +27,7 @@ class MatryoshkaModule(InputModule):
     config_keys = ["query_instruction", "passage_instruction", "prompt", "query_max_length", "max_length"]
     forward_kwargs = {"cutoff_layers", "compress_layers", "compress_ratio"}
     save_in_root = True
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class MatryoshkaModule(InputModule):
             ]
         }
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         features: dict[str, Any],
         cutoff_layers: Layers = None,
@@ -94,7 +95,7 @@ class MatryoshkaModule(InputModule):
         return features
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]
         cls,
         model_name_or_path: str,
         subfolder: str = "",
@@ -117,7 +118,12 @@ class MatryoshkaModule(InputModule):
         refused = [name for name in ("model_kwargs", "processor_kwargs", "config_kwargs") if kwargs.get(name)]
         if refused or subfolder:
             raise ValueError(f"{refused or 'subfolder'}: a MatryoshkaModule is loaded without these.")
-        hub = {"token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
         hub = {name: value for name, value in hub.items() if value}
         checkpoint = inspect_checkpoint(model_name_or_path, **hub)
         for adapter in checkpoint.adapters:
