@@ -1,0 +1,31 @@
+"""The published re-rankers in FlagEmbedding's list of models."""
+
+from __future__ import annotations
+
+from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
+
+from flagembedding_matryoshka.reranker import MatryoshkaReranker
+
+PUBLISHED = ("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir")
+"""Spelled as they were published."""
+
+
+def register() -> None:
+    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for the published names.
+
+    It goes by the last part of a path, so a local copy must bear one of these names. Its `model_class` is an Enum,
+    which cannot be extended: build a directory of any other name with `MatryoshkaReranker` itself. A second call
+    changes nothing.
+
+    Raises:
+        ValueError: if FlagEmbedding has another class for one of the names; then none is registered.
+    """
+    for name in PUBLISHED:
+        present = AUTO_RERANKER_MAPPING.get(name)
+        if present is not None and present.model_class is not MatryoshkaReranker:
+            found, ours = (
+                f"{kind.__module__}.{kind.__qualname__}" for kind in (present.model_class, MatryoshkaReranker)
+            )
+            raise ValueError(f"FlagEmbedding has {found} for {name!r}, where {ours} is to be registered.")
+    for name in PUBLISHED:
+        AUTO_RERANKER_MAPPING.setdefault(name, RerankerConfig(MatryoshkaReranker))

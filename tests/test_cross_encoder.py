@@ -1,0 +1,76 @@
+"""Our checkpoints in sentence-transformers' CrossEncoder."""
+
+import pytest
+from datasets import Dataset
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.cross_encoder import load_cross_encoder
+
+PAIRS = [
+    ("how does a wing lift", "air flows over the upper side"),
+    ("heat", "a wing"),
+    ("heat", "the flux of heat, air"),
+]
+OPTIONS = [
+    {},
+    {"cutoff_layers": [3]},
+    {"cutoff_layers": [5], "compress_layers": [2], "compress_ratio": 2},
+    {"compress_layers": [2, 4], "compress_ratio": 4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_scores_are_those_of_the_reranker(options, tiny_layerwise_path):
+    expected = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").compute_score(
+        PAIRS, **options
+    )
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    assert model.predict(PAIRS, **options).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_cutoff_layers_are_refused(tiny_layerwise_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    with pytest.raises(ValueError, match=r"cutoff_layers=\[3, 4\]"):
+        model.predict(PAIRS, cutoff_layers=[3, 4])
+
+
+def test_what_is_saved_loads_again(tiny_layerwise_path, tmp_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    model[0].max_length = 40
+    expected = model.predict(PAIRS).tolist()
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+
+    loaded = CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=True, local_files_only=True)
+
+    assert loaded[0].max_length == 40
+    assert loaded.predict(PAIRS).tolist() == pytest.approx(expected, abs=1e-5)
+    reranker = MatryoshkaReranker(str(tmp_path), dtype="float32", devices="cpu", max_length=40)
+    assert reranker.compute_score(PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_trainer_trains_it(tiny_layerwise_path, tmp_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    rows = {"query": ["heat", "wing"] * 4, "passage": ["the heat", "a side"] * 4, "label": [1.0, 0.0] * 4}
+    args = CrossEncoderTrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, learning_rate=1e-3, report_to="none", use_cpu=True, logging_steps=1
+    )
+    trainer = CrossEncoderTrainer(
+        model=model, args=args, train_dataset=Dataset.from_dict(rows), loss=BinaryCrossEntropyLoss(model)
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_the_reranking_evaluator_runs(tiny_layerwise_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    samples = [{"query": "heat", "positive": ["the heat"], "negative": ["a wing", "air"]}]
+    metrics = CrossEncoderRerankingEvaluator(samples, show_progress_bar=False, write_csv=False)(model)
+    first = model.rank("heat", ["the heat", "a wing", "air"])
+    rank = 1 + [hit["corpus_id"] for hit in first].index(0)
+    assert metrics["mrr@10"] == pytest.approx(1 / rank)
