@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flagembedding_matryoshka.beir import read_collection
-from flagembedding_matryoshka.checkpoint import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER
+from flagembedding_matryoshka.checkpoint import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run
 from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
@@ -85,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for cascade, stages in zip(cascades, options.cascade, strict=True):
         if len(cascade) < len(stages):
             parser.error(f"--cascade names an exit twice: {stages}")
+    exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
+    config = inspect_checkpoint(options.model, **exits).config
+    settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
     collection = read_collection(options.data, options.split)
     if options.run is None:
         candidates = from_bm25(collection, options.top_k)
@@ -94,14 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model,
         peft_path=options.peft_path,
         dtype=options.dtype,
-        start_layer=options.start_layer,
-        layer_sep=options.layer_sep,
+        **exits,
         batch_size=options.batch_size,
         query_max_length=options.query_max_length,
         max_length=options.max_length,
         devices=options.devices,
     )
-    settings = grid(reranker.config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
     conditions = {
         "model": model_fingerprint(reranker),
         "candidates": candidates.fingerprint(),
@@ -111,14 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     store = Store(options.output, conditions)
     results = evaluate(reranker, candidates, settings, store, options.timed_pairs, options.recall_at)
-    full = full_network(reranker.config)
+    full = full_network(config)
     compared = compare(results, full)
     name = f"{options.data.resolve().name}/{options.split}"
     given = per_query(candidates, in_order(candidates.passages), options.recall_at)
     _write_report(options.output, compared, given, candidates, name, machine(reranker))
     if options.write_plan:
         plan = Plan(
-            exit_layers=tuple(reranker.config.exit_layers),
+            exit_layers=tuple(config.exit_layers),
             adapters=adapter_names(options.peft_path),
             data=name,
             queries=len(candidates.passages),
