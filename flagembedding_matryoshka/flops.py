@@ -15,6 +15,7 @@ def estimate_flops(
     passage_lengths: Tensor,
     prompt_lengths: Tensor,
     shares_query: Tensor | None = None,
+    depths: Tensor | None = None,
 ) -> int:
     """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
 
@@ -31,23 +32,29 @@ def estimate_flops(
     key_width = config.num_key_value_heads * head_dim
     per_token = 2 * config.hidden_size * (2 * query_width + 2 * key_width + 3 * config.intermediate_size)
 
-    if shares_query is None:
-        shares_query = torch.zeros(len(query_lengths), dtype=torch.bool)
-    shared = torch.where(shares_query, query_lengths, 0)
-    # A shared query part is a segment of its own, which others attend to.
-    next_shares = torch.cat([shares_query[1:], shares_query.new_zeros(1)])
-    extra = query_lengths[~shares_query & next_shares]
-
     fixed = query_lengths + prompt_lengths
     passage = passage_lengths
-    total = 0
+    if depths is None:
+        depths = torch.full_like(fixed, sub_network.depth)
+    if shares_query is None:
+        shares_query = torch.zeros_like(fixed, dtype=torch.bool)
+    # Neighbours with one query are a group. Where it has several members, the query is a segment of its own.
+    group = (~shares_query).cumsum(0) - 1
+    group_query = query_lengths[~shares_query]
+    has_segment = group.bincount() > 1
+
+    total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in sub_network.cutoff_layers)
     for depth in range(1, sub_network.depth + 1):
-        lengths = fixed + passage
-        total += per_token * int((lengths - shared).sum())
-        total += 4 * query_width * int((lengths**2).sum() + (extra**2).sum())
+        running = depths >= depth
+        lengths = (fixed + passage)[running]
+        running_groups = group[running].unique()
+        queries = group_query[running_groups]
+        segments = queries[has_segment[running_groups]]
+        total += per_token * int(lengths.sum() - query_lengths[running].sum() + queries.sum())
+        total += 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
         if sub_network.compresses_after(depth):
-            total += 2 * query_width * int(lengths.sum() + extra.sum())
+            total += 2 * query_width * int(lengths.sum() + segments.sum())
             passage = torch.div(
                 passage + sub_network.compress_ratio - 1, sub_network.compress_ratio, rounding_mode="floor"
             )
-    return total + 2 * config.hidden_size * len(fixed) * len(sub_network.cutoff_layers)
+    return total

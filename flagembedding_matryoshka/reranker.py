@@ -33,10 +33,12 @@ from flagembedding_matryoshka.device import resolve_dtype
 from flagembedding_matryoshka.flops import estimate_flops
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.packing import pack_pairs
+from flagembedding_matryoshka.plan import Setting, load_plan
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
 
 Pair = Sequence[str]
 Layers = int | Sequence[int] | None
+DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class MatryoshkaReranker(AbsReranker):
         cutoff_layers: exits to score at, an int or several; None is the deepest.
         compress_layers: numbers of layers after which the passage is compressed, an int or several.
         compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
+        budget: share of the full network's floating-point operations; depth, width and for `rank` a cascade are then
+            the best that an evaluation measured within it: those of the `matryoshka_plan.json` beside the model.
+        quality: share of the full network's nDCG@10; they are then the cheapest measured that reach it.
         prompt: text behind the passage; None is the one that the published models were trained with.
         query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
             passage_instruction_format: what is put around the texts, as in FlagEmbedding.
@@ -86,8 +91,13 @@ class MatryoshkaReranker(AbsReranker):
         cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
 
     Raises:
-        FileNotFoundError: if a checkpoint or adapter is not there.
-        ValueError: if the checkpoint is not Mistral-shaped or arguments contradict it or each other.
+        FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
+        ValueError: if the checkpoint is not Mistral-shaped, arguments contradict it or each other, or nothing measured
+            is within `budget` or reaches `quality`.
+
+    With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
+    width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
+    settings without a cascade. It keeps the same promise, and its scores may be of another exit than those of `rank`.
     """
 
     def __init__(
@@ -104,6 +114,8 @@ class MatryoshkaReranker(AbsReranker):
         cutoff_layers: Layers = None,
         compress_layers: Layers = None,
         compress_ratio: int = 1,
+        budget: float | None = None,
+        quality: float | None = None,
         prompt: str | None = None,
         query_instruction_for_rerank: str | None = "A: ",
         query_instruction_format: str = "{}{}",
@@ -144,14 +156,27 @@ class MatryoshkaReranker(AbsReranker):
         hub = {} if cache_dir is None else {"cache_dir": cache_dir}
         checkpoint = inspect_checkpoint(model_name_or_path, from_raw, start_layer, layer_sep, max_layer, **hub)
         self.config = checkpoint.config
-        self._sub_network(cutoff_layers, compress_layers, compress_ratio)
+        peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
+        self.planned: Setting | None = None
+        if budget is not None or quality is not None:
+            self._refuse_beside_plan()
+            plan = load_plan(model_name_or_path, self.config, peft_paths, **hub)
+            self.planned = plan.choose(budget, quality)
+            for name, value in plan.choose(budget, quality, cascades=False).overrides.items():
+                setattr(self, name, value)
+        self._sub_network(self.cutoff_layers, self.compress_layers, self.compress_ratio)
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer)
-        peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
         self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         self._token_adapters = token_adapter_ratios(self.model)
         self._switching = threading.Lock()
         self._replicas = self._place_replicas()
+
+    def _refuse_beside_plan(self) -> None:
+        given = {name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
+        given = {name: value for name, value in given.items() if value != (1 if name == "compress_ratio" else None)}
+        if given:
+            raise ValueError(f"budget and quality choose depth and width themselves; leave out {given}.")
 
     def _place_replicas(self) -> dict[str, CostWiseMistralForCausalLM]:
         """One copy of the model for each different device."""
@@ -284,7 +309,8 @@ class MatryoshkaReranker(AbsReranker):
             return_documents: also return each document's text.
             cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
                 8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
-                better. All of it is one pass, on the first device, and all states lie in memory.
+                better. All of it is one pass, on the first device, and all states lie in memory. None is the one that
+                `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
             overrides: as in `compute_score`, with one cutoff layer.
 
         Returns:
@@ -320,6 +346,10 @@ class MatryoshkaReranker(AbsReranker):
         for documents in candidates:
             if isinstance(documents, str):
                 raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
+        kept_at_least = top_k
+        if self.planned is not None and cascade is None and not _names_depth_or_width(overrides):
+            overrides, kept_at_least = overrides | self.planned.overrides, None
+            cascade = dict(self.planned.cascade) or None
         cutoffs = overrides.get("cutoff_layers")
         cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
         if cutoffs is not None and len(cutoffs) > 1:
@@ -332,7 +362,7 @@ class MatryoshkaReranker(AbsReranker):
             found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
         else:
             owner = [number for number, documents in enumerate(candidates) for _ in documents]
-            found = self._cascade(pairs, owner, cascade, top_k, overrides)
+            found = self._cascade(pairs, owner, cascade, kept_at_least, overrides)
         rankings, rest = [], iter(found)
         for documents in candidates:
             ranked = [
@@ -417,11 +447,15 @@ class MatryoshkaReranker(AbsReranker):
         shared = inputs[0].query_length if inputs else 0
         return shared, [len(pair.input_ids) - shared for pair in inputs]
 
-    def estimate_flops(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> int:
+    def estimate_flops(
+        self, sentence_pairs: Sequence[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
+    ) -> int:
         """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
 
         Args:
             sentence_pairs, overrides: as in `compute_score`.
+            depths: what a cascade spends instead: the "cutoff_layer" that it gave each pair, with all its exits as
+                `cutoff_layers`.
 
         Returns:
             operations of all pairs together, see [`~flagembedding_matryoshka.flops.estimate_flops`].
@@ -439,6 +473,7 @@ class MatryoshkaReranker(AbsReranker):
                 passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
                 prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
                 shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
+                depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
             )
         return total
 
@@ -493,6 +528,10 @@ class MatryoshkaReranker(AbsReranker):
 
     def _instruct(self, template: str, instruction: str | None, text: str) -> str:
         return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
+
+
+def _names_depth_or_width(overrides: Mapping[str, Any]) -> bool:
+    return any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
 
 
 @torch.inference_mode()

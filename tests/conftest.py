@@ -1,6 +1,7 @@
 """Tiny random models and their tokenizer, and the golden numbers where the checkout has them."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
 from flagembedding_matryoshka.tokenization import PROMPT, find_head_token_id
+from tests.collection import write_collection
 
 # The first example of a test may load or compile; how long it takes says nothing.
 settings.register_profile("quick", max_examples=30, deadline=None)
@@ -129,3 +131,9 @@ def training_file(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """Writes a collection in BEIR layout, of which parts can be told, and returns its directory."""
+    return partial(write_collection, tmp_path / "beir")

@@ -3,34 +3,10 @@ import sys
 
 import pytest
 
-from flagembedding_matryoshka.finetune import hard_negatives
+from flagembedding_matryoshka import beir
 from flagembedding_matryoshka.finetune.data import check_training_file
-from flagembedding_matryoshka.finetune.hard_negatives import main, read_collection, write_rows
-
-WORDS = ["wing", "lift", "drag", "flow", "heat", "shock", "layer", "plate", "cone", "nozzle"]
-# The rank of "wing …" passages for the query "wing" is their number: the longer, the worse.
-CORPUS = [{"_id": f"p{i}", "title": "wing", "text": " ".join(WORDS[1 : i + 1])} for i in range(8)]
-QUERIES = [{"_id": "q1", "text": "wing"}, {"_id": "q2", "text": "a nozzle?"}, {"_id": "q3", "text": "the heat"}]
-
-
-def lines(rows):
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-
-
-@pytest.fixture
-def collection(tmp_path):
-    """Writes a collection, of which parts can be told, and returns its directory."""
-
-    def write(corpus=CORPUS, queries=QUERIES, judgements=(("q1", "p2", 1),), header="query-id\tcorpus-id\tscore"):
-        directory = tmp_path / "beir"
-        (directory / "qrels").mkdir(parents=True, exist_ok=True)
-        (directory / "corpus.jsonl").write_text(lines(corpus))
-        (directory / "queries.jsonl").write_text(lines(queries))
-        rows = ["\t".join(map(str, judgement)) for judgement in judgements]
-        (directory / "qrels" / "train.tsv").write_text(lines([header, *rows]))
-        return directory
-
-    return write
+from flagembedding_matryoshka.finetune.hard_negatives import main, write_rows
+from tests.collection import CORPUS
 
 
 def mined(directory, *more):
@@ -84,7 +60,7 @@ def test_what_is_drawn_depends_on_seed_and_query_alone(collection, monkeypatch):
     rows = mined(collection(corpus, queries, judgements), "--seed", 1)
     assert mined(collection(corpus, queries, judgements), "--seed", 1) == rows
     assert mined(collection(corpus, queries, judgements), "--seed", 2) != rows
-    monkeypatch.setattr(hard_negatives, "BATCH", 3)
+    monkeypatch.setattr(beir, "BATCH", 3)
     assert mined(collection(corpus, queries, judgements[::-1]), "--seed", 1) == rows[::-1]
     assert len({tuple(text[5:] for text in row["neg"]) for row in rows}) == 20
 
@@ -101,47 +77,6 @@ def test_without_any_row_nothing_is_written(collection):
     with pytest.raises(ValueError, match=r"no negative in ranks 2 to 100 of 8 passages for any query"):
         mined(directory)
     assert [path.name for path in directory.parent.iterdir()] == ["beir"]
-
-
-@pytest.mark.parametrize(
-    ("part", "fault"),
-    [
-        ({"corpus": [CORPUS[2], "", "{"]}, r"corpus\.jsonl, line 3: not JSON"),
-        (
-            {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
-            r"corpus\.jsonl, line 2: an object with the strings _id and",
-        ),
-        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object with the strings _id and text is wanted"),
-        ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
-        ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: _id 'p2' is there twice"),
-        ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: an object with the strings _id and text is wanted"),
-        ({"header": "q1\tp2\t1"}, r"train\.tsv, line 1: the header must be \['query-id', .*got \['q1', 'p2', '1'\]"),
-        ({"judgements": [("q1", "p2")]}, r"train\.tsv, line 2: query-id, corpus-id and .* wanted, got \['q1', 'p2'\]"),
-        ({"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]}, r"train\.tsv, line 3: query-id, .*a whole score.*²"),
-        ({"judgements": [("q9", "p2", 1)]}, r"train\.tsv, line 2: there is no query 'q9'"),
-        ({"judgements": [("q1", "p2", 1), ("", ""), ("q1", "p9", 1)]}, r"train\.tsv, line 4: there is no passage 'p9'"),
-        ({"judgements": []}, r"train\.tsv names no relevant passage: no score is above 0"),
-        ({"judgements": [("q1", "p2", 0), ("q1", "p3", -1)]}, r"train\.tsv names no relevant passage"),
-    ],
-)
-def test_what_is_wrong_is_named_with_file_and_line(collection, part, fault):
-    directory = collection(**part)
-    with pytest.raises(ValueError, match=fault):
-        read_collection(directory, "train")
-
-
-def test_blank_lines_and_quotes_are_no_fault(collection):
-    corpus = [{"_id": '"a', "text": "wing lift"}, "", *CORPUS]
-    read = read_collection(collection(corpus, judgements=[("q1", '"a', 1), ("   ",), ("q1", "p3", 1)]), "train")
-    assert read.positives == {"q1": ['"a', "p3"]}
-
-
-@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv"])
-def test_a_missing_file_is_named(collection, name):
-    directory = collection()
-    (directory / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        read_collection(directory, "train")
 
 
 @pytest.mark.parametrize("ranks", [("--negatives", 0), ("--first", 0), ("--first", 5, "--last", 4)])

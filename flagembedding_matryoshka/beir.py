@@ -1,0 +1,115 @@
+"""Collections in BEIR layout (arXiv 2104.08663), and BM25's candidates for their queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+BATCH = 1024
+QRELS_HEADER = ["query-id", "corpus-id", "score"]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A BEIR collection.
+
+    Attributes:
+        passages: id to "title text".
+        queries: id to text.
+        relevant: query id to {passage id: grade above 0}, in the order of the qrels; a query without any is left out.
+    """
+
+    passages: dict[str, str]
+    queries: dict[str, str]
+    relevant: dict[str, dict[str, int]]
+
+
+def read_collection(directory: Path, split: str) -> Collection:
+    """Read `corpus.jsonl`, `queries.jsonl` and `qrels/{split}.tsv`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: naming file and line of what is malformed or unknown, or if no query has a relevant passage.
+    """
+    corpus, topics, qrels = (directory / name for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"))
+    for path in (corpus, topics, qrels):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: BEIR's layout is corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+    passages, queries = _read_texts(corpus), _read_texts(topics)
+    relevant: dict[str, dict[str, int]] = {}
+    with qrels.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            cells = line.rstrip("\n").split("\t")
+            if number == 1 and cells != QRELS_HEADER:
+                raise ValueError(f"{qrels}, line 1: the header must be {QRELS_HEADER}, separated by tabs, got {cells}")
+            if number == 1 or not line.strip():
+                continue
+            if len(cells) != 3 or not cells[2].removeprefix("-").isdecimal():
+                raise ValueError(
+                    f"{qrels}, line {number}: query-id, corpus-id and a whole score are wanted, got {cells}"
+                )
+            query, passage, score = cells
+            if int(score) <= 0:
+                continue
+            for kind, value, known in (("query", query, queries), ("passage", passage, passages)):
+                if value not in known:
+                    raise ValueError(f"{qrels}, line {number}: there is no {kind} {value!r}")
+            grade = relevant.setdefault(query, {}).setdefault(passage, int(score))
+            if grade != int(score):
+                raise ValueError(
+                    f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above"
+                )
+    if not relevant:
+        raise ValueError(f"{qrels} names no relevant passage: no score is above 0")
+    return Collection(passages, queries, relevant)
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    """Title and text by id; queries have no title."""
+    texts: dict[str, str] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("_id", "text")):
+                raise ValueError(f"{path}, line {number}: an object with the strings _id and text is wanted")
+            if not isinstance(row.get("title"), str | None):
+                raise ValueError(f"{path}, line {number}: title must be a string, got {row['title']!r}")
+            if row["_id"] in texts:
+                raise ValueError(f"{path}, line {number}: _id {row['_id']!r} is there twice")
+            texts[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
+    return texts
+
+
+def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[Sequence[int]]:
+    """For each query the places of BM25's first k texts, those that share no word with it left out.
+
+    Raises:
+        ImportError: if bm25s or PyStemmer is not installed.
+    """
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
+    stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
+
+    def tokenize(batch: Sequence[str]) -> Any:
+        return bm25s.tokenize(batch, stopwords="en", stemmer=stemmer, show_progress=False)
+
+    index.index(tokenize(texts), show_progress=False)
+    for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
+        places, scores = index.retrieve(
+            tokenize(queries[start : start + BATCH]), k=min(k, len(texts)), show_progress=False
+        )
+        for row, values in zip(places, scores, strict=True):
+            yield [int(place) for place, value in zip(row, values, strict=True) if value > 0]

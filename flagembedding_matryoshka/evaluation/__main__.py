@@ -1,0 +1,175 @@
+"""Measure quality and cost of a re-ranker's depths, widths and cascades on a collection in BEIR layout.
+
+python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_layers 8 16 24 \
+    --compress_layers 8 --compress_ratios 1 2 4 --cascade 8:0.5 16:0.2 --output DIR --write_plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.checkpoint import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run
+from flagembedding_matryoshka.evaluation.measuring import evaluate
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
+from flagembedding_matryoshka.evaluation.plot import plot
+from flagembedding_matryoshka.evaluation.report import Compared, compare, measured, table
+from flagembedding_matryoshka.evaluation.settings import full_network, grid
+from flagembedding_matryoshka.evaluation.store import Store, machine, model_fingerprint
+from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.plan import PLAN_NAME, Plan, adapter_names
+from flagembedding_matryoshka.reranker import MatryoshkaReranker
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flagembedding_matryoshka.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = parser.add_argument_group("what is ranked")
+    data.add_argument("--data", type=Path, required=True, help="corpus.jsonl, queries.jsonl and qrels/ lie here")
+    data.add_argument("--split", default="test", help="qrels/{split}.tsv is read (default: %(default)s)")
+    data.add_argument("--run", type=Path, help="re-rank the candidates of this TREC run instead of BM25's")
+    data.add_argument("--top_k", type=_positive, default=100, help="candidates of a query (default: %(default)s)")
+
+    model = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
+    model.add_argument("--model", required=True, help="its name or path")
+    model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
+    model.add_argument("--start_layer", type=int, default=DEFAULT_START_LAYER, help="of a raw Mistral")
+    model.add_argument("--layer_sep", type=int, default=DEFAULT_LAYER_SEP, help="of a raw Mistral")
+    model.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: %(default)s)")
+    model.add_argument("--devices", nargs="+", help="such as cpu or cuda:0")
+    model.add_argument("--batch_size", type=_positive, default=128, help="default: %(default)s")
+    model.add_argument("--query_max_length", type=_positive, help="tokens of a query")
+    model.add_argument("--max_length", type=_positive, default=512, help="tokens of a pair (default: %(default)s)")
+
+    settings = parser.add_argument_group("settings", "the full network is always measured beside them")
+    settings.add_argument("--cutoff_layers", type=int, nargs="+", help="default: every exit")
+    settings.add_argument("--compress_layers", type=int, nargs="+", default=[], help="for all ratios above 1")
+    settings.add_argument("--compress_ratios", type=int, nargs="+", default=[1], help="default: 1, off")
+    settings.add_argument(
+        "--cascade",
+        type=_stage,
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="EXIT:SHARE",
+        help="after EXIT only this share of all candidates goes deeper, up to the deepest of --cutoff_layers; measured "
+        "at every ratio; give it again for another cascade",
+    )
+
+    output = parser.add_argument_group("measuring")
+    output.add_argument("--output", type=Path, default=Path("evaluation_output"), help="default: %(default)s")
+    output.add_argument("--recall_at", type=_positive, default=10, help="default: %(default)s")
+    output.add_argument("--timed_pairs", type=_positive, default=1000, help="for the speed (default: %(default)s)")
+    output.add_argument(
+        "--write_plan", action="store_true", help=f"write {PLAN_NAME} beside the model, for its budget= and quality="
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.write_plan and not Path(options.model).is_dir():
+        parser.error(f"--write_plan writes beside the model, but {options.model} is no local directory")
+    cascades = [dict(stages) for stages in options.cascade]
+    for cascade, stages in zip(cascades, options.cascade, strict=True):
+        if len(cascade) < len(stages):
+            parser.error(f"--cascade names an exit twice: {stages}")
+    exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
+    config = inspect_checkpoint(options.model, **exits).config
+    settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
+    collection = read_collection(options.data, options.split)
+    if options.run is None:
+        candidates = from_bm25(collection, options.top_k)
+    else:
+        candidates = from_run(collection, options.run, options.top_k)
+    reranker = MatryoshkaReranker(
+        options.model,
+        peft_path=options.peft_path,
+        dtype=options.dtype,
+        **exits,
+        batch_size=options.batch_size,
+        query_max_length=options.query_max_length,
+        max_length=options.max_length,
+        devices=options.devices,
+    )
+    conditions = {
+        "model": model_fingerprint(reranker),
+        "candidates": candidates.fingerprint(),
+        "machine": machine(reranker),
+        "timed_pairs": options.timed_pairs,
+        "recall_at": options.recall_at,
+    }
+    store = Store(options.output, conditions)
+    results = evaluate(reranker, candidates, settings, store, options.timed_pairs, options.recall_at)
+    full = full_network(config)
+    compared = compare(results, full)
+    name = f"{options.data.resolve().name}/{options.split}"
+    given = per_query(candidates, in_order(candidates.passages), options.recall_at)
+    _write_report(options.output, compared, given, candidates, name, machine(reranker))
+    if options.write_plan:
+        plan = Plan(
+            exit_layers=tuple(config.exit_layers),
+            adapters=adapter_names(options.peft_path),
+            data=name,
+            queries=len(candidates.passages),
+            candidates=candidates.source,
+            settings=measured(compared, full),
+        )
+        plan.write(Path(options.model) / PLAN_NAME)
+        print(f"Wrote {Path(options.model) / PLAN_NAME}.")
+
+
+def _write_report(
+    output: Path,
+    compared: list[Compared],
+    given: dict[str, list[float]],
+    candidates: Candidates,
+    name: str,
+    about_machine: dict,
+) -> None:
+    text = table(compared, given)
+    about = f"{name}: {len(candidates.passages)} queries, {len(candidates)} pairs, {candidates.source}"
+    print(f"{about}\n\n{text}")
+    report = {
+        "data": name,
+        "queries": len(candidates.passages),
+        "pairs": len(candidates),
+        "candidates": candidates.source,
+        "machine": about_machine,
+        "candidates_as_given": {measure: mean(values) for measure, values in given.items()},
+        "settings": [item.as_json() for item in compared],
+    }
+    write_text(output / "table.md", text)
+    write_text(output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    plot(compared, mean(given[QUALITY]), candidates.source, about, output / "quality_cost.png")
+    print(f"Wrote table.md, results.json, quality_cost.png and a TREC run per setting to {output}.")
+
+
+def _stage(text: str) -> tuple[int, float]:
+    layer, _, share = text.partition(":")
+    try:
+        return int(layer), float(share)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be EXIT:SHARE, such as 8:0.5") from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The candidates that every setting re-ranks: BM25's, or those of a TREC run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flagembedding_matryoshka.beir import Collection, bm25_lists
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is re-ranked.
+
+    Attributes:
+        collection: texts and judgements.
+        passages: id of each query that has a relevant passage to its candidates' ids, the best first.
+        source: whose lists they are, in words.
+
+    Raises:
+        ValueError: if there is no candidate at all, or an id holds white space, which a TREC run cannot.
+    """
+
+    collection: Collection
+    passages: dict[str, list[str]]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not any(self.passages.values()):
+            raise ValueError(f"{self.source}: no query has a candidate")
+        for name in (*self.passages, *(passage for ids in self.passages.values() for passage in ids)):
+            if len(name.split()) != 1:
+                raise ValueError(f"the id {name!r} holds white space or nothing: a TREC run cannot name it")
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return sum(map(len, self.passages.values()))
+
+    def texts(self, query: str) -> list[str]:
+        """The candidates of a query, in order."""
+        return [self.collection.passages[passage] for passage in self.passages[query]]
+
+    def pairs(self, queries: list[str]) -> list[tuple[str, str]]:
+        """(query, passage) texts of some queries, list after list."""
+        return [(self.collection.queries[query], text) for query in queries for text in self.texts(query)]
+
+    def portions(self, queries: list[str], pairs: int) -> Iterator[list[str]]:
+        """Neighbouring queries that have `pairs` candidates together, or few more."""
+        portion: list[str] = []
+        size = 0
+        for query in queries:
+            portion.append(query)
+            size += len(self.passages[query])
+            if size >= pairs:
+                yield portion
+                portion, size = [], 0
+        if size:
+            yield portion
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all texts, ids and judgements that a result depends on."""
+        digest = hashlib.sha256()
+        for query, passages in self.passages.items():
+            row = [query, self.collection.queries[query], self.collection.relevant[query], passages, self.texts(query)]
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+
+def from_bm25(collection: Collection, top_k: int) -> Candidates:
+    """BM25's first `top_k`, where a query shares words with so many.
+
+    A query that shares a word with no passage has no candidates and counts with 0 in every measure.
+    """
+    ids, queries = list(collection.passages), list(collection.relevant)
+    found = bm25_lists(list(collection.passages.values()), [collection.queries[query] for query in queries], top_k)
+    passages = {query: [ids[place] for place in places] for query, places in zip(queries, found, strict=True)}
+    without = [query for query, candidates in passages.items() if not candidates]
+    if without:
+        logger.warning("BM25 finds nothing for %d queries, which count with 0, such as %r", len(without), without[0])
+    return Candidates(collection, passages, f"BM25's first {top_k}")
+
+
+def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
+    """The `top_k` of each query that a TREC run (query Q0 passage rank score tag) scores highest; ties as they stand.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line of what is malformed or unknown, or the query that has no line.
+    """
+    scores: dict[str, dict[str, float]] = {query: {} for query in collection.queries}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            cells = line.split()
+            if not cells:
+                continue
+            if len(cells) != 6 or (score := _number(cells[4])) is None:
+                raise ValueError(
+                    f"{path}, line {number}: query, Q0, passage, rank, a finite score and tag are wanted, got {cells}"
+                )
+            query, passage = cells[0], cells[2]
+            for kind, value, known in (("query", query, scores), ("passage", passage, collection.passages)):
+                if value not in known:
+                    raise ValueError(f"{path}, line {number}: the collection has no {kind} {value!r}")
+            if passage in scores[query]:
+                raise ValueError(f"{path}, line {number}: passage {passage!r} is there twice for query {query!r}")
+            scores[query][passage] = score
+    without = [query for query in collection.relevant if not scores[query]]
+    if without:
+        raise ValueError(f"{path} has no candidates for {len(without)} judged queries, such as {without[0]!r}")
+    best = {query: sorted(scores[query], key=lambda passage: -scores[query][passage]) for query in collection.relevant}
+    passages = {query: ranked[:top_k] for query, ranked in best.items()}
+    return Candidates(collection, passages, f"the first {top_k} of {path.name}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

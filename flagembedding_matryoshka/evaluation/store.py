@@ -1,0 +1,125 @@
+"""Results on disk: what was measured under the same conditions is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flagembedding_matryoshka.evaluation.metrics import Run, mean, to_trec
+from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.plan import Setting
+from flagembedding_matryoshka.reranker import MatryoshkaReranker, ScoringOptions
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a setting costs and gives.
+
+    Attributes:
+        flops_per_pair: floating-point operations, the mean of all pairs.
+        pairs_per_second: of the timed sample.
+        peak_memory: bytes while it ran, see [`~flagembedding_matryoshka.evaluation.memory.peak_memory`].
+        per_query: measure to its value for each query, in the order of the candidates.
+    """
+
+    setting: Setting
+    flops_per_pair: float
+    pairs_per_second: float
+    peak_memory: int | None
+    per_query: dict[str, list[float]]
+
+    def mean(self, measure: str) -> float:
+        """Of all queries."""
+        return mean(self.per_query[measure])
+
+
+class Store:
+    """`runs/` and `settings/` of an output directory.
+
+    Args:
+        conditions: all that results depend on but the setting, as JSON can hold it.
+    """
+
+    def __init__(self, directory: Path, conditions: dict[str, Any]) -> None:
+        self.directory = directory
+        self.conditions = conditions
+
+    def load(self, setting: Setting) -> Result | None:
+        """What was saved for `setting` under the same conditions, with its run as it was written; else None."""
+        try:
+            stored = json.loads(self._path(setting).read_bytes())
+            run = self._run_path(setting).read_bytes()
+            if stored["fingerprint"] != self._fingerprint(setting) or stored["run"] != hashlib.sha256(run).hexdigest():
+                return None
+            values = {field.name: stored[field.name] for field in fields(Result) if field.name != "setting"}
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            return None
+        return Result(setting=setting, **values)
+
+    def save(self, result: Result, run: Run) -> None:
+        """Write the run, and then the result that vouches for it."""
+        text = to_trec(run, slug(result.setting))
+        write_text(self._run_path(result.setting), text)
+        about = {
+            "fingerprint": self._fingerprint(result.setting),
+            "run": hashlib.sha256(text.encode()).hexdigest(),
+        }
+        write_text(self._path(result.setting), json.dumps(about | asdict(result), indent=1) + "\n")
+
+    def _path(self, setting: Setting) -> Path:
+        return self.directory / "settings" / f"{slug(setting)}.json"
+
+    def _run_path(self, setting: Setting) -> Path:
+        return self.directory / "runs" / f"{slug(setting)}.trec"
+
+    def _fingerprint(self, setting: Setting) -> str:
+        conditions = json.dumps([self.conditions, asdict(setting)], sort_keys=True)
+        return hashlib.sha256(conditions.encode()).hexdigest()
+
+
+def slug(setting: Setting) -> str:
+    """A setting as a file's name."""
+    cascade = [f"{layer}-{share}" for layer, share in setting.cascade]
+    width = [f"ratio{setting.compress_ratio}", *map(str, setting.compress_layers)] if setting.compress_ratio > 1 else []
+    return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.cutoff_layer}", *width])
+
+
+def machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
+    """On what the re-ranker runs."""
+    devices = [
+        torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+        for device in reranker.target_devices
+    ]
+    return {
+        "devices": devices,
+        "dtype": str(reranker.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "flagembedding_matryoshka": version("flagembedding_matryoshka"),
+    }
+
+
+def model_fingerprint(reranker: MatryoshkaReranker) -> str:
+    """SHA-256 of all that scores depend on: configuration, weights as loaded and merged, tokenizer, what is put around
+    texts and where they are cut."""
+    digest = hashlib.sha256()
+    config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
+    options = [(field.name, getattr(reranker, field.name)) for field in fields(ScoringOptions)]
+    digest.update(json.dumps([config, options], sort_keys=True, default=str).encode())
+    for name, weight in reranker.model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    with tempfile.TemporaryDirectory() as folder:
+        reranker.tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

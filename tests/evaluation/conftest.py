@@ -1,0 +1,23 @@
+import pytest
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.evaluation.candidates import from_bm25
+
+JUDGEMENTS = [("q1", "p2", 1), ("q1", "p5", 2), ("q3", "p6", 1), ("q2", "p1", 1)]
+
+
+@pytest.fixture
+def beir(collection):
+    """A directory: three judged queries, of which BM25 finds nothing for q2."""
+    return collection(judgements=JUDGEMENTS, split="test")
+
+
+@pytest.fixture
+def candidates(beir):
+    return from_bm25(read_collection(beir, "test"), top_k=6)
+
+
+@pytest.fixture(scope="session")
+def reranker(tiny_layerwise_path):
+    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=5)

@@ -1,0 +1,90 @@
+import pytest
+
+from flagembedding_matryoshka.beir import Collection, read_collection
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run
+from tests.collection import CORPUS, QUERIES
+
+LINES = ["q1 Q0 p3 1 9.5 bm25", "q3 Q0 p4 1 2 bm25", "", "q1 Q0 p1 2 11 bm25", "q2 Q0 p7 1 -1e3 bm25"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    def write(lines):
+        path = tmp_path / "bm25.trec"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+def test_bm25_gives_its_first(candidates):
+    assert candidates.passages["q1"][0] == "p0" and len(candidates.passages["q1"]) == 6
+    assert set(candidates.passages["q3"]) == {"p4", "p5", "p6", "p7"}
+    assert list(candidates.passages) == ["q1", "q3", "q2"] and len(candidates) == 10
+    assert candidates.source == "BM25's first 6"
+
+
+def test_a_query_that_bm25_misses_has_no_candidates_and_is_named(beir, caplog):
+    assert from_bm25(read_collection(beir, "test"), 3).passages["q2"] == []
+    assert "BM25 finds nothing for 1 queries, which count with 0, such as 'q2'" in caplog.text
+
+
+def test_a_run_is_ordered_by_score(beir, run):
+    candidates = from_run(read_collection(beir, "test"), run(LINES), top_k=2)
+    assert candidates.passages == {"q1": ["p1", "p3"], "q3": ["p4"], "q2": ["p7"]}
+    assert candidates.source == "the first 2 of bm25.trec"
+    assert from_run(read_collection(beir, "test"), run(LINES), top_k=1).passages["q1"] == ["p1"]
+    assert candidates.pairs(["q3", "q1"])[:2] == [
+        ("the heat", "wing lift drag flow heat"),
+        ("wing", "wing lift"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([*LINES, "q1 Q0 p2 3 1.0"], r"bm25.trec, line 6: query, Q0, passage, .* got \['q1', 'Q0', 'p2', '3', '1.0'\]"),
+        ([*LINES, "q1 Q0 p2 3 high bm25"], r"bm25.trec, line 6: .* a finite score .*'high'"),
+        ([*LINES, "q1 Q0 p2 3 nan bm25"], r"bm25.trec, line 6: .* a finite score .*'nan'"),
+        ([*LINES, "q1 Q0 p99 3 1 bm25"], r"bm25.trec, line 6: the collection has no passage 'p99'"),
+        ([*LINES, "q9 Q0 p1 3 1 bm25"], r"bm25.trec, line 6: the collection has no query 'q9'"),
+        ([*LINES, "q1 Q0 p1 3 1 bm25"], r"bm25.trec, line 6: passage 'p1' is there twice for query 'q1'"),
+        (LINES[:1], r"bm25.trec has no candidates for 2 judged queries, such as 'q3'"),
+    ],
+)
+def test_what_is_wrong_in_a_run_is_named_with_file_and_line(beir, run, lines, message):
+    with pytest.raises(ValueError, match=message):
+        from_run(read_collection(beir, "test"), run(lines), 10)
+
+
+def test_without_any_candidate_nothing_is_ranked(collection):
+    with pytest.raises(ValueError, match="BM25's first 5: no query has a candidate"):
+        from_bm25(read_collection(collection(judgements=[("q2", "p1", 1)]), "train"), 5)
+
+
+def test_an_id_that_a_run_cannot_name_is_refused():
+    with pytest.raises(ValueError, match="the id 'a b' holds white space"):
+        Candidates(Collection({"a b": "x"}, {"q": "x"}, {"q": {"a b": 1}}), {"q": ["a b"]}, "mine")
+
+
+def test_portions_hold_every_query_once_and_no_more_lists_than_needed(candidates):
+    assert list(candidates.portions(["q1", "q3", "q2"], 6)) == [["q1"], ["q3", "q2"]]
+    assert list(candidates.portions(["q1", "q2", "q3"], 7)) == [["q1", "q2", "q3"]]
+    assert list(candidates.portions(["q2"], 7)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"corpus": [*CORPUS[:7], {**CORPUS[7], "text": CORPUS[7]["text"] + "."}]},
+        {"queries": [*QUERIES[:2], {"_id": "q3", "text": "heat"}]},
+        {"judgements": [("q1", "p2", 1), ("q1", "p5", 1), ("q3", "p6", 1), ("q2", "p1", 1)]},
+    ],
+)
+def test_the_fingerprint_is_of_all_that_results_depend_on(candidates, beir, collection, change):
+    same = from_bm25(read_collection(beir, "test"), top_k=6)
+    assert same.fingerprint() == candidates.fingerprint()
+    judgements = [("q1", "p2", 1), ("q1", "p5", 2), ("q3", "p6", 1), ("q2", "p1", 1)]
+    changed = read_collection(collection(split="test", **{"judgements": judgements} | change), "test")
+    assert from_bm25(changed, 6).fingerprint() != candidates.fingerprint()
+    assert from_bm25(read_collection(beir, "test"), 5).fingerprint() != candidates.fingerprint()

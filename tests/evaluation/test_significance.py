@@ -1,0 +1,47 @@
+from itertools import product
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from scipy.stats import ttest_rel
+
+from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
+
+
+def test_a_small_case_is_exact():
+    values, reference = [0.9, 0.4, 0.8, 0.7, 0.75, 0.2], [0.5, 0.45, 0.3, 0.6, 0.7, 0.1]
+    differences = np.subtract(values, reference)
+    sums = [abs(np.dot(signs, differences)) for signs in product([1, -1], repeat=6)]
+    expected = np.mean([value >= abs(differences.sum()) - 1e-9 for value in sums])
+    assert paired_p_value(values, reference) == pytest.approx(expected)
+    assert paired_p_value(reference, values) == pytest.approx(expected)
+
+
+def test_a_large_case_agrees_with_the_t_test_and_repeats():
+    draw = np.random.default_rng(0)
+    reference = draw.random(200)
+    values = reference + draw.normal(0.02, 0.15, 200)
+    p_value = paired_p_value(values, reference)
+    assert p_value == pytest.approx(ttest_rel(values, reference).pvalue, abs=0.02)
+    assert p_value == paired_p_value(values, reference)
+
+
+def test_equal_settings_do_not_differ():
+    assert paired_p_value([0.5, 0.2], [0.5, 0.2]) == 1.0
+
+
+def test_holm_on_paper():
+    # 0.01 × 4, then 0.02 × 3, then 0.03 × 2 = 0.06 which may not fall below 0.06, then 0.5 × 1
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=10), st.floats(0.001, 0.999))
+def test_holm_rejects_what_stepping_down_rejects(p_values, level):
+    rejected = set()
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        if p_values[index] * (len(p_values) - rank) > level:
+            break
+        rejected.add(index)
+    assert {index for index, value in enumerate(holm(p_values)) if value <= level} == rejected
