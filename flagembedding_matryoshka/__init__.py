@@ -13,6 +13,7 @@ from flagembedding_matryoshka.modeling import (
 )
 
 if TYPE_CHECKING:
+    from flagembedding_matryoshka.registry import register
     from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 TINY_BASE = str(Path(__file__).parent / "tiny_base")
@@ -28,13 +29,18 @@ __all__ = [
     "CostWiseModelOutputWithPast",
     "MatryoshkaReranker",
     "SubNetwork",
+    "register",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # FlagEmbedding takes seconds to import: only who asks for the re-ranker waits for it.
+    # FlagEmbedding takes seconds to import: only who asks for what needs it waits for it.
     if name == "MatryoshkaReranker":
         from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
         return MatryoshkaReranker
+    if name == "register":
+        from flagembedding_matryoshka.registry import register
+
+        return register
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

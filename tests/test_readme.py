@@ -12,7 +12,8 @@ def test_there_are_blocks_to_run():
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_block_runs(block):
+def test_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
 
 
@@ -23,6 +24,13 @@ def test_command_lines_name_arguments_that_exist(capsys):
     launcher = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     for command in re.findall(r"torchrun(?:.*\\\n)*.*", README):
         assert set(re.findall(r"--\w+", command)) <= known | launcher, command
+
+
+def test_the_evaluation_command_parses():
+    from flagembedding_matryoshka.evaluation.__main__ import build_parser
+
+    (command,) = re.findall(r"-m flagembedding_matryoshka\.evaluation((?: .*\\\n)*.*)", README)
+    assert build_parser().parse_args(command.replace("\\\n", " ").split()).write_plan
 
 
 def test_links_and_figures_are_there():
