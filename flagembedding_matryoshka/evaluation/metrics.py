@@ -19,8 +19,9 @@ QUALITY = "nDCG@10"
 def per_query(candidates: Candidates, run: Run, recall_at: int) -> dict[str, list[float]]:
     """nDCG@10, MRR@10 and recall of each query, in the order of the candidates.
 
-    Judgements are the collection's, whether or not a passage is a candidate. Ties are broken by passage id, as
-    trec_eval does, and not by the candidates' order, which would lend its quality to a model without any.
+    Judgements are the collection's, whether or not a passage is a candidate. Ties are broken by passage id, the highest
+    first, as trec_eval does, and not by the candidates' order, which would lend its quality to a model without any.
+    ir-measures' providers break them in opposite ways, so what they are given is ranks.
     """
     measures = {QUALITY: nDCG @ 10, "MRR@10": RR @ 10, f"Recall@{recall_at}": R @ recall_at}
     qrels = [
@@ -29,9 +30,9 @@ def per_query(candidates: Candidates, run: Run, recall_at: int) -> dict[str, lis
         for passage, grade in candidates.collection.relevant[query].items()
     ]
     found = [
-        ir_measures.ScoredDoc(query, passage, score)
+        ir_measures.ScoredDoc(query, passage, -float(rank))
         for query, scores in run.items()
-        for passage, score in scores.items()
+        for rank, passage in enumerate(ranking(scores))
     ]
     values = {
         (item.measure, item.query_id): item.value for item in ir_measures.iter_calc(measures.values(), qrels, found)
@@ -40,6 +41,11 @@ def per_query(candidates: Candidates, run: Run, recall_at: int) -> dict[str, lis
         name: [float(values.get((measure, query), 0.0)) for query in candidates.passages]
         for name, measure in measures.items()
     }
+
+
+def ranking(scores: Mapping[str, float]) -> list[str]:
+    """Passage ids, the best first; of equal scores the highest id first."""
+    return sorted(scores, key=lambda passage: (scores[passage], passage), reverse=True)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -56,5 +62,5 @@ def to_trec(run: Run, tag: str) -> str:
     return "".join(
         f"{query} Q0 {passage} {rank} {scores[passage]:.9g} {tag}\n"
         for query, scores in run.items()
-        for rank, passage in enumerate(sorted(sorted(scores, reverse=True), key=lambda name: -scores[name]), start=1)
+        for rank, passage in enumerate(ranking(scores), start=1)
     )

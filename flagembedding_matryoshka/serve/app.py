@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from flagembedding_matryoshka.serve.scoring import Options, Scorer
 RETRY_AFTER = {"Retry-After": "1"}
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Service:
         """The answer, as JSON values.
 
         Raises:
-            HTTPException: 413, 422, 429, or 499 for a client that did not wait.
+            HTTPException: 413, 422, 429, 500, or 499 for a client that did not wait.
         """
         if self._in_flight >= self.limits.requests:
             raise HTTPException(429, f"{self._in_flight} requests are being served; try again later", RETRY_AFTER)
@@ -94,7 +96,7 @@ class Service:
         """Scores of a request, computed together with others'.
 
         Raises:
-            HTTPException: 422, if the request does not fit the model.
+            HTTPException: 422, if the request does not fit the model; 500, if the model fails.
         """
         options, texts = parsed.options, parsed.texts
         try:
@@ -104,7 +106,11 @@ class Service:
         except (TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
         pairs = [(parsed.query, text) for text in texts]
-        hits = await self.batcher.submit(options, pairs, shared, tokens, divisible=options.cascade is None)
+        try:
+            hits = await self.batcher.submit(options, pairs, shared, tokens, divisible=options.cascade is None)
+        except Exception as error:
+            logger.exception("the model failed on a request of %d documents", len(texts))
+            raise HTTPException(500, "internal error") from error
         return Scored(hits, shared + sum(tokens), self.name)
 
     async def healthy(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -104,7 +105,8 @@ def test_what_is_written_scores_as_what_was_trained(
     loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
     assert loaded.config.exit_layers == [2, 3, 4, 5, 6]
     written = [scores_of(loaded, **width) for width in WIDTHS]
-    loaded._replicas = {"cpu": in_memory.eval()}
+    trained = in_memory.get_base_model() if isinstance(in_memory, PeftModel) else in_memory
+    loaded._replicas = {"cpu": trained.eval()}
     for width, scores in zip(WIDTHS, written, strict=True):
         close(scores, scores_of(loaded, **width))
 
