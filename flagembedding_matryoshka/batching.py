@@ -30,7 +30,7 @@ def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
     return sum(_new_tokens(pair, pairs[place - 1] if place else None) for place, pair in enumerate(pairs))
 
 
-def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens: int) -> list[int]:
+def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens: float) -> list[int]:
     """The first index of `order`, and more while their pairs hold at most `max_tokens`."""
     batch: list[int] = []
     total = 0

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import threading
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from FlagEmbedding.abc.inference import AbsReranker
 from tqdm import tqdm
 
-from flagembedding_matryoshka.batching import by_query, count_tokens, cut_batches, next_batch
-from flagembedding_matryoshka.cascade import Schedule, run_cascade
+from flagembedding_matryoshka.batching import by_query, count_tokens, cut_batches
+from flagembedding_matryoshka.cascade import Schedule
 from flagembedding_matryoshka.checkpoint import (
     DEFAULT_LAYER_SEP,
     DEFAULT_START_LAYER,
@@ -26,18 +25,20 @@ from flagembedding_matryoshka.checkpoint import (
     load_model,
     load_tokenizer,
     token_adapter_ratios,
-    use_token_adapter,
 )
 from flagembedding_matryoshka.configuration import SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.device import resolve_dtype
+from flagembedding_matryoshka.engine import Engine, Task
 from flagembedding_matryoshka.flops import estimate_flops
-from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
-from flagembedding_matryoshka.packing import pack_pairs
 from flagembedding_matryoshka.plan import Setting, load_plan
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.workers import WorkerPool
 
 Pair = Sequence[str]
 Layers = int | Sequence[int] | None
+T = TypeVar("T")
+R = TypeVar("R")
+PAIRS_TOKENIZED_AHEAD = 8192
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 
 
@@ -168,9 +169,11 @@ class MatryoshkaReranker(AbsReranker):
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer)
         self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
-        self._token_adapters = token_adapter_ratios(self.model)
-        self._switching = threading.Lock()
-        self._replicas = self._place_replicas()
+        self._engine: Engine | WorkerPool
+        if len(self.target_devices) == 1:
+            self._engine = Engine(self.model.to(self.target_devices[0]))
+        else:
+            self._engine = WorkerPool(self.model, self.target_devices)
 
     def _refuse_beside_plan(self) -> None:
         given = {name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
@@ -178,14 +181,21 @@ class MatryoshkaReranker(AbsReranker):
         if given:
             raise ValueError(f"budget and quality choose depth and width themselves; leave out {given}.")
 
-    def _place_replicas(self) -> dict[str, CostWiseMistralForCausalLM]:
-        """One copy of the model for each different device."""
-        first, *others = dict.fromkeys(self.target_devices)
-        replicas = {device: copy.deepcopy(self.model).to(device) for device in others}  # type: ignore[arg-type]
-        return {first: self.model.to(first), **replicas}  # type: ignore[arg-type]
+    def close(self) -> None:
+        """End the worker processes of several devices; the next call starts new ones."""
+        if isinstance(self._engine, WorkerPool):
+            self._engine.close()
 
     def stop_self_pool(self) -> None:
-        """Nothing to stop: devices are served by threads that end with each call."""
+        """FlagEmbedding's name for `close`."""
+        if hasattr(self, "_engine"):  # FlagEmbedding calls it for an object whose construction failed, too
+            self.close()
+
+    def __enter__(self) -> MatryoshkaReranker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def compute_score(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
         """Score pairs of query and passage, spread over all devices.
@@ -196,34 +206,13 @@ class MatryoshkaReranker(AbsReranker):
 
         Returns, raises: as `compute_score_single_gpu`.
         """
-        devices = self.target_devices
-        if len(devices) == 1:
-            return self.compute_score_single_gpu(sentence_pairs, device=devices[0], **overrides)
-        pairs = _as_pairs(sentence_pairs)
-        shares = [pairs[start :: len(devices)] for start in range(len(devices))]
-        with ThreadPoolExecutor(len(devices)) as pool:
-            parts = list(
-                pool.map(
-                    lambda share, device: torch.tensor(
-                        self.compute_score_single_gpu(share, device=device, **overrides)
-                    ),
-                    shares,
-                    devices,
-                )
-            )
-        scores = torch.empty(*parts[0].shape[:-1], len(pairs))
-        for start, part in enumerate(parts):
-            if part.numel():
-                scores[..., start :: len(devices)] = part
-        return scores.tolist()
+        return self._score(sentence_pairs, None, **overrides)
 
     def compute_score_single_gpu(
         self,
         sentence_pairs: Sequence[Pair] | Pair,
         *,
         device: str | None = None,
-        compress_layer: Layers = None,
-        show_progress_bar: bool | None = None,
         **overrides: Any,
     ) -> list[float] | list[list[float]]:
         """Score pairs of query and passage on one device.
@@ -232,7 +221,7 @@ class MatryoshkaReranker(AbsReranker):
             sentence_pairs: (query, passage) pairs, or a single pair.
             device: one of the re-ranker's `devices`; None is the first.
             compress_layer: the reference's spelling of `compress_layers`.
-            show_progress_bar: None shows one when there is more than one batch.
+            show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers`, `compress_ratio`, `prompt`,
                 `batch_size`, `max_tokens_per_batch`, `query_max_length`, `max_length`, `normalize` and instructions;
                 None keeps the default.
@@ -246,52 +235,45 @@ class MatryoshkaReranker(AbsReranker):
             ValueError: if the layers, ratio or lengths asked for do not fit the model.
             torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
         """
-        model = self._replica(device)
+        device = self.target_devices[0] if device is None else device
+        if device not in self.target_devices:
+            raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
+        return self._score(sentence_pairs, device, **overrides)
+
+    def _score(
+        self,
+        sentence_pairs: Sequence[Pair] | Pair,
+        device: str | None,
+        compress_layer: Layers = None,
+        show_progress_bar: bool | None = None,
+        **overrides: Any,
+    ) -> list[float] | list[list[float]]:
         options = self._options(compress_layer, overrides)
         sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
         pairs = _as_pairs(sentence_pairs)
         if not pairs:
             return []
-        inputs = self._tokenize(pairs, options)
-        order = by_query(inputs)
         scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
-        small = next_batch(inputs, order[: options.batch_size], options.max_tokens_per_batch) == order
-        hidden = small if show_progress_bar is None else not show_progress_bar
-        with tqdm(total=len(pairs), desc="scoring", unit="pair", disable=hidden) as progress:
-            start, max_tokens = 0, options.max_tokens_per_batch
-            while start < len(pairs):
-                indices = next_batch(inputs, order[start : start + options.batch_size], max_tokens)
-                batch = [inputs[index] for index in indices]
-                try:
-                    scores[:, indices] = self._forward(model, batch, sub_network)
-                except torch.OutOfMemoryError as error:
-                    if len(indices) == 1:
-                        raise torch.OutOfMemoryError(
-                            f"pair {indices[0]}, of {len(batch[0].input_ids)} tokens, does not fit into "
-                            f"memory alone. Lower max_length, or compress earlier. ({error})"
-                        ) from error
-                    max_tokens = count_tokens(batch) // 2
-                    continue
-                start += len(indices)
-                progress.update(len(indices))
+        batches: list[list[int]] = []
+
+        def tasks() -> Iterator[Task]:
+            for indices, inputs in self._batches(pairs, options, 1 if device else len(self.target_devices)):
+                batches.append(indices)
+                yield Task("score", (inputs, indices, sub_network))
+
+        progress = tqdm(
+            total=len(pairs),
+            desc="scoring",
+            unit="pair",
+            delay=1.0 if show_progress_bar is None else 0.0,
+            disable=show_progress_bar is False,
+        )
+        with progress, closing(self._run(tasks(), device)) as results:
+            for number, found in results:
+                scores[:, batches[number]] = torch.tensor(found)
+                progress.update(len(batches[number]))
         per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
-
-    def _forward(
-        self, model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork
-    ) -> torch.Tensor:
-        with self._adapted(model, sub_network.compress_ratio):
-            return _forward(model, inputs, sub_network)
-
-    @contextmanager
-    def _adapted(self, model: CostWiseMistralForCausalLM, ratio: int) -> Iterator[None]:
-        """Nobody else switches the token adapters meanwhile."""
-        if not self._token_adapters:
-            yield
-            return
-        with self._switching:
-            use_token_adapter(model, ratio)
-            yield
 
     def rank(
         self,
@@ -373,7 +355,29 @@ class MatryoshkaReranker(AbsReranker):
             rankings.append(ranked[:top_k])
         return rankings
 
-    @torch.inference_mode()
+    def _batches(
+        self, pairs: list[tuple[str, str]], options: ScoringOptions, shares: int
+    ) -> Iterator[tuple[list[int], list[TokenizedPair]]]:
+        """Indices and inputs of batches, at least `shares` of about equal size. Pairs are tokenised while those before
+        them are computed."""
+
+        def tokenize(start: int) -> list[TokenizedPair]:
+            return self._tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD], options)
+
+        for window, inputs in enumerate(_one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD))):
+            max_tokens = options.max_tokens_per_batch
+            if shares > 1:
+                together = count_tokens([inputs[index] for index in by_query(inputs)])
+                max_tokens = min(max_tokens, math.ceil(together / shares))
+            for batch in cut_batches(inputs, options.batch_size, max_tokens):
+                first = window * PAIRS_TOKENIZED_AHEAD
+                yield [first + index for index in batch], [inputs[index] for index in batch]
+
+    def _run(self, tasks: Iterator[Task], device: str | None) -> Generator[tuple[int, Any], None, None]:
+        if isinstance(self._engine, WorkerPool):
+            return self._engine.run(tasks, device)
+        return self._engine.run(tasks)
+
     def _cascade(
         self,
         pairs: list[tuple[str, str]],
@@ -396,21 +400,28 @@ class MatryoshkaReranker(AbsReranker):
         pairs = _as_pairs(pairs)
         if not pairs:
             return []
-        model, inputs = self._replica(None), self._tokenize(pairs, options)
-        batches = list(cut_batches(inputs, options.batch_size, options.max_tokens_per_batch))
-        with self._adapted(model, sub_network.compress_ratio):
-            scores, exits = run_cascade(
-                model,
-                [model.model.embed(*pack_pairs([inputs[index] for index in batch], model.device)) for batch in batches],
-                [[owner[index] for index in batch] for batch in batches],
-                schedule,
-                sub_network,
-            )
-        if options.normalize:
-            scores = scores.sigmoid()
-        place = torch.tensor(list(chain(*batches))).argsort()
-        found = zip(scores[place].tolist(), exits[place].tolist(), strict=True)
-        return [{"score": score, "cutoff_layer": layer} for score, layer in found]
+        inputs = self._tokenize(pairs, options)
+        shares: list[list[int]] = [[] for _ in self.target_devices]
+        for number, numbers in enumerate(_grouped(owner)):
+            shares[number % len(shares)].extend(numbers)
+        tasks, order = [], []
+        for share in filter(None, shares):
+            own = [inputs[index] for index in share]
+            batches = [
+                [share[place] for place in batch]
+                for batch in cut_batches(own, options.batch_size, options.max_tokens_per_batch)
+            ]
+            order.append(list(chain(*batches)))
+            packs = [[inputs[index] for index in batch] for batch in batches]
+            owners = [[owner[index] for index in batch] for batch in batches]
+            tasks.append(Task("cascade", (packs, owners, schedule, sub_network)))
+        found: dict[int, dict[str, float | int]] = {}
+        with closing(self._run(iter(tasks), None)) as results:
+            for number, share_results in results:
+                for index, (score, layer) in zip(order[number], share_results, strict=True):
+                    value = torch.tensor(score).sigmoid().item() if options.normalize else score
+                    found[index] = {"score": value, "cutoff_layer": layer}
+        return [found[index] for index in range(len(pairs))]
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a smaller checkpoint, tokenizer included, which scores at `cutoff_layers` as this model does.
@@ -421,9 +432,10 @@ class MatryoshkaReranker(AbsReranker):
         Raises:
             ValueError: if an exit does not exist, or token adapters are attached, of which a checkpoint can hold one.
         """
-        if self._token_adapters:
+        token_adapters = token_adapter_ratios(self.model)
+        if token_adapters:
             raise ValueError(
-                f"token adapters for the ratios {sorted(self._token_adapters)} are attached: export the model without "
+                f"token adapters for the ratios {sorted(token_adapters)} are attached: export the model without "
                 "them, and give them to the exported one as peft_path."
             )
         cutoffs = self._sub_network(
@@ -477,13 +489,6 @@ class MatryoshkaReranker(AbsReranker):
             )
         return total
 
-    def _replica(self, device: str | None) -> CostWiseMistralForCausalLM:
-        if device is None:
-            device = self.target_devices[0]
-        if device not in self._replicas:
-            raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
-        return self._replicas[device]
-
     def _options(self, compress_layer: Layers, overrides: dict[str, Any]) -> ScoringOptions:
         if compress_layer is not None:
             if overrides.get("compress_layers") is not None:
@@ -534,16 +539,24 @@ def _names_depth_or_width(overrides: Mapping[str, Any]) -> bool:
     return any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
 
 
-@torch.inference_mode()
-def _forward(model: CostWiseMistralForCausalLM, inputs: list[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
-    """(cutoff layers, pairs) float32 scores, on the CPU."""
-    states = model.model.embed(*pack_pairs(inputs, model.device))
-    scores = {
-        depth: model.score(depth, hidden, packed)
-        for depth, hidden, packed in model.model.run(states, sub_network, sub_network.depth)
-        if depth in sub_network.cutoff_layers
-    }
-    return torch.stack([scores[layer] for layer in sub_network.cutoff_layers]).cpu()
+def _grouped(owner: Sequence[int]) -> list[list[int]]:
+    """Indices of each owner's items."""
+    groups: dict[int, list[int]] = {}
+    for index, number in enumerate(owner):
+        groups.setdefault(number, []).append(index)
+    return list(groups.values())
+
+
+def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results of `function`, each computed in a thread while its predecessor is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following: Future[R] | None = None
+        for item in items:
+            current, following = following, thread.submit(function, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:

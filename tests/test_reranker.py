@@ -1,4 +1,6 @@
 import math
+import re
+import time
 
 import hypothesis.strategies as st
 import pytest
@@ -91,16 +93,6 @@ def test_normalize_gives_sigmoids(reranker):
     close(reranker.compute_score(PAIRS, normalize=True), scores.sigmoid().tolist(), 1e-7)
 
 
-def test_several_devices_score_as_one(tiny_layerwise_path, reranker):
-    two = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=["cpu", "cpu"], max_length=64)
-    for pairs in (PAIRS, PAIRS[:3], PAIRS[:1]):
-        close(two.compute_score(pairs, cutoff_layers=[2, 6]), reranker.compute_score(pairs, cutoff_layers=[2, 6]))
-        close(two.compute_score(pairs), reranker.compute_score(pairs))
-    assert two.compute_score([]) == []
-    with pytest.raises(ValueError, match="'cuda:7' is not one of"):
-        two.compute_score_single_gpu(PAIRS, device="cuda:7")
-
-
 def test_rank_orders_by_score(reranker):
     query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
     scores = reranker.compute_score([(query, document) for document in documents], cutoff_layers=3)
@@ -141,9 +133,13 @@ def test_tokens_of_a_query_and_of_each_document(reranker):
         reranker.count_tokens(query, [3])
 
 
-def test_progress_bar_on_long_work_only(reranker, capsys):
+def test_progress_bar_on_long_work_only(reranker, monkeypatch, capsys):
     reranker.compute_score(PAIRS)
     assert capsys.readouterr().err == ""
+    reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=True)
+    assert "4/4" in capsys.readouterr().err
+    score = reranker._engine.score
+    monkeypatch.setattr(reranker._engine, "score", lambda *arguments: time.sleep(0.7) or score(*arguments))
     reranker.compute_score(PAIRS, batch_size=2)
     assert "4/4" in capsys.readouterr().err
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=False)
@@ -161,13 +157,23 @@ def out_of_memory_above(model, pairs_that_fit):
     return limited
 
 
-def test_out_of_memory_halves_the_batch_down_to_one_pair(reranker, monkeypatch):
+@pytest.mark.parametrize("pairs_that_fit", [1, 2])
+def test_out_of_memory_halves_the_batch_down_to_one_pair(reranker, pairs_that_fit, monkeypatch, caplog):
     expected = reranker.compute_score(PAIRS)
-    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 1))
+    calls = []
+    model = reranker.model.model
+    limited = out_of_memory_above(model, pairs_that_fit)
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(model, "embed", lambda *batch: calls.append(batch) or limited(*batch))
     close(reranker.compute_score(PAIRS), expected)
+    assert re.search(r"Out of memory with \d+ tokens in a batch; from here on at most \d+", caplog.text)
+    calls.clear()
+    close(reranker.compute_score(PAIRS), expected)
+    assert all(len(packed.sequences) <= pairs_that_fit for _, packed in calls), "it does not run out of memory again"
 
 
 def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
     monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
     with pytest.raises(torch.OutOfMemoryError, match=r"pair 3, of \d+ tokens, does not fit"):
         reranker.compute_score(PAIRS)
@@ -280,13 +286,13 @@ def test_an_exit_that_does_not_exist_is_not_exported(tiny_layerwise_path, tmp_pa
 def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_tokens, monkeypatch):
     expected = reranker.compute_score(PAIRS)
     sizes = []
-    forward = reranker._forward
+    score = reranker._engine.score
 
-    def recorded(model, inputs, sub_network):
+    def recorded(inputs, names, sub_network):
         sizes.append(inputs)
-        return forward(model, inputs, sub_network)
+        return score(inputs, names, sub_network)
 
-    monkeypatch.setattr(reranker, "_forward", recorded)
+    monkeypatch.setattr(reranker._engine, "score", recorded)
     found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
     assert sum(map(len, sizes)) == len(PAIRS)

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("what about the wing", "this text is about a wing, a flow and a body"), ("what about the flow", "air " * 30)]
@@ -52,7 +53,7 @@ def merged(tiny_layerwise_path, adapters):
         own = load(tiny_layerwise_path, [adapters["stage1"], adapters["layer"]])
         if ratio in adapters:
             own.model = PeftModel.from_pretrained(own.model, adapters[ratio]).merge_and_unload().eval()
-            own._replicas = {"cpu": own.model}
+            own._engine = Engine(own.model)
         rerankers[ratio] = own
     return rerankers
 
@@ -76,14 +77,6 @@ def test_threads_with_different_ratios_do_not_disturb_each_other(reranker):
     with ThreadPoolExecutor(4) as pool:
         for ratio, found in zip(ratios, pool.map(lambda ratio: scores(reranker, ratio), ratios), strict=True):
             assert torch.equal(found, before[ratio])
-
-
-def test_devices_switch_too(tiny_layerwise_path, adapters, reranker):
-    several = MatryoshkaReranker(
-        str(tiny_layerwise_path), peft_path=list(adapters.values()), dtype="float32", devices=["cpu", "cpu"]
-    )
-    for ratio in (2, 1):
-        torch.testing.assert_close(scores(several, ratio), scores(reranker, ratio), atol=1e-5, rtol=0)
 
 
 def test_an_adapter_directory_is_a_model_of_its_ratio(tiny_layerwise_path, adapters, merged):

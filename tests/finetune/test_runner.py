@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.engine import Engine
 from flagembedding_matryoshka.finetune import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
@@ -106,7 +107,7 @@ def test_what_is_written_scores_as_what_was_trained(
     assert loaded.config.exit_layers == [2, 3, 4, 5, 6]
     written = [scores_of(loaded, **width) for width in WIDTHS]
     trained = in_memory.get_base_model() if isinstance(in_memory, PeftModel) else in_memory
-    loaded._replicas = {"cpu": trained.eval()}
+    loaded._engine = Engine(trained.eval())
     for width, scores in zip(WIDTHS, written, strict=True):
         close(scores, scores_of(loaded, **width))
 
