@@ -189,6 +189,21 @@ def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int]
             weights[name] = value
     part.load_state_dict(weights, assign=True)
     part.save_pretrained(output_dir)
+    write_sentence_transformers_files(output_dir)
+
+
+def write_sentence_transformers_files(directory: str | Path) -> None:
+    """Name our module beside a checkpoint, for sentence-transformers' CrossEncoder to load it with."""
+    module = "flagembedding_matryoshka.cross_encoder.MatryoshkaModule"
+    contents: dict[str, Any] = {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": module}],
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder",
+            "activation_fn": "torch.nn.modules.linear.Identity",
+        },
+    }
+    for name, content in contents.items():
+        Path(directory, name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def token_adapter_ratio(path: str, **hub: Any) -> int | None:

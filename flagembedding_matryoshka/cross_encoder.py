@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,12 +153,38 @@ class MatryoshkaModule(InputModule):
         self.save_config(output_path)
 
 
-def load_cross_encoder(path: str, **kwargs: Any) -> CrossEncoder:
+class MatryoshkaCrossEncoder(CrossEncoder):
+    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes."""
+
+    def rank(  # type: ignore[override]
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **options: Any,
+    ) -> list[dict[str, int | float | str]]:
+        """As `CrossEncoder.rank`.
+
+        Args:
+            options: of `predict`, as `cutoff_layers`, `compress_layers`, `compress_ratio` and `batch_size`.
+        """
+        scores = self.predict([(query, document) for document in documents], **options)
+        order = sorted(range(len(documents)), key=lambda index: -float(scores[index]))
+        return [
+            {"corpus_id": index, "score": float(scores[index])}
+            | ({"text": documents[index]} if return_documents else {})
+            for index in order[:top_k]
+        ]
+
+
+def load_cross_encoder(path: str, **kwargs: Any) -> MatryoshkaCrossEncoder:
     """A CrossEncoder of a checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
 
-    sentence-transformers imports modules of other packages only with `trust_remote_code=True`; this needs none.
+    What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
+    imports modules of other packages only then. This needs none.
 
     Args:
         kwargs: of CrossEncoder, as `device`.
     """
-    return CrossEncoder(modules=[MatryoshkaModule.load(path)], **{"activation_fn": nn.Identity(), **kwargs})
+    return MatryoshkaCrossEncoder(modules=[MatryoshkaModule.load(path)], **{"activation_fn": nn.Identity(), **kwargs})

@@ -10,22 +10,25 @@ PUBLISHED = ("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Mat
 """Spelled as they were published."""
 
 
-def register() -> None:
+def register(*names: str) -> None:
     """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for the published names.
 
-    It goes by the last part of a path, so a local copy must bear one of these names. Its `model_class` is an Enum,
-    which cannot be extended: build a directory of any other name with `MatryoshkaReranker` itself. A second call
-    changes nothing.
+    A second call changes nothing.
+
+    Args:
+        names: further ones, as FlagEmbedding knows a model by the last part of its path: `register("output")` is for a
+            directory of that name. (Its `model_class` is an Enum, which cannot be extended.)
 
     Raises:
         ValueError: if FlagEmbedding has another class for one of the names; then none is registered.
     """
-    for name in PUBLISHED:
+    wanted = (*PUBLISHED, *names)
+    for name in wanted:
         present = AUTO_RERANKER_MAPPING.get(name)
         if present is not None and present.model_class is not MatryoshkaReranker:
             found, ours = (
                 f"{kind.__module__}.{kind.__qualname__}" for kind in (present.model_class, MatryoshkaReranker)
             )
             raise ValueError(f"FlagEmbedding has {found} for {name!r}, where {ours} is to be registered.")
-    for name in PUBLISHED:
+    for name in wanted:
         AUTO_RERANKER_MAPPING.setdefault(name, RerankerConfig(MatryoshkaReranker))

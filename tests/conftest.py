@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -137,3 +138,12 @@ def training_file(tmp_path_factory) -> Path:
 def collection(tmp_path):
     """Writes a collection in BEIR layout, of which parts can be told, and returns its directory."""
     return partial(write_collection, tmp_path / "beir")
+
+
+@pytest.fixture
+def restored_mapping():
+    """FlagEmbedding's list of models is as before when the test ends."""
+    before = AUTO_RERANKER_MAPPING.copy()
+    yield
+    AUTO_RERANKER_MAPPING.clear()
+    AUTO_RERANKER_MAPPING.update(before)

@@ -74,3 +74,23 @@ def test_the_reranking_evaluator_runs(tiny_layerwise_path):
     first = model.rank("heat", ["the heat", "a wing", "air"])
     rank = 1 + [hit["corpus_id"] for hit in first].index(0)
     assert metrics["mrr@10"] == pytest.approx(1 / rank)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_rank_takes_depth_and_width(options, tiny_layerwise_path):
+    documents = [passage for _, passage in PAIRS]
+    expected = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").rank(
+        "heat", documents, top_k=2, return_documents=True, **options
+    )
+    found = load_cross_encoder(str(tiny_layerwise_path), device="cpu").rank(
+        "heat", documents, top_k=2, return_documents=True, **options
+    )
+    assert [(hit["corpus_id"], hit["text"]) for hit in found] == [(hit["corpus_id"], hit["text"]) for hit in expected]
+    assert [hit["score"] for hit in found] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
+
+
+def test_what_is_exported_loads_by_its_path(tiny_layerwise_path, tmp_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    reranker.export(str(tmp_path), cutoff_layers=[3])
+    model = CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=True, local_files_only=True)
+    assert model.predict(PAIRS).tolist() == pytest.approx(reranker.compute_score(PAIRS, cutoff_layers=[3]), abs=1e-5)

@@ -7,13 +7,7 @@ from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.registry import PUBLISHED, register
 
-
-@pytest.fixture(autouse=True)
-def restored_mapping():
-    before = AUTO_RERANKER_MAPPING.copy()
-    yield
-    AUTO_RERANKER_MAPPING.clear()
-    AUTO_RERANKER_MAPPING.update(before)
+pytestmark = pytest.mark.usefixtures("restored_mapping")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -43,3 +37,9 @@ def test_another_class_under_a_name_is_refused_and_nothing_registered():
     with pytest.raises(ValueError, match=r"Other.*flagembedding_matryoshka\.reranker\.MatryoshkaReranker"):
         register()
     assert PUBLISHED[0] not in AUTO_RERANKER_MAPPING
+
+
+def test_a_fine_tuned_directory_of_any_name(tiny_layerwise_path, tmp_path):
+    (tmp_path / "output").symlink_to(tiny_layerwise_path)
+    register("output")
+    assert type(FlagAutoReranker.from_finetuned(str(tmp_path / "output"), devices="cpu")) is MatryoshkaReranker

@@ -2,9 +2,9 @@
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
@@ -16,6 +16,7 @@ from flagembedding_matryoshka.configuration import COMPRESS_RATIOS
 from flagembedding_matryoshka.finetune.data import training_files
 from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
+Arguments = TypeVar("Arguments")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
 
 
@@ -235,3 +236,24 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             )
         if 1 not in self.compress_ratios and not self.compress_layers:
             raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")
+
+
+def adopt(ours: type[Arguments], given: Any) -> Arguments:
+    """`given` as one of our argument classes: what it sets stays, what it left at its own default gets our default.
+
+    Raises:
+        ValueError: if it sets something that we have no argument for.
+    """
+    if isinstance(given, ours):
+        return given
+    names = {item.name for item in fields(ours) if item.init}  # type: ignore[arg-type]
+    chosen = {}
+    for item in fields(given):
+        value = getattr(given, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if item.init and value != default:
+            chosen[item.name] = value
+    unknown = {name: value for name, value in chosen.items() if name not in names}
+    if unknown:
+        raise ValueError(f"{type(given).__name__} sets {unknown}, which {ours.__name__} has no use for.")
+    return ours(**chosen)

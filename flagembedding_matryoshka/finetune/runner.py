@@ -8,16 +8,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from FlagEmbedding.abc.finetune.reranker import AbsRerankerRunner
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsRerankerDataArguments,
+    AbsRerankerModelArguments,
+    AbsRerankerRunner,
+    AbsRerankerTrainingArguments,
+)
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoint import (
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+    write_sentence_transformers_files,
+)
 from flagembedding_matryoshka.configuration import SubNetwork
 from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
+    adopt,
 )
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.data import (
@@ -40,8 +51,11 @@ logger = logging.getLogger(__name__)
 class MatryoshkaRunner(AbsRerankerRunner):
     """FlagEmbedding's runner for Matryoshka re-rankers.
 
+    Takes FlagEmbedding's argument classes too: what they set is kept, what they leave at its default gets ours.
+
     Raises:
-        ValueError: on contradicting arguments and on training rows that are wrong, before the model is loaded.
+        ValueError: on contradicting arguments, arguments of FlagEmbedding's that have no meaning here, and training
+            rows that are wrong, before the model is loaded.
     """
 
     model_args: MatryoshkaModelArguments
@@ -50,10 +64,13 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
     def __init__(
         self,
-        model_args: MatryoshkaModelArguments,
-        data_args: MatryoshkaDataArguments,
-        training_args: MatryoshkaTrainingArguments,
+        model_args: AbsRerankerModelArguments,
+        data_args: AbsRerankerDataArguments,
+        training_args: AbsRerankerTrainingArguments,
     ) -> None:
+        model_args = adopt(MatryoshkaModelArguments, model_args)
+        data_args = adopt(MatryoshkaDataArguments, data_args)
+        training_args = adopt(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
         needs_scores = self.method.data_scores != "none"
         if data_args.knowledge_distillation and not needs_scores:
@@ -195,6 +212,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def run(self) -> None:
         """Train, and save what was learnt to output_dir."""
         super().run()
+        if self.training_args.process_index == 0:
+            write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
             merged = Path(self.training_args.output_dir) / "merged_model"
             checkpoint = inspect_checkpoint(self.training_args.output_dir)
@@ -202,6 +221,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             model.config.raw_peft = []
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
+            write_sentence_transformers_files(merged)
             logger.info("Wrote the merged model to %s", merged)
 
 

@@ -4,13 +4,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsRerankerDataArguments,
+    AbsRerankerModelArguments,
+    AbsRerankerTrainingArguments,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder
 from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
@@ -106,6 +113,8 @@ def test_what_is_written_scores_as_what_was_trained(
     loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
     assert loaded.config.exit_layers == [2, 3, 4, 5, 6]
     written = [scores_of(loaded, **width) for width in WIDTHS]
+    by_path = CrossEncoder(str(tmp_path / "out"), device="cpu", trust_remote_code=True, local_files_only=True)
+    close(torch.tensor(by_path.predict(PAIRS)), written[0][-1])
     trained = in_memory.get_base_model() if isinstance(in_memory, PeftModel) else in_memory
     loaded._engine = Engine(trained.eval())
     for width, scores in zip(WIDTHS, written, strict=True):
@@ -509,3 +518,36 @@ def test_shards_train_save_and_load(tiny_raw_model_path, training_file, tmp_path
         scores_of(MatryoshkaReranker(str(tmp_path / name), dtype="float32", devices="cpu")) for name in ("ddp", "fsdp")
     ]
     torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
+
+
+def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path):
+    run = MatryoshkaRunner(
+        AbsRerankerModelArguments(model_name_or_path=str(tiny_raw_model_path)),
+        AbsRerankerDataArguments(
+            train_data=[str(training_file)],
+            train_group_size=4,
+            knowledge_distillation=True,
+            cache_path=str(tmp_path / "cache"),
+        ),
+        AbsRerankerTrainingArguments(
+            output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+        ),
+    )
+    assert run.training_args.train_method == "distill_fix_layer_teacher"
+    assert run.data_args.query_instruction_for_rerank == "A: "
+    run.run()
+    assert len(MatryoshkaReranker(str(tmp_path / "out"), devices="cpu").compute_score(PAIRS)) == 2
+
+
+def test_arguments_of_another_kind_that_have_no_meaning_here_are_refused(training_file, tmp_path):
+    @dataclass
+    class Others(AbsRerankerTrainingArguments):
+        temperature: float = 1.0
+
+    arguments = Others(output_dir=str(tmp_path), report_to="none", use_cpu=True, temperature=0.5)
+    with pytest.raises(ValueError, match=r"Others sets \{'temperature': 0.5\}"):
+        MatryoshkaRunner(
+            AbsRerankerModelArguments(model_name_or_path="none"),
+            AbsRerankerDataArguments(train_data=[str(training_file)]),
+            arguments,
+        )

@@ -1,0 +1,40 @@
+"""FlagEmbedding's evaluation on a data set on disk, with a Matryoshka re-ranker.
+
+    python -m flagembedding_matryoshka.evaluate --dataset_dir DIR --embedder_name_or_path … \\
+        --reranker_name_or_path output
+
+The arguments are those of `python -m FlagEmbedding.evaluation.custom`, which this runs; `--reranker_name_or_path` may
+be any of our checkpoints. For settings side by side, see `python -m flagembedding_matryoshka.evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from FlagEmbedding.evaluation.custom import CustomEvalArgs, CustomEvalModelArgs, CustomEvalRunner
+from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
+from transformers import HfArgumentParser
+
+from flagembedding_matryoshka.registry import register
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, evaluate.
+
+    Args:
+        arguments: None is the process's own.
+    """
+    parser = HfArgumentParser((CustomEvalArgs, CustomEvalModelArgs))
+    eval_args, model_args = parser.parse_args_into_dataclasses(list(arguments) if arguments is not None else None)
+    path = model_args.reranker_name_or_path
+    name = None if path is None else PurePath(path).name
+    if name is None or model_args.reranker_model_class is not None or name in AUTO_RERANKER_MAPPING:
+        register()
+    else:
+        register(name)
+    CustomEvalRunner(eval_args=eval_args, model_args=model_args).run()
+
+
+if __name__ == "__main__":
+    main()
