@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka.device import fast_dtype, resolve_dtype
+from flagembedding_matryoshka.device import fast_batch_tokens, fast_dtype, resolve_dtype
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,7 @@ def test_contradicting_flags_are_refused():
 def test_unknown_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match=r"must be 'auto', 'float32'"):
         resolve_dtype(dtype, False, False, "cpu")
+
+
+def test_batches_on_a_cpu_fit_its_caches():
+    assert fast_batch_tokens("cpu") < fast_batch_tokens("cuda:1") == fast_batch_tokens(torch.device("mps"))

@@ -1,8 +1,12 @@
+import gc
 import math
 import re
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,9 +201,36 @@ def test_bfloat16_is_close_to_float32(tiny_layerwise_path, reranker):
 
 
 def test_scoring_changes_no_global_state(reranker):
-    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    def state():
+        return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), list(warnings.filters)
+
+    before = state()
     reranker.compute_score(PAIRS)
-    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == before
+    reranker.rank(*("wing", ["a wing", "heat"]), cascade={2: 0.5})
+    assert state() == before
+
+
+def test_threads_score_at_different_depths_without_disturbing_each_other(reranker):
+    settings = [{"cutoff_layers": layer, **width} for layer in (2, 3, 6) for width in WIDTHS] * 4
+    expected = [reranker.compute_score(PAIRS, **setting) for setting in settings]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda setting: reranker.compute_score(PAIRS, **setting), settings))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_a_thousand_calls_take_no_more_memory(reranker):
+    def resident():
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    texts = ["a wing " * (1 + number % 40) for number in range(1000)]
+    for text in texts[:200]:
+        reranker.compute_score([("wing", text)] * 3, cutoff_layers=[3, 6], compress_layers=[2], compress_ratio=2)
+    before = resident()
+    for text in texts:
+        reranker.compute_score([("wing", text)] * 3, cutoff_layers=[3, 6], compress_layers=[2], compress_ratio=2)
+    assert resident() - before < 16 * 2**20
 
 
 @pytest.mark.parametrize(
