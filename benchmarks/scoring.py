@@ -46,6 +46,7 @@ QUERY_WORDS, PASSAGE_WORDS = (5, 15), (5, 150)
 MAX_LENGTH, BASELINE_BATCH = 512, 32
 CANDIDATES, TOP = 100, 10
 TOLERANCE = 1e-4
+PLAIN, PLAIN_SHARED = "plain cross-encoder", "plain, shared query"
 
 
 def config_of(layers: int, hidden: int) -> CostWiseMistralConfig:
@@ -112,12 +113,13 @@ class PlainCrossEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed, and its arithmetic per call (None: not counted)."""
+    """What is timed, its arithmetic per call (None: not counted), and the setting that its speedup is against."""
 
     name: str
     score: Callable[[], Any]
     pairs: int
     flops: int | None
+    against: str = PLAIN
 
 
 def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Setting]:
@@ -139,26 +141,33 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
     queries, documents = list(lists), list(lists.values())
     shared = [(query, text) for query, texts in lists.items() for text in texts]
     cascade = {quarter: 0.3, half: TOP / CANDIDATES}
-    return [
-        Setting("plain cross-encoder", lambda: plain.compute_score(pairs), len(pairs), None),
+    settings = [
+        Setting(PLAIN, lambda: plain.compute_score(pairs), len(pairs), None),
         scoring("full depth"),
         scoring("half depth", cutoff_layers=[half]),
         scoring("full depth, ratio 2", **width(2, quarter)),
         scoring("full depth, ratio 4", **width(4, quarter)),
         scoring("half depth, ratio 2", cutoff_layers=[half], **width(2, quarter)),
         scoring("quarter depth", cutoff_layers=[quarter]),
-        Setting("plain, shared query", lambda: plain.compute_score(shared), len(shared), None),
+    ]
+    if not lists:
+        return settings
+    return [
+        *settings,
+        Setting(PLAIN_SHARED, lambda: plain.compute_score(shared), len(shared), None, PLAIN_SHARED),
         Setting(
             "shared query",
             lambda: ours.compute_score(shared, show_progress_bar=False),
             len(shared),
             ours.estimate_flops(shared),
+            PLAIN_SHARED,
         ),
         Setting(
             f"cascade to {TOP} of {CANDIDATES}",
             lambda: ours.rank_batch(queries, documents, top_k=TOP, cascade=cascade),
             len(shared),
             None,
+            PLAIN_SHARED,
         ),
     ]
 
@@ -193,6 +202,8 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     )
     queries = random_texts(words, max(1, args.pairs // CANDIDATES), QUERY_WORDS, draw)
     lists = {query: random_texts(words, CANDIDATES, PASSAGE_WORDS, draw) for query in queries}
+    if args.pairs_only:
+        lists = {}
     lengths = sorted(len(pair.input_ids) for pair in ours._tokenize(pairs, ours._options(None, {})))
     settings = settings_of(ours, pairs, lists)
     seconds = take_turns(settings, args.rounds, args.device)
@@ -201,14 +212,13 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     full = next(setting for setting in settings if setting.name == "full depth")
     results = []
     for setting in settings:
-        against = "plain, shared query" if setting.pairs == sum(map(len, lists.values())) else "plain cross-encoder"
         median = statistics.median(seconds[setting.name])
         result: dict[str, Any] = {
             "setting": setting.name,
             "pairs_per_s": setting.pairs / median,
             "pairs_per_s_range": [setting.pairs / limit(seconds[setting.name]) for limit in (max, min)],
             "speedup": statistics.median(
-                plain / own for plain, own in zip(seconds[against], seconds[setting.name], strict=True)
+                plain / own for plain, own in zip(seconds[setting.against], seconds[setting.name], strict=True)
             ),
         }
         if setting.flops:
@@ -300,6 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--pairs", type=int, default=100, help="scored per call; default: %(default)s")
+    parser.add_argument("--pairs_only", action="store_true", help="leave out lists of candidates for one query")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=50, help="of the cascade's agreement; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
