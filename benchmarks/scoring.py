@@ -10,8 +10,8 @@ timed. Settings take turns, round after round, after one round that warms up.
 `speedup` is how many times as fast as the plain cross-encoder a setting ran, median over rounds. `flops_share` is its
 arithmetic as a share of our full depth's, `time_share` its time as a share of that one's time: what is configured is
 what is saved if they agree. `share_of_matrix_peak` is arithmetic per second against a large matrix product's.
-Random weights say nothing of quality: what dropping candidates costs in agreement with the full ranking is measured
-with the shipped base on BM25's first 100 docstrings for held-out summary lines. The last line is a JSON object.
+Random weights say nothing of quality: what fewer bits and dropping candidates cost in agreement with the full ranking
+is measured with the shipped base on BM25's first 100 docstrings for held-out summary lines. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from transformers import AutoTokenizer, MistralModel, PreTrainedTokenizerBase
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import TINY_BASE, CostWiseMistralConfig, CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.quantization import Quantization
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import candidates, collect_pairs, split
@@ -172,6 +175,16 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
     ]
 
 
+def quantizations(ours: MatryoshkaReranker) -> list[Quantization]:
+    """Those that run here."""
+    runs: list[Quantization] = []
+    if ours.model.dtype == torch.float32 and ours.model.device.type == "cpu":
+        runs.append("int8")
+    if find_spec("bitsandbytes") is not None:
+        runs.append("nf4")
+    return runs
+
+
 def take_turns(settings: Sequence[Setting], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call, by setting."""
     seconds: dict[str, list[float]] = {setting.name: [] for setting in settings}
@@ -191,7 +204,12 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as path:
         write_checkpoint(config_of(*SHAPES[name]), path)
-        ours = MatryoshkaReranker(path, dtype=args.dtype, devices=args.device, max_length=MAX_LENGTH, batch_size=1024)
+        options = {"dtype": args.dtype, "devices": args.device, "max_length": MAX_LENGTH, "batch_size": 1024}
+        ours = MatryoshkaReranker(path, **options)
+        quantized = {
+            f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
+            for method in quantizations(ours)
+        }
     words = [word.removeprefix("▁") for word in ours.tokenizer.get_vocab() if word.removeprefix("▁").isalpha()]
     pairs = list(
         zip(
@@ -206,6 +224,12 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
         lists = {}
     lengths = sorted(len(pair.input_ids) for pair in ours._tokenize(pairs, ours._options(None, {})))
     settings = settings_of(ours, pairs, lists)
+    reference = torch.tensor(ours.compute_score(pairs, show_progress_bar=False))
+    correlations = {}
+    for place, (setting_name, model) in enumerate(quantized.items(), start=2):
+        score = partial(model.compute_score, pairs, show_progress_bar=False)
+        correlations[setting_name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
+        settings.insert(place, Setting(setting_name, score, len(pairs), None))
     seconds = take_turns(settings, args.rounds, args.device)
     peak = matrix_flops_per_second(args.device, ours.model.dtype)
 
@@ -228,6 +252,8 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "flops_share": setting.flops / full.flops,
                 "time_share": median / statistics.median(seconds[full.name]),
             }
+        if setting.name in correlations:
+            result["correlation_with_full_depth"] = correlations[setting.name]
         results.append(result)
     return {
         "shape": name,
@@ -239,15 +265,22 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cascade_agreement(queries: int) -> list[dict[str, Any]]:
+def agreement(queries: int) -> list[dict[str, Any]]:
     """How much of the full ranking of real candidates survives, with the shipped base."""
     pairs = collect_pairs()
     lists = candidates(split(pairs).held_out, [pair.passage for pair in pairs], CANDIDATES)[:queries]
-    ours = MatryoshkaReranker(TINY_BASE, start_layer=3, query_max_length=32, max_length=140, devices="cpu")
-    qrels = [ir_measures.Qrel(str(number), str(item.positive), 1) for number, item in enumerate(lists)]
+    options = {"start_layer": 3, "query_max_length": 32, "max_length": 140, "devices": "cpu"}
+    ours = MatryoshkaReranker(TINY_BASE, **options)
+    settings: list[tuple[str, MatryoshkaReranker, dict[int, float] | None]] = [("full depth", ours, None)]
+    for method in quantizations(ours):
+        settings.append((method, MatryoshkaReranker(TINY_BASE, **options, quantization=method), None))
+    settings += [(f"cascade {cascade}", ours, cascade) for cascade in ({3: 0.5}, {3: 0.3, 4: 0.1}, {3: 0.1})]
 
-    def ranked(cascade: dict[int, float] | None) -> tuple[list[list[int]], float]:
-        rankings = ours.rank_batch(
+    qrels = [ir_measures.Qrel(str(number), str(item.positive), 1) for number, item in enumerate(lists)]
+    results: list[dict[str, Any]] = []
+    full: list[set[int]] = []
+    for name, model, cascade in settings:
+        rankings = model.rank_batch(
             [item.query for item in lists], [item.passages for item in lists], TOP, cascade=cascade
         )
         run = [
@@ -255,15 +288,16 @@ def cascade_agreement(queries: int) -> list[dict[str, Any]]:
             for number, ranking in enumerate(rankings)
             for place, document in enumerate(ranking)
         ]
-        found = ir_measures.calc_aggregate([nDCG @ 10], qrels, run)[nDCG @ 10]
-        return [[document["corpus_id"] for document in ranking] for ranking in rankings], found
-
-    full, full_quality = ranked(None)
-    results = [{"cascade": None, "queries": len(lists), "nDCG@10": full_quality, "overlap_of_top_10": 1.0}]
-    for cascade in ({3: 0.5}, {3: 0.3, 4: 0.1}, {3: 0.1}):
-        top, quality = ranked(cascade)
-        overlap = statistics.mean(len(set(a) & set(b)) / TOP for a, b in zip(top, full, strict=True))
-        results.append({"cascade": cascade, "queries": len(lists), "nDCG@10": quality, "overlap_of_top_10": overlap})
+        top = [{document["corpus_id"] for document in ranking} for ranking in rankings]
+        full = full or top
+        results.append(
+            {
+                "setting": name,
+                "queries": len(lists),
+                "nDCG@10": ir_measures.calc_aggregate([nDCG @ 10], qrels, run)[nDCG @ 10],
+                "overlap_of_top_10": statistics.mean(len(a & b) / TOP for a, b in zip(top, full, strict=True)),
+            }
+        )
     return results
 
 
@@ -290,7 +324,7 @@ def plot(reports: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = [row["setting"] for row in reports[0]["settings"] if not row["setting"].startswith("plain")]
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
     height = 0.8 / len(reports)
     for number, report in enumerate(reports):
         speedups = {row["setting"]: row["speedup"] for row in report["settings"]}
@@ -312,7 +346,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100, help="scored per call; default: %(default)s")
     parser.add_argument("--pairs_only", action="store_true", help="leave out lists of candidates for one query")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--queries", type=int, default=50, help="of the cascade's agreement; default: %(default)s")
+    parser.add_argument("--queries", type=int, default=50, help="of the agreement; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="file to write the JSON to as well")
@@ -324,12 +358,10 @@ def main() -> None:
         report["shapes"].append(measure_shape(name, args))
         print_table(report["shapes"][-1])
     if args.queries:
-        report["cascade_agreement"] = cascade_agreement(args.queries)
-        print("\ndropping candidates, the shipped base on real text:")
-        for row in report["cascade_agreement"]:
-            print(
-                f"{row['cascade']!s:22} nDCG@10 {row['nDCG@10']:.3f}  top 10 in common {row['overlap_of_top_10']:.2f}"
-            )
+        report["agreement"] = agreement(args.queries)
+        print("\nagreement with the full ranking, the shipped base on real text:")
+        for row in report["agreement"]:
+            print(f"{row['setting']:24} nDCG@10 {row['nDCG@10']:.3f}  top 10 in common {row['overlap_of_top_10']:.2f}")
     line = json.dumps(report)
     if args.output:
         args.output.write_text(line + "\n")

@@ -40,22 +40,34 @@ def packed_attention(
     """
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, scaling))
+    attend = _segment_by_segment if query.device.type == "cpu" else _in_groups
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    return attend(query, key, value, packed, **options), None
+
+
+def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, **options: Any) -> Tensor:
+    """A call per segment: no padding, for devices where a call costs little."""
     outputs = []
     prefixes = [-1] * len(packed.segments) if packed.prefixes is None else packed.prefixes.tolist()
     for (start, end), prefix in zip(packed.segments, prefixes, strict=True):
         # A prefix's own rows are attended once more and dropped: no mask is needed for a square map.
         rows = [slice(start, end)] if prefix < 0 else [slice(*packed.segments[prefix]), slice(start, end)]
         attended = F.scaled_dot_product_attention(
-            _rows(query, rows),
-            _rows(key, rows),
-            _rows(value, rows),
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            _rows(query, rows), _rows(key, rows), _rows(value, rows), is_causal=True, **options
         )
         outputs.append(attended[:, :, start - end :])
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _in_groups(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, **options: Any) -> Tensor:
+    """A call per group of segments of similar length, padded behind, where causal attention does not look."""
+    groups, own = packed.context_groups
+    outputs = []
+    for tokens in groups:
+        queries, keys, values = (part[0, :, tokens].transpose(0, 1) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, **options)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[own][None]
 
 
 def _rows(tensor: Tensor, rows: list[slice]) -> Tensor:

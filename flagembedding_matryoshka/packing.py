@@ -135,6 +135,33 @@ class PackedBatch:
         firsts = self.context_lengths.cumsum(0) - self.lengths
         return (self.offsets + firsts.repeat_interleave(self.lengths)).to(self.device)
 
+    @cached_property
+    def context_groups(self) -> tuple[list[Tensor], Tensor]:
+        """The segments' contexts as rectangles, those of similar length together, for kernels that want a batch.
+
+        Returns:
+            a (segments, width) int64 tensor for each group, on `device`: index of each token in the row, where a
+            shorter context repeats its last one, and none has less than half of the group's width; and
+            (total_tokens,) int64, on `device`: where each token of the row stands in all rectangles, flattened.
+        """
+        order = self.context_lengths.argsort(descending=True, stable=True)
+        ends = self.context_lengths.cumsum(0) - 1
+        groups: list[Tensor] = []
+        firsts = torch.empty_like(self.lengths)
+        size = 0
+        while len(order):
+            lengths = self.context_lengths[order]
+            width = int(lengths[0])
+            group = order[: int((2 * lengths >= width).sum())]
+            order = order[len(group) :]
+            begins = ends[group] + 1 - self.context_lengths[group]
+            places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])
+            groups.append(self.context_tokens[places.to(self.device)])
+            firsts[group] = size + torch.arange(len(group)) * width + self.prefix_lengths[group]
+            size += len(group) * width
+        own = self.offsets + firsts.repeat_interleave(self.lengths)
+        return groups, own.to(self.device)
+
     def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
         """Some sequences, in the order given, with what they share.
 

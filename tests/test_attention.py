@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka.attention import last_token_row, packed_attention
+from flagembedding_matryoshka.attention import _in_groups, _segment_by_segment, last_token_row, packed_attention
 from flagembedding_matryoshka.packing import PackedBatch
 from tests.batches import close
 
@@ -86,3 +86,25 @@ def test_the_row_of_half_precision_states_is_float32():
     row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), SCALING)
     assert row.dtype == torch.float32
     close(row, last_rows_of_map(query, key), 0.05)
+
+
+@HEADS
+@pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
+def test_groups_of_padded_segments_equal_each_segment_alone(heads, prefixes):
+    packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
+    groups, own = packed.context_groups
+    assert len(groups) > 1 and own.unique().numel() == len(own) == LENGTHS.sum()
+    inputs = states(heads)
+    options = {"dropout_p": 0.0, "scale": SCALING, "enable_gqa": heads[0] != heads[1]}
+    outputs = [attend(*inputs, packed, **options) for attend in (_in_groups, _segment_by_segment)]
+    close(*outputs, 1e-6)
+    for actual, wanted in zip(*(gradients(each, inputs) for each in outputs), strict=True):
+        close(actual, wanted)
+
+
+def test_no_context_of_a_group_is_padded_to_more_than_twice_its_length():
+    lengths = torch.arange(1, 60)
+    groups, _ = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu")).context_groups
+    assert sum(len(group) for group in groups) == 59
+    assert sum(group.numel() for group in groups) <= 2 * lengths.sum()
+    assert len(groups) <= 6

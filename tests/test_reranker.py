@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 from flagembedding_matryoshka.batching import count_tokens
 from flagembedding_matryoshka.reranker import _as_pairs
 
@@ -352,3 +352,49 @@ def test_a_shared_query_is_computed_once(reranker, width):
     estimate = reranker.estimate_flops(pairs, **width)
     assert estimate == counter.get_total_flops()
     assert estimate < sum(reranker.estimate_flops(pair, **width) for pair in pairs)
+
+
+TEXTS = [
+    "Return the absolute value of a number.",
+    "Open a file and return a stream.",
+    "Sort a list in place.",
+    "The argument may be an integer or a floating point number.",
+    "Split a string at each newline.",
+    "Remove a directory and all that is in it.",
+]
+
+
+@pytest.mark.parametrize(("method", "correlation"), [("int8", 0.98), ("nf4", 0.95)])
+def test_fewer_bits_score_nearly_as_float32(method, correlation):
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    full, small = (
+        MatryoshkaReranker(TINY_BASE, start_layer=3, devices="cpu", dtype="float32", quantization=quantization)
+        for quantization in (None, method)
+    )
+    pairs = [(query, passage) for query in TEXTS for passage in TEXTS]
+    for width in WIDTHS:
+        scores = torch.tensor([model.compute_score(pairs, **width) for model in (full, small)])
+        assert torch.corrcoef(scores)[0, 1] > correlation
+        assert not torch.equal(scores[0], scores[1])
+    wide = [name for name, value in small.model.named_parameters() if "proj" in name and value.is_floating_point()]
+    assert not wide
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "int4"}, "quantization is 'int4'"),
+        ({"quantization": "int8", "devices": ["cpu", "cpu"]}, r"one device, but devices are \['cpu', 'cpu'\]"),
+        ({"quantization": "int8", "use_bf16": True}, "is cpu and dtype torch.bfloat16"),
+    ],
+)
+def test_quantization_that_is_not_there_is_refused(tiny_layerwise_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MatryoshkaReranker(str(tiny_layerwise_path), **({"devices": "cpu"} | options))
+
+
+def test_what_is_quantized_is_not_exported(tiny_layerwise_path, tmp_path):
+    small = MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu", quantization="int8")
+    with pytest.raises(ValueError, match="quantization='int8': export"):
+        small.export(str(tmp_path))

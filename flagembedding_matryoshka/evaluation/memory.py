@@ -13,16 +13,19 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 def peak_memory(work: Callable[[], object], devices: Sequence[str]) -> int | None:
     """Do `work` and return the bytes that were in use at its height.
 
-    On CUDA's devices they are what torch had allocated there; on a CPU what the process had resident: Python, the
-    weights and also what was freed and not returned to the system. Elsewhere they are not known: None.
+    On a CUDA device they are what torch had allocated there; on a CPU what the process had resident: Python, the
+    weights and also what was freed and not returned to the system. Elsewhere, and of several devices, whose workers
+    are processes of their own, they are not known: None.
     """
-    kinds = {torch.device(device).type for device in devices}
-    if kinds == {"cuda"}:
-        for device in set(devices):
-            torch.cuda.reset_peak_memory_stats(device)
+    if len(devices) > 1:
         work()
-        return sum(torch.cuda.max_memory_allocated(device) for device in set(devices))
-    resettable = kinds == {"cpu"} and _reset_high_water_mark()
+        return None
+    device = torch.device(devices[0])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    resettable = device.type == "cpu" and _reset_high_water_mark()
     work()
     return _high_water_mark() if resettable else None
 
