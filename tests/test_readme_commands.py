@@ -1,0 +1,87 @@
+"""The README's commands, word for word but for --use_cpu, where its names are those of tiny models and collections."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import MistralConfig, MistralForCausalLM
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from tests.collection import QUERIES, write_collection
+from tests.finetune.test_teacher_scores import save_cross_encoder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    command.replace("\\\n", " ").strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for command in re.findall(r"(?:.*\\\n)*.+", block)
+]
+
+
+def run(*commands):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    for command in commands:
+        done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def commands_of(start, count):
+    found = [command for command in COMMANDS if command.startswith(start)]
+    assert len(found) == count, found
+    return found
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_tokenizer, monkeypatch):
+    """A directory that holds what the README calls Mistral-7B, bge-reranker-v2-m3 and DIR."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "mistralai" / "Mistral-7B-v0.1"
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(vocab_size=len(tiny_tokenizer), num_hidden_layers=32, **shape)).save_pretrained(
+        base
+    )
+    tiny_tokenizer.save_pretrained(base)
+    save_cross_encoder(tmp_path / "BAAI" / "bge-reranker-v2-m3", labels=1)
+    judgements = [(query["_id"], f"p{2 + place}", 1) for place, query in enumerate(QUERIES)]
+    for split in ("train", "test"):
+        write_collection(tmp_path / "DIR", judgements=judgements, split=split)
+    return tmp_path
+
+
+def test_from_a_collection_to_a_plan(workplace):
+    run(*commands_of("python -m flagembedding_matryoshka.finetune.", 2))
+    shutil.move("scored.jsonl", "train.jsonl")
+    first_stage = commands_of("torchrun --nproc_per_node 1", 1)[0] + " --use_cpu"
+    run(first_stage)
+    evaluation = commands_of("python -m flagembedding_matryoshka.evaluation", 1)
+    run(*evaluation)
+
+    settings = json.loads(Path("evaluation_output/results.json").read_text())["settings"]
+    assert len(settings) > 9
+    with MatryoshkaReranker("output", budget=0.4, devices="cpu") as reranker:
+        assert reranker.planned.cutoff_layer <= 24
+        assert len(reranker.rank("wing", ["wing lift", "heat"])) == 2
+
+    Path("output").rename("stage1")
+    widths = r" --compress_(?:layers|ratios)(?: \d+)+"
+    again = re.sub(widths, "", first_stage)
+    second_stage = commands_of("torchrun …", 3)
+    run(*(command.replace("torchrun …", again) for command in second_stage))
+    base, adapters = "mistralai/Mistral-7B-v0.1", ["stage1", "layer", "token_2", "token_4"]
+    with MatryoshkaReranker(base, peft_path=adapters, devices="cpu", dtype="float32") as reranker:
+        scores = [
+            reranker.compute_score(("wing", "wing lift"), compress_layers=[8], compress_ratio=ratio)
+            for ratio in (1, 2, 4)
+        ]
+    assert len({score for (score,) in scores}) == 3
