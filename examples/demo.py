@@ -2,8 +2,8 @@
 
     python examples/demo.py
 
-Everything it needs is on the machine: the text is the docstrings of Python's standard library and of the installed
-packages, the base model is shipped with the package. It writes a table, its numbers and a plot to the output folder.
+Everything it needs is on the machine: the text is the docstrings of Python's standard library and of the packages that
+this requires, the base model is shipped with the package. It writes a table, its numbers and a plot to the output folder.
 """
 
 import argparse

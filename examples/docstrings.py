@@ -1,6 +1,7 @@
 """A small ranking task from text that lies on every machine: find the docstring body of a summary line.
 
-The docstrings of Python's standard library and of the installed packages are read with ``ast``; nothing is imported.
+The docstrings of Python's standard library and of the packages that the demo requires are read with ``ast``; nothing is
+imported.
 The summary is the query, the rest of the docstring its one relevant passage. BM25 finds the candidates to re-rank.
 """
 
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,8 @@ from pathlib import Path
 import bm25s
 import numpy as np
 import Stemmer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 MIN_QUERY_WORDS, MAX_QUERY_WORDS = 3, 25
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 15, 120
@@ -45,9 +49,36 @@ class Split:
     held_out: list[Pair]
 
 
-def environment_roots() -> list[Path]:
-    """The standard library's folder and the folder of the installed packages."""
-    return [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+def environment_files() -> list[Path]:
+    """Source files of the standard library and of what the package and its demo require, whatever else is installed."""
+    required = required_packages("flagembedding_matryoshka", {"demo"}) - {"flagembedding-matryoshka"}
+    found = [path for name in sorted(required) for path in package_files(name)]
+    return [*source_files(Path(sysconfig.get_path("stdlib"))), *found]
+
+
+def required_packages(name: str, extras: Iterable[str]) -> set[str]:
+    """Canonical names of the installed packages that a package with some extras requires, itself among them."""
+    waiting, seen = [(name, frozenset(extras))], set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen:
+            continue
+        try:
+            requirements = distribution(name).requires or []
+        except PackageNotFoundError:  # one that another platform or Python requires
+            continue
+        seen.add((name, extras))
+        for requirement in map(Requirement, requirements):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras | {""}):
+                waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return {canonicalize_name(name) for name, _ in seen}
+
+
+def package_files(name: str) -> list[Path]:
+    """An installed package's Python files in a fixed order, without test suites."""
+    files = [file for file in distribution(name).files or [] if file.suffix == ".py" and ".." not in file.parts]
+    return [Path(file.locate()) for file in sorted(files) if not SKIPPED_FOLDERS & set(file.parts[:-1])]
 
 
 def source_files(root: Path) -> Iterator[Path]:
@@ -105,9 +136,9 @@ def pairs_of_file(path: Path) -> list[Pair]:
     return [pair for docstring in docstrings(path) if (pair := parse_pair(docstring))]
 
 
-def collect_pairs(roots: Sequence[Path] | None = None) -> list[Pair]:
-    """All pairs below the roots (the running environment's when None), each query and each passage once."""
-    files = [path for root in (environment_roots() if roots is None else roots) for path in source_files(root)]
+def collect_pairs(files: Iterable[Path] | None = None) -> list[Pair]:
+    """All pairs of the files (the running environment's when None), each query and each passage once."""
+    files = environment_files() if files is None else files
     pairs, seen = [], set()
     with ProcessPoolExecutor() as pool:
         for pair in chain.from_iterable(pool.map(pairs_of_file, files, chunksize=64)):

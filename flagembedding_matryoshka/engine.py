@@ -60,37 +60,79 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: if a single pair does not fit.
         """
-        parts, start = [], 0
+        scores, start = [], 0
         while start < len(pairs):
-            limit = min(self._tokens_that_fit, count_tokens(pairs))
-            part = [pairs[index] for index in next_batch(pairs, range(start, len(pairs)), limit)]
+            part = self._that_fits(pairs, start)
             try:
                 with self._adapted(sub_network.compress_ratio):
-                    parts.append(self._forward(part, sub_network))
+                    scores.append(self._forward([pairs[place] for place in part], sub_network))
             except torch.OutOfMemoryError as error:
-                tokens = count_tokens(part)
-                if len(part) == 1:
-                    raise torch.OutOfMemoryError(
-                        f"pair {names[start]}, of {tokens} tokens, does not fit into memory alone. Lower max_length, "
-                        f"or compress earlier. ({error})"
-                    ) from error
-                self._tokens_that_fit = tokens // 2
-                logger.warning("Out of memory with %d tokens in a batch; from here on at most %d.", tokens, tokens // 2)
+                self._halve([pairs[place] for place in part], names[start], error)
                 continue
             start += len(part)
-        return torch.cat(parts, dim=1).tolist()
+        return torch.cat(scores, dim=1).tolist()
+
+    def cascade(
+        self,
+        batches: Sequence[Sequence[TokenizedPair]],
+        names: Sequence[Sequence[int]],
+        owners: Sequence[Sequence[int]],
+        schedule: Schedule,
+        sub_network: SubNetwork,
+    ) -> list[tuple[float, int]]:
+        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is.
+
+        Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
+        """
+        while True:
+            parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
+            try:
+                return self._cascade(
+                    [[batches[number][place] for place in part] for number, part in parts],
+                    [[owners[number][place] for place in part] for number, part in parts],
+                    schedule,
+                    sub_network,
+                )
+            except torch.OutOfMemoryError as error:
+                number, part = max(parts, key=lambda item: len(item[1]))
+                self._halve([batches[number][place] for place in part], names[number][part[0]], error)
+
+    def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
+        """Places of a batch, in parts that fit as far as is known."""
+        start = 0
+        while start < len(pairs):
+            part = self._that_fits(pairs, start)
+            yield part
+            start += len(part)
+
+    def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> list[int]:
+        return next_batch(pairs, range(start, len(pairs)), self._tokens_that_fit)
+
+    def _halve(self, part: Sequence[TokenizedPair], name: int, error: torch.OutOfMemoryError) -> None:
+        """From here on, at most half as many tokens as in `part`.
+
+        Raises:
+            torch.OutOfMemoryError: if it is a single pair, which is called `name`.
+        """
+        tokens = count_tokens(part)
+        if len(part) == 1:
+            raise torch.OutOfMemoryError(
+                f"pair {name}, of {tokens} tokens, does not fit into memory alone. Lower max_length, or compress "
+                f"earlier. ({error})"
+            ) from error
+        self._tokens_that_fit = tokens // 2
+        logger.warning("Out of memory with %d tokens in a batch; from here on at most %d.", tokens, tokens // 2)
 
     @torch.inference_mode()
-    def cascade(
+    def _cascade(
         self,
         batches: Sequence[Sequence[TokenizedPair]],
         owners: Sequence[Sequence[int]],
         schedule: Schedule,
         sub_network: SubNetwork,
     ) -> list[tuple[float, int]]:
-        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is."""
         with self._adapted(sub_network.compress_ratio):
-            states = [self.model.model.embed(*pack_pairs(list(pairs), self.model.device)) for pairs in batches]
+            states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
             scores, exits = run_cascade(self.model, states, owners, schedule, sub_network)
         return list(zip(scores.tolist(), exits.tolist(), strict=True))
 

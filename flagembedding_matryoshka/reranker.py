@@ -310,7 +310,7 @@ class MatryoshkaReranker(AbsReranker):
             return_documents: also return each document's text.
             cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
                 8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
-                better. All of it is one pass, on the first device, and all states lie in memory. None is the one that
+                better. All of it is one pass, and all states lie in memory. None is the one that
                 `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
             overrides: as in `compute_score`, with one cutoff layer.
 
@@ -433,7 +433,7 @@ class MatryoshkaReranker(AbsReranker):
             order.append(list(chain(*batches)))
             packs = [[inputs[index] for index in batch] for batch in batches]
             owners = [[owner[index] for index in batch] for batch in batches]
-            tasks.append(Task("cascade", (packs, owners, schedule, sub_network)))
+            tasks.append(Task("cascade", (packs, batches, owners, schedule, sub_network)))
         found: dict[int, dict[str, float | int]] = {}
         with closing(self._run(iter(tasks), None)) as results:
             for number, share_results in results:

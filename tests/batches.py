@@ -105,3 +105,14 @@ def slow_compress(tokens, row, passage_start, passage_end, ratio) -> list[Tensor
 
 def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def out_of_memory_above(model, pairs_that_fit):
+    embed = model.embed
+
+    def limited(token_ids, packed):
+        if len(packed.sequences) > pairs_that_fit:
+            raise torch.OutOfMemoryError("no room")
+        return embed(token_ids, packed)
+
+    return limited

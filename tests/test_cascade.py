@@ -5,6 +5,7 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cascade import Schedule
+from tests.batches import close, out_of_memory_above
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
@@ -103,3 +104,23 @@ def test_lists_and_queries_must_match(reranker):
 def test_an_empty_schedule_keeps_all(reranker):
     assert Schedule.resolve(reranker.config, {}, 6).kept(20) == 20
     assert reranker.rank("wing", DOCUMENTS, cascade={})[0]["cutoff_layer"] == 6
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_out_of_memory_takes_smaller_batches(reranker, width, monkeypatch, caplog):
+    options = {"cascade": {2: 0.5, 4: 0.2}} | width
+    expected = reranker.rank(QUERIES[0], DOCUMENTS, **options)
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 2))
+    ranked = reranker.rank(QUERIES[0], DOCUMENTS, **options)
+    assert "Out of memory" in caplog.text
+    for key in ("corpus_id", "cutoff_layer"):
+        assert [item[key] for item in ranked] == [item[key] for item in expected]
+    close(*(torch.tensor([item["score"] for item in items]) for items in (ranked, expected)))
+
+
+def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
+    with pytest.raises(torch.OutOfMemoryError, match=r"pair 1, of \d+ tokens, does not fit"):
+        reranker.rank(QUERIES[0], ["", " ".join(WORDS), "body"], cascade={2: 1.0})

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 from flagembedding_matryoshka.batching import count_tokens
 from flagembedding_matryoshka.reranker import _as_pairs
+from tests.batches import out_of_memory_above
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [
@@ -148,17 +149,6 @@ def test_progress_bar_on_long_work_only(reranker, monkeypatch, capsys):
     assert "4/4" in capsys.readouterr().err
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=False)
     assert capsys.readouterr().err == ""
-
-
-def out_of_memory_above(model, pairs_that_fit):
-    embed = model.embed
-
-    def limited(token_ids, packed):
-        if len(packed.sequences) > pairs_that_fit:
-            raise torch.OutOfMemoryError("no room")
-        return embed(token_ids, packed)
-
-    return limited
 
 
 @pytest.mark.parametrize("pairs_that_fit", [1, 2])

@@ -7,6 +7,8 @@ from docstrings import (
     candidates,
     collect_pairs,
     parse_pair,
+    required_packages,
+    source_files,
     split,
     training_rows,
     write_jsonl,
@@ -33,7 +35,14 @@ def package(tmp_path):
 
 
 def test_files_are_read_not_imported_and_each_text_is_kept_once(package):
-    assert collect_pairs([package]) == [Pair("Return the first number there is.", BODY)]
+    assert collect_pairs(source_files(package)) == [Pair("Return the first number there is.", BODY)]
+
+
+def test_the_text_does_not_depend_on_what_else_is_installed():
+    required = required_packages("flagembedding_matryoshka", {"demo"})
+    assert {"flagembedding", "torch", "bm25s", "matplotlib", "numpy"} <= required
+    assert not {"pytest", "mypy", "langchain-core", "fastapi"} & required
+    assert "pytest" in required_packages("flagembedding_matryoshka", {"dev"})
 
 
 @pytest.mark.parametrize(
