@@ -3,7 +3,7 @@
     python examples/demo.py
 
 Everything it needs is on the machine: the text is the docstrings of Python's standard library and of the packages that
-this requires, the base model is shipped with the package. It writes a table, its numbers and a plot to the output folder.
+this requires, the base model is shipped. It writes a table, its numbers and a plot to the output folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
 QUERIES, CANDIDATES, TIMED_PAIRS = 150, 20, 200
 START_LAYER, COMPRESS_LAYER, RATIOS = 3, 3, [1, 2, 4]
 TRAINING = {
-    "learning_rate": 6e-4,
+    "learning_rate": 2e-4,
     "max_steps": 40,
     "warmup_ratio": 0.1,
     "per_device_train_batch_size": 8,
