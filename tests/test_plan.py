@@ -96,7 +96,7 @@ def test_nothing_that_reaches_a_quality_is_cheaper_and_nothing_as_cheap_is_bette
 
 @given(measured, st.floats(0.02, 1.0))
 def test_a_larger_budget_never_chooses_worse(settings, budget):
-    plan = plan_of(*settings, FULL)
+    plan = plan_of(*settings)
     quality = {item.setting: item.ndcg_share for item in plan.settings}
     try:
         smaller = plan.choose(budget=budget / 2)
