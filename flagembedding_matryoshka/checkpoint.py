@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +49,7 @@ def inspect_checkpoint(
     start_layer: int = DEFAULT_START_LAYER,
     layer_sep: int = DEFAULT_LAYER_SEP,
     max_layer: int | None = None,
+    exits: Sequence[int] | None = None,
     **hub: Any,
 ) -> Checkpoint:
     """Read what lies at `path`, without its weights, and decide how to load it.
@@ -60,6 +59,8 @@ def inspect_checkpoint(
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
         start_layer, layer_sep: the exits to give a raw Mistral.
         max_layer: layers above this one are not loaded.
+        exits: the exits to give a raw Mistral, one by one, instead of evenly spaced ones; layers above the last of
+            them are not loaded.
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
@@ -86,14 +87,29 @@ def inspect_checkpoint(
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
     if is_raw:
         config.layer_wise, config.start_layer, config.layer_sep = True, start_layer, layer_sep
+        config.exits = None if exits is None else list(exits)
+        if exits is not None:
+            if (start_layer, layer_sep, max_layer) != (DEFAULT_START_LAYER, DEFAULT_LAYER_SEP, None):
+                raise ValueError(
+                    f"exits={config.exits} say all: leave out start_layer={start_layer}, layer_sep={layer_sep} and "
+                    f"max_layer={max_layer}."
+                )
+            max_layer = config.exit_layers[-1]
     else:
-        _refuse_other_exits(path, config, start_layer, layer_sep)
+        _refuse_other_exits(path, config, start_layer, layer_sep, exits)
     if max_layer is not None:
         _cut(config, max_layer)
     return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters])
 
 
-def _refuse_other_exits(path: str, config: CostWiseMistralConfig, start_layer: int, layer_sep: int) -> None:
+def _refuse_other_exits(
+    path: str, config: CostWiseMistralConfig, start_layer: int, layer_sep: int, exits: Sequence[int] | None
+) -> None:
+    if exits is not None and list(exits) != config.exit_layers:
+        raise ValueError(
+            f"exits={list(exits)}, but the heads of {path} were trained for {config.exit_layers}. Exits can be chosen "
+            "for a raw Mistral only."
+        )
     for name, asked, default in (
         ("start_layer", start_layer, DEFAULT_START_LAYER),
         ("layer_sep", layer_sep, DEFAULT_LAYER_SEP),
@@ -106,11 +122,14 @@ def _refuse_other_exits(path: str, config: CostWiseMistralConfig, start_layer: i
 
 
 def _cut(config: CostWiseMistralConfig, max_layer: int) -> None:
-    if not config.start_layer <= max_layer <= config.num_hidden_layers:
+    shallowest = config.exit_layers[0]
+    if not shallowest <= max_layer <= config.num_hidden_layers:
         raise ValueError(
             f"max_layer={max_layer} leaves no exit or no layer to load: it must lie between the shallowest exit "
-            f"{config.start_layer} and the model's {config.num_hidden_layers} layers."
+            f"{shallowest} and the model's {config.num_hidden_layers} layers."
         )
+    if config.exits is not None:
+        config.exits = [layer for layer in config.exits if layer <= max_layer]
     config.num_hidden_layers = max_layer
 
 
@@ -163,14 +182,10 @@ def load_model(
 
 
 def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
-    """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
-
-    Exits of a checkpoint are evenly spaced, so heads that lie between `cutoff_layers` may come along.
-    """
-    cutoffs = sorted(set(cutoff_layers))
+    """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads."""
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.start_layer = cutoffs[-1], cutoffs[0]
-    config.layer_sep = math.gcd(*(deeper - cutoff for cutoff, deeper in pairwise(cutoffs))) or 1
+    config.exits = sorted(set(cutoff_layers))
+    config.num_hidden_layers = config.exits[-1]
     config.raw_peft, config.compensation = [], None
     heads = {
         f"lm_head.{old}.": f"lm_head.{config.exit_layers.index(layer)}."

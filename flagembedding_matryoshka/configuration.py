@@ -20,8 +20,11 @@ class CostWiseMistralConfig(MistralConfig):
         layer_wise: one scoring head per exit; without it the model is a plain causal language model.
         start_layer: the shallowest exit, counted in decoder layers that have run (1 to `num_hidden_layers`).
         layer_sep: distance between neighbouring exits.
+        exits: the exits one by one, ascending, where they are not evenly spaced; `start_layer` and `layer_sep` then say
+            nothing.
         head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, see
             [`~flagembedding_matryoshka.tokenization.find_head_token_id`]; None starts the heads at random.
+        head_scale: what that row is multiplied by; a small one starts training at the loss of chance.
         raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
         compensation: what that adapter makes up for, {"axis": "layer" or "token", "compress_ratio": …}; None for one
             of the first stage (paper, section on factorized compensation).
@@ -32,7 +35,9 @@ class CostWiseMistralConfig(MistralConfig):
     layer_wise: bool = False
     start_layer: int = 8
     layer_sep: int = 1
+    exits: list[int] | tuple[int, ...] | None = None
     head_token_id: int | None = None
+    head_scale: float = 1.0
     raw_peft: list[str] | tuple[str, ...] = ()
     compensation: dict[str, int | str] | None = None
 
@@ -43,11 +48,19 @@ class CostWiseMistralConfig(MistralConfig):
 
     @property
     def exit_layers(self) -> list[int]:
-        """Depths at which a score can be read, ascending: start_layer, start_layer + layer_sep, …
+        """Depths at which a score can be read, ascending: `exits`, or start_layer, start_layer + layer_sep, …
 
         Raises:
-            ValueError: if `start_layer` or `layer_sep` names no exit.
+            ValueError: if they name no exit, or layers that do not exist.
         """
+        if self.exits is not None:
+            exits = list(self.exits)
+            if not exits or exits != sorted(set(exits)) or exits[0] < 1 or exits[-1] > self.num_hidden_layers:
+                raise ValueError(
+                    f"exits {exits} must be layers in ascending order, each once, from 1 to "
+                    f"num_hidden_layers={self.num_hidden_layers}."
+                )
+            return exits
         if not 1 <= self.start_layer <= self.num_hidden_layers:
             raise ValueError(
                 f"start_layer is {self.start_layer}, but must lie in 1 to num_hidden_layers={self.num_hidden_layers}."

@@ -18,6 +18,7 @@ from flagembedding_matryoshka.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.compression import compress
 from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork, as_layer_tuple
 from flagembedding_matryoshka.packing import PackedBatch, pack
+from flagembedding_matryoshka.query_sharing import share_queries
 
 logger = logging.get_logger(__name__)
 
@@ -158,6 +159,8 @@ class CostWiseMistralModel(MistralModel):
         if sub_network.compress_ratio > 1 and query_lengths is None:
             raise ValueError("Compression needs query_lengths and prompt_lengths: only the passage is compressed.")
         token_ids, packed = pack(input_ids, attention_mask, query_lengths, prompt_lengths)
+        if not output_hidden_states:
+            token_ids, packed = share_queries(token_ids, packed)
         return self._forward_packed(
             self.embed(token_ids, packed), sub_network, bool(output_hidden_states), return_full_width
         )
@@ -291,11 +294,12 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
             config.layer_wise = False
             # The layer-wise model ties nothing, but the checkpoint may: then its lm_head is its embedding.
             config.tie_word_embeddings = stored.get("tie_word_embeddings", False)
-        for name in ("start_layer", "layer_sep"):
-            if config.layer_wise and name in stored and stored[name] != getattr(config, name):
+        if config.layer_wise:
+            own = CostWiseMistralConfig.from_dict(stored).exit_layers
+            if own[: len(config.exit_layers)] != config.exit_layers:
                 raise ValueError(
-                    f"{name} is {getattr(config, name)}, but the heads of {pretrained_model_name_or_path} were saved "
-                    f"with {name} {stored[name]}. Leave it out to use the checkpoint's own."
+                    f"the exits asked for are {config.exit_layers}, but the heads of {pretrained_model_name_or_path} "
+                    f"were saved for {own}. Leave start_layer, layer_sep and exits out to use the checkpoint's own."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
@@ -318,7 +322,7 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
                 if token_id is None:
                     head.linear_head.weight.normal_(std=self.config.initializer_range)
                 else:
-                    head.linear_head.weight.copy_(vocabulary[token_id : token_id + 1])
+                    head.linear_head.weight.copy_(vocabulary[token_id : token_id + 1] * self.config.head_scale)
         if token_id is None:
             logger.warning(
                 "The scoring heads start at random, because config.head_token_id is not set. Set it to a token of the "

@@ -157,10 +157,10 @@ def test_the_full_width_comes_along_without_a_graph_and_no_layer_runs_twice_in_v
     width = {"compress_layers": layers, "compress_ratio": 4}
     outputs = own_model(**collate(SEQUENCES), cutoff_layers=[6, 2, 4], return_full_width=True, **width)
     assert runs == [1 if depth < layers[0] else 2 for depth in range(6)]
-    close(torch.stack(outputs.logits), scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4], **width), 1e-6)
+    close(torch.stack(outputs.logits), scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4], **width))
     full_width = torch.stack(outputs.full_width_logits)
     assert not full_width.requires_grad
-    close(full_width, scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4]), 1e-6)
+    close(full_width, scores(layerwise_model, SEQUENCES, cutoff_layers=[6, 2, 4]))
     assert layerwise_model(**collate(SEQUENCES), **width).full_width_logits is None
 
 

@@ -13,7 +13,7 @@ from FlagEmbedding.abc.finetune.reranker import (
 )
 
 from flagembedding_matryoshka.configuration import COMPRESS_RATIOS
-from flagembedding_matryoshka.finetune.data import training_files
+from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN, training_files
 from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
 Arguments = TypeVar("Arguments")
@@ -37,10 +37,27 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     layer_wise: bool = field(default=True, metadata={"help": "Train a scoring head per exit; the only way here."})
     start_layer: int = field(default=4, metadata={"help": "The shallowest exit of a raw model, in decoder layers."})
     layer_sep: int = field(default=1, metadata={"help": "Decoder layers between neighbouring exits of a raw model."})
+    exits: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The exits of a raw model, one by one, where they are not evenly spaced; layers above the last of "
+            "them are not loaded."
+        },
+    )
+    max_layer: int | None = field(
+        default=None, metadata={"help": "Layers above this one are neither loaded nor trained."}
+    )
+    head_scale: float = field(
+        default=0.1,
+        metadata={
+            "help": "The scoring heads of a raw model start as the vocabulary row of Yes times this. 1, as in the "
+            "paper, starts with scores so large that the first loss lies above that of chance."
+        },
+    )
     use_lora: bool = field(default=True, metadata={"help": "Train low-rank adapters; False trains all weights."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapters, divided by their rank."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout in front of the adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
     target_modules: list[str] = field(
         default_factory=lambda: list(LORA_TARGETS),
         metadata={"help": "Modules that get an adapter; linear_head is the scoring heads."},
@@ -96,6 +113,8 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             raise ImportError("load_in_4bit=True needs the package bitsandbytes: pip install bitsandbytes")
         if self.config_name is not None:
             raise ValueError(f"config_name={self.config_name!r}: the configuration comes with the checkpoint.")
+        if not self.head_scale > 0:
+            raise ValueError(f"head_scale is {self.head_scale}, but must be above 0: a head of zeros teaches no layer.")
         if not self.use_lora and (self.from_peft is not None or self.save_merged_lora_model):
             raise ValueError("use_lora=False contradicts from_peft and save_merged_lora_model: there is no adapter.")
 
@@ -123,6 +142,14 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
             "and nDCG@10 are logged, and the best checkpoint is kept."
         },
     )
+    random_negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of a group's negatives that are passages of other rows of the same file, drawn anew each "
+            "epoch: where all that were mined are too hard, a small model's loss stays at chance without them. A "
+            f"teacher's score for them is {RANDOM_MARGIN:g} below the lowest of the row."
+        },
+    )
     skip_bad_lines: bool = field(
         default=False, metadata={"help": "Leave out lines that are wrong, and say how many, instead of stopping."}
     )
@@ -139,6 +166,8 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
             raise ValueError(f"max_len={self.max_len} cuts nothing: use query_max_len and passage_max_len.")
         if self.train_group_size < 2:
             raise ValueError(f"train_group_size is {self.train_group_size}: a positive needs at least one negative.")
+        if not 0 <= self.random_negatives <= 1:
+            raise ValueError(f"random_negatives is {self.random_negatives}, but is a share, from 0 to 1.")
 
 
 @dataclass
@@ -163,6 +192,10 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         metadata={
             "help": "How scores are compared with a teacher's: shares in the group (ce, kl) or raw (mse, margin_mse)."
         },
+    )
+    exit_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "What each exit's loss counts, from the shallowest to the deepest. Default: 1 for each."},
     )
     learning_rate: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
@@ -222,6 +255,8 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             raise ValueError(f"distill_loss is {self.distill_loss!r}, but must be one of {list(DISTILL_LOSSES)}.")
         if self.finetune_type not in (None, "layer", "token"):
             raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
+        if self.exit_weights is not None and not all(weight >= 0 for weight in self.exit_weights):
+            raise ValueError(f"exit_weights {self.exit_weights} must not be negative.")
         unknown = [ratio for ratio in self.compress_ratios if ratio not in COMPRESS_RATIOS]
         if unknown or not self.compress_ratios:
             raise ValueError(f"compress_ratios {self.compress_ratios} must be drawn from {list(COMPRESS_RATIOS)}.")

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
 
 logger = logging.getLogger(__name__)
 
+RANDOM_MARGIN = 10.0
+"""How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
 SUFFIXES = (".json", ".jsonl")
 INSTRUCTIONS = ("prompt", "query_prompt", "passage_prompt")
 SCORES = ("pos_scores", "neg_scores")
+DRAWS = 100
 COLUMNS = ("query", "pos", "neg", *SCORES, *INSTRUCTIONS)
 
 
@@ -163,6 +167,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 
     def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
         self.seed = seed
+        self._file_sizes: list[int] = []
         rows = sum(check_training_file(path, args.knowledge_distillation) for path in args.train_data)
         if not rows:
             raise ValueError(f"there is no row in {', '.join(args.train_data)}")
@@ -179,6 +184,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names and name not in unused])
         for name in set(SCORES).intersection(rows.column_names):
             rows = rows.cast_column(name, ListOf(Value("float64")))
+        self._file_sizes.append(len(rows))
         return rows
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
@@ -222,6 +228,8 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
 
     def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
         super().__init__(args, tokenizer, seed)
+        starts = accumulate(self._file_sizes, initial=0)
+        self._files = [(start, size) for start, size in zip(starts, self._file_sizes, strict=False) if size]
         # Shared with the workers of a data loader, which may live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -237,15 +245,40 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         positive = draw.randrange(len(row["pos"]))
-        wanted = args.train_group_size - 1
+        others = self._passages_of_others(item, row, draw)
+        wanted = args.train_group_size - 1 - len(others)
         # fewer negatives than wanted are drawn again
         pool = list(range(len(row["neg"]))) * math.ceil(wanted / len(row["neg"]))
         negatives = draw.sample(pool, wanted)
-        passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives)]
+        passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives), *others]
         scores = None
         if args.knowledge_distillation:
             scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
+            lowest = min(*row["pos_scores"], *row["neg_scores"])
+            scores += [lowest - RANDOM_MARGIN] * len(others)
         return self._sequences(row, passages), scores
+
+    def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
+        """As many passages of other rows of the same file as `random_negatives` asks for, none of them this row's own.
+
+        Raises:
+            ValueError: if the file has no other passage.
+        """
+        wanted = round(self.args.random_negatives * (self.args.train_group_size - 1))
+        first, size = next((first, size) for first, size in self._files if item < first + size)
+        own, others = {*row["pos"], row["query"]}, []
+        for _ in range(wanted):
+            for _ in range(DRAWS):
+                passage = draw.choice(self.dataset[first + draw.randrange(size)]["pos"])
+                if passage not in own:
+                    break
+            else:
+                raise ValueError(
+                    f"random_negatives={self.args.random_negatives}, but {DRAWS} rows drawn from the file of row "
+                    f"{item} have no positive that is not this row's own, {row['query']!r:.80}."
+                )
+            others.append(passage)
+        return others
 
     def _in_pieces(self, text: str, draw: random.Random) -> str:
         """FlagEmbedding's `shuffle_ratio`: that share of the positives has its thirds in another order."""

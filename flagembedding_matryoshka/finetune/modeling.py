@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         method: what is learnt beside the label.
         train_group_size: pairs per query, the positive first.
         distill_loss: how scores are compared with those of a teacher.
+        exit_weights: what each exit's loss counts, from the shallowest; None is 1 for each.
+
+    Raises:
+        ValueError: if there is not one weight for each exit.
     """
 
     def __init__(
@@ -45,12 +50,17 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         train_batch_size: int,
         train_group_size: int,
         distill_loss: DistillLoss = "ce",
+        exit_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(base_model, tokenizer=tokenizer, train_batch_size=train_batch_size)
         self.method = method
         self.train_group_size = train_group_size
         self.distill_loss = distill_loss
         self.full_width = SubNetwork.resolve(self.config, self.config.exit_layers)
+        exits = self.full_width.cutoff_layers
+        self.exit_weights = [1.0] * len(exits) if exit_weights is None else list(exit_weights)
+        if len(self.exit_weights) != len(exits):
+            raise ValueError(f"exit_weights {self.exit_weights} must be one for each of the exits {list(exits)}.")
 
     def encode(
         self, features: dict[str, Tensor], sub_network: SubNetwork | None = None, return_full_width: bool = False
@@ -105,8 +115,9 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
             for layer, losses in zip(self.full_width.cutoff_layers, exits, strict=True)
             for name, term in losses.items()
         }
+        weighted = [weight * sum(losses.values()) for weight, losses in zip(self.exit_weights, exits, strict=True)]
         return MatryoshkaOutput(
-            loss=torch.stack(list(terms.values())).sum(),
+            loss=torch.stack(weighted).sum(),
             scores=scores,
             terms={name: term.detach() for name, term in terms.items()},
         )

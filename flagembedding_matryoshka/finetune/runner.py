@@ -73,6 +73,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
         training_args = adopt(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
         needs_scores = self.method.data_scores != "none"
+        if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
+            raise ValueError(
+                f"random_negatives={data_args.random_negatives} have no teacher score that "
+                f"distill_loss={training_args.distill_loss} could compare raw scores with: use ce or kl."
+            )
         if data_args.knowledge_distillation and not needs_scores:
             using = [name for name, method in TRAIN_METHODS.items() if method.data_scores != "none"]
             raise ValueError(
@@ -113,7 +118,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
         from_raw = {"from_raw_model": True, "from_finetuned_model": False}.get(args.model_type)
-        checkpoint = inspect_checkpoint(args.model_name_or_path, from_raw, args.start_layer, args.layer_sep, **hub)
+        checkpoint = inspect_checkpoint(
+            args.model_name_or_path, from_raw, args.start_layer, args.layer_sep, args.max_layer, args.exits, **hub
+        )
+        if checkpoint.from_raw:
+            checkpoint.config.head_scale = args.head_scale
         for ratio in self.training_args.compress_ratios:
             layers = self.training_args.compress_layers
             SubNetwork.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
@@ -138,6 +147,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             self.training_args.per_device_train_batch_size,
             self.data_args.train_group_size,
             self.training_args.distill_loss,
+            self.training_args.exit_weights,
         )
         if self.training_args.gradient_checkpointing and args.use_lora:
             cross_encoder.enable_input_require_grads()

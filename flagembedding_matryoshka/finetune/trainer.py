@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flagembedding_matryoshka.finetune.chance import ChanceGuard
 from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
@@ -50,6 +51,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
         self._terms: list[dict[str, Tensor]] = []
+        self._chance: ChanceGuard | None = None
 
     def _pass_number(self) -> int:
         """Passes before this one, counted from the optimizer step, so that a resumed run counts on."""
@@ -80,7 +82,13 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             names = list(self._terms[0])
             means = torch.stack([torch.stack([terms[name] for terms in self._terms]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
-            logs |= dict(zip((f"loss_{name}" for name in names), means.tolist(), strict=True))
+            found = dict(zip(names, means.tolist(), strict=True))
+            logs |= {f"loss_{name}": value for name, value in found.items()}
+            if self._chance is None:
+                warmup = self.args.get_warmup_steps(self.state.max_steps)
+                self._chance = ChanceGuard(self.model.train_group_size, warmup)
+            exits = self.model.config.exit_layers
+            self._chance.check(self.state.global_step, {layer: found[f"layer_{layer}_contrastive"] for layer in exits})
             self._terms.clear()
         super().log(logs, start_time)
 
