@@ -167,7 +167,7 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
     [
         (["--output", "{input}"], r"--output .*train\.jsonl is the input"),
         (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
-        (["--model_class", "encoder-only-base", "--backend", "sentence_transformers"], "--model_class is"),
+        (["--model_class", "encoder-only-base", "--backend", "sentence_transformers"], "--model_class is nothing that --backend sentence_transformers takes"),
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
         (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
     ],
