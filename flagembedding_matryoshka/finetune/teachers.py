@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flagembedding_matryoshka.beir import bm25_scorer
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 
-VECTORS_KEPT = 2**19
+FLOATS_KEPT = 2**28
 Scorer = Callable[[list[tuple[str, str]]], Sequence[float] | np.ndarray]
 
 
@@ -72,7 +72,7 @@ def bi_encoder_teacher(model: str, scale: float, **options: Any) -> Scorer:
 
 
 class _Remembered:
-    """Vectors of texts, of which the last VECTORS_KEPT that were encoded are kept."""
+    """Vectors of texts, of which the last that were encoded are kept, FLOATS_KEPT numbers in all."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Tensor]) -> None:
         self.encode = encode
@@ -83,7 +83,8 @@ class _Remembered:
         if new:
             self.vectors.update(zip(new, self.encode(new).cpu().numpy(), strict=True))
         found = np.stack([self.vectors[text] for text in texts])
-        for text in list(self.vectors)[: max(0, len(self.vectors) - VECTORS_KEPT)]:
+        too_many = len(self.vectors) - FLOATS_KEPT // found.shape[1]
+        for text in list(islice(self.vectors, max(0, too_many))):
             del self.vectors[text]
         return found
 
