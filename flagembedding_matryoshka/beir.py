@@ -1,13 +1,15 @@
-"""Collections in BEIR layout (arXiv 2104.08663), and BM25's candidates for their queries."""
+"""Collections in BEIR layout (arXiv 2104.08663), and BM25's candidates and scores for their queries."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 BATCH = 1024
@@ -96,20 +98,38 @@ def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator
     Raises:
         ImportError: if bm25s or PyStemmer is not installed.
     """
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
-    stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
-
-    def tokenize(batch: Sequence[str]) -> Any:
-        return bm25s.tokenize(batch, stopwords="en", stemmer=stemmer, show_progress=False)
-
-    index.index(tokenize(texts), show_progress=False)
+    index, tokenize = _bm25(texts)
     for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
         places, scores = index.retrieve(
             tokenize(queries[start : start + BATCH]), k=min(k, len(texts)), show_progress=False
         )
         for row, values in zip(places, scores, strict=True):
             yield [int(place) for place, value in zip(row, values, strict=True) if value > 0]
+
+
+def bm25_scorer(texts: Sequence[str]) -> Callable[[str], np.ndarray]:
+    """What gives BM25's scores, float32 (texts,), for a query; 0 is that of a text that shares no word with it.
+
+    Raises:
+        ImportError: if bm25s or PyStemmer is not installed.
+    """
+    index, tokenize = _bm25(texts)
+
+    def scores(query: str) -> np.ndarray:
+        (words,) = tokenize([query], return_ids=False)
+        return index.get_scores(words) if words else np.zeros(len(texts), dtype=np.float32)
+
+    return scores
+
+
+def _bm25(texts: Sequence[str]) -> tuple[Any, Callable[..., Any]]:
+    """The index and its tokenizer of texts."""
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
+    stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
+    tokenize = partial(bm25s.tokenize, stopwords="en", stemmer=stemmer, show_progress=False)
+    index.index(tokenize(texts), show_progress=False)
+    return index, tokenize

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from tests.collection import QUERIES, write_collection
-from tests.finetune.test_teacher_scores import save_cross_encoder
+from tests.encoders import save_bi_encoder, save_cross_encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,7 +44,7 @@ def commands_of(start, count):
 
 @pytest.fixture
 def workplace(tmp_path, tiny_tokenizer, monkeypatch):
-    """A directory that holds what the README calls Mistral-7B, bge-reranker-v2-m3 and DIR."""
+    """A directory that holds what the README calls Mistral-7B, bge-reranker-v2-m3, all-MiniLM-L6-v2 and DIR."""
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "mistralai" / "Mistral-7B-v0.1"
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -53,6 +53,7 @@ def workplace(tmp_path, tiny_tokenizer, monkeypatch):
     )
     tiny_tokenizer.save_pretrained(base)
     save_cross_encoder(tmp_path / "BAAI" / "bge-reranker-v2-m3", labels=1)
+    save_bi_encoder(tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2")
     judgements = [(query["_id"], f"p{2 + place}", 1) for place, query in enumerate(QUERIES)]
     for split in ("train", "test"):
         write_collection(tmp_path / "DIR", judgements=judgements, split=split)
@@ -60,7 +61,7 @@ def workplace(tmp_path, tiny_tokenizer, monkeypatch):
 
 
 def test_from_a_collection_to_a_plan(workplace):
-    run(*commands_of("python -m flagembedding_matryoshka.finetune.", 2))
+    run(*commands_of("python -m flagembedding_matryoshka.finetune.", 5))
     shutil.move("scored.jsonl", "train.jsonl")
     first_stage = commands_of("torchrun --nproc_per_node 1", 1)[0] + " --use_cpu"
     run(first_stage)

@@ -7,73 +7,72 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from flagembedding_matryoshka.finetune.data import check_training_file
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
+from flagembedding_matryoshka.finetune.teachers import (
+    Scorer,
+    bi_encoder_teacher,
+    bm25_teacher,
+    cross_encoder_teacher,
+    flag_embedding_teacher,
+)
+
+logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256
-Scorer = Callable[[list[tuple[str, str]]], Sequence[float] | np.ndarray]
+Row = dict[str, Any]
+TEACHERS: dict[str, Callable[..., Scorer]] = {
+    "flagembedding": flag_embedding_teacher,
+    "sentence_transformers": cross_encoder_teacher,
+    "bi_encoder": bi_encoder_teacher,
+    "bm25": bm25_teacher,
+}
+MODEL_DEFAULTS = {
+    "model": None,
+    "batch_size": 64,
+    "max_length": 512,
+    "device": None,
+    "use_fp16": False,
+    "trust_remote_code": False,
+}
+# The options that a backend takes, as they are where they are not given.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "flagembedding": {**MODEL_DEFAULTS, "model_class": None},
+    "sentence_transformers": MODEL_DEFAULTS,
+    "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0},
+    "bm25": {"scale": 1.0},
+}
 
 
-def flag_embedding_scorer(model: str, batch_size: int, max_length: int, device: str | None, **options: Any) -> Scorer:
-    """Raw scores of a FlagEmbedding re-ranker, found by its name as `FlagAutoReranker` does.
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a training file that has been checked."""
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.strip())
+
+
+def add_scores(path: Path, scorer: Scorer, total: int, add: bool = False) -> Iterator[Row]:
+    """The rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
 
     Args:
-        options: further arguments of `FlagAutoReranker.from_finetuned`, such as `model_class`.
-
-    Raises:
-        ValueError: if the name says nothing and `model_class` is missing, or the model has several labels.
-    """
-    from FlagEmbedding import FlagAutoReranker, FlagReranker
-
-    reranker = FlagAutoReranker.from_finetuned(
-        model, devices=device, batch_size=batch_size, max_length=max_length, normalize=False, **options
-    )
-    if isinstance(reranker, FlagReranker) and reranker.model.config.num_labels != 1:
-        # FlagReranker would take the labels of the first pairs for the scores of all.
-        raise ValueError(f"{model} has {reranker.model.config.num_labels} labels: a re-ranker has one")
-    return reranker.compute_score
-
-
-def sentence_transformers_scorer(
-    model: str,
-    batch_size: int,
-    max_length: int,
-    device: str | None,
-    use_fp16: bool = False,
-    trust_remote_code: bool = False,
-) -> Scorer:
-    """Raw scores of a sentence-transformers `CrossEncoder`, no sigmoid applied."""
-    from sentence_transformers import CrossEncoder
-
-    encoder = CrossEncoder(
-        model,
-        max_length=max_length,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        activation_fn=torch.nn.Identity(),
-        model_kwargs={"dtype": torch.float16 if use_fp16 else torch.float32},
-    )
-    return lambda pairs: encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False)
-
-
-def add_scores(path: Path, scorer: Scorer, total: int) -> Iterator[dict[str, Any]]:
-    """The rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
+        total: how many rows there are.
+        add: whether scores are added to those that the rows have; they replace them otherwise.
 
     Raises:
         ValueError: if the teacher gives anything but one finite number for each pair.
     """
-    with path.open(encoding="utf-8") as file, tqdm(total=total, desc="scoring", unit="row", disable=None) as progress:
-        lines = (line for line in file if line.strip())
-        while rows := [json.loads(line) for line in islice(lines, ROWS_AT_ONCE)]:
+    given = read_rows(path)
+    with tqdm(total=total, desc="scoring", unit="row", disable=None) as progress:
+        while rows := list(islice(given, ROWS_AT_ONCE)):
             pairs = [(row["query"], passage) for row in rows for passage in (*row["pos"], *row["neg"])]
             scores = np.asarray(scorer(pairs), dtype=np.float64)
             if scores.shape != (len(pairs),):
@@ -81,6 +80,8 @@ def add_scores(path: Path, scorer: Scorer, total: int) -> Iterator[dict[str, Any
             for pair, score in zip(pairs, scores, strict=True):
                 if not np.isfinite(score):
                     raise ValueError(f"the teacher gave {score} for {pair!r:.200}")
+            if add:
+                scores += [score for row in rows for score in (*row["pos_scores"], *row["neg_scores"])]
             rest = iter(scores.tolist())
             for row in rows:
                 row["pos_scores"] = list(islice(rest, len(row["pos"])))
@@ -89,35 +90,101 @@ def add_scores(path: Path, scorer: Scorer, total: int) -> Iterator[dict[str, Any
             progress.update(len(rows))
 
 
+def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
+    """The rows without the negatives that score above their best positive's score - `margin`.
+
+    A row that loses all of them is left out. How many of each there were is logged.
+
+    Raises:
+        ValueError: if all rows lose all of them.
+    """
+    read = left_out = negatives = dropped = 0
+    for row in rows:
+        limit = max(row["pos_scores"]) - margin
+        kept = [place for place, score in enumerate(row["neg_scores"]) if score <= limit]
+        read, negatives, dropped = read + 1, negatives + len(row["neg"]), dropped + len(row["neg"]) - len(kept)
+        if not kept:
+            left_out += 1
+            continue
+        yield {**row, **{name: [row[name][place] for place in kept] for name in ("neg", "neg_scores")}}
+    if left_out == read:
+        raise ValueError(f"all {read} rows lose all their negatives by a margin of {margin:g}")
+    logger.info("%d of %d negatives are dropped, and %d of %d rows left out", dropped, negatives, left_out, read)
+
+
+def raise_positives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
+    """The rows with every positive's score at least their best negative's + `margin`."""
+    for row in rows:
+        least = max(row["neg_scores"]) + margin
+        yield {**row, "pos_scores": [max(score, least) for score in row["pos_scores"]]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="a training file")
     parser.add_argument("--output", type=Path, required=True, help="the same with scores")
-    parser.add_argument("--model", required=True, help="the teacher's name or path")
-    parser.add_argument("--backend", choices=["flagembedding", "sentence_transformers"], default="flagembedding")
-    parser.add_argument("--model_class", help="FlagEmbedding's, such as encoder-only-base, if the name does not say it")
-    parser.add_argument("--batch_size", type=int, default=64, help="pairs at once (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a pair (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
-    parser.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
+    parser.add_argument(
+        "--backend", choices=list(TEACHERS), default="flagembedding", help="kind of teacher (default: %(default)s)"
+    )
+    parser.add_argument("--add", action="store_true", help="add the scores to those that the rows have")
+    parser.add_argument(
+        "--drop_margin",
+        type=_finite,
+        metavar="D",
+        help="drop negatives that score above the row's best positive - D, and rows without any other",
+    )
+    parser.add_argument(
+        "--raise_positive",
+        type=_finite,
+        metavar="M",
+        help="raise, after that, every positive to at least the row's best negative + M",
+    )
+    teacher = parser.add_argument_group("of the teacher", argument_default=argparse.SUPPRESS)
+    teacher.add_argument("--model", help="name or path, for every backend but bm25")
+    teacher.add_argument("--model_class", help="FlagEmbedding's, such as encoder-only-base, if the name does not tell")
+    teacher.add_argument("--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of bm25's scores (1)")
+    teacher.add_argument("--batch_size", type=int, help="pairs, or bi_encoder's texts, at once (default: 64)")
+    teacher.add_argument(
+        "--max_length", type=int, help="tokens of a pair (default: 512), of bi_encoder's text (the model's own limit)"
+    )
+    teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
+    teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
+    teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
     options = parser.parse_args(arguments)
     if options.output.resolve() == options.input.resolve():
         parser.error(f"--output {options.output} is the input")
-    if options.model_class is not None and options.backend != "flagembedding":
-        parser.error("--model_class is FlagEmbedding's")
-    total = check_training_file(str(options.input), needs_scores=False)
+    settings = dict(DEFAULTS[options.backend])
+    known = set().union(*DEFAULTS.values())
+    given = {name: value for name, value in vars(options).items() if name in known}
+    for name in given:
+        if name not in settings:
+            parser.error(f"--{name} is nothing that --backend {options.backend} takes")
+    settings |= given
+    if settings.get("model", "") is None:
+        parser.error(f"--backend {options.backend} needs --model")
+    total = check_training_file(str(options.input), needs_scores=options.add)
     if not total:
         parser.error(f"--input {options.input} has no row")
-    settings = (options.model, options.batch_size, options.max_length, options.device)
-    switches = {"use_fp16": options.use_fp16, "trust_remote_code": options.trust_remote_code}
-    if options.backend == "flagembedding":
-        scorer = flag_embedding_scorer(*settings, model_class=options.model_class, **switches)
-    else:
-        scorer = sentence_transformers_scorer(*settings, **switches)
-    count = write_rows(options.output, add_scores(options.input, scorer, total))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.backend == "bm25":
+        settings["texts"] = list(
+            dict.fromkeys(text for row in read_rows(options.input) for text in (*row["pos"], *row["neg"]))
+        )
+    rows = add_scores(options.input, TEACHERS[options.backend](**settings), total, options.add)
+    if options.drop_margin is not None:
+        rows = drop_false_negatives(rows, options.drop_margin)
+    if options.raise_positive is not None:
+        rows = raise_positives(rows, options.raise_positive)
+    count = write_rows(options.output, rows)
     print(f"Wrote {count} rows to {options.output}.")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return number
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import sys
 import pytest
 
 from flagembedding_matryoshka import beir
+from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 from flagembedding_matryoshka.finetune.data import check_training_file
-from flagembedding_matryoshka.finetune.hard_negatives import main, write_rows
-from tests.collection import CORPUS
+from flagembedding_matryoshka.finetune.hard_negatives import best_ranks, main, mine, write_rows
+from tests.collection import CORPUS, QUERIES
+from tests.encoders import save_bi_encoder
 
 
 def mined(directory, *more):
@@ -90,6 +92,63 @@ def test_the_extra_to_install_is_named(collection, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install flagembedding_matryoshka\[mining\]"):
         mined(collection())
+
+
+def test_lists_are_interleaved():
+    ranks = best_ranks([[5, 3, 1], [5, 1, 7, 3, 8]])
+    assert list(ranks.items()) == [(5, 1), (3, 2), (1, 2), (7, 3), (8, 5)]
+    assert list(best_ranks([[4, 2, 9]]).items()) == [(4, 1), (2, 2), (9, 3)]
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1, [6, 7, 1, 5]), (2, [1, 5]), (3, [])])
+def test_the_best_of_two_ranks_counts(collection, first, expected):
+    read = beir.read_collection(collection(), "train")
+    miners = [lambda texts, queries, k: [[6, 1, 2][:k]], lambda texts, queries, k: [[7, 5, 6][:k]]]
+    if not expected:
+        with pytest.raises(ValueError, match="there is no negative in ranks 3 to 3 of 8"):
+            list(mine(read, 9, first, 3, 0, miners))
+        return
+    (row,) = mine(read, 9, first, 3, 0, miners)
+    assert sorted(row["neg"]) == sorted(passage(i) for i in expected)
+
+
+@pytest.fixture(scope="module")
+def bi_encoder(tmp_path_factory):
+    return save_bi_encoder(tmp_path_factory.mktemp("bi_encoder"))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_negatives_are_of_the_bi_encoders_ranks_or_of_either(collection, bi_encoder):
+    directory = collection(judgements=[("q2", "p2", 1), ("q3", "p3", 1)])
+    words = ["--bi_encoder", bi_encoder, "--device", "cpu", "--first", 2, "--last", 3]
+    rows = mined(directory, "--miner", "bi_encoder", *words)
+    texts, queries = [passage(i) for i in range(8)], [QUERIES[1]["text"], QUERIES[2]["text"]]
+    lists = [[texts[i] for i in places] for places in BiEncoder(str(bi_encoder)).lists(texts, queries, 3)]
+    assert [row["query"] for row in rows] == queries
+    for row, hits in zip(rows, lists, strict=True):
+        assert sorted(row["neg"]) == sorted(set(hits[1:]) - set(row["pos"]))
+
+    (heat,) = mined(directory, "--last", 3)  # BM25 finds nothing for "a nozzle?"
+    both = mined(directory, "--miner", "both", *words)
+    assert both[0] == rows[0]
+    assert set(both[1]["neg"]) <= set(heat["neg"]) | set(rows[1]["neg"])
+    assert set(both[1]["neg"]) >= set(heat["neg"]) - {lists[1][0]}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--miner", "both"], "--miner both needs --bi_encoder"),
+        (["--miner", "bi_encoder", "--device", "cpu"], "--miner bi_encoder needs --bi_encoder"),
+        (["--bi_encoder", "m"], "--bi_encoder is for --miner bi_encoder or both"),
+        (["--use_fp16"], "--use_fp16 is for --miner bi_encoder or both"),
+        (["--miner", "splade"], "invalid choice: 'splade'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, capsys, words, fault):
+    with pytest.raises(SystemExit):
+        mined(tmp_path / "nowhere", *words)
+    assert fault in capsys.readouterr().err
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -5,42 +5,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
-from transformers import BertForSequenceClassification as Bert
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.finetune import teacher_scores
 from flagembedding_matryoshka.finetune.data import check_training_file
-from flagembedding_matryoshka.finetune.teacher_scores import add_scores, main
+from flagembedding_matryoshka.finetune.teacher_scores import add_scores, drop_false_negatives, main, raise_positives
+from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = ["wing", "lift", "drag", "flow", "heat", "shock", "layer", "plate", "cone", "nozzle"]
 BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("sentence_transformers",)]
-
-
-def save_cross_encoder(path, labels):
-    """A random BERT of 2 layers, 32 wide, whose scores differ by more than rounding, and a tokenizer of whole words."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special).save_pretrained(path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        num_labels=labels,
-    )
-    Bert(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +141,15 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
     [
         (["--output", "{input}"], r"--output .*train\.jsonl is the input"),
         (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
-        (["--model_class", "encoder-only-base", "--backend", "sentence_transformers"], "--model_class is"),
+        (
+            ["--model_class", "encoder-only-base", "--backend", "sentence_transformers"],
+            "--model_class is nothing that",
+        ),
+        (["--scale", "2"], "--scale is nothing that --backend flagembedding takes"),
+        (["--backend", "bm25"], "--model is nothing that --backend bm25 takes"),
+        (["--backend", "bi_encoder", "--scale", "inf"], "argument --scale: inf is not finite"),
+        (["--drop_margin", "nan"], "argument --drop_margin: nan is not finite"),
+        (["--raise_positive", "1e999"], "argument --raise_positive: 1e999 is not finite"),
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
         (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
     ],
@@ -180,3 +162,77 @@ def test_what_cannot_be_done_is_refused(training_rows, tmp_path, capsys, words, 
         main(["--input", str(training_rows), "--output", str(tmp_path / "out.jsonl"), "--model", "m", *given])
     assert re.search(fault, capsys.readouterr().err)
     assert training_rows.read_text() == before and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_teacher_needs_a_model(training_rows, capsys):
+    with pytest.raises(SystemExit):
+        main(["--input", str(training_rows), "--output", "out.jsonl", "--backend", "bi_encoder"])
+    assert "--backend bi_encoder needs --model" in capsys.readouterr().err
+
+
+def test_teachers_add_up(training_rows, tmp_path, rows):
+    def taught(name, source, *words):
+        main(["--input", str(source), "--output", str(tmp_path / name), *map(str, words)])
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    model = save_bi_encoder(tmp_path / "bi_encoder")
+    bi_encoder = taught("bi", training_rows, "--backend", "bi_encoder", "--model", model, "--device", "cpu")
+    bm25 = taught("bm25", training_rows, "--backend", "bm25", "--scale", 0.5)
+    both = taught("both", tmp_path / "bi", "--backend", "bm25", "--scale", 0.5, "--add")
+    raised = taught("raised", tmp_path / "bi", "--backend", "bm25", "--scale", 0.5, "--add", "--raise_positive", 1)
+    assert len(both) == 7
+    for row, first, second, after in zip(both, bi_encoder, bm25, raised, strict=True):
+        for name in ("pos_scores", "neg_scores"):
+            assert row[name] == pytest.approx(np.add(first[name], second[name]))
+            assert any(first[name])
+        assert after["neg_scores"] == row["neg_scores"]
+        assert after["pos_scores"] == [max(row["pos_scores"][0], max(row["neg_scores"]) + 1)]
+    assert [{name: row[name] for name in ("query", "pos", "neg")} for row in both] == rows
+
+
+def test_nothing_is_added_to_scores_that_are_not_there(training_rows):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: pos_scores is missing"):
+        scored(training_rows, "no_such_model", BACKENDS[1], "--add")
+
+
+def test_positives_are_raised_above_negatives():
+    rows = [{"pos_scores": [5.0, 1.0, 2.5], "neg_scores": [0.0, 2.0], "id": 1}, {"pos_scores": [1], "neg_scores": [-3]}]
+    assert list(raise_positives(rows, 0.5)) == [{**rows[0], "pos_scores": [5.0, 2.5, 2.5]}, rows[1]]
+    assert rows[0]["pos_scores"] == [5.0, 1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("margin", "kept", "counts"),
+    [
+        (1.0, ["a"], "3 of 4 negatives are dropped, and 1 of 2 rows left out"),
+        (0.0, ["a", "b"], "2 of 4 negatives are dropped, and 1 of 2 rows left out"),
+        (-2.0, ["a", "b", "c"], "1 of 4 negatives are dropped, and 1 of 2 rows left out"),
+    ],
+)
+def test_negatives_that_the_teacher_takes_for_positives_are_dropped(caplog, margin, kept, counts):
+    row = {"id": 1, "pos": ["p", "q"], "neg": ["a", "b", "c"], "pos_scores": [0.0, 3.0], "neg_scores": [2.0, 3.0, 4.5]}
+    lost = {"pos": ["p"], "neg": ["d"], "pos_scores": [0.0], "neg_scores": [9.0]}
+    with caplog.at_level("INFO"):
+        found = list(drop_false_negatives([row, lost], margin))
+    assert found == [{**row, "neg": kept, "neg_scores": row["neg_scores"][: len(kept)]}]
+    assert counts in caplog.text
+
+
+def test_negatives_are_dropped_before_positives_are_raised(tmp_path):
+    path = tmp_path / "train.jsonl"
+    scores = {"pos_scores": [1.0], "neg_scores": [0.0, 9.0]}
+    path.write_text(json.dumps({"query": "wing", "pos": ["lift"], "neg": ["drag", "heat"], **scores}))
+    output = tmp_path / "out.jsonl"
+    words = ["--backend", "bm25", "--add", "--drop_margin", "-5", "--raise_positive", "2"]
+    main(["--input", str(path), "--output", str(output), *words])
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert (row["neg"], row["neg_scores"], row["pos_scores"]) == (["drag"], [0.0], [2.0])
+
+
+def test_rows_that_all_lose_their_negatives_are_no_training_file(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"query": "wing", "pos": ["lift"], "neg": ["wing"]}))
+    words = ["--input", path, "--output", tmp_path / "out.jsonl", "--backend", "bm25", "--drop_margin", 0]
+    with pytest.raises(ValueError, match="all 1 rows lose all their negatives by a margin of 0"):
+        main([*map(str, words)])
+    assert list(tmp_path.iterdir()) == [path]

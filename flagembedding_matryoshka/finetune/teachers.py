@@ -1,0 +1,105 @@
+"""Teachers: what gives scores to pairs of a query and a passage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.beir import bm25_scorer
+from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+
+FLOATS_KEPT = 2**28
+Scorer = Callable[[list[tuple[str, str]]], Sequence[float] | np.ndarray]
+
+
+def flag_embedding_teacher(model: str, batch_size: int, max_length: int, device: str | None, **options: Any) -> Scorer:
+    """Raw scores of a FlagEmbedding re-ranker, found by its name as `FlagAutoReranker` does.
+
+    Args:
+        options: further arguments of `FlagAutoReranker.from_finetuned`, such as `model_class`.
+
+    Raises:
+        ValueError: if the name says nothing and `model_class` is missing, or the model has several labels.
+    """
+    from FlagEmbedding import FlagAutoReranker, FlagReranker
+
+    reranker = FlagAutoReranker.from_finetuned(
+        model, devices=device, batch_size=batch_size, max_length=max_length, normalize=False, **options
+    )
+    if isinstance(reranker, FlagReranker) and reranker.model.config.num_labels != 1:
+        # FlagReranker would take the labels of the first pairs for the scores of all.
+        raise ValueError(f"{model} has {reranker.model.config.num_labels} labels: a re-ranker has one")
+    return reranker.compute_score
+
+
+def cross_encoder_teacher(
+    model: str, batch_size: int, max_length: int, device: str | None, use_fp16: bool, trust_remote_code: bool
+) -> Scorer:
+    """Raw scores of a sentence-transformers `CrossEncoder`, no sigmoid applied."""
+    from sentence_transformers import CrossEncoder
+
+    encoder = CrossEncoder(
+        model,
+        max_length=max_length,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        activation_fn=torch.nn.Identity(),
+        model_kwargs={"dtype": torch.float16 if use_fp16 else torch.float32},
+    )
+    return lambda pairs: encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False)
+
+
+def bi_encoder_teacher(model: str, scale: float, **options: Any) -> Scorer:
+    """`scale` times the cosine of a `BiEncoder`'s vectors; texts that come again soon are not encoded again.
+
+    Args:
+        options: further arguments of `BiEncoder`.
+    """
+    encoder = BiEncoder(model, **options)
+    queries, passages = _Remembered(encoder.queries), _Remembered(encoder.passages)
+
+    def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
+        questions, texts = zip(*pairs, strict=True)
+        return scale * np.einsum("ij,ij->i", queries(questions), passages(texts))
+
+    return scores
+
+
+class _Remembered:
+    """Vectors of texts, of which the last that were encoded are kept, FLOATS_KEPT numbers in all."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor]) -> None:
+        self.encode = encode
+        self.vectors: dict[str, np.ndarray] = {}
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in self.vectors]
+        if new:
+            self.vectors.update(zip(new, self.encode(new).cpu().numpy(), strict=True))
+        found = np.stack([self.vectors[text] for text in texts])
+        too_many = len(self.vectors) - FLOATS_KEPT // found.shape[1]
+        for text in list(islice(self.vectors, max(0, too_many))):
+            del self.vectors[text]
+        return found
+
+
+def bm25_teacher(texts: Sequence[str], scale: float) -> Scorer:
+    """`scale` times BM25's score of a passage, one of `texts`, among all of them.
+
+    Raises:
+        ImportError: if bm25s or PyStemmer is not installed.
+    """
+    places = {text: place for place, text in enumerate(texts)}
+    score = bm25_scorer(texts)
+
+    def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
+        runs = groupby(pairs, key=itemgetter(0))
+        return scale * np.concatenate([score(query)[[places[text] for _, text in run]] for query, run in runs])
+
+    return scores

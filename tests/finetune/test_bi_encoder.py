@@ -1,0 +1,72 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from flagembedding_matryoshka.finetune import bi_encoder
+from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from tests.encoders import WORDS, save_bi_encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Its queries begin with "cone", its passages with "plate"."""
+    return save_bi_encoder(tmp_path_factory.mktemp("bi_encoder"), prompts={"query": "cone ", "document": "plate "})
+
+
+@pytest.fixture(scope="module")
+def encoder(path):
+    return BiEncoder(str(path), batch_size=4, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    draw = random.Random(0)
+    return list({" ".join(draw.sample(WORDS, draw.randint(2, 10))): None for _ in range(60)})[:50]
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def test_vectors_are_the_models_of_length_one_with_its_prompts(path, encoder, texts):
+    model = SentenceTransformer(str(path), device="cpu")
+    for found, prompt in ((encoder.queries(texts), "cone "), (encoder.passages(texts), "plate ")):
+        expected = unit(model.encode([prompt + text for text in texts]))
+        assert found.shape == (50, 32) and found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("scores_at_once", "k"), [(2**26, 50), (101, 7), (1, 99)])
+def test_lists_are_those_of_a_loop(path, encoder, texts, monkeypatch, scores_at_once, k):
+    monkeypatch.setattr(bi_encoder, "SCORES_AT_ONCE", scores_at_once)
+    model = SentenceTransformer(str(path), device="cpu")
+    corpus, questions = texts[:43], texts[43:]
+    passages = unit(model.encode(["plate " + text for text in corpus]))
+    expected = []
+    for question in questions:
+        cosines = passages @ unit(model.encode("cone " + question))
+        assert np.diff(np.sort(cosines)).min() > 1e-6  # no ties, of which there would be more than one order
+        expected.append(np.argsort(-cosines)[:k].tolist())
+    assert list(encoder.lists(corpus, questions, k)) == expected
+
+
+def test_texts_are_cut_to_the_length_asked_for(path, encoder):
+    pair = ["wing lift drag", "wing lift heat"]
+    assert encoder.model.max_seq_length == 64
+    first, second = encoder.passages(pair)
+    assert not torch.allclose(first, second, atol=1e-2)
+    first, second = BiEncoder(str(path), max_length=5, device="cpu").passages(pair)  # [CLS] plate wing lift [SEP]
+    torch.testing.assert_close(first, second)
+
+
+def test_vectors_that_are_not_finite_are_refused(path, texts):
+    encoder = BiEncoder(str(path), device="cpu")
+    with torch.no_grad():
+        next(encoder.model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"bi_encoder\d+ gives vectors that are not finite"):
+        list(encoder.lists(texts, ["wing"], 3))
