@@ -1,6 +1,7 @@
 """Raw and layer-wise checkpoints into the model and out of it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -205,10 +206,14 @@ def test_code_beside_a_checkpoint_never_runs(tiny_layerwise_path, layerwise_mode
 # Refusals
 
 
-@pytest.mark.parametrize(("name", "value", "own"), [("start_layer", 3, 2), ("layer_sep", 2, 1)])
-def test_heads_at_other_layers_are_refused(tiny_layerwise_path, name, value, own):
+@pytest.mark.parametrize(
+    ("name", "value", "exits"),
+    [("start_layer", 3, [3, 4, 5, 6]), ("layer_sep", 2, [2, 4, 6]), ("exits", [2, 4, 5], [2, 4, 5])],
+)
+def test_heads_at_other_layers_are_refused(tiny_layerwise_path, name, value, exits):
     config = layer_wise_config(tiny_layerwise_path, **{name: value})
-    with pytest.raises(ValueError, match=rf"{name} is {value}, but the heads of .* saved with {name} {own}"):
+    message = re.escape(f"the exits asked for are {exits}, but the heads of {tiny_layerwise_path} were saved for [2, 3")
+    with pytest.raises(ValueError, match=message):
         CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path, config=config)
 
 

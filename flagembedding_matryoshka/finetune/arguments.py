@@ -13,7 +13,8 @@ from FlagEmbedding.abc.finetune.reranker import (
 )
 
 from flagembedding_matryoshka.configuration import COMPRESS_RATIOS
-from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN, training_files
+from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
+from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
 Arguments = TypeVar("Arguments")

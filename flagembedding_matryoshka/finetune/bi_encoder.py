@@ -19,7 +19,7 @@ class BiEncoder:
     Args:
         max_length: tokens of a text; the model's own limit if None.
         device: what sentence-transformers chooses if None.
-        use_fp16: compute in half precision; vectors are float32 all the same.
+        use_fp16, use_bf16: compute in float16 or bfloat16; vectors are float32 all the same.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class BiEncoder:
         max_length: int | None = None,
         device: str | None = None,
         use_fp16: bool = False,
+        use_bf16: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         from sentence_transformers import SentenceTransformer
@@ -38,7 +39,7 @@ class BiEncoder:
             model,
             device=device,
             trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": torch.float16 if use_fp16 else torch.float32},
+            model_kwargs={"dtype": torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32},
         )
         if max_length is not None:
             self.model.max_seq_length = max_length

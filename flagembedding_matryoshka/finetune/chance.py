@@ -40,8 +40,8 @@ class ChanceGuard:
             logger.warning(
                 "After %d steps the exits %s rank no better than chance: their contrastive loss is still ln(group) = "
                 "%.2f. A shallow exit may just be too shallow. If it is all of them, negatives may all be too hard "
-                "(--random_negatives 0.5), the learning rate may be too low or too high (--learning_rate), or positives "
-                "may be no better than negatives in the data.",
+                "(--random_negatives 0.5), the learning rate may be too low or too high (--learning_rate), or "
+                "positives may be no better than negatives in the data.",
                 step,
                 stuck,
                 self.chance,

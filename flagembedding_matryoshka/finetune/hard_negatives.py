@@ -20,7 +20,7 @@ from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 
 logger = logging.getLogger(__name__)
 
-ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "trust_remote_code")
+ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "use_bf16", "trust_remote_code")
 # Of (texts, queries, k): for each query places of at most k texts, best first.
 Miner = Callable[[Sequence[str], Sequence[str], int], Iterable[Sequence[int]]]
 
@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder.add_argument("--max_length", type=int, help="tokens of a text (default: the model's own limit)")
     encoder.add_argument("--device", help="such as cpu or cuda:0; default: what sentence-transformers chooses")
     encoder.add_argument("--use_fp16", action="store_true", help="encode in half precision, for GPUs")
+    encoder.add_argument("--use_bf16", action="store_true", help="encode in bfloat16, for what computes it fast")
     encoder.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     options = parser.parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if name in ENCODER_OPTIONS}

@@ -36,11 +36,10 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaEvalCollator,
     MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
-    check_training_file,
-    good_lines,
 )
 from flagembedding_matryoshka.finetune.evaluation import ranking_metrics
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
+from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.losses import TRAIN_METHODS
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM

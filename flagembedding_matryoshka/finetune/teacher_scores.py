@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flagembedding_matryoshka.finetune.data import check_training_file
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
+from flagembedding_matryoshka.finetune.rows import check_training_file
 from flagembedding_matryoshka.finetune.teachers import (
     Scorer,
     bi_encoder_teacher,
@@ -49,7 +49,7 @@ MODEL_DEFAULTS = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "flagembedding": {**MODEL_DEFAULTS, "model_class": None},
     "sentence_transformers": MODEL_DEFAULTS,
-    "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0},
+    "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0, "use_bf16": False},
     "bm25": {"scale": 1.0},
 }
 
@@ -150,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
     teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
+    teacher.add_argument("--use_bf16", action="store_true", help="encode in bfloat16: bi_encoder's alone")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
     options = parser.parse_args(arguments)
     if options.output.resolve() == options.input.resolve():

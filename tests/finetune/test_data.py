@@ -6,10 +6,8 @@ from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
     MatryoshkaTrainDataset,
-    check_training_file,
-    good_lines,
-    training_files,
 )
+from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines, training_files
 from flagembedding_matryoshka.tokenization import PROMPT
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1.0], "neg_scores": [0.0, 0.5]}
@@ -158,3 +156,30 @@ def test_a_share_of_the_positives_comes_in_another_order(tmp_path, tiny_tokenize
     changed = sum(plain[item][0][0] != shuffled[item][0][0] for item in range(40))
     assert 5 < changed < 35
     assert all(plain[item][0][1] == shuffled[item][0][1] for item in range(40))
+
+
+def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, tiny_tokenizer):
+    for name in "ab":
+        rows = [{**ROW, "query": f"q {name} {i}", "pos": [f"pos {name} {i}"]} for i in range(6)]
+        write(tmp_path / f"{name}.jsonl", *rows)
+    rows = dataset(tmp_path, tiny_tokenizer, train_group_size=5, random_negatives=0.5, knowledge_distillation=True)
+    for item, (name, number) in enumerate((name, number) for name in "ab" for number in range(6)):
+        sequences, scores = rows[item]
+        texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+        drawn = [text[text.index("B: ") + 3 : text.index(f"\n{PROMPT}")] for text in texts]
+        assert drawn[0] == f"pos {name} {number}"
+        assert sorted(drawn[1:3]) == ["m", "n"]
+        assert all(text.startswith(f"pos {name} ") and text != drawn[0] for text in drawn[3:])
+        assert scores[3:] == [-10.0, -10.0]
+    again = dataset(tmp_path, tiny_tokenizer, train_group_size=5, random_negatives=0.5, knowledge_distillation=True)
+    assert again[3] == rows[3]
+    again.start_epoch(1)
+    assert again[3] != rows[3]
+
+
+def test_random_negatives_need_other_rows(tmp_path, tiny_tokenizer):
+    rows = dataset(write(tmp_path / "one.jsonl", ROW), tiny_tokenizer, train_group_size=3, random_negatives=1.0)
+    with pytest.raises(ValueError, match=r"random_negatives=1\.0, but 100 rows .* this row's own, 'q'"):
+        rows[0]
+    with pytest.raises(ValueError, match=r"random_negatives is 1\.5, but is a share, from 0 to 1"):
+        dataset(tmp_path / "one.jsonl", tiny_tokenizer, random_negatives=1.5)

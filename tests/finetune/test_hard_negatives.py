@@ -5,8 +5,8 @@ import pytest
 
 from flagembedding_matryoshka import beir
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
-from flagembedding_matryoshka.finetune.data import check_training_file
 from flagembedding_matryoshka.finetune.hard_negatives import best_ranks, main, mine, write_rows
+from flagembedding_matryoshka.finetune.rows import check_training_file
 from tests.collection import CORPUS, QUERIES
 from tests.encoders import save_bi_encoder
 

@@ -121,6 +121,56 @@ def test_what_is_written_scores_as_what_was_trained(
         close(scores, scores_of(loaded, **width))
 
 
+def test_exits_one_by_one_train_a_part_of_the_base_and_are_found_again(tiny_raw_model_path, training_file, tmp_path):
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"exits": [2, 5]}, exit_weights=[0.5, 1.0])
+    assert len(run.model.model.get_base_model().model.layers) == 5
+    run.run()
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert loaded.config.exit_layers == [2, 5] and loaded.config.num_hidden_layers == 5
+    trained = scores_of(loaded)
+    loaded._engine = Engine(run.model.model.get_base_model().eval())
+    close(trained, scores_of(loaded))
+    shallow = MatryoshkaReranker(str(tmp_path / "out"), max_layer=3, dtype="float32", devices="cpu")
+    assert shallow.config.exit_layers == [2]
+    close(scores_of(shallow)[None], trained[:1])
+
+
+def test_an_exit_weighs_what_it_is_given(tiny_raw_model_path, training_file, tmp_path):
+    losses = {}
+    for weights in ([1.0, 0.0], [0.0, 1.0], [2.0, 3.0]):
+        run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"exits": [2, 5]}, exit_weights=weights)
+        torch.manual_seed(0)
+        batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+        losses[tuple(weights)] = run.model.train()(**batch).loss.item()
+    assert losses[2.0, 3.0] == pytest.approx(2 * losses[1.0, 0.0] + 3 * losses[0.0, 1.0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"exit_weights \[1\.0\] must be one for each of the exits \[2, 5\]"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", {"exits": [2, 5]}, exit_weights=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ({"exits": [5, 2]}, r"exits \[5, 2\] must be layers in ascending order"),
+        ({"exits": [2, 9]}, r"exits \[2, 9\] must be .* num_hidden_layers=6"),
+        ({"exits": [2], "start_layer": 3}, r"exits=\[2\] say all: leave out start_layer=3"),
+        ({"max_layer": 9, "start_layer": 2}, "max_layer=9 leaves no exit or no layer"),
+        ({"head_scale": 0.0}, "head_scale is 0.0, but must be above 0"),
+    ],
+)
+def test_exits_that_do_not_exist_are_refused(tiny_raw_model_path, training_file, tmp_path, model_args, message):
+    with pytest.raises(ValueError, match=message):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args)
+
+
+def test_heads_start_where_the_loss_is_that_of_chance(tiny_raw_model_path, training_file, tmp_path):
+    scores = {}
+    for scale in (1.0, 0.1):
+        run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2, "head_scale": scale})
+        batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+        scores[scale] = run.model.eval()(pair=batch["pair"]).scores
+    close(scores[0.1], scores[1.0] / 10)
+
+
 def test_bfloat16_trains_adapters_in_float32_over_frozen_weights_in_bfloat16(
     tiny_raw_model_path, training_file, tmp_path
 ):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.finetune import teacher_scores
-from flagembedding_matryoshka.finetune.data import check_training_file
+from flagembedding_matryoshka.finetune.rows import check_training_file
 from flagembedding_matryoshka.finetune.teacher_scores import add_scores, drop_false_negatives, main, raise_positives
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 
