@@ -149,8 +149,9 @@ def load_model(
         config.head_token_id = find_head_token_id(tokenizer)
     base = resolve(checkpoint.base, hub.get("cache_dir"))
     model = CostWiseMistralForCausalLM.from_pretrained(base, config=config, dtype=dtype, **hub)
-    # Adapters that are trained on the model note this as their base: the GGUF, not the cache it was converted into.
-    model.name_or_path = checkpoint.base
+    if base != checkpoint.base:
+        # Adapters that are trained on the model note this as their base: the GGUF, not the cache it was converted into.
+        model.name_or_path = str(Path(checkpoint.base).expanduser().absolute())
     attached: dict[int, str] = {}
     for adapter in adapters:
         ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 VERSION = 1
@@ -108,7 +108,7 @@ def _read_model(source: Path, dtype: torch.dtype) -> MistralForCausalLM:
         pad_token_id=read.pad_token_id,
     )
     with torch.device("meta"):
-        mistral = MistralForCausalLM(config)
+        mistral: Any = MistralForCausalLM(config)
     mistral.load_state_dict(llama.state_dict(), assign=True)
     mistral.tie_weights()
     del llama
@@ -116,15 +116,14 @@ def _read_model(source: Path, dtype: torch.dtype) -> MistralForCausalLM:
 
 
 def _read_tokenizer(source: Path, header: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers reads it, with llama.cpp's split of text where transformers leaves that out."""
+    """The tokenizer as transformers reads it, but texts are split as llama.cpp and the original tokenizers do."""
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     backend = tokenizer.backend_tokenizer
-    if _value(header, "tokenizer.ggml.model") != "gpt2":
-        if _value(header, "tokenizer.ggml.add_space_prefix") is False:
-            raise ValueError(
-                f"{source} puts no space in front of a text (tokenizer.ggml.add_space_prefix is False), "
-                "which transformers cannot read from a GGUF file."
-            )
+    if _value(header, "tokenizer.ggml.model") == "llama":
+        # SentencePiece puts a space in front of every text, also of one that begins with a space.
+        prefix = [] if _value(header, "tokenizer.ggml.add_space_prefix") is False else [normalizers.Prepend("▁")]
+        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
         return tokenizer
     split = _value(header, "tokenizer.ggml.pre")
     if split in DIGIT_SPLIT:
@@ -134,8 +133,8 @@ def _read_tokenizer(source: Path, header: Any) -> PreTrainedTokenizerBase:
     elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and split not in GPT2_SPLIT:
         known = sorted(GPT2_SPLIT | DIGIT_SPLIT | WORDS_BEFORE_MERGES)
         raise ValueError(
-            f"{source} splits text in a way that is not known (tokenizer.ggml.pre is {split!r}); {known} "
-            "are, and those that transformers brings."
+            f"{source} splits text in a way that is not known (tokenizer.ggml.pre is {split!r}). Known are {known} and "
+            "those that transformers brings."
         )
     backend.model.ignore_merges = split in WORDS_BEFORE_MERGES
     return tokenizer

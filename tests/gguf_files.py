@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
+from sentencepiece import SentencePieceProcessor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 NAMES = {
@@ -44,14 +44,14 @@ def tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
 def write_gguf(
     path: Path,
     model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | SentencePieceProcessor,
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     architecture: str = "llama",
     split: str = "smollm",
     more_tensors: dict[str, np.ndarray] | None = None,
-    more_keys: dict[str, Any] | None = None,
+    more_keys: dict[str, str | bool] | None = None,
 ) -> Path:
-    """Write `model` and `tokenizer` (byte-level BPE) with matrices of `kind`, and what else the test wants in there."""
+    """Write `model` with matrices of `kind`, its tokenizer, and what else the test wants in there."""
     config, writer = model.config, GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -62,6 +62,23 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        _add_byte_level(writer, tokenizer, split)
+    else:
+        _add_sentencepiece(writer, tokenizer)
+    for key, value in (more_keys or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_bool)(key, value)
+    for name, weight in (tensors(model) | (more_tensors or {})).items():
+        stored = kind if weight.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(weight, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_byte_level(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
     writer.add_tokenizer_model("gpt2")
@@ -75,14 +92,24 @@ def write_gguf(
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_add_bos_token(False)
-    for key, value in (more_keys or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_bool
-        add(key, value)
-    for name, weight in (tensors(model) | (more_tensors or {})).items():
-        stored = kind if weight.ndim > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, quantize(weight, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+
+def _add_sentencepiece(writer: GGUFWriter, processor: SentencePieceProcessor) -> None:
+    numbers = range(processor.get_piece_size())
+    types = [
+        TokenType.UNKNOWN
+        if processor.is_unknown(number)
+        else TokenType.CONTROL
+        if processor.is_control(number)
+        else TokenType.BYTE
+        if processor.is_byte(number)
+        else TokenType.NORMAL
+        for number in numbers
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(number) for number in numbers])
+    writer.add_token_scores([processor.get_score(number) for number in numbers])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(processor.bos_id())
+    writer.add_eos_token_id(processor.eos_id())
+    writer.add_unk_token_id(processor.unk_id())
