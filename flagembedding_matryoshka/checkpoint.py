@@ -65,7 +65,9 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: if `path` looks like a local directory and does not exist.
-        ValueError: if it is no Mistral, or not of the kind or with the exits asked for.
+        ImportError: if a GGUF file is to be converted and the package `gguf` is missing.
+        ValueError: if it is no Mistral, or not of the kind or with the exits asked for, or a GGUF file that cannot be
+            converted.
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
