@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.configuration import COMPRESS_RATIOS, CostWiseMistralConfig
+from flagembedding_matryoshka.gguf import resolve
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.tokenization import find_head_token_id
 
@@ -55,7 +56,7 @@ def inspect_checkpoint(
     """Read what lies at `path`, without its weights, and decide how to load it.
 
     Args:
-        path: a local directory or a name on the hub.
+        path: a local directory, a name on the hub, or a GGUF file, which is then converted.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
         start_layer, layer_sep: the exits to give a raw Mistral.
         max_layer: layers above this one are not loaded.
@@ -65,16 +66,19 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: if `path` looks like a local directory and does not exist.
-        ValueError: if it is no Mistral, or not of the kind or with the exits asked for.
+        ImportError: if a GGUF file is to be converted and the package `gguf` is missing.
+        ValueError: if it is no Mistral, or not of the kind or with the exits asked for, or a GGUF file that cannot be
+            converted.
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     adapters: list[str] = []
     base = path
-    if find_adapter_config_file(path, **hub) is not None:
-        base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+    readable = resolve(path, hub.get("cache_dir"))
+    if find_adapter_config_file(readable, **hub) is not None:
+        base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
         adapters.append(path)
-    stored, _ = CostWiseMistralConfig.get_config_dict(path, **hub)
+    stored, _ = CostWiseMistralConfig.get_config_dict(readable, **hub)
     if stored.get("model_type") not in ("mistral", CostWiseMistralConfig.model_type):
         raise ValueError(
             f"{path} holds a model of type {stored.get('model_type')!r}; a re-ranker is made from a Mistral "
@@ -135,7 +139,8 @@ def _cut(config: CostWiseMistralConfig, max_layer: int) -> None:
 
 def load_tokenizer(path: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, padding on the right."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, padding_side="right", **hub)
+    readable = resolve(path, hub.get("cache_dir"))
+    return AutoTokenizer.from_pretrained(readable, trust_remote_code=trust_remote_code, padding_side="right", **hub)
 
 
 def load_model(
@@ -163,7 +168,11 @@ def load_model(
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_id(tokenizer)
-    model = CostWiseMistralForCausalLM.from_pretrained(checkpoint.base, config=config, dtype=dtype, **hub)
+    base = resolve(checkpoint.base, hub.get("cache_dir"))
+    model = CostWiseMistralForCausalLM.from_pretrained(base, config=config, dtype=dtype, **hub)
+    if base != checkpoint.base:
+        # Adapters that are trained on the model note this as their base: the GGUF, not the cache it was converted into.
+        model.name_or_path = str(Path(checkpoint.base).expanduser().absolute())
     attached: dict[int, str] = {}
     for adapter in adapters:
         ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
 from flagembedding_matryoshka.configuration import SubNetwork
+from flagembedding_matryoshka.gguf import resolve
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM, Layers
 from flagembedding_matryoshka.packing import pack_pairs
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
@@ -138,7 +139,7 @@ class MatryoshkaModule(InputModule):
         model = load_model(checkpoint, tokenizer, torch.float32, **hub)
         model.config.raw_peft = []
         config = cls.load_config(
-            model_name_or_path,
+            resolve(model_name_or_path, cache_folder),
             token=token,
             cache_folder=cache_folder,
             revision=revision,

@@ -172,7 +172,9 @@ def load_plan(model: str, config: CostWiseMistralConfig, adapters: Sequence[str]
         FileNotFoundError: if there is none, with the command that writes it.
         ValueError: if the file is no plan, or another model's.
     """
-    path = cached_file(model, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    # A GGUF file has none: it is no directory, and no name on the hub.
+    is_file = Path(model).expanduser().is_file()
+    path = None if is_file else cached_file(model, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{model} has no {PLAN_NAME}: budget and quality choose among settings that were measured. This measures "

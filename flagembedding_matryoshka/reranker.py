@@ -66,7 +66,7 @@ class MatryoshkaReranker(AbsReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
-        model_name_or_path: a layer-wise checkpoint, a raw Mistral, or a directory that fine-tuning wrote.
+        model_name_or_path: a layer-wise checkpoint, a raw Mistral, a GGUF file, or a directory that fine-tuning wrote.
         peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
             stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
         dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
@@ -167,7 +167,7 @@ class MatryoshkaReranker(AbsReranker):
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
         if quantization is not None:
             check_quantization(quantization, self.target_devices, resolved)
-        hub = {} if cache_dir is None else {"cache_dir": cache_dir}
+        hub: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
         checkpoint = inspect_checkpoint(model_name_or_path, from_raw, start_layer, layer_sep, max_layer, **hub)
         self.config = checkpoint.config
         peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)

@@ -115,9 +115,9 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
             for layer, losses in zip(self.full_width.cutoff_layers, exits, strict=True)
             for name, term in losses.items()
         }
-        weighted = [weight * sum(losses.values()) for weight, losses in zip(self.exit_weights, exits, strict=True)]
+        per_exit = torch.stack([torch.stack(list(losses.values())).sum() for losses in exits])
         return MatryoshkaOutput(
-            loss=torch.stack(weighted).sum(),
+            loss=(per_exit * per_exit.new_tensor(self.exit_weights)).sum(),
             scores=scores,
             terms={name: term.detach() for name, term in terms.items()},
         )
