@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from collection import counts, is_complete, write_collection
 from debian import translations, version
 from descriptions import description, package_pairs
-from docstrings import Pair, collect_pairs, required_packages
+from docstrings import Pair, collect_pairs, required_packages, split
 from functions import code_pairs
 from glosses import gloss_pairs
 from headings import section_pairs
@@ -56,7 +56,9 @@ class Sources:
         """Whole paragraphs: of manuals what comes after a section's beginning, too."""
         for section in self.sections:
             for start in range(0, min(len(section.paragraphs), 24), 4):
-                yield " ".join(section.paragraphs[start : start + 4])
+                text = " ".join(section.paragraphs[start : start + 4])
+                titled = seeded(self.seed, "titled", text).random() < 0.2
+                yield f"{section.title}. {text}" if titled else text
         described = [parsed for block in self.descriptions if (parsed := description(block))]
         described.sort(key=lambda parsed: seeded(self.seed, parsed[0]).random())
         for _, paragraphs in described[:6000]:
@@ -66,8 +68,9 @@ class Sources:
 
 
 def docstring_pairs(sources: Sources) -> Iterator[Pair]:
-    """Summary lines and the beginnings of what follows them."""
-    for pair in sources.docstrings:
+    """Summary lines and the beginnings of what follows them, without the pairs that the demo reports on."""
+    parts = split(sources.docstrings)
+    for pair in parts.train + parts.dev:
         yield Pair(pair.query, cut(pair.passage, seeded(sources.seed, "docstrings", pair.passage)))
 
 
@@ -100,9 +103,10 @@ def main() -> None:
     sources, report = Sources(args.seed, cache), {}
     for kind in args.kinds:
         directory = args.output / kind
-        if not is_complete(directory):
-            write_collection(directory, KINDS[kind](sources), args.limit, args.seed)
-        report[kind] = counts(directory)
+        if not is_complete(directory) and not write_collection(directory, KINDS[kind](sources), args.limit, args.seed):
+            print(f"{kind}: left out, there is nothing to read", flush=True)
+    for kind in filter(lambda kind: is_complete(args.output / kind), KINDS):
+        report[kind] = counts(args.output / kind)
         print(kind, *(f"{name} {value}" for name, value in report[kind].items()), sep="  ", flush=True)
     summary = {"seed": args.seed, "limit": args.limit, "kinds": report, "sources": source_versions(cache)}
     write_text(args.output / "collect.json", json.dumps(summary, indent=2) + "\n")

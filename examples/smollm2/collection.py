@@ -36,10 +36,15 @@ def in_dev(query: str) -> bool:
     return int(hashlib.sha256(normalise(query).encode()).hexdigest(), 16) % 100 < DEV_PERCENT
 
 
-def write_collection(directory: Path, pairs: Iterable[Pair], limit: int, seed: int) -> None:
-    """Write a seeded sample: `limit` queries and, with passages that only distract, 1.6 times as many passages."""
+def write_collection(directory: Path, pairs: Iterable[Pair], limit: int, seed: int) -> bool:
+    """Write a seeded sample: `limit` queries and, with passages that only distract, 1.6 times as many passages.
+
+    False, and nothing is written, where there are no pairs.
+    """
     pairs = sorted(pairs, key=lambda pair: seeded(seed, pair.query, pair.passage).random())
     pairs = distinct(pairs)[: limit * 8 // 5]
+    if not pairs:
+        return False
     corpus = [{"_id": f"p{number}", "text": pair.passage} for number, pair in enumerate(pairs)]
     queries, qrels = [], {"train": ["query-id\tcorpus-id\tscore"], "dev": ["query-id\tcorpus-id\tscore"]}
     for number, pair in enumerate(pairs[:limit]):
@@ -49,6 +54,7 @@ def write_collection(directory: Path, pairs: Iterable[Pair], limit: int, seed: i
     write_text(directory / "queries.jsonl", jsonl(queries))
     for split, lines in qrels.items():
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
+    return True
 
 
 def jsonl(rows: Iterable[dict]) -> str:

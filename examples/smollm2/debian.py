@@ -33,13 +33,16 @@ def version(deb: Path) -> str:
 
 def members(deb: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """Path (without .gz) and content of the files whose path has the pattern, gunzipped."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            for member in archive:
-                if member.isfile() and re.search(pattern, member.name):
-                    content = archive.extractfile(member).read()
-                    zipped = content[:2] == b"\x1f\x8b"
-                    yield member.name.removesuffix(".gz"), gzip.decompress(content) if zipped else content
+    command = ["dpkg-deb", "--fsys-tarfile", deb]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+    ):
+        for member in archive:
+            if member.isfile() and re.search(pattern, member.name):
+                content = archive.extractfile(member).read()
+                zipped = content[:2] == b"\x1f\x8b"
+                yield member.name.removesuffix(".gz"), gzip.decompress(content) if zipped else content
 
 
 def translations() -> Iterator[str]:

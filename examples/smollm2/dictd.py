@@ -9,7 +9,7 @@ DIGITS = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 
 @dataclass(frozen=True)
 class Entry:
-    """A headword as its dictionary writes it and what is said of it."""
+    """A headword in the case its dictionary writes it in, as far as that can be told, and the entry's text."""
 
     headword: str
     text: str
@@ -33,18 +33,19 @@ def entries(index: bytes, content: bytes) -> Iterator[Entry]:
         seen.add(start)
         place = number(start)
         text = content[place : place + number(length)].decode("utf-8", "replace")
-        yield Entry(headword, text)
+        first = text.strip().partition("\n")[0].strip()
+        yield Entry(first if first.lower() == headword.lower() else headword, text)
 
 
 def gloss(text: str) -> str:
     """The first sense of an entry in plain words: no headword line, etymology, cross-reference marks or sources."""
     body = re.sub(r"\[[^\]]*\]", " ", text.strip())
-    first, _, rest = body.partition("\n")
-    body = rest if rest.startswith((" ", "\n")) or not rest else re.sub(r"^[A-Z' -]+, (?:\w+\.)+ ", "", body)
+    start = re.match(r"[A-Z' -]+, (?:\w+\.)+\s", body) or re.search(r"(?m)^(?=[ \t]+\S)", body)
+    body = body[start.end() :] if start else body
     body = re.sub(r"\\[^\\\n]*\\|--[A-Z][\w. &]+|<[^>]*>|\(\d{4}-\d\d-\d\d\)", " ", body)
     body = re.sub(r"(?s)\b(?:Syn|Note|Synonyms):.*", "", body)
     senses = re.split(r"(?:^|\s)(?:(?:n|v|adj|adv) )?\d+[.:]\s", body)
     longest = max(senses, key=lambda sense: len(sense.split()))
-    plain = re.sub(r"^\s*(?:n|v|adj|adv|a)[.:]?\s+(?:\d+:\s*|:\s*)?", "", longest)
+    plain = re.sub(r"^\s*(?:n|v|adj|adv|a)(?:\.|\s*:)\s*", "", longest)
     plain = re.sub(r"[{}_]|/[^/\s]+/,?", "", plain)
     return " ".join(plain.split()).strip(" ;:,")

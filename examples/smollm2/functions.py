@@ -16,6 +16,7 @@ from texts import STOP_WORDS, seeded
 
 MIN_LINES, MAX_LINES = 3, 40
 KEPT_STOP_WORDS = {"from", "to", "in", "with", "without", "between", "into", "not", "all", "by", "of", "for", "if"}
+PLACES = ["python {}"] * 4 + ["{} python"] * 2 + ["{} in python", "{} in Python", "{}", "{}"]
 CLEAR = re.compile(r"(?!See |Should |Like )[A-Z][a-z]+ [\x20-\x3c\x3e-\x7e]+")
 THIRD_PERSON = re.compile(
     r"^(return|compute|create|convert|get|set|check|load|read|write|add|remove|make|call|build|find)s\b"
@@ -53,16 +54,7 @@ def query_for(name: str, summary: str, rng: random.Random) -> str:
         core = "how to " + re.sub(r"^return\b", "get", imperative).lower()
     else:
         core = search_words(re.sub(r"^return\b", rng.choice(["return", "get"]), imperative))
-    place = rng.random()
-    return (
-        f"python {core}"
-        if place < 0.4
-        else f"{core} python"
-        if place < 0.6
-        else f"{core} in python"
-        if place < 0.75
-        else core
-    )
+    return rng.choice(PLACES).format(core)
 
 
 def functions_of_file(path: Path) -> list[tuple[str, str, str]]:

@@ -30,20 +30,30 @@ def dictionary(package: str, cache: Path) -> list[Entry]:
     return list(entries(files[".index"], files[".dz"]))
 
 
-def question(word: str, rng: random.Random) -> str:
+def about_word(word: str, rng: random.Random) -> str:
     """How somebody asks what a word means."""
     article = "an" if word[0].lower() in "aeiou" else "a"
-    plural_or_name = word[0].isupper() or word.endswith("s") or " " in word
-    forms = [word, word, f"what is {word}?" if plural_or_name else f"what is {article} {word}?", f"What is {word}?"]
-    forms += [
-        f"define {word}",
-        f"{word} meaning",
-        f"meaning of {word}",
-        f"what does {word} mean?",
-        f"{word} definition",
-    ]
-    forms += [f"What is the meaning of {word}?", f"definition of the word {word}"]
-    return rng.choice(forms)
+    thing = word if word[0].isupper() or word.endswith("s") or " " in word else f"{article} {word}"
+    forms = "{0}|{0}|what is {1}?|What is {0}?|define {0}|{0} meaning|meaning of {0}|what does {0} mean?|{0} definition"
+    forms += "|What is the meaning of {0}?|definition of the word {0}|explain {0}|what does it mean when people say {0}"
+    return rng.choice(forms.split("|")).format(word, thing)
+
+
+def about_meaning(text: str, rng: random.Random) -> str | None:
+    """How somebody asks for the word when they know what it means, or for the person who did something."""
+    clause = re.split(r"[;:(.]|, (?:as|such as|and|or|usually)\b", text)[0].strip(" ,")
+    if not 5 <= len(clause.split()) <= 18:
+        return None
+    if match := re.match(r"[\w, -]+? (who [a-z]+ed\b.*)", clause):
+        return f"{match[1]}?"
+    if clause.startswith("To "):
+        return rng.choice(["verb that means {}", "word for: {}", "which verb means {}?"]).format(
+            clause[0].lower() + clause[1:]
+        )
+    if re.match(r"(?:an?|the|any|one) ", clause, re.IGNORECASE):
+        clause = clause[0].lower() + clause[1:]
+        return rng.choice(["what do you call {}?", "word for {}", "{}", "What is the name of {}?"]).format(clause)
+    return None
 
 
 def is_headword(word: str) -> bool:
@@ -67,6 +77,10 @@ def gloss_pairs(seed: int, cache: Path) -> Iterator[Pair]:
                 continue
             taken.add(word.lower())
             kept += 1
+            query = about_meaning(text, rng) if rng.random() < 0.3 else None
             form = rng.random()
-            written = text if form < 0.35 else f"{word}: {text}" if form < 0.7 else f"{word.capitalize()}. {text}"
-            yield Pair(question(word, rng), written)
+            if query is None and form < 0.3:
+                written = text
+            else:
+                written = f"{word}: {text}" if form < 0.7 else f"{word[0].upper()}{word[1:]}. {text}"
+            yield Pair(query or about_word(word, rng), written)

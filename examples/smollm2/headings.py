@@ -45,5 +45,5 @@ def section_pairs(seed: int, sections: Sequence[Section]) -> Iterator[Pair]:
         if not is_english(passage) or not re.search("[a-z]{3}", query) or not query.isascii():
             continue
         if section.parent and rng.random() < 0.15:
-            passage = f"{section.parent}. {passage}"
+            passage = f"{section.parent}{'' if section.parent.endswith('?') else '.'} {passage}"
         yield Pair(query, passage)

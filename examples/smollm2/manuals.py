@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from debian import fetch, members
-from sections import Section, is_question, sections_of
+from manpages import man_sections, pod_sections
+from markup import html_sections
+from sections import Section, is_question
 from texts import seeded
 
 MANUALS = {  # what to read of each package, chosen to differ in subject and manner
@@ -35,6 +37,18 @@ MANUALS = {  # what to read of each package, chosen to differ in subject and man
     "sqlite3-doc": r"/sqlite3/[^/]*\.html$",
 }
 FILES, SECTIONS = 400, 600
+
+
+def sections_of(name: str, content: bytes) -> Iterator[Section]:
+    """The sections of a file that have prose, by the end of its name."""
+    text = content.decode("utf-8", "replace")
+    if name.endswith((".html", ".page")):
+        found = html_sections(text)
+    elif name.endswith(".pod"):
+        found = pod_sections(text)
+    else:
+        found = man_sections(text)
+    return (section for section in found if section.title and section.paragraphs)
 
 
 def manual(package: str, cache: Path) -> list[Section]:

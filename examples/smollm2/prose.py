@@ -4,19 +4,20 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from math import log
 
 from docstrings import Pair
 from questions import questions
 from texts import STOP_WORDS, cut, is_english, plain, seeded, sentences, words_of
 
 MIN_WORDS, MAX_WORDS = 50, 160
-COMMON = 0.02
+COMMON = 0.005
 FIELDS = re.compile(r"\b(?:Parameters|Args|Returns|Attributes|Raises|Yields|See Also|toctree|param)\b|::| : ")
 DANGLING = re.compile(
-    r"\b(?:it|its|this|that|these|those|they|their|them|he|she|his|her|such|following|above|below|another|here|then)\b",
+    r"\b(?:it|its|this|that|these|those|they|their|them|he|she|his|her|such|following|above|below|another|here|then|also|however|moreover|otherwise|similarly|needless|yes|no|therefore|instead|thus|hence|finally)\b",
     re.IGNORECASE,
 )
-BEFORE_NOUNS = "a an the of by with for in on from between its each every no some any".split()
+BEFORE_NOUNS = frozenset(re.findall(r"\w+", "a an the of by with for in on from between its each every no some any"))
 REQUESTS = [
     "what is known about {a} and its relation to {b}, in particular with regard to {c}",
     "has anyone described how {a} depends on {b} and what that means for {c}",
@@ -59,7 +60,8 @@ class Prose:
 
     def __init__(self, passages: Sequence[str]) -> None:
         self.spread = Counter(word for text in passages for word in {word.lower() for word in words_of(text)})
-        self.most = max(3, COMMON * len(passages))
+        self.size = len(passages)
+        self.most = max(3, COMMON * self.size)
 
     def is_rare(self, word: str) -> bool:
         """Whether a word says what a paragraph is about; one that is nowhere else may be a slip or a name."""
@@ -78,11 +80,11 @@ class Prose:
         return sum(self.is_rare(word) for word in words_of(query)) >= rare
 
     def keywords(self, passage: str, rng: random.Random) -> str | None:
-        """Two to five of a paragraph's rarest words in the order of their appearance."""
-        words = list(dict.fromkeys(word for word in words_of(passage) if self.is_rare(word)))
-        rarest = sorted(words, key=lambda word: (self.spread[word.lower()] < 2, self.spread[word.lower()]))
-        chosen = set(rarest[: rng.randint(2, 5)])
-        return " ".join(word for word in words if word in chosen) if len(chosen) >= 2 else None
+        """Two to five of the words that set a paragraph apart (tf-idf) in the order of their appearance."""
+        words = [word for word in words_of(passage) if self.is_rare(word)]
+        weight = {word: words.count(word) * log(self.size / self.spread[word.lower()]) for word in words}
+        chosen = set(sorted(weight, key=weight.get, reverse=True)[: rng.randint(2, 5)])
+        return " ".join(word for word in weight if word in chosen) if len(chosen) >= 2 else None
 
     def phrases(self, passage: str) -> list[str]:
         """Runs of up to three words between function words and punctuation, those with a rare word, in order."""
@@ -95,7 +97,7 @@ class Prose:
 
     @staticmethod
     def runs(words: Sequence[str]) -> list[list[str]]:
-        """The words between function words where an article or a preposition stands before them: most are noun phrases."""
+        """The words between function words, an article or a preposition before them: most are noun phrases."""
         runs, run = [], None
         for word in [*words, "the"]:
             if word.lower() in STOP_WORDS or not word[0].isalpha():
@@ -122,27 +124,25 @@ class Prose:
             for question in questions(part)
             if self.says_enough(question, 1)
         ]
-        draw = rng.random()
-        if asked and draw < 0.7:
+        if asked and rng.random() < 0.7:
             return Pair(rng.choice(asked[:4])[1], passage)
-        if draw < 0.75:
+        draw = rng.random()
+        if draw < 0.4:
             return self.cloze(parts, rng)
-        query = (
-            self.keywords(passage, rng)
-            if draw < 0.82
-            else self.request(passage, rng)
-            if draw < 0.91
-            else self.claim(parts, rng)
-        )
-        return query and Pair(query, passage)
+        if draw < 0.6:
+            query = self.keywords(passage, rng)
+        else:
+            query = self.request(passage, rng) if draw < 0.8 else self.claim(parts, rng)
+        return Pair(query, passage) if query else None
 
     def cloze(self, parts: Sequence[str], rng: random.Random) -> Pair | None:
-        """One sentence or the first two as the query, in most cases no longer in the passage."""
-        size = 2 if rng.random() < 0.3 else 1
-        start = 0 if size == 2 else rng.randrange(len(parts))
+        """One sentence, the first two or the first half as the query, in most cases no longer in the passage."""
+        draw = rng.random()
+        size = len(parts) // 2 if draw < 0.15 else 2 if draw < 0.4 else 1
+        start = 0 if size > 1 else rng.randrange(len(parts))
         query = " ".join(parts[start : start + size])
         rest = [*parts[:start], *parts[start + size :]] if rng.random() < 0.8 else parts
-        if not 6 <= len(query.split()) <= 60 or not self.says_enough(query, 2):
+        if not 6 <= len(query.split()) <= 80 or not self.says_enough(query, 2):
             return None
         passage = " ".join(rest)
         return Pair(query, passage) if len(passage.split()) >= 25 else None

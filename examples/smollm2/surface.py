@@ -6,7 +6,7 @@ import re
 
 def typed(query: str, rng: random.Random) -> str:
     """A query as somebody might have typed it; most stay as they are."""
-    draw = rng.random()
+    query, draw = " ".join(query.split()), rng.random()
     if draw < 0.08:
         return query.upper()
     if draw < 0.23:

@@ -4,13 +4,19 @@ import random
 import re
 
 STOP_WORDS = frozenset(
-    """a about above after again against all also am an and any are as at be because been before being below between both
-    but by can cannot could did do does doing down during each either else etc even ever every few for from further had
-    has have having he her here hers him his how however i if in into is it its itself just least less like many may me
-    might more most much must my neither no nor not now of off on once one only onto or other our out over own per
-    rather same shall she should since so some such than that the their them then there these they this those though
-    through thus to together too two under until up upon us use used uses using very via was we were what when where
-    whether which while who whom whose why will with within without would yet you your""".split()
+    re.findall(
+        r"\w+",
+        """
+        a about above after again against all also am an and any are as at be because been before being below
+        between both but by can cannot could did do does doing down during each either else etc even ever every few
+        for from further had has have having he her here hers him his how however i if in into is it its itself just
+        least less like many may me might more most much must my neither no nor not now of off on once one only onto
+        or other our out over own per rather same shall she should since so some such than that the their them then
+        there these they this those though through thus to together too two under until up upon us use used uses
+        using very via was we were what when where whether which while who whom whose why will with within without
+        would yet you your
+        """,
+    )
 )
 TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "—": " - ", "–": "-", "¶": " ", "\uf0c1": " "})
 ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|al|Mr|Mrs|Dr|St|No|Fig|fig|approx|resp|pp?|ed|vol|[A-Z])\.)$")
