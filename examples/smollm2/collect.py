@@ -1,0 +1,116 @@
+"""Collections to train a small re-ranker on, from text that anyone can install: see README.md beside this file.
+
+    python examples/smollm2/collect.py --output DIR
+
+A kind of text whose collection is complete in DIR is not collected again: delete its folder to have it anew.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from importlib.metadata import version as python_version
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from collection import counts, is_complete, write_collection
+from debian import translations, version
+from descriptions import description, package_pairs
+from docstrings import Pair, collect_pairs, required_packages, split
+from functions import code_pairs
+from glosses import gloss_pairs
+from headings import section_pairs
+from manuals import manuals
+from prose import prose_pairs
+from sections import Section
+from texts import cut, seeded
+
+from flagembedding_matryoshka.files import write_text
+
+
+class Sources:
+    """What is read, each once and only where a kind that is missing wants it."""
+
+    def __init__(self, seed: int, cache: Path) -> None:
+        self.seed, self.cache = seed, cache
+
+    @cached_property
+    def docstrings(self) -> list[Pair]:
+        return collect_pairs()
+
+    @cached_property
+    def descriptions(self) -> list[str]:
+        return list(translations())
+
+    @cached_property
+    def sections(self) -> list[Section]:
+        return list(manuals(self.cache))
+
+    @cached_property
+    def glosses(self) -> list[Pair]:
+        return list(gloss_pairs(self.seed, self.cache))
+
+    def prose(self) -> Iterator[str]:
+        """Whole paragraphs: of manuals what comes after a section's beginning, too."""
+        for section in self.sections:
+            for start in range(0, min(len(section.paragraphs), 24), 4):
+                text = " ".join(section.paragraphs[start : start + 4])
+                titled = seeded(self.seed, "titled", text).random() < 0.2
+                yield f"{section.title}. {text}" if titled else text
+        described = [parsed for block in self.descriptions if (parsed := description(block))]
+        described.sort(key=lambda parsed: seeded(self.seed, parsed[0]).random())
+        for _, paragraphs in described[:6000]:
+            yield " ".join(paragraphs)
+        yield from (pair.passage for pair in self.docstrings[:10000:3])
+        yield from (pair.passage for pair in self.glosses)
+
+
+def docstring_pairs(sources: Sources) -> Iterator[Pair]:
+    """Summary lines and the beginnings of what follows them, without the pairs that the demo reports on."""
+    parts = split(sources.docstrings)
+    for pair in parts.train + parts.dev:
+        yield Pair(pair.query, cut(pair.passage, seeded(sources.seed, "docstrings", pair.passage)))
+
+
+KINDS: dict[str, Callable[[Sources], Iterable[Pair]]] = {
+    "docstrings": docstring_pairs,
+    "code": lambda sources: code_pairs(sources.seed),
+    "packages": lambda sources: package_pairs(sources.seed, sources.descriptions),
+    "sections": lambda sources: section_pairs(sources.seed, sources.sections),
+    "glosses": lambda sources: sources.glosses,
+    "sentences": lambda sources: prose_pairs(sources.seed, sources.prose()),
+}
+
+
+def source_versions(cache: Path) -> dict[str, str]:
+    """The versions of the packages whose text is used, Debian's by their files and Python's as installed."""
+    python = required_packages("flagembedding_matryoshka", {"demo"}) - {"flagembedding-matryoshka"}
+    versions = {f"deb {deb.name.split('_')[0]}": version(deb) for deb in sorted(cache.glob("*.deb"))}
+    return versions | {f"python {name}": python_version(name) for name in sorted(python)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="where the collections go")
+    parser.add_argument("--cache", type=Path, help="where package files go (default: OUTPUT/cache)")
+    parser.add_argument("--limit", type=int, default=5000, help="queries per kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    args = parser.parse_args()
+    cache = args.cache or args.output / "cache"
+    sources, report = Sources(args.seed, cache), {}
+    for kind in args.kinds:
+        directory = args.output / kind
+        if not is_complete(directory) and not write_collection(directory, KINDS[kind](sources), args.limit, args.seed):
+            print(f"{kind}: left out, there is nothing to read", flush=True)
+    for kind in filter(lambda kind: is_complete(args.output / kind), KINDS):
+        report[kind] = counts(args.output / kind)
+        print(kind, *(f"{name} {value}" for name, value in report[kind].items()), sep="  ", flush=True)
+    summary = {"seed": args.seed, "limit": args.limit, "kinds": report, "sources": source_versions(cache)}
+    write_text(args.output / "collect.json", json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
