@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flagembedding_matryoshka.finetune.chance import ChanceGuard
 from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
 
@@ -52,6 +55,8 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self._passes = (-1, 0)
         self._terms: list[dict[str, Tensor]] = []
         self._chance: ChanceGuard | None = None
+        trains_all_weights = not isinstance(self.model.model, PeftModel)
+        self._effort = Effort(self.model.config, trains_all_weights, self.model.method.deeper_exit != "none")
 
     def _pass_number(self) -> int:
         """Passes before this one, counted from the optimizer step, so that a resumed run counts on."""
@@ -72,6 +77,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self._pass_number(),
             self.args.process_index,
         )
+        self._effort.add(inputs["pair"], self.model.train_group_size, sub_network)
         loss, outputs = super().compute_loss(model, {**inputs, "sub_network": sub_network}, True, **kwargs)
         self._terms.append(outputs.terms)
         return (loss, outputs) if return_outputs else loss
@@ -90,7 +96,15 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             exits = self.model.config.exit_layers
             self._chance.check(self.state.global_step, {layer: found[f"layer_{layer}_contrastive"] for layer in exits})
             self._terms.clear()
+        if "loss" in logs or "train_runtime" in logs:
+            counts = self.accelerator.reduce(self._effort.counts(self.args.device), reduction="sum")
+            logs |= self._effort.totals(self._history, counts)
         super().log(logs, start_time)
+
+    @cached_property
+    def _history(self) -> list[dict[str, Any]]:
+        """What had been logged when this part of the run began."""
+        return list(self.state.log_history)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Whole lists instead of training's groups."""

@@ -1,0 +1,64 @@
+"""What a training run has cost so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.flops import estimate_flops
+
+COUNTED = ("lists", "tokens", "operations", "seconds")
+
+
+class Effort:
+    """Counts the passes of one process from where a resumed run had come.
+
+    Args:
+        trains_all_weights: whether the weights of the network learn, whose gradients take as much as a pass.
+        teaches_itself: whether a pass without compression and gradient runs beside one that compresses.
+    """
+
+    def __init__(self, config: CostWiseMistralConfig, trains_all_weights: bool, teaches_itself: bool) -> None:
+        self.config = config
+        self.passes = 3 if trains_all_weights else 2
+        self.teaches_itself = teaches_itself
+        self.started = time.monotonic()
+        self.lists = self.tokens = self.operations = 0
+
+    def add(self, pair: Mapping[str, Tensor], group: int, sub_network: SubNetwork) -> None:
+        """Count a pass, forward and backward, over groups of `group` pairs; adapters are left out, which are small."""
+        total, query, prompt = (
+            values.cpu() for values in (pair["attention_mask"].sum(1), pair["query_lengths"], pair["prompt_lengths"])
+        )
+        parts = (query, total - query - prompt, prompt)
+        shares_query = torch.arange(len(query)) % group > 0
+        self.lists += len(query) // group
+        self.tokens += int(total.sum())
+        self.operations += self.passes * estimate_flops(self.config, sub_network, *parts, shares_query)
+        first = next((layer for layer in sub_network.compress_layers if sub_network.compresses_after(layer)), None)
+        if self.teaches_itself and first is not None:
+            full = SubNetwork(sub_network.cutoff_layers)
+            shared = torch.full_like(query, first)
+            self.operations += estimate_flops(self.config, full, *parts, shares_query)
+            self.operations -= estimate_flops(self.config, full, *parts, shares_query, shared)
+
+    def totals(self, history: Sequence[Mapping[str, Any]], counts: Tensor) -> dict[str, float]:
+        """Lists, tokens, floating-point operations and seconds from the first step of the run on.
+
+        Args:
+            history: what an earlier part of the run has logged.
+            counts: (3,) of this part, see `counts`, summed over all processes.
+        """
+        logged = (logs for logs in reversed(history) if all(name in logs for name in COUNTED))
+        before: Mapping[str, Any] = next(logged, {})
+        spent = [*counts.tolist(), time.monotonic() - self.started]
+        return {name: float(before.get(name, 0)) + value for name, value in zip(COUNTED, spent, strict=True)}
+
+    def counts(self, device: torch.device) -> Tensor:
+        """(3,) float64: lists, tokens and operations of this process, since the run was started or resumed."""
+        return torch.tensor([self.lists, self.tokens, self.operations], dtype=torch.float64, device=device)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from flagembedding_matryoshka import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.finetune.effort import Effort
+from flagembedding_matryoshka.flops import estimate_flops
+
+CONFIG = CostWiseMistralConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+    layer_wise=True, start_layer=2,
+)  # fmt: skip
+EXITS = tuple(CONFIG.exit_layers)
+WIDE, NARROW = SubNetwork(EXITS), SubNetwork(EXITS, (3,), 2)
+LENGTHS = torch.tensor([10, 12, 9, 14])
+PAIR = {
+    "attention_mask": (torch.arange(14) < LENGTHS[:, None]).long(),
+    "query_lengths": torch.tensor([3, 3, 4, 4]),
+    "prompt_lengths": torch.full((4,), 2),
+}
+PARTS = (PAIR["query_lengths"], LENGTHS - PAIR["query_lengths"] - 2, PAIR["prompt_lengths"])
+SHARED = torch.tensor([False, True, False, True])
+
+
+def flops(sub_network, **options):
+    return estimate_flops(CONFIG, sub_network, *PARTS, SHARED, **options)
+
+
+@pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])
+def test_a_pass_and_its_gradients(all_weights, passes):
+    effort = Effort(CONFIG, all_weights, teaches_itself=True)
+    effort.add(PAIR, 2, WIDE)
+    effort.add(PAIR, 2, WIDE)
+    counts = effort.counts(torch.device("cpu"))
+    assert counts.tolist() == [4, 2 * int(LENGTHS.sum()), 2 * passes * flops(WIDE)]
+
+
+def test_the_teaching_pass_begins_where_the_passage_is_compressed():
+    effort, plain = (Effort(CONFIG, False, teaches_itself=itself) for itself in (True, False))
+    for counter in (effort, plain):
+        counter.add(PAIR, 2, NARROW)
+    heads = flops(WIDE) - flops(WIDE, depths=torch.full((4,), 3))
+    assert plain.operations == 2 * flops(NARROW)
+    assert effort.operations - plain.operations == heads
+
+
+def test_a_resumed_run_counts_on():
+    effort = Effort(CONFIG, False, teaches_itself=False)
+    effort.add(PAIR, 2, WIDE)
+    counts = effort.counts(torch.device("cpu"))
+    history = [{"loss": 1.0, "lists": 7.0, "tokens": 100.0, "operations": 5.0, "seconds": 60.0}, {"eval_MRR@10": 0.5}]
+    totals = effort.totals(history, counts)
+    assert totals["lists"] == 9 and totals["tokens"] == 145 and totals["seconds"] >= 60
+    assert effort.totals([], counts)["lists"] == 2
