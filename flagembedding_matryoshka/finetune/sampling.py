@@ -14,18 +14,18 @@ def sample_sub_network(
     compress_ratios: Sequence[int],
     seed: int,
     step: int,
-    rank: int,
 ) -> SubNetwork:
-    """All exits, each compress layer on half of the time, the ratio uniform: a function of (seed, step, rank) alone.
+    """All exits, each compress layer on half of the time, the ratio uniform: a function of (seed, step) alone.
+
+    All processes run the same layers in the same order, without which sharded ones would wait for each other for ever.
 
     Args:
-        step: forward passes that this process has done before.
-        rank: the process among all that train together.
+        step: forward passes that a process has done before.
 
     Raises:
         ValueError: if a layer or ratio does not exist.
     """
-    draw = random.Random(f"{seed}-{step}-{rank}")
+    draw = random.Random(f"{seed}-{step}")
     ratio = draw.choice(list(compress_ratios))
     layers = [layer for layer in compress_layers if draw.random() < 0.5]
     return SubNetwork.resolve(config, config.exit_layers, layers, ratio if layers else 1)

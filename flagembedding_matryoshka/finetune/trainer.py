@@ -75,7 +75,6 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self.compress_ratios,
             self.args.seed,
             self._pass_number(),
-            self.args.process_index,
         )
         self._effort.add(inputs["pair"], self.model.train_group_size, sub_network)
         loss, outputs = super().compute_loss(model, {**inputs, "sub_network": sub_network}, True, **kwargs)

@@ -338,9 +338,9 @@ def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, trainin
     steps = []
     from flagembedding_matryoshka.finetune import trainer
 
-    def recorded(config, layers, ratios, seed, step, rank):
+    def recorded(config, layers, ratios, seed, step):
         steps.append(step)
-        return sample_sub_network(config, layers, ratios, seed, step, rank)
+        return sample_sub_network(config, layers, ratios, seed, step)
 
     monkeypatch.setattr(trainer, "sample_sub_network", recorded)
     runner(

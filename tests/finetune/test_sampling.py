@@ -10,18 +10,17 @@ CONFIG = CostWiseMistralConfig(num_hidden_layers=8, layer_wise=True, start_layer
 LAYERS, RATIOS, STEPS = [2, 4, 6], [1, 2, 4, 8], 4000
 
 
-def sample(step, seed=0, rank=0, ratios=RATIOS):
-    return sample_sub_network(CONFIG, LAYERS, ratios, seed, step, rank)
+def sample(step, seed=0, ratios=RATIOS):
+    return sample_sub_network(CONFIG, LAYERS, ratios, seed, step)
 
 
-def test_a_function_of_seed_step_and_rank_alone():
+def test_a_function_of_seed_and_step_alone():
     state = random.getstate()
     draws = [sample(step) for step in range(20)]
     assert random.getstate() == state
     random.random()
     assert [sample(step) for step in range(20)] == draws
     assert [sample(step, seed=1) for step in range(20)] != draws
-    assert [sample(step, rank=1) for step in range(20)] != draws
 
 
 def test_every_exit_is_scored():
@@ -41,4 +40,4 @@ def test_each_layer_is_on_half_of_the_time_and_ratios_are_uniform():
 def test_a_layer_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"compress_layers \[9\] do not exist"):
         for step in range(20):
-            sample_sub_network(CONFIG, [9], [2], 0, step, 0)
+            sample_sub_network(CONFIG, [9], [2], 0, step)
