@@ -18,6 +18,7 @@ from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
 Arguments = TypeVar("Arguments")
+BEST_METRIC = "nDCG@10"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
 
 
@@ -242,6 +243,8 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             self.warmup_steps: float = self.warmup_ratio
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ImportError(f"deepspeed={self.deepspeed} needs the package of that name: pip install deepspeed")
+        if self.load_best_model_at_end:
+            self._keep_the_best()
         compensates = self.finetune_type is not None
         if self.train_method is None:
             self.train_method = "normal" if compensates else "distill_fix_layer_teacher"
@@ -272,6 +275,15 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             )
         if 1 not in self.compress_ratios and not self.compress_layers:
             raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")
+
+    def _keep_the_best(self) -> None:
+        """Of the checkpoints that are written, by how well they rank: transformers' default is a loss, of which lists
+        that are ranked have none."""
+        args: Any = self
+        if args.metric_for_best_model is None:
+            args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
+        if args.eval_strategy == "no":
+            args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps
 
 
 def adopt(ours: type[Arguments], given: Any) -> Arguments:

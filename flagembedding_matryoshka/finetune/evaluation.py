@@ -17,7 +17,7 @@ def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[st
     """MRR@10 and nDCG@10 of each exit, `layer_{exit}_MRR@10`, and their means over the exits, `MRR@10`.
 
     Args:
-        prediction: scores (queries, exits, longest list) and labels (queries, longest list), 1 on relevant passages.
+        prediction: scores (queries, longest list, exits) and labels (queries, longest list), 1 on relevant passages.
     """
     scores, labels = np.asarray(prediction.predictions, dtype=float), np.asarray(prediction.label_ids)
     places = [(query, place) for query, place in np.ndindex(labels.shape) if labels[query, place] != PADDING]
@@ -25,7 +25,7 @@ def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[st
     metrics: dict[str, float] = {}
     for number, layer in enumerate(exits):
         run = [
-            ir_measures.ScoredDoc(str(query), str(place), float(scores[query, number, place]))
+            ir_measures.ScoredDoc(str(query), str(place), float(scores[query, place, number]))
             for query, place in places
         ]
         measured = ir_measures.calc_aggregate([RR @ 10, nDCG @ 10], qrels, run)

@@ -25,6 +25,7 @@ from flagembedding_matryoshka.checkpoint import (
 )
 from flagembedding_matryoshka.configuration import SubNetwork
 from flagembedding_matryoshka.finetune.arguments import (
+    BEST_METRIC,
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
@@ -96,6 +97,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
                 check_training_file(paths[index], scores)
         if data_args.eval_data is not None:
             _evaluate_checkpoints(training_args)
+        elif training_args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
+                f"{training_args.load_best_model_at_end} need eval_data: lists to rank."
+            )
         output_dir = Path(training_args.output_dir)
         training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
         resumed = training_args.resume_from_checkpoint is not None
@@ -252,4 +258,4 @@ def _evaluate_checkpoints(args: MatryoshkaTrainingArguments) -> None:
             "eval_data is given, but save_strategy and eval_strategy are 'no': nothing would be evaluated."
         )
     if args.metric_for_best_model is None:
-        args.metric_for_best_model, args.greater_is_better = "nDCG@10", True
+        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True

@@ -120,18 +120,25 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Scores (queries, exits, longest list) and labels (queries, longest list), both PADDING behind a list."""
+        """Scores (queries, longest list, exits) and labels (queries, longest list), both PADDING behind a list.
+
+        The list stands second, where `Trainer` pads batches whose longest lists differ.
+        """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = model(**inputs).scores
         lists = scores.new_full((len(scores), *labels.shape), PADDING)
         lists[:, labels != PADDING] = scores
-        return None, lists.transpose(0, 1).contiguous(), labels
+        return None, lists.permute(1, 2, 0).contiguous(), labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # `_save` writes the wrapped model's weights, under its own names.
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.model if model is None else model)
+
+    def _load_best_model(self) -> None:
+        # As above: the inherited method looks for the weights of the module around the model.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # trainer_state.json comes next: no checkpoint that has it lacks a file of another process.

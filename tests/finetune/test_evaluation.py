@@ -13,7 +13,7 @@ LABELS = np.array([[1, 0, 0], [0, 1, PADDING]])
 def test_every_exit_is_measured_for_itself():
     right = [[3.0, 1.0, 2.0], [0.0, 1.0, PADDING]]
     wrong = [[1.0, 3.0, 2.0], [1.0, 0.0, PADDING]]
-    scores = np.array([right, wrong]).transpose(1, 0, 2)
+    scores = np.array([right, wrong]).transpose(1, 2, 0)
     metrics = ranking_metrics(EvalPrediction(scores, LABELS), exits=[4, 8])
     assert metrics["layer_4_MRR@10"] == metrics["layer_4_nDCG@10"] == 1.0
     assert metrics["layer_8_MRR@10"] == pytest.approx((1 / 3 + 1 / 2) / 2)
@@ -22,12 +22,12 @@ def test_every_exit_is_measured_for_itself():
 
 
 def test_what_stands_behind_a_list_is_not_ranked():
-    scores = np.array([[[3.0, 1.0, 2.0]], [[-300.0, -200.0, PADDING]]])
+    scores = np.array([[3.0, 1.0, 2.0], [-300.0, -200.0, PADDING]])[..., None]
     assert ranking_metrics(EvalPrediction(scores, LABELS), exits=[4])["layer_4_MRR@10"] == 1.0
 
 
 def test_a_relevant_passage_below_the_tenth_place_counts_nothing():
     labels = np.array([[0] * 10 + [1]])
-    scores = -np.arange(11.0)[None, None]
+    scores = -np.arange(11.0)[None, :, None]
     metrics = ranking_metrics(EvalPrediction(scores, labels), exits=[4])
     assert metrics["layer_4_MRR@10"] == metrics["layer_4_nDCG@10"] == 0.0

@@ -317,9 +317,48 @@ def test_evaluation_ranks_at_every_exit_and_keeps_the_best_checkpoint(tiny_raw_m
     assert run.trainer.state.best_global_step == best["step"]
 
 
+def test_lists_of_different_lengths_are_evaluated_and_the_best_checkpoint_is_what_is_written(
+    tiny_raw_model_path, training_file, tmp_path
+):
+    rows = [json.loads(line) for line in training_file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["neg"] = row["neg"][: number + 1]
+        del row["pos_scores"], row["neg_scores"]
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = runner(
+        tiny_raw_model_path,
+        training_file,
+        tmp_path / "out",
+        {"start_layer": 2},
+        {"eval_data": [str(lists)]},
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        per_device_eval_batch_size=1,
+        load_best_model_at_end=True,
+    )
+    assert (run.training_args.metric_for_best_model, run.training_args.greater_is_better) == ("nDCG@10", True)
+    # Whichever is best, here it is the first: what is written last differs from it.
+    run.training_args.metric_for_best_model, run.training_args.greater_is_better = "eval_step", False
+    metrics = run.trainer.compute_metrics
+    run.trainer.compute_metrics = lambda found: metrics(found) | {"step": run.trainer.state.global_step}
+    run.run()
+    assert run.trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    first, last, written = (
+        load_file(tmp_path / "out" / folder / "adapter_model.safetensors")
+        for folder in ("checkpoint-1", "checkpoint-3", "")
+    )
+    assert all(torch.equal(written[name], first[name]) for name in first)
+    assert any(not torch.equal(written[name], last[name]) for name in last)
+
+
 def test_evaluation_without_checkpoints_is_refused(tiny_raw_model_path, training_file, tmp_path):
     with pytest.raises(ValueError, match="nothing would be evaluated"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {}, {"eval_data": [str(training_file)]})
+    best = {"load_best_model_at_end": True, "save_strategy": "steps"}
+    with pytest.raises(ValueError, match="load_best_model_at_end=True need eval_data"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out", **best)
 
 
 def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path, caplog):
