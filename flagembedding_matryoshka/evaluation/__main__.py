@@ -14,13 +14,22 @@ from pathlib import Path
 
 from flagembedding_matryoshka.beir import read_collection
 from flagembedding_matryoshka.checkpoint import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run
+from flagembedding_matryoshka.evaluation.arguments import (
+    add_candidates,
+    add_cascades,
+    add_dtype,
+    add_scoring,
+    as_cascades,
+    collection_name,
+    positive,
+)
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
 from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
 from flagembedding_matryoshka.evaluation.plot import plot
 from flagembedding_matryoshka.evaluation.report import Compared, compare, measured, table
 from flagembedding_matryoshka.evaluation.settings import full_network, grid
-from flagembedding_matryoshka.evaluation.store import Store, machine, model_fingerprint
+from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.plan import PLAN_NAME, Plan, adapter_names
 from flagembedding_matryoshka.reranker import MatryoshkaReranker
@@ -34,40 +43,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data = parser.add_argument_group("what is ranked")
     data.add_argument("--data", type=Path, required=True, help="corpus.jsonl, queries.jsonl and qrels/ lie here")
-    data.add_argument("--split", default="test", help="qrels/{split}.tsv is read (default: %(default)s)")
     data.add_argument("--run", type=Path, help="re-rank the candidates of this TREC run instead of BM25's")
-    data.add_argument("--top_k", type=_positive, default=100, help="candidates of a query (default: %(default)s)")
+    add_candidates(data)
 
     model = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     model.add_argument("--model", required=True, help="its name or path")
     model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
     model.add_argument("--start_layer", type=int, default=DEFAULT_START_LAYER, help="of a raw Mistral")
     model.add_argument("--layer_sep", type=int, default=DEFAULT_LAYER_SEP, help="of a raw Mistral")
-    model.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: %(default)s)")
-    model.add_argument("--devices", nargs="+", help="such as cpu or cuda:0")
-    model.add_argument("--batch_size", type=_positive, default=128, help="default: %(default)s")
-    model.add_argument("--query_max_length", type=_positive, help="tokens of a query")
-    model.add_argument("--max_length", type=_positive, default=512, help="tokens of a pair (default: %(default)s)")
+    add_dtype(model)
+    add_scoring(model)
 
     settings = parser.add_argument_group("settings", "the full network is always measured beside them")
     settings.add_argument("--cutoff_layers", type=int, nargs="+", help="default: every exit")
     settings.add_argument("--compress_layers", type=int, nargs="+", default=[], help="for all ratios above 1")
     settings.add_argument("--compress_ratios", type=int, nargs="+", default=[1], help="default: 1, off")
-    settings.add_argument(
-        "--cascade",
-        type=_stage,
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="EXIT:SHARE",
-        help="after EXIT only this share of all candidates goes deeper, up to the deepest of --cutoff_layers; measured "
-        "at every ratio; give it again for another cascade",
-    )
+    add_cascades(settings)
 
     output = parser.add_argument_group("measuring")
     output.add_argument("--output", type=Path, default=Path("evaluation_output"), help="default: %(default)s")
-    output.add_argument("--recall_at", type=_positive, default=10, help="default: %(default)s")
-    output.add_argument("--timed_pairs", type=_positive, default=1000, help="for the speed (default: %(default)s)")
+    output.add_argument("--recall_at", type=positive, default=10, help="default: %(default)s")
+    output.add_argument("--timed_pairs", type=positive, default=1000, help="for the speed (default: %(default)s)")
     output.add_argument(
         "--write_plan", action="store_true", help=f"write {PLAN_NAME} beside the model, for its budget= and quality="
     )
@@ -81,14 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.write_plan and not Path(options.model).is_dir():
         parser.error(f"--write_plan writes beside the model, but {options.model} is no local directory")
-    cascades = [dict(stages) for stages in options.cascade]
-    for cascade, stages in zip(cascades, options.cascade, strict=True):
-        if len(cascade) < len(stages):
-            parser.error(f"--cascade names an exit twice: {stages}")
+    cascades = as_cascades(parser, options.cascade)
     exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
     config = inspect_checkpoint(options.model, **exits).config
     settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
-    collection = read_collection(options.data, options.split)
+    collection = sample_queries(read_collection(options.data, options.split), options.queries, options.query_seed)
     if options.run is None:
         candidates = from_bm25(collection, options.top_k)
     else:
@@ -103,18 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_length=options.max_length,
         devices=options.devices,
     )
-    conditions = {
-        "model": model_fingerprint(reranker),
-        "candidates": candidates.fingerprint(),
-        "machine": machine(reranker),
-        "timed_pairs": options.timed_pairs,
-        "recall_at": options.recall_at,
-    }
-    store = Store(options.output, conditions)
+    store = Store(options.output, conditions(reranker, candidates, options.timed_pairs, options.recall_at))
     results = evaluate(reranker, candidates, settings, store, options.timed_pairs, options.recall_at)
     full = full_network(config)
     compared = compare(results, full)
-    name = f"{options.data.resolve().name}/{options.split}"
+    name = collection_name(options.data, options.split)
     given = per_query(candidates, in_order(candidates.passages), options.recall_at)
     _write_report(options.output, compared, given, candidates, name, machine(reranker))
     if options.write_plan:
@@ -154,21 +140,6 @@ def _write_report(
     write_text(output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     plot(compared, mean(given[QUALITY]), candidates.source, about, output / "quality_cost.png")
     print(f"Wrote table.md, results.json, quality_cost.png and a TREC run per setting to {output}.")
-
-
-def _stage(text: str) -> tuple[int, float]:
-    layer, _, share = text.partition(":")
-    try:
-        return int(layer), float(share)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be EXIT:SHARE, such as 8:0.5") from error
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flagembedding_matryoshka.beir import Collection, bm25_lists
@@ -71,6 +72,18 @@ class Candidates:
             row = [query, self.collection.queries[query], self.collection.relevant[query], passages, self.texts(query)]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
+
+
+def sample_queries(collection: Collection, count: int | None, seed: int) -> Collection:
+    """The collection with judgements of `count` queries alone, drawn by `seed`, in their order; None is all of them.
+
+    A collection that judges no more than `count` stays as it is.
+    """
+    if count is None or count >= len(collection.relevant):
+        return collection
+    drawn = set(random.Random(seed).sample(list(collection.relevant), count))
+    relevant = {query: grades for query, grades in collection.relevant.items() if query in drawn}
+    return replace(collection, relevant=relevant)
 
 
 def from_bm25(collection: Collection, top_k: int) -> Candidates:

@@ -64,3 +64,12 @@ def to_trec(run: Run, tag: str) -> str:
         for query, scores in run.items()
         for rank, passage in enumerate(ranking(scores), start=1)
     )
+
+
+def from_trec(text: str) -> Run:
+    """The run that `to_trec` wrote as `text`."""
+    run: Run = {}
+    for line in text.splitlines():
+        query, _, passage, _, score, _ = line.split()
+        run.setdefault(query, {})[passage] = float(score)
+    return run

@@ -102,6 +102,11 @@ def table(compared: Sequence[Compared], given: dict[str, list[float]]) -> str:
                 "yes" if item.on_front else "",
             ]
         )
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, in columns of even width: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(row)) + " |"

@@ -7,12 +7,14 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.evaluation.metrics import Run, mean, to_trec
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.metrics import Run, from_trec, mean, to_trec
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.plan import Setting
 from flagembedding_matryoshka.reranker import MatryoshkaReranker, ScoringOptions
@@ -73,6 +75,14 @@ class Store:
         }
         write_text(self._path(result.setting), json.dumps(about | asdict(result), indent=1) + "\n")
 
+    def run(self, setting: Setting) -> Run:
+        """The run that was saved for `setting`, with all digits of its scores.
+
+        Raises:
+            FileNotFoundError: if none was.
+        """
+        return from_trec(self._run_path(setting).read_text(encoding="utf-8"))
+
     def _path(self, setting: Setting) -> Path:
         return self.directory / "settings" / f"{slug(setting)}.json"
 
@@ -82,6 +92,19 @@ class Store:
     def _fingerprint(self, setting: Setting) -> str:
         conditions = json.dumps([self.conditions, asdict(setting)], sort_keys=True)
         return hashlib.sha256(conditions.encode()).hexdigest()
+
+
+def conditions(
+    reranker: MatryoshkaReranker, candidates: Candidates, timed_pairs: int, recall_at: int
+) -> dict[str, Any]:
+    """All that results of `evaluate` depend on but the setting."""
+    return {
+        "model": model_fingerprint(reranker),
+        "candidates": candidates.fingerprint(),
+        "machine": machine(reranker),
+        "timed_pairs": timed_pairs,
+        "recall_at": recall_at,
+    }
 
 
 def slug(setting: Setting) -> str:
@@ -108,15 +131,21 @@ def machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
 
 
 def model_fingerprint(reranker: MatryoshkaReranker) -> str:
-    """SHA-256 of all that scores depend on: configuration, weights as loaded and merged, tokenizer, what is put around
-    texts and where they are cut."""
+    """SHA-256 of all that scores depend on: configuration, weights as loaded, merged and quantized, tokenizer, what is
+    put around texts and where they are cut."""
     digest = hashlib.sha256()
     config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
-    options = [(field.name, getattr(reranker, field.name)) for field in fields(ScoringOptions)]
+    names = [*(field.name for field in fields(ScoringOptions)), "quantization"]
+    options = [(name, getattr(reranker, name)) for name in names]
     digest.update(json.dumps([config, options], sort_keys=True, default=str).encode())
     for name, weight in reranker.model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(weight, torch.Tensor):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:  # what PyTorch packs for products in int8
+            packed = BytesIO()
+            torch.save(weight, packed)
+            digest.update(name.encode() + packed.getvalue())
     with tempfile.TemporaryDirectory() as folder:
         reranker.tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):

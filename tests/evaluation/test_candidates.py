@@ -1,7 +1,7 @@
 import pytest
 
 from flagembedding_matryoshka.beir import Collection, read_collection
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
 from tests.collection import CORPUS, QUERIES
 
 LINES = ["q1 Q0 p3 1 9.5 bm25", "q3 Q0 p4 1 2 bm25", "", "q1 Q0 p1 2 11 bm25", "q2 Q0 p7 1 -1e3 bm25"]
@@ -55,6 +55,15 @@ def test_a_run_is_ordered_by_score(beir, run):
 def test_what_is_wrong_in_a_run_is_named_with_file_and_line(beir, run, lines, message):
     with pytest.raises(ValueError, match=message):
         from_run(read_collection(beir, "test"), run(lines), 10)
+
+
+def test_some_queries_are_drawn_by_seed(beir):
+    collection = read_collection(beir, "test")
+    drawn = {tuple(sample_queries(collection, 2, seed).relevant) for seed in range(20)}
+    assert drawn == {("q1", "q3"), ("q1", "q2"), ("q3", "q2")}
+    assert sample_queries(collection, 2, 7) == sample_queries(collection, 2, 7)
+    assert sample_queries(collection, 3, 7) is sample_queries(collection, None, 7) is collection
+    assert len(from_bm25(sample_queries(collection, 2, 7), 6).passages) == 2
 
 
 def test_without_any_candidate_nothing_is_ranked(collection):

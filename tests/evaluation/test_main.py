@@ -62,6 +62,11 @@ def test_runs_hold_the_re_rankers_scores(evaluate, model, tmp_path):
     assert [float(row[4]) for row in rows] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_sample_of_the_queries(evaluate):
+    results = json.loads((evaluate("--queries", "2") / "results.json").read_text())
+    assert results["queries"] == 2
+
+
 def test_what_is_measured_is_not_measured_again(evaluate, monkeypatch):
     first = json.loads((evaluate() / "results.json").read_text())
 

@@ -1,0 +1,1 @@
+"""What the design claims and nothing else shows: `python -m benchmarks.ablations …`."""

@@ -1,0 +1,66 @@
+"""How much of the full ranking is left when most candidates stop early?
+
+Cascades of one model, compared with all candidates going all the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.ablations.agreement import agreement
+from benchmarks.ablations.ranking import Collections, load, measure, quality
+from benchmarks.ablations.report import Report, about_machine
+from benchmarks.ablations.statistics import Arm
+from flagembedding_matryoshka.checkpoint import inspect_checkpoint
+from flagembedding_matryoshka.evaluation.arguments import add_cascades, add_dtype
+from flagembedding_matryoshka.evaluation.settings import full_network
+from flagembedding_matryoshka.plan import Setting
+
+AGREEMENT = ("first the same", "first ten in common")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this claim."""
+    parser.add_argument("--model", required=True, help="a layer-wise checkpoint, or what fine-tuning wrote")
+    add_dtype(parser)
+    add_cascades(parser, required=True)
+
+
+def run(options: argparse.Namespace, collections: Collections) -> None:
+    """Measure, report."""
+    config = inspect_checkpoint(options.model, from_raw=False).config
+    full = full_network(config)
+    cascades = [Setting(full.cutoff_layer, cascade=tuple(sorted(stages.items()))) for stages in options.cascade]
+    for setting in cascades:
+        setting.check(config)
+    with load(options, options.model, dtype=options.dtype) as reranker:
+        settings = [full, *dict.fromkeys(cascades)]
+        found = measure(reranker, collections, settings, options.work / "cascade")
+        machine = about_machine(reranker)
+
+    def operations(setting: Setting, scope: Sequence[str]) -> float:
+        return sum(found[setting][name].result.flops_per_pair * len(collections[name]) for name in scope)
+
+    def arms(scope: Sequence[str]) -> list[Arm]:
+        rows = []
+        for setting, ranked in found.items():
+            further = {column: agreement(column, ranked, found[full], scope) for column in AGREEMENT}
+            further["operations"] = operations(setting, scope) / operations(full, scope)
+            names = {"candidates go on": str(setting)}
+            rows.append(Arm(names, [quality(ranked, scope)], rows[0] if rows else None, further))
+        return rows
+
+    Report(
+        name="cascade",
+        title="How much of the full ranking is left when most candidates stop early?",
+        compared="Cascades, in which after some exits only a share of all candidates goes deeper (6:0.5 is half of "
+        "them after exit 6) and the others rank behind, are compared with all candidates going all the way.",
+        reading={
+            "first the same": "share of queries whose first candidate is that of the full ranking.",
+            "first ten in common": "share of a query's first ten that are among the full ranking's first ten.",
+            "operations": "floating-point operations as a share of the full ranking's.",
+        },
+        about={"model": Path(options.model).name} | machine,
+    ).write(options.output, collections, arms)

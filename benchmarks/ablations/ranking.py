@@ -1,0 +1,82 @@
+"""What re-rankers make of collections, by evaluation's own functions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
+from flagembedding_matryoshka.evaluation.measuring import evaluate
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, in_order, per_query
+from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
+from flagembedding_matryoshka.plan import Setting
+
+RECALL_AT = 10
+Collections = Mapping[str, Candidates]
+"""A collection's name to what is re-ranked of it."""
+
+
+class Ranked(NamedTuple):
+    """What a setting made of a collection."""
+
+    result: Result
+    run: Run
+
+
+def read_candidates(options: argparse.Namespace) -> dict[str, Candidates]:
+    """BM25's candidates of every collection, by the collection's name."""
+    found = {}
+    for directory in options.data:
+        collection = sample_queries(read_collection(directory, options.split), options.queries, options.query_seed)
+        found[directory.resolve().name] = from_bm25(collection, options.top_k)
+    return found
+
+
+def load(options: argparse.Namespace, model: str, **more: Any) -> MatryoshkaReranker:
+    """The re-ranker that scores as the options say."""
+    return MatryoshkaReranker(
+        model,
+        devices=options.devices,
+        batch_size=options.batch_size,
+        query_max_length=options.query_max_length,
+        max_length=options.max_length,
+        **more,
+    )
+
+
+def measure(
+    reranker: MatryoshkaReranker,
+    collections: Collections,
+    settings: Sequence[Setting],
+    folder: Path,
+    timed_pairs: int = 1,
+) -> dict[Setting, dict[str, Ranked]]:
+    """For every setting what it made of each collection; what `folder` holds already is not measured again.
+
+    Args:
+        timed_pairs: as in evaluation; 1 where speed is not in question.
+    """
+    found: dict[Setting, dict[str, Ranked]] = {setting: {} for setting in settings}
+    for name, candidates in collections.items():
+        store = Store(folder / name, conditions(reranker, candidates, timed_pairs, RECALL_AT))
+        for result in evaluate(reranker, candidates, settings, store, timed_pairs, RECALL_AT):
+            found[result.setting][name] = Ranked(result, store.run(result.setting))
+    return found
+
+
+def quality(ranked: Mapping[str, Ranked], scope: Sequence[str]) -> list[float]:
+    """nDCG@10 of each query of the collections in `scope`."""
+    return [value for name in scope for value in ranked[name].result.per_query[QUALITY]]
+
+
+def given_quality(collections: Collections, scope: Sequence[str]) -> list[float]:
+    """nDCG@10 of each query in the candidates' own order."""
+    return [
+        value
+        for name in scope
+        for value in per_query(collections[name], in_order(collections[name].passages), RECALL_AT)[QUALITY]
+    ]

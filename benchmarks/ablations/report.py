@@ -1,0 +1,127 @@
+"""A claim's tables, in Markdown and in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.ablations.ranking import Collections, given_quality
+from benchmarks.ablations.statistics import Arm, Compared, compare
+from benchmarks.measuring import environment
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.evaluation.metrics import QUALITY
+from flagembedding_matryoshka.evaluation.report import markdown_table
+from flagembedding_matryoshka.evaluation.store import machine
+from flagembedding_matryoshka.files import write_text
+
+DEVIATION = "± seeds"
+READING = {
+    QUALITY: "the mean over queries, and over seeds where there are several; higher is better.",
+    DEVIATION: "standard deviation of the seeds' means: p speaks of other queries, ± of other seeds.",
+    "change": "difference to the row that the others are compared with, which has none.",
+    "p": (
+        "how often, if both were equally good, chance alone would bring a difference as large (two-sided paired "
+        "randomisation test over queries, of each query's mean over seeds; after Holm's correction for all rows of the "
+        "table). Below 0.05 the difference is commonly taken to hold for other queries of the kind."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What stands around the tables.
+
+    Attributes:
+        name: of the files.
+        title: the claim, as a question.
+        compared: what is compared, in a sentence.
+        reading: further column to how it is read.
+        about: what the numbers depend on, by name.
+    """
+
+    name: str
+    title: str
+    compared: str
+    reading: dict[str, str]
+    about: dict[str, Any]
+
+    def write(self, output: Path, collections: Collections, arms: Callable[[Sequence[str]], list[Arm]]) -> None:
+        """Write NAME.md and NAME.json.
+
+        Args:
+            arms: the rows over all queries of some collections.
+        """
+        names = list(collections)
+        scopes = [names, *([name] for name in names)] if len(names) > 1 else [names]
+        tables = [(scope, compare(arms(scope))) for scope in scopes]
+        lines = [f"# {self.title}", "", self.compared, ""]
+        stored = []
+        for scope, rows in tables:
+            given, source = fmean(given_quality(collections, scope)), collections[scope[0]].source
+            queries = sum(len(collections[name].passages) for name in scope)
+            pairs = sum(len(collections[name]) for name in scope)
+            title = scope[0] if len(scope) == 1 else f"All {len(scope)} collections together"
+            lines += [f"## {title}", "", f"{queries} queries, {pairs} pairs: {source}, in whose own order {QUALITY} is"]
+            lines[-1] += f" {given:.4f}."
+            lines += ["", markdown_table(cells(rows))]
+            about = {"collections": scope, "queries": queries, "pairs": pairs, "candidates": source}
+            stored.append(about | {f"{QUALITY} of the candidates' order": given, "rows": list(map(as_json, rows))})
+        columns = cells(tables[0][1])[0]
+        reading = {name: text for name, text in (READING | self.reading).items() if name in columns}
+        lines += ["## How to read it", "", *(f"- **{name}**: {text}" for name, text in reading.items()), ""]
+        lines += ["## How it was measured", "", *(f"- {name}: {in_words(value)}" for name, value in self.about.items())]
+        write_text(output / f"{self.name}.md", "\n".join(lines) + "\n")
+        report = {"claim": self.title, "compared": self.compared, "about": self.about, "tables": stored}
+        write_text(output / f"{self.name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        print("\n".join(lines))
+        print(f"\nWrote {self.name}.md and {self.name}.json to {output}.")
+
+
+def about_machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
+    """On what it was computed."""
+    found = environment(reranker.target_devices[0]) | machine(reranker)
+    del found["load_average"]  # our own, by now
+    return found
+
+
+def cells(rows: Sequence[Compared]) -> list[list[str]]:
+    """Header and rows of a table; a column of seeds where any row has several."""
+    with_seeds = any(row.deviation is not None for row in rows)
+    seeds = [DEVIATION] if with_seeds else []
+    header = [*rows[0].arm.names, QUALITY, *seeds, "change", "p", *rows[0].arm.further]
+    return [
+        header,
+        *(
+            [
+                *row.arm.names.values(),
+                f"{row.arm.mean:.4f}",
+                *(["" if row.deviation is None else f"{row.deviation:.4f}"] if with_seeds else []),
+                "" if row.change is None else f"{row.change:+.4f}",
+                "" if row.p_value is None else "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}",
+                *(f"{value:#.4g}" for value in row.arm.further.values()),
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def as_json(row: Compared) -> dict[str, Any]:
+    """A row with all digits, and each seed's mean."""
+    return {
+        **row.arm.names,
+        QUALITY: row.arm.mean,
+        "of seeds": row.arm.of_seeds,
+        "deviation": row.deviation,
+        "change": row.change,
+        "p_value": row.p_value,
+        **row.arm.further,
+    }
+
+
+def in_words(value: Any) -> str:
+    """A list as its items."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
