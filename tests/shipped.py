@@ -34,12 +34,16 @@ def write_base_package(site, tokenizer):
 
 
 def write_fine_tuned(base, output):
-    """What fine-tuning writes: adapters of random weights on `base`, a configuration and a tokenizer."""
+    """What fine-tuning writes: small random adapters on `base`, a configuration and a tokenizer."""
     tokenizer, checkpoint = load_tokenizer(base), inspect_checkpoint(base, exits=EXITS)
     model = load_model(checkpoint, tokenizer, torch.float32)
     torch.manual_seed(1)
-    adapters = LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False)
-    get_peft_model(model, adapters).save_pretrained(output, save_embedding_layers=False)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight *= 0.1
+    adapted.save_pretrained(output, save_embedding_layers=False)
     model.config.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return output
