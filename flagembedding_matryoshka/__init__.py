@@ -11,6 +11,7 @@ from flagembedding_matryoshka.modeling import (
     CostWiseMistralModel,
     CostWiseModelOutputWithPast,
 )
+from flagembedding_matryoshka.shipped import SMOLLM2
 
 if TYPE_CHECKING:
     from flagembedding_matryoshka.registry import register
@@ -20,6 +21,7 @@ TINY_BASE = str(Path(__file__).parent / "tiny_base")
 """A raw Mistral of a few megabytes, trained by examples/tiny_base.py: for demos and tests."""
 
 __all__ = [
+    "SMOLLM2",
     "TINY_BASE",
     "CostWiseCausalLMOutputWithPast",
     "CostWiseHead",

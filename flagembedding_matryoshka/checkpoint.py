@@ -19,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from flagembedding_matryoshka.configuration import COMPRESS_RATIOS, CostWiseMistralConfig
 from flagembedding_matryoshka.gguf import resolve
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.shipped import locate
 from flagembedding_matryoshka.tokenization import find_head_token_id
 
 DEFAULT_START_LAYER = 4
@@ -30,8 +31,8 @@ class Checkpoint:
     """What a path holds.
 
     Attributes:
-        path: as given; its tokenizer and, unless `base` differs, its weights are used.
-        base: where the weights lie that adapters are merged into.
+        path: where it lies; unless `base` differs, its weights are used.
+        base: where the weights lie that adapters are merged into, or the name that finds them.
         adapters: LoRA adapters to merge, in order.
         config: the layer-wise model to build.
         from_raw: whether `base` is a raw Mistral, whose heads are made while loading.
@@ -56,7 +57,8 @@ def inspect_checkpoint(
     """Read what lies at `path`, without its weights, and decide how to load it.
 
     Args:
-        path: a local directory, a name on the hub, or a GGUF file, which is then converted.
+        path: a local directory, a name on the hub, a GGUF file, which is then converted, or one of the names that
+            [`~flagembedding_matryoshka.shipped.locate`] knows.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
         start_layer, layer_sep: the exits to give a raw Mistral.
         max_layer: layers above this one are not loaded.
@@ -66,14 +68,15 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: if `path` looks like a local directory and does not exist.
-        ImportError: if a GGUF file is to be converted and the package `gguf` is missing.
+        ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
+            stands for.
         ValueError: if it is no Mistral, or not of the kind or with the exits asked for, or a GGUF file that cannot be
             converted.
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     adapters: list[str] = []
-    base = path
+    base, path = path, locate(path)
     readable = resolve(path, hub.get("cache_dir"))
     if find_adapter_config_file(readable, **hub) is not None:
         base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
@@ -137,10 +140,20 @@ def _cut(config: CostWiseMistralConfig, max_layer: int) -> None:
     config.num_hidden_layers = max_layer
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, padding on the right."""
-    readable = resolve(path, hub.get("cache_dir"))
-    return AutoTokenizer.from_pretrained(readable, trust_remote_code=trust_remote_code, padding_side="right", **hub)
+def load_tokenizer(
+    path: str, trust_remote_code: bool = False, use_fast: bool = True, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, or that of the base where adapters lie without one; it pads on the right."""
+    readable = resolve(locate(path), hub.get("cache_dir"))
+    if (
+        find_adapter_config_file(readable, **hub) is not None
+        and cached_file(readable, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None
+    ):
+        base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
+        return load_tokenizer(base, trust_remote_code, use_fast, **hub)
+    return AutoTokenizer.from_pretrained(
+        readable, trust_remote_code=trust_remote_code, use_fast=use_fast, padding_side="right", **hub
+    )
 
 
 def load_model(
@@ -161,18 +174,21 @@ def load_model(
         FileNotFoundError: if an adapter has no adapter_config.json.
         ValueError: if two adapters to attach are for the same ratio.
     """
-    adapters = [*checkpoint.adapters, *peft_paths]
+    adapters = [*checkpoint.adapters, *map(locate, peft_paths)]
     for adapter in adapters:
         if find_adapter_config_file(adapter, **hub) is None:
             raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_id(tokenizer)
-    base = resolve(checkpoint.base, hub.get("cache_dir"))
+    located = locate(checkpoint.base)
+    base = resolve(located, hub.get("cache_dir"))
     model = CostWiseMistralForCausalLM.from_pretrained(base, config=config, dtype=dtype, **hub)
-    if base != checkpoint.base:
-        # Adapters that are trained on the model note this as their base: the GGUF, not the cache it was converted into.
-        model.name_or_path = str(Path(checkpoint.base).expanduser().absolute())
+    if base != located:
+        # Adapters that are trained on the model note this as their base: the GGUF, or the name that finds it on any
+        # machine, not the cache it was converted into.
+        is_name = located != checkpoint.base
+        model.name_or_path = checkpoint.base if is_name else str(Path(located).expanduser().absolute())
     attached: dict[int, str] = {}
     for adapter in adapters:
         ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None

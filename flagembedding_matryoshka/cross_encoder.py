@@ -16,6 +16,7 @@ from flagembedding_matryoshka.configuration import SubNetwork
 from flagembedding_matryoshka.gguf import resolve
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM, Layers
 from flagembedding_matryoshka.packing import pack_pairs
+from flagembedding_matryoshka.shipped import locate
 from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
 
 
@@ -139,7 +140,7 @@ class MatryoshkaModule(InputModule):
         model = load_model(checkpoint, tokenizer, torch.float32, **hub)
         model.config.raw_peft = []
         config = cls.load_config(
-            resolve(model_name_or_path, cache_folder),
+            resolve(locate(model_name_or_path), cache_folder),
             token=token,
             cache_folder=cache_folder,
             revision=revision,
@@ -180,7 +181,7 @@ class MatryoshkaCrossEncoder(CrossEncoder):
 
 
 def load_cross_encoder(path: str, **kwargs: Any) -> MatryoshkaCrossEncoder:
-    """A CrossEncoder of a checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
+    """A CrossEncoder of "smollm2" or any checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
 
     What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
     imports modules of other packages only then. This needs none.

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from flagembedding_matryoshka.cascade import Schedule
 from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
 from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.shipped import locate
 
 PLAN_NAME = "matryoshka_plan.json"
 COMMAND = "python -m flagembedding_matryoshka.evaluation --model {} --data DIR --write_plan"
@@ -161,7 +162,7 @@ def adapter_names(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def load_plan(model: str, config: CostWiseMistralConfig, adapters: Sequence[str] = (), **hub: Any) -> Plan:
-    """The plan beside a model, a local directory or a name on the hub.
+    """The plan beside a model, a local directory or a name as `inspect_checkpoint` takes it.
 
     Args:
         config: the model's.
@@ -173,8 +174,9 @@ def load_plan(model: str, config: CostWiseMistralConfig, adapters: Sequence[str]
         ValueError: if the file is no plan, or another model's.
     """
     # A GGUF file has none: it is no directory, and no name on the hub.
-    is_file = Path(model).expanduser().is_file()
-    path = None if is_file else cached_file(model, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    located = locate(model)
+    is_file = Path(located).expanduser().is_file()
+    path = None if is_file else cached_file(located, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{model} has no {PLAN_NAME}: budget and quality choose among settings that were measured. This measures "

@@ -1,17 +1,18 @@
-"""The published re-rankers in FlagEmbedding's list of models."""
+"""The shipped and the published re-rankers in FlagEmbedding's list of models."""
 
 from __future__ import annotations
 
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
 
 from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.shipped import SMOLLM2_NAME
 
 PUBLISHED = ("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir")
 """Spelled as they were published."""
 
 
 def register(*names: str) -> None:
-    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for the published names.
+    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for "smollm2" and the published names.
 
     A second call changes nothing.
 
@@ -22,7 +23,7 @@ def register(*names: str) -> None:
     Raises:
         ValueError: if FlagEmbedding has another class for one of the names; then none is registered.
     """
-    wanted = (*PUBLISHED, *names)
+    wanted = (SMOLLM2_NAME, *PUBLISHED, *names)
     for name in wanted:
         present = AUTO_RERANKER_MAPPING.get(name)
         if present is not None and present.model_class is not MatryoshkaReranker:

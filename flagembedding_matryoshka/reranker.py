@@ -66,7 +66,8 @@ class MatryoshkaReranker(AbsReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
-        model_name_or_path: a layer-wise checkpoint, a raw Mistral, a GGUF file, or a directory that fine-tuning wrote.
+        model_name_or_path: "smollm2", the shipped re-ranker, unless the working directory holds something of that name;
+            a layer-wise checkpoint, a raw Mistral, a GGUF file, or a directory that fine-tuning wrote.
         peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
             stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
         dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
@@ -98,6 +99,7 @@ class MatryoshkaReranker(AbsReranker):
 
     Raises:
         FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
+        ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
         ValueError: if the checkpoint is not Mistral-shaped, arguments contradict it or each other, or nothing measured
             is within `budget` or reaches `quality`.
 

@@ -10,7 +10,7 @@ from flagembedding_matryoshka.registry import PUBLISHED, register
 pytestmark = pytest.mark.usefixtures("restored_mapping")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["smollm2", *PUBLISHED])
 def test_flagembedding_builds_our_class(name, tiny_layerwise_path, tmp_path):
     register()
     (tmp_path / name).symlink_to(tiny_layerwise_path)

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_candidates(data)
 
     model = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
-    model.add_argument("--model", required=True, help="its name or path")
+    model.add_argument("--model", required=True, help="its name, such as smollm2, or path")
     model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
     model.add_argument("--start_layer", type=int, default=DEFAULT_START_LAYER, help="of a raw Mistral")
     model.add_argument("--layer_sep", type=int, default=DEFAULT_LAYER_SEP, help="of a raw Mistral")

