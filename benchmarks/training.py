@@ -240,7 +240,7 @@ class Job:
     def sub_networks(self) -> list[SubNetwork]:
         """One per step, the same for every job of a shape."""
         seeds = itertools.islice(itertools.cycle(SEEDS), self.steps)
-        return [sample_sub_network(self.config, self.compress_layers, RATIOS, seed, step=0, rank=0) for seed in seeds]
+        return [sample_sub_network(self.config, self.compress_layers, RATIOS, seed, step=0) for seed in seeds]
 
 
 def small_config(layers: int, hidden: int) -> CostWiseMistralConfig:

@@ -141,7 +141,7 @@ def model_fingerprint(reranker: MatryoshkaReranker) -> str:
     for name, weight in reranker.model.state_dict().items():
         if isinstance(weight, torch.Tensor):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:  # what PyTorch packs for products in int8
             packed = BytesIO()
             torch.save(weight, packed)
