@@ -64,8 +64,8 @@ RATIOS = (1, 2, 4, 8)
 LORA_RANK, LORA_ALPHA = 32, 64
 QUERY_LENGTH, PASSAGE_LENGTHS, PROMPT_LENGTH = 32, (64, 192), 14
 LEARNING_RATE = 2e-4
-SEEDS = (9, 10, 3, 1, 23, 5, 20, 12)
-"""Of sub-networks: with three compress layers these draws hold ratios and layers about as often as chance does."""
+SEEDS = (14, 12, 0, 31, 3, 28, 8, 32)
+"""Of sub-networks: with three compress layers these draws hold every ratio twice, and a layer in half of them."""
 TOLERANCE = 1e-4
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
