@@ -11,7 +11,7 @@ timed. Settings take turns, round after round, after one round that warms up.
 arithmetic as a share of our full depth's, `time_share` its time as a share of that one's time: what is configured is
 what is saved if they agree. `share_of_matrix_peak` is arithmetic per second against a large matrix product's.
 Random weights say nothing of quality: what fewer bits and dropping candidates cost in agreement with the full ranking
-is measured with the shipped base on BM25's first 100 docstrings for held-out summary lines. The last line is JSON.
+is measured with the shipped re-ranker on BM25's first 100 docstrings for held-out summary lines. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ import torch
 from ir_measures import nDCG
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, MistralModel, PreTrainedTokenizerBase
+from transformers import MistralModel, PreTrainedTokenizerBase
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
-from flagembedding_matryoshka import TINY_BASE, CostWiseMistralConfig, CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.checkpoint import load_tokenizer
 from flagembedding_matryoshka.quantization import Quantization
+from flagembedding_matryoshka.shipped import SMOLLM2_BASE_NAME
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import candidates, collect_pairs, split
@@ -48,17 +50,18 @@ SHAPES = {"4x128": (4, 128), "16x512": (16, 512), "24x1024": (24, 1024)}
 QUERY_WORDS, PASSAGE_WORDS = (5, 15), (5, 150)
 MAX_LENGTH, BASELINE_BATCH = 512, 32
 CANDIDATES, TOP = 100, 10
+WORD_START = "Ġ"
 TOLERANCE = 1e-4
 PLAIN, PLAIN_SHARED = "plain cross-encoder", "plain, shared query"
 
 
 def config_of(layers: int, hidden: int) -> CostWiseMistralConfig:
-    """Mistral's proportions, an exit at every quarter of the depth, the shipped base's vocabulary."""
+    """Mistral's proportions, an exit at every quarter of the depth, the vocabulary of the shipped re-ranker's base."""
     return CostWiseMistralConfig(
         layer_wise=True,
         start_layer=layers // 4,
         layer_sep=layers // 4,
-        vocab_size=CostWiseMistralConfig.from_pretrained(TINY_BASE).vocab_size,
+        vocab_size=len(load_tokenizer(SMOLLM2_BASE_NAME)),
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
@@ -78,7 +81,7 @@ def write_checkpoint(config: CostWiseMistralConfig, path: str) -> None:
             if weight.dim() == 2 and "embed" not in name:
                 weight.normal_(std=weight.shape[1] ** -0.5)
     model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(path)
+    load_tokenizer(SMOLLM2_BASE_NAME).save_pretrained(path)
 
 
 def random_texts(words: Sequence[str], count: int, lengths: tuple[int, int], draw: random.Random) -> list[str]:
@@ -210,7 +213,8 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
             f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
             for method in quantizations(ours)
         }
-    words = [word.removeprefix("▁") for word in ours.tokenizer.get_vocab() if word.removeprefix("▁").isalpha()]
+    tokens = ours.tokenizer.get_vocab()
+    words = [token[1:] for token in tokens if token[0] == WORD_START and token[1:].isascii() and token[1:].isalpha()]
     pairs = list(
         zip(
             random_texts(words, args.pairs, QUERY_WORDS, draw),
@@ -266,15 +270,17 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def agreement(queries: int) -> list[dict[str, Any]]:
-    """How much of the full ranking of real candidates survives, with the shipped base."""
+    """How much of the full ranking of real candidates survives, with the shipped re-ranker."""
     pairs = collect_pairs()
     lists = candidates(split(pairs).held_out, [pair.passage for pair in pairs], CANDIDATES)[:queries]
-    options = {"start_layer": 3, "query_max_length": 32, "max_length": 140, "devices": "cpu"}
-    ours = MatryoshkaReranker(TINY_BASE, **options)
+    options = {"query_max_length": 32, "max_length": 140, "devices": "cpu"}
+    ours = MatryoshkaReranker(SMOLLM2, **options)
+    first, second = ours.config.exit_layers[:2]
     settings: list[tuple[str, MatryoshkaReranker, dict[int, float] | None]] = [("full depth", ours, None)]
     for method in quantizations(ours):
-        settings.append((method, MatryoshkaReranker(TINY_BASE, **options, quantization=method), None))
-    settings += [(f"cascade {cascade}", ours, cascade) for cascade in ({3: 0.5}, {3: 0.3, 4: 0.1}, {3: 0.1})]
+        settings.append((method, MatryoshkaReranker(SMOLLM2, **options, quantization=method), None))
+    cascades = ({first: 0.5}, {first: 0.3, second: 0.1}, {first: 0.1})
+    settings += [(f"cascade {cascade}", ours, cascade) for cascade in cascades]
 
     qrels = [ir_measures.Qrel(str(number), str(item.positive), 1) for number, item in enumerate(lists)]
     results: list[dict[str, Any]] = []
@@ -346,7 +352,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100, help="scored per call; default: %(default)s")
     parser.add_argument("--pairs_only", action="store_true", help="leave out lists of candidates for one query")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--queries", type=int, default=50, help="of the agreement; default: %(default)s")
+    parser.add_argument("--queries", type=int, default=10, help="of the agreement; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="file to write the JSON to as well")

@@ -3,7 +3,7 @@
     python -m benchmarks.serving --output serving.json
 
 Clients send one request after the other to a server in this process, each a query with a few short documents for the
-shipped base. The two servers take turns, round after round, after one round that warms up. The last line is a JSON
+shipped re-ranker. The two servers take turns, round after round, after one round that warms up. The last line is a JSON
 object.
 """
 
@@ -24,7 +24,7 @@ import httpx
 import uvicorn
 
 from benchmarks.measuring import environment
-from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
+from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
 from flagembedding_matryoshka.serve import Limits, create_app
 
 DOCUMENTS = ["Return the absolute value of a number.", "Open a file and return a stream.", "Sort a list in place."]
@@ -34,7 +34,7 @@ SETTINGS = {"one request at a time": 1, "dynamic batches": None}
 @contextmanager
 def serving(reranker: MatryoshkaReranker, batch_requests: int | None) -> Iterator[str]:
     """The address of a server that computes so many requests together."""
-    app = create_app(reranker, "tiny", Limits(batch_requests=batch_requests))
+    app = create_app(reranker, "smollm2", Limits(batch_requests=batch_requests))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -69,7 +69,7 @@ def measure(clients: int, requests: int, rounds: int) -> list[dict[str, Any]]:
     rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
     latencies: dict[str, list[float]] = {name: [] for name in SETTINGS}
     with ExitStack() as stack:
-        reranker = MatryoshkaReranker(TINY_BASE, start_layer=3, devices="cpu", max_length=140)
+        reranker = MatryoshkaReranker(SMOLLM2, devices="cpu", max_length=140)
         addresses = {
             name: stack.enter_context(serving(reranker, batch_requests)) for name, batch_requests in SETTINGS.items()
         }

@@ -1,6 +1,5 @@
 """Matryoshka (CostWise) Mistral re-rankers: one model, any depth and width."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
@@ -17,12 +16,8 @@ if TYPE_CHECKING:
     from flagembedding_matryoshka.registry import register
     from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
-TINY_BASE = str(Path(__file__).parent / "tiny_base")
-"""A raw Mistral of a few megabytes, trained by examples/tiny_base.py: for demos and tests."""
-
 __all__ = [
     "SMOLLM2",
-    "TINY_BASE",
     "CostWiseCausalLMOutputWithPast",
     "CostWiseHead",
     "CostWiseMistralConfig",

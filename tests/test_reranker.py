@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flagembedding_matryoshka import TINY_BASE, MatryoshkaReranker
+from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.batching import count_tokens
 from flagembedding_matryoshka.reranker import _as_pairs
 from tests.batches import out_of_memory_above
+from tests.tiny_base import TINY_BASE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
+from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoint import inspect_checkpoint, load_tokenizer
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.finetune.__main__ import main as finetune
@@ -130,7 +130,3 @@ def test_fine_tuning_goes_on_from_it(shipped, training_file, tmp_path, monkeypat
 def test_a_missing_checkpoint_is_no_name():
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at \./smollm2"):
         MatryoshkaReranker("./smollm2")
-
-
-def test_the_shipped_path_is_in_the_package():
-    assert Path(SMOLLM2).name == "smollm2" and Path(SMOLLM2).parent.name == "flagembedding_matryoshka"

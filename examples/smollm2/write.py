@@ -80,9 +80,11 @@ def write_part(checkpoint: Path, part: Path, exits: Sequence[int] | None) -> Cos
     config.save_pretrained(part)
     adapters = PeftConfig.from_pretrained(checkpoint)
     adapters.base_model_name_or_path = SMOLLM2_BASE_NAME
+    adapters.target_modules = sorted(adapters.target_modules)  # a set, whose order would differ from time to time
     adapters.save_pretrained(part)
     weights = select(load_file(checkpoint / WEIGHTS), have, wanted)
     save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+    (part / WEIGHTS).chmod(0o644)  # safetensors lets nobody but the owner read what it writes
     write_sentence_transformers_files(part)
     return config
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from flagembedding_matryoshka.beir import read_collection
@@ -23,15 +24,15 @@ from flagembedding_matryoshka.evaluation.arguments import (
     collection_name,
     positive,
 )
+from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
 from flagembedding_matryoshka.evaluation.measuring import evaluate
-from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
 from flagembedding_matryoshka.evaluation.plot import plot
-from flagembedding_matryoshka.evaluation.report import Compared, compare, measured, table
-from flagembedding_matryoshka.evaluation.settings import full_network, grid
+from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, compare, measured, table
+from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
 from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.plan import PLAN_NAME, Plan, adapter_names
+from flagembedding_matryoshka.plan import PLAN_NAME, Plan, Setting, adapter_names, load_plan
 from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 
@@ -60,6 +61,25 @@ def build_parser() -> argparse.ArgumentParser:
     settings.add_argument("--compress_ratios", type=int, nargs="+", default=[1], help="default: 1, off")
     add_cascades(settings)
 
+    settings.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[],
+        help="also what the model's plan chooses within these shares of the full network's operations",
+    )
+
+    baselines = parser.add_argument_group("baselines", "the candidates' own order is always measured beside them")
+    baselines.add_argument("--random_order", action="store_true", help="a random order of the candidates")
+    baselines.add_argument(
+        "--bi_encoder",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "PATH"),
+        help="the order by cosine of a sentence-transformers model, called NAME; give it again for another",
+    )
+
     output = parser.add_argument_group("measuring")
     output.add_argument("--output", type=Path, default=Path("evaluation_output"), help="default: %(default)s")
     output.add_argument("--recall_at", type=positive, default=10, help="default: %(default)s")
@@ -81,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
     config = inspect_checkpoint(options.model, **exits).config
     settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
+    chosen: dict[float, Setting] = {}
+    if options.budgets:
+        plan = load_plan(options.model, config, options.peft_path)
+        chosen = {budget: plan.choose(budget) for budget in options.budgets}
+        settings = by_width([*settings, *chosen.values()])
     collection = sample_queries(read_collection(options.data, options.split), options.queries, options.query_seed)
     if options.run is None:
         candidates = from_bm25(collection, options.top_k)
@@ -99,10 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = Store(options.output, conditions(reranker, candidates, options.timed_pairs, options.recall_at))
     results = evaluate(reranker, candidates, settings, store, options.timed_pairs, options.recall_at)
     full = full_network(config)
-    compared = compare(results, full)
+    baselines = [as_given(candidates, options.recall_at)]
+    if options.random_order:
+        baselines.append(at_random(candidates, options.recall_at))
+    device = reranker.target_devices[0]
+    for label, path in options.bi_encoder:
+        baselines.append(by_bi_encoder(candidates, label, path, options.timed_pairs, options.recall_at, device))
+    compared, beside = compare(results, full, baselines)
     name = collection_name(options.data, options.split)
-    given = per_query(candidates, in_order(candidates.passages), options.recall_at)
-    _write_report(options.output, compared, given, candidates, name, machine(reranker))
+    _write_report(options.output, compared, beside, chosen, candidates, name, machine(reranker))
     if options.write_plan:
         plan = Plan(
             exit_layers=tuple(config.exit_layers),
@@ -118,13 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write_report(
     output: Path,
-    compared: list[Compared],
-    given: dict[str, list[float]],
+    compared: Sequence[Compared],
+    baselines: Sequence[ComparedBaseline],
+    chosen: Mapping[float, Setting],
     candidates: Candidates,
     name: str,
     about_machine: dict,
 ) -> None:
-    text = table(compared, given)
+    text = table(compared, baselines, chosen)
     about = f"{name}: {len(candidates.passages)} queries, {len(candidates)} pairs, {candidates.source}"
     print(f"{about}\n\n{text}")
     report = {
@@ -133,12 +164,13 @@ def _write_report(
         "pairs": len(candidates),
         "candidates": candidates.source,
         "machine": about_machine,
-        "candidates_as_given": {measure: mean(values) for measure, values in given.items()},
+        "baselines": [item.as_json() for item in baselines],
         "settings": [item.as_json() for item in compared],
+        "chosen": [{"budget": budget, **asdict(setting)} for budget, setting in chosen.items()],
     }
     write_text(output / "table.md", text)
     write_text(output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    plot(compared, mean(given[QUALITY]), candidates.source, about, output / "quality_cost.png")
+    plot(compared, [item.baseline for item in baselines], about, output / "quality_cost.png")
     print(f"Wrote table.md, results.json, quality_cost.png and a TREC run per setting to {output}.")
 
 

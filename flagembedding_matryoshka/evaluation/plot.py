@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flagembedding_matryoshka.evaluation.metrics import QUALITY
+from flagembedding_matryoshka.evaluation.baselines import Baseline
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.report import Compared
 from flagembedding_matryoshka.files import replacing
 
@@ -17,11 +18,12 @@ except ImportError as error:
 MARKERS = "osD^"
 
 
-def plot(compared: Sequence[Compared], given: float, source: str, title: str, path: Path) -> None:
+def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str, path: Path) -> None:
     """A line for each width, a point for each exit with its number, a star for each cascade, the Pareto front behind.
 
+    A baseline is a cross where it has a cost, and else a level.
+
     Args:
-        given: nDCG@10 of the candidates as `source` ordered them.
         path: the PNG to write.
     """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -55,8 +57,15 @@ def plot(compared: Sequence[Compared], given: float, source: str, title: str, pa
                 ha="center",
                 fontsize=7,
             )
-    axes.axhline(given, color="grey", lw=0.8, ls="--")
-    axes.annotate(source, (1, given), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
+    for baseline in baselines:
+        quality, flops = mean(baseline.per_query[QUALITY]), baseline.flops_per_pair
+        if flops is None:
+            axes.axhline(quality, color="grey", lw=0.8, ls="--")
+            axes.annotate(
+                baseline.name, (1, quality), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+            )
+        else:
+            axes.plot(flops / 1e9, quality, "X", color="grey", ms=8, label=baseline.name)
     axes.set(xlabel="GFLOP per pair", ylabel=QUALITY, title=title)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)

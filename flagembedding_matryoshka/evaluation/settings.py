@@ -13,6 +13,11 @@ def full_network(config: CostWiseMistralConfig) -> Setting:
     return Setting(config.exit_layers[-1])
 
 
+def by_width(settings: Iterable[Setting]) -> list[Setting]:
+    """Each once, and those of a width beside each other, so that one pass scores them."""
+    return sorted(dict.fromkeys(settings), key=lambda setting: (setting.compress_ratio, setting.compress_layers))
+
+
 def grid(
     config: CostWiseMistralConfig,
     cutoff_layers: Sequence[int] | None = None,

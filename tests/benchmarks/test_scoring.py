@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scoring
+from tests.shipped import needs_base, needs_smollm2
 
 ROOT = Path(scoring.__file__).parents[1]
 
 
+@needs_smollm2
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_setting_is_measured(tmp_path):
-    options = ["--shapes", "4x128", "--pairs", "6", "--rounds", "2", "--queries", "2", "--device", "cpu"]
+    options = ["--shapes", "4x128", "--pairs", "6", "--rounds", "2", "--queries", "1", "--device", "cpu"]
     files = ["--output", str(tmp_path / "scoring.json"), "--figure", str(tmp_path / "scoring.png")]
     command = [sys.executable, "-m", "benchmarks.scoring", *options, *files]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -27,6 +30,7 @@ def test_every_setting_is_measured(tmp_path):
     assert report["agreement"][0]["overlap_of_top_10"] == 1
 
 
+@needs_base
 def test_nothing_is_timed_where_the_scores_disagree(tmp_path, monkeypatch):
     scoring.write_checkpoint(scoring.config_of(4, 64), str(tmp_path))
     ours = scoring.MatryoshkaReranker(str(tmp_path), devices="cpu", dtype="float32")

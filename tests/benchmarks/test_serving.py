@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from benchmarks import serving
+from tests.shipped import needs_smollm2
 
 
+@needs_smollm2
 @pytest.mark.slow
 def test_both_servers_are_measured(tmp_path):
     options = ["--clients", "3", "--requests", "2", "--rounds", "1", "--output", str(tmp_path / "serving.json")]

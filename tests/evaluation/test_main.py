@@ -5,7 +5,9 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
+from flagembedding_matryoshka.plan import PLAN_NAME, Measured, Plan, Setting
 from tests.collection import write_collection
+from tests.encoders import save_bi_encoder
 
 pytest.importorskip("matplotlib")
 JUDGEMENTS = [("q1", "p2", 1), ("q2", "p0", 1), ("q3", "p7", 2)]
@@ -105,6 +107,24 @@ def test_the_plan_chooses_for_the_user(evaluate, model):
     assert cheap.planned is not None and full.planned is not None
     pair = [("wing", "wing lift drag")]
     assert cheap.estimate_flops(pair) <= 0.75 * full.estimate_flops(pair, cutoff_layers=6)
+
+
+def test_what_the_plan_chooses_is_measured_and_marked(evaluate, model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="write_plan"):
+        evaluate("--budgets", "0.5")
+    chosen = Setting(4, (3,), 4)
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measured(chosen, 0.5, 0.9),)).write(model / PLAN_NAME)
+    encoder = save_bi_encoder(tmp_path / "encoder")
+    output = evaluate("--budgets", "0.5", "1", "--random_order", "--bi_encoder", "tiny encoder", str(encoder))
+    results = json.loads((output / "results.json").read_text())
+    assert [item["budget"] for item in results["chosen"]] == [0.5, 1.0]
+    (measured,) = (item for item in results["settings"] if item["compress_layers"] == [3])
+    assert (measured["cutoff_layer"], measured["compress_ratio"]) == (4, 4)
+    names = ["BM25's first 100, as given", "random order", "tiny encoder"]
+    assert [baseline["name"] for baseline in results["baselines"]] == names
+    assert [baseline["flops_share"] is not None for baseline in results["baselines"]] == [False, False, True]
+    (row,) = (line for line in (output / "table.md").read_text().splitlines() if "after 3" in line)
+    assert row.split("|")[-2].strip() == "0.5, 1"
 
 
 def test_settings_that_the_model_does_not_have_are_refused_at_once(evaluate):

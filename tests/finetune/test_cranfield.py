@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from flagembedding_matryoshka import TINY_BASE, CostWiseMistralConfig, CostWiseMistralForCausalLM
+from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
 from flagembedding_matryoshka.finetune import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
@@ -13,6 +13,7 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaTrainingArguments,
 )
 from flagembedding_matryoshka.finetune.hard_negatives import main as mine_hard_negatives
+from tests.tiny_base import TINY_BASE
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Make the tiny base model of the demo: a 6-layer Mistral which ranks docstrings, trained on two CPU cores.
+"""Make the tiny base model of the tests: a 6-layer Mistral which ranks docstrings, trained on two CPU cores.
 
-    python examples/tiny_base.py --output_dir DIR
+    python -m tests.tiny_base.recipe --output_dir DIR
 
 A ranking loss does not find the interaction of query and passage from random weights in minutes, so the weights start
 with a lexical matcher written into them (``write_matcher``): an ordinary checkpoint whose first three layers count the
@@ -10,6 +10,7 @@ query's words in the passage by their rarity. Training on summary → docstring 
 import argparse
 import math
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import Stemmer
 import torch
-from docstrings import Bm25, Candidates, Pair, candidates, collect_pairs, split
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from docstrings import Bm25, Candidates, Pair, candidates, collect_pairs, split
 
 PROMPT = "Predict whether passage B contains an answer to query A."
 VOCABULARY, HIDDEN, HEADS, LAYERS = 6144, 192, 3, 6

@@ -1,0 +1,80 @@
+"""Orders of the candidates to compare a re-ranker with: as given, at random, by a bi-encoder's cosine."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.measuring import timed_sample
+from flagembedding_matryoshka.evaluation.metrics import in_order, per_query
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An order, and what it costs.
+
+    Attributes:
+        name: whose it is, in words.
+        per_query: measure to its value for each query, in the order of the candidates.
+        flops_per_pair, pairs_per_second: of the timed sample; None for an order that costs nothing.
+    """
+
+    name: str
+    per_query: dict[str, list[float]]
+    flops_per_pair: float | None = None
+    pairs_per_second: float | None = None
+
+
+def as_given(candidates: Candidates, recall_at: int) -> Baseline:
+    """The candidates' own order."""
+    return Baseline(f"{candidates.source}, as given", per_query(candidates, in_order(candidates.passages), recall_at))
+
+
+def at_random(candidates: Candidates, recall_at: int) -> Baseline:
+    """One random order, always the same."""
+    draw = random.Random(0)
+    shuffled = {query: draw.sample(ids, len(ids)) for query, ids in candidates.passages.items()}
+    return Baseline("random order", per_query(candidates, in_order(shuffled), recall_at))
+
+
+def by_bi_encoder(
+    candidates: Candidates, name: str, path: str, timed_pairs: int, recall_at: int, device: str | None = None
+) -> Baseline:
+    """By the cosine of query and passage. Passages are encoded list by list, as a re-ranker reads them.
+
+    Args:
+        path: what sentence-transformers loads.
+
+    Raises:
+        ValueError: if the model gives vectors that are not finite.
+    """
+    # What fine-tuning imports takes seconds: only who asks for it waits.
+    from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+
+    encoder = BiEncoder(path, device=device)
+
+    def score(query: str) -> dict[str, float]:
+        ids = candidates.passages[query]
+        if not ids:
+            return {}
+        cosines = encoder.passages(candidates.texts(query)) @ encoder.queries([candidates.collection.queries[query]]).T
+        return dict(zip(ids, cosines[:, 0].tolist(), strict=True))
+
+    run = {query: score(query) for query in tqdm(candidates.passages, desc=name, unit="query", disable=None)}
+    sample = timed_sample(candidates, timed_pairs)
+    pairs = len(candidates.pairs(sample))
+    start = time.perf_counter()
+    for query in sample:
+        score(query)
+    speed = pairs / (time.perf_counter() - start)
+    # Of attention's kernels only this one is made of products that the counter sees.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for query in sample:
+            score(query)
+    return Baseline(name, per_query(candidates, run, recall_at), counter.get_total_flops() / pairs, speed)

@@ -1,0 +1,59 @@
+"""The weights that the package ships."""
+
+from pathlib import Path
+
+import pytest
+from sentence_transformers import CrossEncoder
+
+from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
+from flagembedding_matryoshka.cross_encoder import load_cross_encoder
+from flagembedding_matryoshka.plan import PLAN_NAME
+from tests.shipped import needs_smollm2
+
+pytestmark = [needs_smollm2, pytest.mark.usefixtures("one_thread")]
+TEXTS = {
+    "how to sort a list": "Sort the items of the list in place; key is a function of one argument.",
+    "what makes an airplane fly": "Lift arises as air flows faster over the upper side of a wing.",
+    "remove a folder and everything in it": "Delete an entire directory tree; path must point to a directory.",
+    "read a file line by line": "Iterating over a text file object yields its lines, one after the other.",
+    "how hot is the sun": "The temperature at the surface of our star is about 5,500 degrees Celsius.",
+}
+
+
+@pytest.fixture(scope="module")
+def reranker():
+    return MatryoshkaReranker(SMOLLM2, dtype="float32", devices="cpu")
+
+
+def test_every_exit_and_width_ranks(reranker):
+    for layer in reranker.config.exit_layers:
+        for width in ({}, {"compress_layers": [3], "compress_ratio": 2}):
+            rankings = reranker.rank_batch(
+                list(TEXTS), [list(TEXTS.values())] * len(TEXTS), 1, cutoff_layers=layer, **width
+            )
+            right = sum(ranking[0]["corpus_id"] == place for place, ranking in enumerate(rankings))
+            assert right >= len(TEXTS) - 1, (layer, width, rankings)
+
+
+def test_the_name_is_the_directory(reranker, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair = next(iter(TEXTS.items()))
+    expected = reranker.compute_score(pair)
+    assert MatryoshkaReranker("smollm2", dtype="float32", devices="cpu").compute_score(pair) == expected
+    for model in (
+        load_cross_encoder("smollm2", device="cpu"),
+        CrossEncoder(SMOLLM2, device="cpu", trust_remote_code=True, local_files_only=True),
+    ):
+        assert model.predict([pair]).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.skipif(not Path(SMOLLM2, PLAN_NAME).exists(), reason="the shipped weights have no plan yet")
+@pytest.mark.parametrize("budget", [0.25, 0.5, 1.0])
+def test_its_plan_has_a_setting_for_a_budget(budget):
+    assert MatryoshkaReranker(SMOLLM2, budget=budget, devices="cpu").planned is not None
+
+
+def test_it_is_small_and_names_no_machine():
+    files = [file for file in Path(SMOLLM2).iterdir() if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10_500_000
+    assert not any("/tmp/" in file.read_text(encoding="utf-8") for file in files if file.suffix != ".safetensors")
