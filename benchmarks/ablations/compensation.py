@@ -61,11 +61,11 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
             ]
         return rows
 
-    after = ", ".join(map(str, compressed[0].compress_layers))
+    after = " and ".join(map(str, compressed[0].compress_layers))
     Report(
         name="compensation",
         title="Does a token adapter make up for what compression costs?",
-        compared=f"Exit by exit, the model that merges {options.ratio} passage tokens into one after layers {after} is "
+        compared=f"Exit by exit, the model that merges {options.ratio} passage tokens into one after layer {after} is "
         f"compared with the same model under a token adapter that was trained for {options.steps} steps on top of it, "
         "and with the model at full width.",
         reading={},

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.evaluation.arguments import collection_name
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
 from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, in_order, per_query
@@ -32,7 +33,7 @@ def read_candidates(options: argparse.Namespace) -> dict[str, Candidates]:
     found = {}
     for directory in options.data:
         collection = sample_queries(read_collection(directory, options.split), options.queries, options.query_seed)
-        found[directory.resolve().name] = from_bm25(collection, options.top_k)
+        found[collection_name(directory, options.split)] = from_bm25(collection, options.top_k)
     return found
 
 

@@ -82,8 +82,11 @@ class Report:
 
 
 def about_machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
-    """On what it was computed."""
+    """On what it was computed, and where texts were cut."""
     found = environment(reranker.target_devices[0]) | machine(reranker)
+    if reranker.query_max_length is not None:
+        found["queries are cut to"] = f"{reranker.query_max_length} tokens"
+    found["pairs are cut to"] = f"{reranker.max_length} tokens"
     del found["load_average"]  # our own, by now
     return found
 

@@ -59,7 +59,11 @@ def test_agreement_by_hand():
 def test_precision(ablate, tiny_layerwise_path):
     arguments = ["--model", tiny_layerwise_path, "--precisions", "bfloat16", "int8", "--cutoff_layers", "3", "6"]
     report, text = ablate("precision", *arguments, "--timed_pairs", "4")
-    assert [table["collections"] for table in report["tables"]] == [["one", "two"], ["one"], ["two"]]
+    assert [table["collections"] for table in report["tables"]] == [
+        ["one/test", "two/test"],
+        ["one/test"],
+        ["two/test"],
+    ]
     rows = report["tables"][0]["rows"]
     assert [(row["exit"], row["weights"]) for row in rows] == [
         (layer, name) for layer in ("3", "6") for name in ("float32", "bfloat16", "int8")
@@ -67,7 +71,9 @@ def test_precision(ablate, tiny_layerwise_path):
     assert rows[0]["Kendall's tau"] == 1 and rows[1]["Kendall's tau"] > 0.5 and rows[2]["Kendall's tau"] > 0.5
     assert all(row["pairs/s"] > 0 for row in rows)
     assert rows[0]["p_value"] is None and 0 <= rows[1]["p_value"] <= 1
-    assert "dtype" not in report["about"] and report["about"]["torch"] in text
+    assert (
+        "dtype" not in report["about"] and report["about"]["torch"] in text and "pairs are cut to: 512 tokens\n" in text
+    )
     assert text.count("| exit |") == 3 and "6 queries" in text and "± seeds" not in text
 
 
