@@ -23,7 +23,7 @@ from functions import code_pairs
 from glosses import gloss_pairs
 from headings import section_pairs
 from manuals import manuals
-from prose import prose_pairs
+from prose import ARTICLE, prose_pairs
 from sections import Section
 from texts import cut, seeded
 
@@ -51,6 +51,13 @@ class Sources:
     @cached_property
     def glosses(self) -> list[Pair]:
         return list(gloss_pairs(self.seed, self.cache))
+
+    def articles(self) -> Iterator[str]:
+        """Sections from their beginning on, under their heading as abstracts are."""
+        for section in self.sections:
+            text = " ".join(section.paragraphs)
+            titled = seeded(self.seed, "article", text).random() < 0.5
+            yield f"{section.title}. {text}" if titled else text
 
     def prose(self) -> Iterator[str]:
         """Whole paragraphs: of manuals what comes after a section's beginning, too."""
@@ -81,6 +88,7 @@ KINDS: dict[str, Callable[[Sources], Iterable[Pair]]] = {
     "sections": lambda sources: section_pairs(sources.seed, sources.sections),
     "glosses": lambda sources: sources.glosses,
     "sentences": lambda sources: prose_pairs(sources.seed, sources.prose()),
+    "articles": lambda sources: prose_pairs(sources.seed, sources.articles(), ARTICLE),
 }
 
 

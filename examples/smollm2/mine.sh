@@ -7,8 +7,9 @@ dir=$1
 mkdir -p "$dir/rows"
 for qrels in "$dir"/*/qrels/train.tsv; do
     collection=$(dirname "$(dirname "$qrels")")
-    rows=$dir/rows/$(basename "$collection").mined.jsonl
+    rows=$dir/rows/$(basename "$collection").mined.jsonl length=128
+    [ "$(basename "$collection")" != articles ] || length=256
     [ -f "$rows" ] || python -m flagembedding_matryoshka.finetune.hard_negatives --data "$collection" --output "$rows" \
-        --miner both --bi_encoder "${BI_ENCODER:-$(python "$(dirname "$0")/bi_encoder.py")}" --max_length 128 --use_bf16 \
+        --miner both --bi_encoder "${BI_ENCODER:-$(python "$(dirname "$0")/bi_encoder.py")}" --max_length $length --use_bf16 \
         --first 1 --last 40 --negatives 10
 done

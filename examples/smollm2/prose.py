@@ -10,7 +10,8 @@ from docstrings import Pair
 from questions import questions
 from texts import STOP_WORDS, cut, is_english, plain, seeded, sentences, words_of
 
-MIN_WORDS, MAX_WORDS = 50, 160
+PARAGRAPH, ARTICLE = (50, 160), (130, 300)
+"""Words of a passage, at least and at most."""
 COMMON = 0.005
 FIELDS = re.compile(r"\b(?:Parameters|Args|Returns|Attributes|Raises|Yields|See Also|toctree|param)\b|::| : ")
 DANGLING = re.compile(
@@ -42,12 +43,13 @@ CLAIMS = [
 ]
 
 
-def paragraphs(texts: Iterable[str]) -> Iterator[str]:
-    """The texts that are English prose of a paragraph's length and three sentences at least, longer ones cut."""
+def passages_of(texts: Iterable[str], size: tuple[int, int]) -> Iterator[str]:
+    """The texts that are English prose of so many words and three sentences at least, longer ones cut."""
+    least, most = size
     for text in texts:
-        text = cut(plain(text), seeded(text), MAX_WORDS - 20)
+        text = cut(plain(text), seeded(text), most - 20)
         if (
-            MIN_WORDS <= len(text.split()) <= MAX_WORDS
+            least <= len(text.split()) <= most
             and len(sentences(text)) >= 3
             and is_english(text)
             and not FIELDS.search(text)
@@ -162,9 +164,9 @@ class Prose:
         return rng.choice(CLAIMS).format(s=sentence[0].lower() + sentence[1:])
 
 
-def prose_pairs(seed: int, texts: Iterable[str]) -> Iterator[Pair]:
-    """A pair for each paragraph that a query can be made for."""
-    passages = list(dict.fromkeys(paragraphs(texts)))
+def prose_pairs(seed: int, texts: Iterable[str], size: tuple[int, int] = PARAGRAPH) -> Iterator[Pair]:
+    """A pair for each passage of `size` words that a query can be made for."""
+    passages = list(dict.fromkeys(passages_of(texts, size)))
     made = Prose(passages)
     for passage in passages:
         if pair := made.pair(passage, seeded(seed, "prose", passage)):
