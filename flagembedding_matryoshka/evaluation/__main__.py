@@ -60,7 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     settings.add_argument("--compress_layers", type=int, nargs="+", default=[], help="for all ratios above 1")
     settings.add_argument("--compress_ratios", type=int, nargs="+", default=[1], help="default: 1, off")
     add_cascades(settings)
-
     settings.add_argument(
         "--budgets",
         type=float,
@@ -77,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("NAME", "PATH"),
-        help="the order by cosine of a sentence-transformers model, called NAME; give it again for another",
+        help="the order by cosine of a sentence-transformers model, in the same dtype; give it again for another",
     )
 
     output = parser.add_argument_group("measuring")
@@ -127,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baselines = [as_given(candidates, options.recall_at)]
     if options.random_order:
         baselines.append(at_random(candidates, options.recall_at))
-    device = reranker.target_devices[0]
+    device, dtype = reranker.target_devices[0], reranker.model.dtype
     for label, path in options.bi_encoder:
-        baselines.append(by_bi_encoder(candidates, label, path, options.timed_pairs, options.recall_at, device))
+        baselines.append(by_bi_encoder(candidates, label, path, options.timed_pairs, options.recall_at, device, dtype))
     compared, beside = compare(results, full, baselines)
     name = collection_name(options.data, options.split)
     _write_report(options.output, compared, beside, chosen, candidates, name, machine(reranker))

@@ -37,7 +37,7 @@ def test_a_random_order_is_always_the_same_and_another(candidates):
 
 def test_a_bi_encoder_ranks_by_cosine(candidates, tmp_path):
     path = str(save_bi_encoder(tmp_path / "encoder"))
-    baseline = by_bi_encoder(candidates, "tiny", path, timed_pairs=4, recall_at=10, device="cpu")
+    baseline = by_bi_encoder(candidates, "tiny", path, timed_pairs=4, recall_at=10, device="cpu", dtype=torch.float32)
     model = SentenceTransformer(path, device="cpu")
     run = {}
     for query, ids in candidates.passages.items():
