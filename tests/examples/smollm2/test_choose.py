@@ -1,0 +1,23 @@
+import pytest
+from choose import join
+
+from flagembedding_matryoshka.beir import read_collection
+from tests.collection import write_collection
+
+
+def test_kinds_are_joined_under_ids_of_their_own(tmp_path):
+    for kind in ("code", "glosses"):
+        write_collection(tmp_path / kind, judgements=[("q1", "p2", 1)], split="dev")
+    output = tmp_path / "choose"
+    assert join(tmp_path, output) == 2
+    assert join(tmp_path, output) == 2
+    joined = read_collection(output, "dev")
+    assert joined.relevant == {f"{kind}-q1": {f"{kind}-p2": 1} for kind in ("code", "glosses")}
+    one = read_collection(tmp_path / "code", "dev")
+    assert len(joined.passages) == 2 * len(one.passages)
+    assert joined.queries["glosses-q1"] == one.queries["q1"]
+
+
+def test_a_folder_without_collections_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no \*/qrels/dev\.tsv"):
+        join(tmp_path, tmp_path / "choose")
