@@ -29,7 +29,6 @@ MIN_QUERY_WORDS, MAX_QUERY_WORDS = 3, 25
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 15, 120
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-BM25_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -191,32 +190,6 @@ def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) ->
     found, _ = Bm25(passages).top([pair.query for pair in queries], k)
     lists = [(pair, [passages[i] for i in row]) for pair, row in zip(queries, found, strict=True)]
     return [Candidates(pair.query, row, row.index(pair.passage)) for pair, row in lists if pair.passage in row]
-
-
-def training_rows(queries: Sequence[Pair], pairs: Sequence[Pair], k: int = 20) -> Iterator[dict]:
-    """FlagEmbedding's training rows, made as `candidates` are: the BM25 top k of queries whose passage is among them.
-
-    A teacher score is ``BM25_WEIGHT * BM25 score``, the positive's raised to at least the best negative's plus 2: the
-    softmax over a group then says the label first and, among the negatives, what the lexical match says.
-
-    Args:
-        queries: the pairs to make rows of.
-        pairs: all training pairs; negatives are passages of these.
-    """
-    passages = [pair.passage for pair in pairs]
-    found, scores = Bm25(passages).top([pair.query for pair in queries], k)
-    for pair, numbers, values in zip(queries, found, scores, strict=True):
-        teacher = {passages[i]: BM25_WEIGHT * float(value) for i, value in zip(numbers, values, strict=True)}
-        if pair.passage not in teacher:
-            continue
-        own = teacher.pop(pair.passage)
-        yield {
-            "query": pair.query,
-            "pos": [pair.passage],
-            "neg": list(teacher),
-            "pos_scores": [max(own, max(teacher.values()) + 2.0)],
-            "neg_scores": list(teacher.values()),
-        }
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:

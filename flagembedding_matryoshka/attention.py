@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from flagembedding_matryoshka.packing import PackedBatch
 
 PACKED_ATTENTION = "cost_wise_packed"
-LONGEST_PRODUCT = 256
+LONGEST_PRODUCT = 512
 """Tokens of a context up to which a CPU learns with whole attention maps: they are kept for the backward pass, which
 is then a quarter (bfloat16) or half (float32) of what the fused kernel's takes; beyond, they would fill the memory."""
 

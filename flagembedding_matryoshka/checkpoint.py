@@ -172,12 +172,13 @@ def load_model(
 
     Raises:
         FileNotFoundError: if an adapter has no adapter_config.json.
-        ValueError: if two adapters to attach are for the same ratio.
+        ValueError: if two adapters to attach are for the same ratio, or an adapter is for the heads of other exits.
     """
     adapters = [*checkpoint.adapters, *map(locate, peft_paths)]
     for adapter in adapters:
         if find_adapter_config_file(adapter, **hub) is None:
             raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
+        refuse_other_heads(adapter, checkpoint.config, **hub)
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_id(tokenizer)
@@ -246,13 +247,29 @@ def write_sentence_transformers_files(directory: str | Path) -> None:
         Path(directory, name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def refuse_other_heads(adapter: str, config: CostWiseMistralConfig, **hub: Any) -> None:
+    """Adapters find heads by their number: those of other exits would go into the wrong ones without a word.
+
+    Raises:
+        ValueError: if fine-tuning noted exits beside the adapter that do not begin with those of `config`.
+    """
+    noted = _noted(adapter, **hub)
+    if noted.get("layer_wise"):
+        exits = CostWiseMistralConfig.from_dict(noted).exit_layers
+        if exits[: len(config.exit_layers)] != config.exit_layers:
+            raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
+
+
 def token_adapter_ratio(path: str, **hub: Any) -> int | None:
     """The ratio that an adapter makes up for, as fine-tuning noted beside it; None for any other adapter."""
-    file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-    if file is None:
-        return None
-    compensation = json.loads(Path(file).read_text(encoding="utf-8")).get("compensation") or {}
+    compensation = _noted(path, **hub).get("compensation") or {}
     return compensation.get("compress_ratio") if compensation.get("axis") == "token" else None
+
+
+def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
+    """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
+    file = cached_file(adapter, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def token_adapter_ratios(model: CostWiseMistralForCausalLM) -> set[int]:

@@ -2,9 +2,9 @@
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
@@ -17,7 +17,6 @@ from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
 from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 
-Arguments = TypeVar("Arguments")
 BEST_METRIC = "nDCG@10"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
 
@@ -284,24 +283,3 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
         if args.eval_strategy == "no":
             args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps
-
-
-def adopt(ours: type[Arguments], given: Any) -> Arguments:
-    """`given` as one of our argument classes: what it sets stays, what it left at its own default gets our default.
-
-    Raises:
-        ValueError: if it sets something that we have no argument for.
-    """
-    if isinstance(given, ours):
-        return given
-    names = {item.name for item in fields(ours) if item.init}  # type: ignore[arg-type]
-    chosen = {}
-    for item in fields(given):
-        value = getattr(given, item.name)
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        if item.init and value != default:
-            chosen[item.name] = value
-    unknown = {name: value for name, value in chosen.items() if name not in names}
-    if unknown:
-        raise ValueError(f"{type(given).__name__} sets {unknown}, which {ours.__name__} has no use for.")
-    return ours(**chosen)

@@ -21,15 +21,16 @@ from flagembedding_matryoshka.checkpoint import (
     inspect_checkpoint,
     load_model,
     load_tokenizer,
+    refuse_other_heads,
     write_sentence_transformers_files,
 )
 from flagembedding_matryoshka.configuration import SubNetwork
+from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.arguments import (
     BEST_METRIC,
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
-    adopt,
 )
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.data import (
@@ -176,7 +177,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def _add_adapters(self, model: CostWiseMistralForCausalLM) -> PeftModel:
         args = self.model_args
         if args.from_peft is not None:
-            return PeftModel.from_pretrained(model, args.from_peft, is_trainable=True)
+            adapter = locate(args.from_peft)
+            refuse_other_heads(adapter, model.config)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=args.lora_rank,

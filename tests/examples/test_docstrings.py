@@ -1,4 +1,3 @@
-import json
 
 import pytest
 from docstrings import (
@@ -10,8 +9,6 @@ from docstrings import (
     required_packages,
     source_files,
     split,
-    training_rows,
-    write_jsonl,
 )
 
 BODY = "The words of this body are many enough to make a passage of a docstring that a summary line can look for."
@@ -79,16 +76,3 @@ def test_candidates_hold_the_relevant_passage():
     for item in candidates(queries, [pair.passage for pair in queries], 5):
         assert len(item.passages) == 5
         assert item.passages[item.positive] in {pair.passage for pair in queries if pair.query == item.query}
-
-
-def test_training_rows_are_flagembedding_rows(tmp_path):
-    everything = pairs(40)
-    path = tmp_path / "train.jsonl"
-    lost = Pair(" ".join(f"item{i}" for i in range(8)), f"{BODY} It is found behind the eight that the query names.")
-    write_jsonl(path, training_rows([*everything[:9], lost], [*everything, lost], k=8))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["query"] for row in rows] == [pair.query for pair in everything[:9]]
-    for row, pair in zip(rows, everything, strict=False):
-        assert row["pos"] == [pair.passage] and pair.passage not in row["neg"]
-        assert len(row["neg"]) == len(row["neg_scores"]) == 7
-        assert row["pos_scores"][0] >= max(row["neg_scores"]) + 2

@@ -135,6 +135,25 @@ def test_exits_one_by_one_train_a_part_of_the_base_and_are_found_again(tiny_raw_
     close(scores_of(shallow)[None], trained[:1])
 
 
+def test_adapters_go_on_learning_and_never_go_into_the_heads_of_other_exits(
+    tiny_raw_model_path, training_file, tmp_path
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    runner(tiny_raw_model_path, training_file, first, {"exits": [2, 5]}).run()
+    go_on = {"exits": [2, 5], "from_peft": str(first)}
+    run = runner(tiny_raw_model_path, training_file, second, go_on)
+    loaded = MatryoshkaReranker(str(first), dtype="float32", devices="cpu")
+    expected = scores_of(loaded)
+    loaded._engine = Engine(run.model.model.get_base_model().eval())
+    close(scores_of(loaded), expected)
+    run.run()
+    assert not torch.allclose(scores_of(MatryoshkaReranker(str(second), dtype="float32", devices="cpu")), expected)
+    message = r"first is for the exits \[2, 5\], but the model has \[3, 5\]"
+    for argument in ({"from_peft": str(first)}, {"raw_peft": [str(first)]}):
+        with pytest.raises(ValueError, match=message):
+            runner(tiny_raw_model_path, training_file, second, {"exits": [3, 5], **argument})
+
+
 def test_an_exit_weighs_what_it_is_given(tiny_raw_model_path, training_file, tmp_path):
     losses = {}
     for weights in ([1.0, 0.0], [0.0, 1.0], [2.0, 3.0]):
