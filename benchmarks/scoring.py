@@ -39,9 +39,9 @@ from transformers import MistralModel, PreTrainedTokenizerBase
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, CostWiseMistralForCausalLM, MatryoshkaReranker
-from flagembedding_matryoshka.checkpoint import load_tokenizer
-from flagembedding_matryoshka.quantization import Quantization
-from flagembedding_matryoshka.shipped import SMOLLM2_BASE_NAME
+from flagembedding_matryoshka.inference.quantization import Quantization
+from flagembedding_matryoshka.models.loading import load_tokenizer
+from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import candidates, collect_pairs, split

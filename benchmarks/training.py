@@ -52,12 +52,12 @@ from transformers.models.mistral.modeling_mistral import (
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM, SubNetwork
-from flagembedding_matryoshka.device import fast_dtype
 from flagembedding_matryoshka.finetune.arguments import LORA_TARGETS
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
-from flagembedding_matryoshka.losses import TRAIN_METHODS
-from flagembedding_matryoshka.modeling import CostWiseHead
+from flagembedding_matryoshka.inference.device import fast_dtype
+from flagembedding_matryoshka.models.decoder import CostWiseHead
 
 METHOD = TRAIN_METHODS["distill_fix_layer_teacher"]
 RATIOS = (1, 2, 4, 8)

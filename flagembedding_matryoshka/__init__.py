@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
-from flagembedding_matryoshka.modeling import (
+from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.decoder import (
     CostWiseCausalLMOutputWithPast,
     CostWiseHead,
     CostWiseMistralForCausalLM,
     CostWiseMistralModel,
     CostWiseModelOutputWithPast,
 )
-from flagembedding_matryoshka.shipped import SMOLLM2
+from flagembedding_matryoshka.models.shipped import SMOLLM2
 
 if TYPE_CHECKING:
+    from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
     from flagembedding_matryoshka.registry import register
-    from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 __all__ = [
     "SMOLLM2",
@@ -33,7 +33,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # FlagEmbedding takes seconds to import: only who asks for what needs it waits for it.
     if name == "MatryoshkaReranker":
-        from flagembedding_matryoshka.reranker import MatryoshkaReranker
+        from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
         return MatryoshkaReranker
     if name == "register":

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
-from flagembedding_matryoshka.tokenization import PROMPT, find_head_token_id
+from flagembedding_matryoshka.text.pairs import PROMPT, find_head_token_id
 from tests.collection import write_collection
 
 # The first example of a test may load or compile; how long it takes says nothing.

@@ -7,7 +7,7 @@ from sentence_transformers import CrossEncoder
 
 from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from flagembedding_matryoshka.plan import PLAN_NAME
+from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from tests.shipped import needs_smollm2
 
 pytestmark = [needs_smollm2, pytest.mark.usefixtures("one_thread")]

@@ -13,10 +13,10 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
-from flagembedding_matryoshka.checkpoint import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.plan import Setting
+from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.models.loading import inspect_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

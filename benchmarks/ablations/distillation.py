@@ -15,7 +15,7 @@ from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.plan import Setting
+from flagembedding_matryoshka.inference.plan import Setting
 
 LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "distill_fix_layer_teacher")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.beir import read_collection
 from flagembedding_matryoshka.evaluation.arguments import collection_name
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
 from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
-from flagembedding_matryoshka.plan import Setting
+from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.text.collections import read_collection
 
 RECALL_AT = 10
 Collections = Mapping[str, Candidates]

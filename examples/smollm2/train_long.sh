@@ -8,7 +8,7 @@ dir=$1 from=$2 out=$3 steps=${4:-720} decay=${5:-250} seed=${6:-2}
 while read -r kind count; do
     tail -n "$count" "$dir/train/$kind.jsonl" > "$dir/train_long/$kind.jsonl"
 done <<< $'code 2280\ndocstrings 2000\nsentences 1200\nsections 800\npackages 300\nglosses 300'
-base=$(python -c 'from flagembedding_matryoshka.gguf import smollm2_base; print(smollm2_base())')
+base=$(python -c 'from flagembedding_matryoshka.models.gguf import smollm2_base; print(smollm2_base())')
 read -r exits weights < <(python - "$from" <<'PYTHON'
 import json, sys
 exits = json.load(open(f"{sys.argv[1]}/config.json"))["exits"]

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flagembedding_matryoshka.beir import read_collection
-from flagembedding_matryoshka.checkpoint import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import (
     add_candidates,
     add_cascades,
@@ -32,8 +30,10 @@ from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaselin
 from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
 from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.plan import PLAN_NAME, Plan, Setting, adapter_names, load_plan
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, Setting, adapter_names, load_plan
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.models.loading import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
+from flagembedding_matryoshka.text.collections import read_collection
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flagembedding_matryoshka.beir import Collection, bm25_lists
+from flagembedding_matryoshka.text.collections import Collection, bm25_lists
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.memory import peak_memory
 from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store
-from flagembedding_matryoshka.plan import Setting
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 PAIRS_AT_ONCE = 16_384
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
-from flagembedding_matryoshka.plan import Setting
+from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
 
 
 def full_network(config: CostWiseMistralConfig) -> Setting:

@@ -16,8 +16,8 @@ import torch
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.metrics import Run, from_trec, mean, to_trec
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.plan import Setting
-from flagembedding_matryoshka.reranker import MatryoshkaReranker, ScoringOptions
+from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker, ScoringOptions
 
 
 @dataclass(frozen=True)

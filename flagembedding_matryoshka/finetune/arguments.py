@@ -12,10 +12,10 @@ from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerTrainingArguments,
 )
 
-from flagembedding_matryoshka.configuration import COMPRESS_RATIOS
 from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
+from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 from flagembedding_matryoshka.finetune.rows import training_files
-from flagembedding_matryoshka.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
+from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS
 
 BEST_METRIC = "nDCG@10"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]

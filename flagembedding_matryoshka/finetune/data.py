@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, check_training_file
-from flagembedding_matryoshka.tokenization import PROMPT, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
 
 RANDOM_MARGIN = 10.0
 """How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""

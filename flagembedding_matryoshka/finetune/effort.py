@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
-from flagembedding_matryoshka.flops import estimate_flops
+from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.flops import estimate_flops
 
 COUNTED = ("lists", "tokens", "operations", "seconds")
 

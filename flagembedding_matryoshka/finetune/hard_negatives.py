@@ -14,9 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from flagembedding_matryoshka.beir import Collection, bm25_lists, read_collection
 from flagembedding_matryoshka.files import replacing
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.text.collections import Collection, bm25_lists, read_collection
 
 logger = logging.getLogger(__name__)
 

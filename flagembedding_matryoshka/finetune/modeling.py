@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.configuration import SubNetwork
-from flagembedding_matryoshka.losses import DistillLoss, TrainMethod, layer_wise_losses
-from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
+from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
 
 
 @dataclass

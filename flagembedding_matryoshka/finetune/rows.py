@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets.config import HF_DATASETS_CACHE
 
-from flagembedding_matryoshka.losses import TRAIN_METHODS
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,6 @@ from FlagEmbedding.abc.finetune.reranker import (
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.checkpoint import (
-    inspect_checkpoint,
-    load_model,
-    load_tokenizer,
-    refuse_other_heads,
-    write_sentence_transformers_files,
-)
-from flagembedding_matryoshka.configuration import SubNetwork
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.arguments import (
     BEST_METRIC,
@@ -40,12 +32,20 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaTrainDataset,
 )
 from flagembedding_matryoshka.finetune.evaluation import ranking_metrics
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
-from flagembedding_matryoshka.losses import TRAIN_METHODS
-from flagembedding_matryoshka.modeling import CostWiseMistralForCausalLM
-from flagembedding_matryoshka.shipped import locate
+from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.export import write_sentence_transformers_files
+from flagembedding_matryoshka.models.loading import (
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+    refuse_other_heads,
+)
+from flagembedding_matryoshka.models.shipped import locate
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from flagembedding_matryoshka.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
 
 
 def sample_sub_network(

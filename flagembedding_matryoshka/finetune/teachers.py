@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.beir import bm25_scorer
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.text.collections import bm25_scorer
 
 FLOATS_KEPT = 2**28
 Scorer = Callable[[list[tuple[str, str]]], Sequence[float] | np.ndarray]

@@ -7,8 +7,8 @@ from typing import Any
 
 from haystack import Document, component, default_to_dict
 
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 
 @component

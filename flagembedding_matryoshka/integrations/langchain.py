@@ -9,8 +9,8 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import PrivateAttr
 
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 
 class MatryoshkaCompressor(BaseDocumentCompressor):

@@ -8,8 +8,8 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):

@@ -11,8 +11,8 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
 
 
 class MatryoshkaRanker(BaseRanker):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve import Limits, create_app
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.schemas import BODY_SCHEMA, AnyRequest, Scored, parse

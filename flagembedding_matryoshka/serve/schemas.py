@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from flagembedding_matryoshka.configuration import as_layer_tuple
+from flagembedding_matryoshka.models.configuration import as_layer_tuple
 from flagembedding_matryoshka.serve.scoring import Options
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flagembedding_matryoshka.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 UNLIMITED = 2**31
 

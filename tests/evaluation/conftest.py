@@ -1,8 +1,8 @@
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.beir import read_collection
 from flagembedding_matryoshka.evaluation.candidates import from_bm25
+from flagembedding_matryoshka.text.collections import read_collection
 
 JUDGEMENTS = [("q1", "p2", 1), ("q1", "p5", 2), ("q3", "p6", 1), ("q2", "p1", 1)]
 

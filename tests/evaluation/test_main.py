@@ -5,7 +5,7 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
-from flagembedding_matryoshka.plan import PLAN_NAME, Measured, Plan, Setting
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting
 from tests.collection import write_collection
 from tests.encoders import save_bi_encoder
 

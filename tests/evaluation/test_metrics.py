@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from ir_measures import R, nDCG
 
-from flagembedding_matryoshka.beir import Collection
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.metrics import in_order, per_query, to_trec
+from flagembedding_matryoshka.text.collections import Collection
 
 PASSAGES = [f"p{number}" for number in range(15)]
 graded = st.dictionaries(st.sampled_from(PASSAGES), st.integers(1, 3), min_size=1, max_size=14)

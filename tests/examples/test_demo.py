@@ -2,10 +2,10 @@ import demo
 import pytest
 from docstrings import Pair, Split
 
-from flagembedding_matryoshka.beir import read_collection
-from flagembedding_matryoshka.checkpoint import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.__main__ import build_parser
 from flagembedding_matryoshka.evaluation.settings import grid
+from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.text.collections import read_collection
 from tests.shipped import needs_smollm2
 
 PAIRS = [Pair(f"Return the number {i}.", f"It is {i}, and its name is no other.") for i in range(5)]

@@ -1,4 +1,3 @@
-
 import pytest
 from docstrings import (
     Bm25,

@@ -8,7 +8,7 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaTrainDataset,
 )
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines, training_files
-from flagembedding_matryoshka.tokenization import PROMPT
+from flagembedding_matryoshka.text.pairs import PROMPT
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1.0], "neg_scores": [0.0, 0.5]}
 

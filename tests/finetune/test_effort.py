@@ -3,7 +3,7 @@ import torch
 
 from flagembedding_matryoshka import CostWiseMistralConfig, SubNetwork
 from flagembedding_matryoshka.finetune.effort import Effort
-from flagembedding_matryoshka.flops import estimate_flops
+from flagembedding_matryoshka.models.flops import estimate_flops
 
 CONFIG = CostWiseMistralConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,

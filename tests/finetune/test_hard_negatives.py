@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from flagembedding_matryoshka import beir
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 from flagembedding_matryoshka.finetune.hard_negatives import best_ranks, main, mine, write_rows
 from flagembedding_matryoshka.finetune.rows import check_training_file
+from flagembedding_matryoshka.text import collections
 from tests.collection import CORPUS, QUERIES
 from tests.encoders import save_bi_encoder
 
@@ -62,7 +62,7 @@ def test_what_is_drawn_depends_on_seed_and_query_alone(collection, monkeypatch):
     rows = mined(collection(corpus, queries, judgements), "--seed", 1)
     assert mined(collection(corpus, queries, judgements), "--seed", 1) == rows
     assert mined(collection(corpus, queries, judgements), "--seed", 2) != rows
-    monkeypatch.setattr(beir, "BATCH", 3)
+    monkeypatch.setattr(collections, "BATCH", 3)
     assert mined(collection(corpus, queries, judgements[::-1]), "--seed", 1) == rows[::-1]
     assert len({tuple(text[5:] for text in row["neg"]) for row in rows}) == 20
 
@@ -102,7 +102,7 @@ def test_lists_are_interleaved():
 
 @pytest.mark.parametrize(("first", "expected"), [(1, [6, 7, 1, 5]), (2, [1, 5]), (3, [])])
 def test_the_best_of_two_ranks_counts(collection, first, expected):
-    read = beir.read_collection(collection(), "train")
+    read = collections.read_collection(collection(), "train")
     miners = [lambda texts, queries, k: [[6, 1, 2][:k]], lambda texts, queries, k: [[7, 5, 6][:k]]]
     if not expected:
         with pytest.raises(ValueError, match="there is no negative in ranks 3 to 3 of 8"):

@@ -21,7 +21,6 @@ from sentence_transformers import CrossEncoder
 from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.engine import Engine
 from flagembedding_matryoshka.finetune import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
@@ -29,6 +28,7 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaTrainingArguments,
 )
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+from flagembedding_matryoshka.inference.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]

@@ -1,7 +1,7 @@
 import pytest
 from choose import join
 
-from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import write_collection
 
 

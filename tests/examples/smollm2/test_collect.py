@@ -7,7 +7,7 @@ import pytest
 from collection import counts, in_dev, is_complete, write_collection
 from docstrings import Pair, split
 
-from flagembedding_matryoshka.beir import read_collection
+from flagembedding_matryoshka.text.collections import read_collection
 
 
 def pairs(count):

@@ -1,0 +1,52 @@
+"""Which pairs are scored together: those of one query side by side, as many as the tokens of a batch allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+
+def by_query(pairs: Sequence[TokenizedPair]) -> list[int]:
+    """Indices of all pairs: those of one query together and the longest first, and so the queries."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.query_ids), []).append(index)
+    for group in groups.values():
+        group.sort(key=lambda index: -len(pairs[index].input_ids))
+    longest_first = sorted(groups.values(), key=lambda group: -len(pairs[group[0]].input_ids))
+    return list(chain.from_iterable(longest_first))
+
+
+def _new_tokens(pair: TokenizedPair, before: TokenizedPair | None) -> int:
+    """Tokens that `pair` adds to a batch which ends with `before`."""
+    shared = pair.query_length if before is not None and before.query_ids == pair.query_ids else 0
+    return len(pair.input_ids) - shared
+
+
+def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Tokens of a batch; neighbours share their query part."""
+    return sum(_new_tokens(pair, pairs[place - 1] if place else None) for place, pair in enumerate(pairs))
+
+
+def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens: float) -> list[int]:
+    """The first index of `order`, and more while their pairs hold at most `max_tokens`."""
+    batch: list[int] = []
+    total = 0
+    for index in order:
+        total += _new_tokens(pairs[index], pairs[batch[-1]] if batch else None)
+        if batch and total > max_tokens:
+            break
+        batch.append(index)
+    return batch
+
+
+def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+    """All pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, as their indices."""
+    order = by_query(pairs)
+    start = 0
+    while start < len(order):
+        batch = next_batch(pairs, order[start : start + batch_size], max_tokens)
+        yield batch
+        start += len(batch)

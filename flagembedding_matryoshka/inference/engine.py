@@ -1,0 +1,158 @@
+"""Tokenised pairs to scores, with one model on one device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
+from flagembedding_matryoshka.inference.cascade import Schedule, run_cascade
+from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.loading import token_adapter_ratios, use_token_adapter
+from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A method of `Engine` and its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class Engine:
+    """Computes on the device that its model lies on; safe to call from several threads.
+
+    Args:
+        model: may hold token adapters; each call uses the one of its ratio.
+    """
+
+    def __init__(self, model: CostWiseMistralForCausalLM) -> None:
+        self.model = model
+        self._has_token_adapters = bool(token_adapter_ratios(model))
+        self._switching = threading.Lock()
+        self._tokens_that_fit: float = float("inf")
+
+    def run(self, tasks: Iterable[Task]) -> Generator[tuple[int, Any], None, None]:
+        """(number, result) of each task, one after the other."""
+        for number, task in enumerate(tasks):
+            yield number, getattr(self, task.method)(*task.arguments)
+
+    def score(self, pairs: Sequence[TokenizedPair], names: Sequence[int], sub_network: SubNetwork) -> list[list[float]]:
+        """Scores of one batch. Out of memory, this and all later batches are computed in smaller ones.
+
+        Args:
+            names: what an error calls the pairs.
+
+        Returns:
+            for each cutoff layer, in the order asked for, a score for each pair.
+
+        Raises:
+            torch.OutOfMemoryError: if a single pair does not fit.
+        """
+        scores, start = [], 0
+        while start < len(pairs):
+            part = self._that_fits(pairs, start)
+            try:
+                with self._adapted(sub_network.compress_ratio):
+                    scores.append(self._forward([pairs[place] for place in part], sub_network))
+            except torch.OutOfMemoryError as error:
+                self._halve([pairs[place] for place in part], names[start], error)
+                continue
+            start += len(part)
+        return torch.cat(scores, dim=1).tolist()
+
+    def cascade(
+        self,
+        batches: Sequence[Sequence[TokenizedPair]],
+        names: Sequence[Sequence[int]],
+        owners: Sequence[Sequence[int]],
+        schedule: Schedule,
+        sub_network: SubNetwork,
+    ) -> list[tuple[float, int]]:
+        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is.
+
+        Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
+        """
+        while True:
+            parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
+            try:
+                return self._cascade(
+                    [[batches[number][place] for place in part] for number, part in parts],
+                    [[owners[number][place] for place in part] for number, part in parts],
+                    schedule,
+                    sub_network,
+                )
+            except torch.OutOfMemoryError as error:
+                number, part = max(parts, key=lambda item: len(item[1]))
+                self._halve([batches[number][place] for place in part], names[number][part[0]], error)
+
+    def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
+        """Places of a batch, in parts that fit as far as is known."""
+        start = 0
+        while start < len(pairs):
+            part = self._that_fits(pairs, start)
+            yield part
+            start += len(part)
+
+    def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> list[int]:
+        return next_batch(pairs, range(start, len(pairs)), self._tokens_that_fit)
+
+    def _halve(self, part: Sequence[TokenizedPair], name: int, error: torch.OutOfMemoryError) -> None:
+        """From here on, at most half as many tokens as in `part`.
+
+        Raises:
+            torch.OutOfMemoryError: if it is a single pair, which is called `name`.
+        """
+        tokens = count_tokens(part)
+        if len(part) == 1:
+            raise torch.OutOfMemoryError(
+                f"pair {name}, of {tokens} tokens, does not fit into memory alone. Lower max_length, or compress "
+                f"earlier. ({error})"
+            ) from error
+        self._tokens_that_fit = tokens // 2
+        logger.warning("Out of memory with %d tokens in a batch; from here on at most %d.", tokens, tokens // 2)
+
+    @torch.inference_mode()
+    def _cascade(
+        self,
+        batches: Sequence[Sequence[TokenizedPair]],
+        owners: Sequence[Sequence[int]],
+        schedule: Schedule,
+        sub_network: SubNetwork,
+    ) -> list[tuple[float, int]]:
+        with self._adapted(sub_network.compress_ratio):
+            states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
+            scores, exits = run_cascade(self.model, states, owners, schedule, sub_network)
+        return list(zip(scores.tolist(), exits.tolist(), strict=True))
+
+    @torch.inference_mode()
+    def _forward(self, pairs: Sequence[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
+        """(cutoff layers, pairs) float32 scores, on the CPU."""
+        states = self.model.model.embed(*pack_pairs(list(pairs), self.model.device))
+        scores = {
+            depth: self.model.score(depth, hidden, packed)
+            for depth, hidden, packed in self.model.model.run(states, sub_network, sub_network.depth)
+            if depth in sub_network.cutoff_layers
+        }
+        return torch.stack([scores[layer] for layer in sub_network.cutoff_layers]).cpu()
+
+    @contextmanager
+    def _adapted(self, ratio: int) -> Iterator[None]:
+        """Nobody else switches the token adapters meanwhile."""
+        if not self._has_token_adapters:
+            yield
+            return
+        with self._switching:
+            use_token_adapter(self.model, ratio)
+            yield

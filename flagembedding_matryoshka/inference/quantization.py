@@ -1,0 +1,64 @@
+"""Weights in fewer bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+
+Quantization = Literal["int8", "nf4"]
+
+
+def check_quantization(method: str, devices: Sequence[str], dtype: torch.dtype) -> None:
+    """Refuse what cannot run, before weights are read.
+
+    Raises:
+        ImportError: if "nf4" lacks bitsandbytes.
+        ValueError: if there is no such method, or it does not run on these devices or beside this format.
+    """
+    if method not in get_args(Quantization):
+        raise ValueError(f"quantization is {method!r}, but must be one of {get_args(Quantization)} or None.")
+    if len(devices) > 1:
+        raise ValueError(f"quantization={method!r} runs on one device, but devices are {list(devices)}.")
+    if method == "int8" and (torch.device(devices[0]).type, dtype) != ("cpu", torch.float32):
+        raise ValueError(
+            f"quantization='int8' runs on a CPU, with float32 for all that is not int8, but the device is {devices[0]} "
+            f"and dtype {dtype}."
+        )
+    if method == "nf4" and find_spec("bitsandbytes") is None:
+        raise ImportError("quantization='nf4' needs the package bitsandbytes: pip install bitsandbytes")
+
+
+def quantize(model: CostWiseMistralForCausalLM, method: Quantization) -> None:
+    """Hold the decoder layers' weights in fewer bits, in place; embeddings, norms and heads stay as they are.
+
+    "int8" is PyTorch's dynamic quantization, with a scale for each output channel; inputs are rounded to int8 by the
+    range of their batch. torchao's int8 products were 2 to 35 times slower than float32 on a CPU. "nf4" is
+    bitsandbytes' 4-bit format of QLoRA (arXiv 2305.14314, section 3): products are computed in the model's own
+    format. Its weights are rounded when the model next moves to a device.
+    """
+    if method == "nf4":
+        for layer in model.model.layers:
+            _use_nf4(layer)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
+        quantize_dynamic(model.model.layers, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+
+
+def _use_nf4(layer: nn.Module) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    for name, linear in linears:
+        small = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype)
+        small.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+        layer.set_submodule(name, small)

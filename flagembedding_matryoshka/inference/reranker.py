@@ -1,0 +1,608 @@
+"""Scoring text pairs at any depth and width, as FlagEmbedding's re-rankers do."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, fields
+from itertools import chain, pairwise
+from typing import Any, TypeVar
+
+import torch
+from FlagEmbedding.abc.inference import AbsReranker
+from tqdm import tqdm
+
+from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
+from flagembedding_matryoshka.inference.cascade import Schedule
+from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
+from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.plan import Setting, load_plan
+from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
+from flagembedding_matryoshka.inference.workers import WorkerPool
+from flagembedding_matryoshka.models.configuration import SubNetwork, as_layer_tuple
+from flagembedding_matryoshka.models.export import export_exits
+from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.models.loading import (
+    DEFAULT_LAYER_SEP,
+    DEFAULT_START_LAYER,
+    inspect_checkpoint,
+    load_model,
+    load_tokenizer,
+    token_adapter_ratios,
+)
+from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer, TokenizedPair
+
+Pair = Sequence[str]
+Layers = int | Sequence[int] | None
+T = TypeVar("T")
+R = TypeVar("R")
+PAIRS_TOKENIZED_AHEAD = 8192
+DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What a call may override; the names are the constructor's."""
+
+    query_instruction_for_rerank: str | None
+    query_instruction_format: str
+    passage_instruction_for_rerank: str | None
+    passage_instruction_format: str
+    cutoff_layers: Layers
+    compress_layers: Layers
+    compress_ratio: int
+    prompt: str
+    batch_size: int
+    max_tokens_per_batch: int
+    query_max_length: int | None
+    max_length: int
+    normalize: bool
+
+
+class MatryoshkaReranker(AbsReranker):
+    """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
+
+    Args:
+        model_name_or_path: "smollm2", the shipped re-ranker, unless the working directory holds something of that name;
+            a layer-wise checkpoint, a raw Mistral, a GGUF file, or a directory that fine-tuning wrote.
+        peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
+            stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
+        dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
+        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. float16 needs a device other than a CPU.
+        from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
+        start_layer, layer_sep: the exits that a raw Mistral gets; a layer-wise checkpoint has its own.
+        max_layer: layers above this one are not loaded, and no deeper cutoff can be asked for.
+        quantization: "int8" holds the decoder layers in 8 bits, on a CPU, and computes in them: a quarter of float32's
+            memory, and faster. "nf4" holds them in 4 bits (bitsandbytes), on any one device: an eighth, and slower.
+            Scores differ from those of the full weights, and with "int8" a little with what is scored beside a pair.
+        cutoff_layers: exits to score at, an int or several; None is the deepest.
+        compress_layers: numbers of layers after which the passage is compressed, an int or several.
+        compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
+        budget: share of the full network's floating-point operations; depth, width and for `rank` a cascade are then
+            the best that an evaluation measured within it: those of the `matryoshka_plan.json` beside the model.
+        quality: share of the full network's nDCG@10; they are then the cheapest measured that reach it.
+        prompt: text behind the passage; None is the one that the published models were trained with.
+        query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
+            passage_instruction_format: what is put around the texts, as in FlagEmbedding.
+        batch_size: pairs scored in one pass, at most.
+        max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
+            a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
+            1,024 on a CPU, whose caches then hold a layer's activations, and 16,384 elsewhere.
+        query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
+        max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
+        normalize: sigmoid of the scores instead of the scores.
+        devices: one device or several; None is the first accelerator, else the CPU.
+        cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
+
+    Raises:
+        FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
+        ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
+        ValueError: if the checkpoint is not Mistral-shaped, arguments contradict it or each other, or nothing measured
+            is within `budget` or reaches `quality`.
+
+    With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
+    width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
+    settings without a cascade. It keeps the same promise, and its scores may be of another exit than those of `rank`.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        peft_path: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool = False,
+        use_bf16: bool = False,
+        from_raw: bool | None = None,
+        start_layer: int = DEFAULT_START_LAYER,
+        layer_sep: int = DEFAULT_LAYER_SEP,
+        max_layer: int | None = None,
+        quantization: Quantization | None = None,
+        cutoff_layers: Layers = None,
+        compress_layers: Layers = None,
+        compress_ratio: int = 1,
+        budget: float | None = None,
+        quality: float | None = None,
+        prompt: str | None = None,
+        query_instruction_for_rerank: str | None = "A: ",
+        query_instruction_format: str = "{}{}",
+        passage_instruction_for_rerank: str | None = "B: ",
+        passage_instruction_format: str = "{}{}",
+        batch_size: int = 128,
+        max_tokens_per_batch: int | None = None,
+        query_max_length: int | None = None,
+        max_length: int = 512,
+        normalize: bool = False,
+        devices: str | int | list[str] | list[int] | None = None,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(
+            model_name_or_path,
+            use_fp16=use_fp16,
+            query_instruction_for_rerank=query_instruction_for_rerank,
+            query_instruction_format=query_instruction_format,
+            passage_instruction_for_rerank=passage_instruction_for_rerank,
+            passage_instruction_format=passage_instruction_format,
+            devices=devices,
+            batch_size=batch_size,
+            query_max_length=query_max_length,
+            max_length=max_length,
+            normalize=normalize,
+        )
+        available = self.get_target_devices(devices)
+        self.target_devices: list[str] = available[:1] if devices is None else available
+        self.cutoff_layers = cutoff_layers
+        self.compress_layers = compress_layers
+        self.compress_ratio = compress_ratio
+        self.prompt = PROMPT if prompt is None else prompt
+        self.max_layer = max_layer
+        if max_tokens_per_batch is None:
+            max_tokens_per_batch = fast_batch_tokens(self.target_devices[0])
+        self.max_tokens_per_batch = max_tokens_per_batch
+
+        self.quantization = quantization
+        if quantization == "int8" and dtype == "auto" and not (use_fp16 or use_bf16):
+            dtype = "float32"
+        resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
+        if quantization is not None:
+            check_quantization(quantization, self.target_devices, resolved)
+        hub: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
+        checkpoint = inspect_checkpoint(model_name_or_path, from_raw, start_layer, layer_sep, max_layer, **hub)
+        self.config = checkpoint.config
+        peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
+        self.planned: Setting | None = None
+        if budget is not None or quality is not None:
+            self._refuse_beside_plan()
+            plan = load_plan(model_name_or_path, self.config, peft_paths, **hub)
+            self.planned = plan.choose(budget, quality)
+            for name, value in plan.choose(budget, quality, cascades=False).overrides.items():
+                setattr(self, name, value)
+        self._sub_network(self.cutoff_layers, self.compress_layers, self.compress_ratio)
+        self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
+        self._pair_tokenizer = PairTokenizer(self.tokenizer)
+        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
+        if quantization is not None:
+            if token_adapter_ratios(self.model):
+                raise ValueError(
+                    f"quantization={quantization!r} leaves no weights to switch token adapters on; merge one of them."
+                )
+            quantize(self.model, quantization)
+        self._engine: Engine | WorkerPool
+        if len(self.target_devices) == 1:
+            self._engine = Engine(self.model.to(self.target_devices[0]))
+        else:
+            self._engine = WorkerPool(self.model, self.target_devices)
+
+    def _refuse_beside_plan(self) -> None:
+        given = {name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
+        given = {name: value for name, value in given.items() if value != (1 if name == "compress_ratio" else None)}
+        if given:
+            raise ValueError(f"budget and quality choose depth and width themselves; leave out {given}.")
+
+    def close(self) -> None:
+        """End the worker processes of several devices; the next call starts new ones."""
+        if isinstance(self._engine, WorkerPool):
+            self._engine.close()
+
+    def stop_self_pool(self) -> None:
+        """FlagEmbedding's name for `close`."""
+        if hasattr(self, "_engine"):  # FlagEmbedding calls it for an object whose construction failed, too
+            self.close()
+
+    def __enter__(self) -> MatryoshkaReranker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def compute_score(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
+        """Score pairs of query and passage, spread over all devices.
+
+        Args:
+            sentence_pairs: (query, passage) pairs, or a single pair.
+            overrides: the arguments of `compute_score_single_gpu`, but for `device`.
+
+        Returns, raises: as `compute_score_single_gpu`.
+        """
+        return self._score(sentence_pairs, None, **overrides)
+
+    def compute_score_single_gpu(
+        self,
+        sentence_pairs: Sequence[Pair] | Pair,
+        *,
+        device: str | None = None,
+        **overrides: Any,
+    ) -> list[float] | list[list[float]]:
+        """Score pairs of query and passage on one device.
+
+        Args:
+            sentence_pairs: (query, passage) pairs, or a single pair.
+            device: one of the re-ranker's `devices`; None is the first.
+            compress_layer: the reference's spelling of `compress_layers`.
+            show_progress_bar: None shows one on work of more than a second.
+            overrides: any of the constructor's `cutoff_layers`, `compress_layers`, `compress_ratio`, `prompt`,
+                `batch_size`, `max_tokens_per_batch`, `query_max_length`, `max_length`, `normalize` and instructions;
+                None keeps the default.
+
+        Returns:
+            One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
+            the order asked for. No pairs: an empty list.
+
+        Raises:
+            TypeError: if a text is not a string, a pair is not a pair, or a keyword is unknown.
+            ValueError: if the layers, ratio or lengths asked for do not fit the model.
+            torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
+        """
+        device = self.target_devices[0] if device is None else device
+        if device not in self.target_devices:
+            raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
+        return self._score(sentence_pairs, device, **overrides)
+
+    def _score(
+        self,
+        sentence_pairs: Sequence[Pair] | Pair,
+        device: str | None,
+        compress_layer: Layers = None,
+        show_progress_bar: bool | None = None,
+        **overrides: Any,
+    ) -> list[float] | list[list[float]]:
+        options = self._options(compress_layer, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        pairs = _as_pairs(sentence_pairs)
+        if not pairs:
+            return []
+        scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
+        batches: list[list[int]] = []
+
+        def tasks() -> Iterator[Task]:
+            for indices, inputs in self._batches(pairs, options, 1 if device else len(self.target_devices)):
+                batches.append(indices)
+                yield Task("score", (inputs, indices, sub_network))
+
+        progress = tqdm(
+            total=len(pairs),
+            desc="scoring",
+            unit="pair",
+            delay=1.0 if show_progress_bar is None else 0.0,
+            disable=show_progress_bar is False,
+        )
+        with progress, closing(self._run(tasks(), device)) as results:
+            for number, found in results:
+                scores[:, batches[number]] = torch.tensor(found)
+                progress.update(len(batches[number]))
+        per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
+        return per_layer[0] if len(per_layer) == 1 else per_layer
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> list[dict[str, int | float | str]]:
+        """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
+
+        Args:
+            top_k: how many to return; None is all.
+            return_documents: also return each document's text.
+            cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
+                8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
+                better. All of it is one pass, and all states lie in memory. None is the one that
+                `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
+            overrides: as in `compute_score`, with one cutoff layer.
+
+        Returns:
+            A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
+            the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
+
+        Raises:
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given, or
+                the cascade does not fit the model or keeps fewer than `top_k`.
+        """
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **overrides)[0]
+
+    def rank_batch(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> list[list[dict[str, int | float | str]]]:
+        """`rank` for many queries, in common batches.
+
+        Args:
+            candidates: the documents of each query.
+
+        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        if isinstance(queries, str) or len(queries) != len(candidates):
+            raise ValueError(f"{len(candidates)} lists of candidates need a list of as many queries.")
+        for documents in candidates:
+            if isinstance(documents, str):
+                raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
+        kept_at_least = top_k
+        if self.planned is not None and cascade is None and not _names_depth_or_width(overrides):
+            overrides, kept_at_least = overrides | self.planned.overrides, None
+            cascade = dict(self.planned.cascade) or None
+        cutoffs = overrides.get("cutoff_layers")
+        cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
+        if cutoffs is not None and len(cutoffs) > 1:
+            raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
+        pairs = [
+            (query, document) for query, documents in zip(queries, candidates, strict=True) for document in documents
+        ]
+        found: list[dict[str, Any]]
+        if cascade is None:
+            found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
+        else:
+            owner = [number for number, documents in enumerate(candidates) for _ in documents]
+            found = self._cascade(pairs, owner, cascade, kept_at_least, overrides)
+        rankings, rest = [], iter(found)
+        for documents in candidates:
+            ranked = [
+                {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
+                for index, text in enumerate(documents)
+            ]
+            ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
+            rankings.append(ranked[:top_k])
+        return rankings
+
+    def _batches(
+        self, pairs: list[tuple[str, str]], options: ScoringOptions, shares: int
+    ) -> Iterator[tuple[list[int], list[TokenizedPair]]]:
+        """Indices and inputs of batches, at least `shares` of about equal size. Pairs are tokenised while those before
+        them are computed."""
+
+        def tokenize(start: int) -> list[TokenizedPair]:
+            return self._tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD], options)
+
+        for window, inputs in enumerate(_one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD))):
+            max_tokens = options.max_tokens_per_batch
+            if shares > 1:
+                together = count_tokens([inputs[index] for index in by_query(inputs)])
+                max_tokens = min(max_tokens, math.ceil(together / shares))
+            for batch in cut_batches(inputs, options.batch_size, max_tokens):
+                first = window * PAIRS_TOKENIZED_AHEAD
+                yield [first + index for index in batch], [inputs[index] for index in batch]
+
+    def _run(self, tasks: Iterator[Task], device: str | None) -> Generator[tuple[int, Any], None, None]:
+        if isinstance(self._engine, WorkerPool):
+            return self._engine.run(tasks, device)
+        return self._engine.run(tasks)
+
+    def _cascade(
+        self,
+        pairs: list[tuple[str, str]],
+        owner: list[int],
+        cascade: Mapping[int, float],
+        top_k: int | None,
+        overrides: dict[str, Any],
+    ) -> list[dict[str, float | int]]:
+        """Score and exit of each pair; `owner` says whose candidate it is."""
+        compress_layer, _ = overrides.pop("compress_layer", None), overrides.pop("show_progress_bar", None)
+        options = self._options(compress_layer, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        schedule = Schedule.resolve(self.config, cascade, sub_network.depth)
+        for query, count in Counter(owner).items():
+            if top_k is not None and schedule.kept(count) < min(top_k, count):
+                raise ValueError(
+                    f"cascade {dict(cascade)} keeps {schedule.kept(count)} of the {count} candidates of query {query}, "
+                    f"fewer than top_k={top_k}."
+                )
+        pairs = _as_pairs(pairs)
+        if not pairs:
+            return []
+        inputs = self._tokenize(pairs, options)
+        shares: list[list[int]] = [[] for _ in self.target_devices]
+        for number, numbers in enumerate(_grouped(owner)):
+            shares[number % len(shares)].extend(numbers)
+        tasks, order = [], []
+        for share in filter(None, shares):
+            own = [inputs[index] for index in share]
+            batches = [
+                [share[place] for place in batch]
+                for batch in cut_batches(own, options.batch_size, options.max_tokens_per_batch)
+            ]
+            order.append(list(chain(*batches)))
+            packs = [[inputs[index] for index in batch] for batch in batches]
+            owners = [[owner[index] for index in batch] for batch in batches]
+            tasks.append(Task("cascade", (packs, batches, owners, schedule, sub_network)))
+        found: dict[int, dict[str, float | int]] = {}
+        with closing(self._run(iter(tasks), None)) as results:
+            for number, share_results in results:
+                for index, (score, layer) in zip(order[number], share_results, strict=True):
+                    value = torch.tensor(score).sigmoid().item() if options.normalize else score
+                    found[index] = {"score": value, "cutoff_layer": layer}
+        return [found[index] for index in range(len(pairs))]
+
+    def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
+        """Write a smaller checkpoint, tokenizer included, which scores at `cutoff_layers` as this model does.
+
+        Args:
+            cutoff_layers: the exits to keep, with the layers below them; None is the re-ranker's own.
+
+        Raises:
+            ValueError: if an exit does not exist, token adapters are attached, of which a checkpoint can hold one, or
+                the weights are quantized.
+        """
+        if self.quantization is not None:
+            raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
+        token_adapters = token_adapter_ratios(self.model)
+        if token_adapters:
+            raise ValueError(
+                f"token adapters for the ratios {sorted(token_adapters)} are attached: export the model without "
+                "them, and give them to the exported one as peft_path."
+            )
+        cutoffs = self._sub_network(
+            self.cutoff_layers if cutoff_layers is None else cutoff_layers, None, 1
+        ).cutoff_layers
+        export_exits(self.model, cutoffs, output_dir)
+        self.tokenizer.save_pretrained(output_dir)
+
+    def count_tokens(self, query: str, documents: Sequence[str], **overrides: Any) -> tuple[int, list[int]]:
+        """Tokens that scoring reads: those of the query part, which a batch holds once, and each document's own.
+
+        Args:
+            overrides: as in `compute_score`.
+
+        Returns, raises: (query tokens, tokens of each document with separator and prompt); errors as in
+            `compute_score`.
+        """
+        inputs = self._tokenize(
+            _as_pairs([(query, document) for document in documents]), self._options(None, overrides)
+        )
+        shared = inputs[0].query_length if inputs else 0
+        return shared, [len(pair.input_ids) - shared for pair in inputs]
+
+    def estimate_flops(
+        self, sentence_pairs: Sequence[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
+    ) -> int:
+        """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
+
+        Args:
+            sentence_pairs, overrides: as in `compute_score`.
+            depths: what a cascade spends instead: the "cutoff_layer" that it gave each pair, with all its exits as
+                `cutoff_layers`.
+
+        Returns:
+            operations of all pairs together, see [`~flagembedding_matryoshka.models.flops.estimate_flops`].
+        """
+        options = self._options(None, overrides)
+        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        inputs = self._tokenize(_as_pairs(sentence_pairs), options)
+        total = 0
+        for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
+            pairs = [inputs[index] for index in batch]
+            total += estimate_flops(
+                self.config,
+                sub_network,
+                query_lengths=torch.tensor([pair.query_length for pair in pairs]),
+                passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
+                prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
+                shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
+                depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
+            )
+        return total
+
+    def _options(self, compress_layer: Layers, overrides: dict[str, Any]) -> ScoringOptions:
+        if compress_layer is not None:
+            if overrides.get("compress_layers") is not None:
+                raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
+            overrides = overrides | {"compress_layers": compress_layer}
+        names = [field.name for field in fields(ScoringOptions)]
+        unknown = sorted(set(overrides) - set(names))
+        if unknown:
+            raise TypeError(f"unknown arguments {unknown}; a call may override {names}.")
+        chosen = {name: getattr(self, name) if overrides.get(name) is None else overrides[name] for name in names}
+        options = ScoringOptions(**chosen)
+        for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        return options
+
+    def _sub_network(self, cutoff_layers: Layers, compress_layers: Layers, compress_ratio: int) -> SubNetwork:
+        try:
+            return SubNetwork.resolve(self.config, cutoff_layers, compress_layers, compress_ratio)
+        except ValueError as error:
+            if self.max_layer is None:
+                raise
+            raise ValueError(f"{error} Layers above max_layer={self.max_layer} were not loaded.") from error
+
+    def _tokenize(self, pairs: list[tuple[str, str]], options: ScoringOptions) -> list[TokenizedPair]:
+        """Input sequences of `pairs`; a query that several pairs share is tokenised once."""
+        query_max_length = options.query_max_length or options.max_length * 3 // 4
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prefix, template = options.query_instruction_for_rerank, options.query_instruction_format
+        texts = [self._instruct(template, prefix, query) for query in queries]
+        query_ids = dict(zip(queries, self._pair_tokenizer.encode(texts, query_max_length), strict=True))
+        prefix, template = options.passage_instruction_for_rerank, options.passage_instruction_format
+        passages = [self._instruct(template, prefix, passage) for _, passage in pairs]
+        passage_ids = self._pair_tokenizer.encode(passages, options.max_length)
+        prompt_ids = self._pair_tokenizer.encode([options.prompt])[0]
+        limit = options.max_length + len(self._pair_tokenizer.separator_ids) + len(prompt_ids)
+        return [
+            self._pair_tokenizer.join(query_ids[query], ids, prompt_ids, limit)
+            for (query, _), ids in zip(pairs, passage_ids, strict=True)
+        ]
+
+    def _instruct(self, template: str, instruction: str | None, text: str) -> str:
+        return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
+
+
+def _names_depth_or_width(overrides: Mapping[str, Any]) -> bool:
+    return any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
+
+
+def _grouped(owner: Sequence[int]) -> list[list[int]]:
+    """Indices of each owner's items."""
+    groups: dict[int, list[int]] = {}
+    for index, number in enumerate(owner):
+        groups.setdefault(number, []).append(index)
+    return list(groups.values())
+
+
+def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results of `function`, each computed in a thread while its predecessor is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following: Future[R] | None = None
+        for item in items:
+            current, following = following, thread.submit(function, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+
+def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:
+    """Pairs of strings; a single pair becomes a list of one.
+
+    Raises:
+        TypeError: naming the first thing that is not a pair of strings, and where it stands.
+    """
+    if isinstance(sentence_pairs, str):
+        raise TypeError(f"pairs of query and passage are wanted, got the string {_excerpt(sentence_pairs)}.")
+    pairs: list[Any] = list(sentence_pairs)
+    if len(pairs) == 2 and isinstance(pairs[0], str):
+        pairs = [pairs]
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"pair {index} must be a query and a passage, got {_excerpt(pair)}.")
+        for name, text in zip(("query", "passage"), pair, strict=True):
+            if not isinstance(text, str):
+                raise TypeError(f"the {name} of pair {index} must be a string, got {_excerpt(text)}.")
+    return [(query, passage) for query, passage in pairs]
+
+
+def _excerpt(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,221 @@
+"""A process for each device, all over one copy of the weights."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+import shutil
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+
+SHARED_MEMORY = Path("/dev/shm")
+SECONDS_TO_LEAVE = 5.0
+logger = logging.getLogger(__name__)
+
+
+class RemoteTraceback(Exception):
+    """Where in a worker its exception was raised."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """The parent's side of a process.
+
+    Attributes:
+        ready: whether it has loaded the model and answered all that it was sent.
+        task: number of the task that it computes.
+    """
+
+    device: str
+    process: SpawnProcess
+    connection: Connection
+    ready: bool = False
+    task: int | None = None
+
+    def end(self) -> int | None:
+        """Its exit code, once it has left by itself or been killed."""
+        self.connection.close()
+        self.process.join(SECONDS_TO_LEAVE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        return self.process.exitcode
+
+
+class WorkerPool:
+    """Runs tasks on several devices, each with a process of its own that starts with the first task.
+
+    The model's weights move to shared memory, where workers on CPUs use them in place; others copy them to their
+    device. CPU workers divide this process's threads among themselves. A worker ends when its pool is closed or this
+    process is gone, however that came.
+
+    Args:
+        devices: may name one several times.
+    """
+
+    def __init__(self, model: CostWiseMistralForCausalLM, devices: Sequence[str]) -> None:
+        self._model = model
+        self._devices = list(devices)
+        self._workers: list[Worker] = []
+        self._lock = threading.Lock()
+
+    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
+        """(number, result) of each task, as they finish; a worker that is free takes the next.
+
+        Calls from several threads take turns. What is not consumed to its end stops the workers at once.
+
+        Args:
+            device: None is all of them.
+
+        Raises:
+            RuntimeError: if workers died and none is left to do their tasks, or one task killed two.
+            Exception: what a worker raised; its cause holds the worker's traceback.
+        """
+        with self._lock:
+            self._start()
+            try:
+                yield from self._run(tasks, [worker for worker in self._workers if device in (None, worker.device)])
+            except BaseException:
+                self._stop(kill=True)
+                raise
+
+    def _run(self, tasks: Iterable[Task], workers: list[Worker]) -> Generator[tuple[int, Any], None, None]:
+        source = enumerate(tasks)
+        upcoming = next(source, None)
+        returned: deque[tuple[int, Task]] = deque()
+        given: dict[int, Task] = {}
+        deaths: dict[int, str] = {}
+        while upcoming or returned or given:
+            for worker in [worker for worker in workers if worker.ready]:
+                if returned:
+                    following = returned.popleft()
+                elif upcoming:
+                    following, upcoming = upcoming, next(source, None)
+                else:
+                    break
+                worker.task, worker.ready = following[0], False
+                given[worker.task] = following[1]
+                _send(worker, following[1])
+            for connection in wait([worker.connection for worker in workers if not worker.ready]):
+                worker = next(worker for worker in workers if worker.connection is connection)
+                try:
+                    result, error = worker.connection.recv()
+                except (EOFError, OSError):
+                    workers.remove(worker)
+                    report = self._bury(worker)
+                    if (number := worker.task) is not None:
+                        if number in deaths:
+                            raise RuntimeError(
+                                f"a batch killed two workers: {deaths[number]}, {report}. A lower "
+                                "max_tokens_per_batch may help."
+                            ) from None
+                        deaths[number] = report
+                        returned.append((number, given.pop(number)))
+                    if not workers:
+                        raise RuntimeError(f"no worker is left; the last was {report}.") from None
+                    logger.warning("A worker is lost, the others go on with its work: %s.", report)
+                    continue
+                if error is not None:
+                    raise error[0] from RemoteTraceback(f"in the worker of {worker.device}\n{error[1]}")
+                finished, worker.task, worker.ready = worker.task, None, True
+                if finished is not None:
+                    del given[finished]
+                    yield finished, result
+
+    def close(self) -> None:
+        """End the workers; the next task starts new ones."""
+        with self._lock:
+            self._stop(kill=False)
+
+    def _start(self) -> None:
+        missing = list(self._devices)
+        for worker in self._workers:
+            missing.remove(worker.device)
+        if not missing:
+            return
+        self._share_weights()
+        context = multiprocessing.get_context("spawn")
+        on_cpu = sum(torch.device(device).type == "cpu" for device in self._devices)
+        threads = max(1, torch.get_num_threads() // max(1, on_cpu))
+        for device in missing:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, self._model, device, threads), name=f"worker {device}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append(Worker(device, process, ours))
+
+    def _share_weights(self) -> None:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_shared())
+        if SHARED_MEMORY.exists() and needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
+            raise RuntimeError(
+                f"several devices share the weights through {SHARED_MEMORY}, where {free >> 20} MiB are free and "
+                f"{needed >> 20} are needed; Docker sets its size with --shm-size."
+            )
+        self._model.share_memory()
+
+    def _bury(self, worker: Worker) -> str:
+        self._workers.remove(worker)
+        return f"that of {worker.device}, which died with exit code {worker.end()}"
+
+    def _stop(self, kill: bool) -> None:
+        for worker in self._workers:
+            if kill:
+                worker.process.kill()
+            worker.connection.close()
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+
+def _send(worker: Worker, task: Task) -> None:
+    with suppress(OSError):  # it is dead, which reading from it tells
+        worker.connection.send(task)
+
+
+def _work(connection: Connection, model: CostWiseMistralForCausalLM, device: str, threads: int) -> None:
+    """What a worker does until the other end of `connection` is closed: answer (result, None) or (None, error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    try:
+        engine = Engine(model.to(device))  # type: ignore[arg-type]
+    except Exception as error:
+        connection.send((None, _portable(error)))
+        return
+    connection.send((None, None))
+    while True:
+        try:
+            task: Task = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((getattr(engine, task.method)(*task.arguments), None))
+        except Exception as error:
+            connection.send((None, _portable(error)))
+
+
+def _portable(error: Exception) -> tuple[Exception, str]:
+    """An exception that survives the way to another process, and its traceback."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error)), text
+    return error, text

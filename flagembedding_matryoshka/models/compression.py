@@ -1,0 +1,68 @@
+"""Width: neighbouring passage tokens merged into one, weighted by the last token's attention.
+
+Ratio 2 on a sequence of 2 query, 5 passage and 1 prompt tokens:
+
+    tokens   q q a b c d e p
+    slots    0 1 2 2 3 3 4 5        the last group may be short
+    row      q q ab cd e p
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.models.packing import PackedBatch
+
+UNDERFLOW = 1e-30
+"""A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""
+
+
+def compress(
+    hidden_states: Tensor, attention_row: Tensor, packed: PackedBatch, ratio: int
+) -> tuple[Tensor, PackedBatch]:
+    """Merge groups of `ratio` neighbouring passage tokens (paper: arXiv 2501.16302, width compression).
+
+    A group becomes Σ w·h, with w the attention row normalised inside the group, equal where all of it underflowed.
+    Query and prompt tokens pass unchanged.
+
+    Args:
+        hidden_states: (1, total_tokens, hidden).
+        attention_row: (total_tokens,) float32, see [`~flagembedding_matryoshka.models.attention.last_token_row`].
+        ratio: group size, at least 2.
+
+    Returns:
+        (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.
+    """
+    compressed = replace(packed, passage_lengths=(packed.passage_lengths + ratio - 1).div(ratio, rounding_mode="floor"))
+    slots, in_passage = _slots(packed, compressed, ratio)
+    total = int(compressed.cu_seqlens[-1])
+
+    row = torch.where(in_passage, attention_row, 1.0)
+    group_sum = row.new_zeros(total).index_add(0, slots, row)[slots]
+    group_size = row.new_zeros(total).index_add(0, slots, torch.ones_like(row))[slots]
+    underflow = group_sum < UNDERFLOW
+    weights = torch.where(underflow, 1 / group_size, row / group_sum.masked_fill(underflow, 1.0))
+
+    merged = weights.new_zeros(total, hidden_states.shape[-1]).index_add(0, slots, hidden_states[0] * weights[:, None])
+    return merged.to(hidden_states.dtype)[None], compressed
+
+
+def _slots(packed: PackedBatch, compressed: PackedBatch, ratio: int) -> tuple[Tensor, Tensor]:
+    """Each token's place in the compressed row, (total_tokens,) int64, and whether it is a passage token, bool."""
+
+    def per_token(values: Tensor) -> Tensor:
+        return values.repeat_interleave(packed.lengths)
+
+    offset = packed.offsets
+    in_query = offset < per_token(packed.query_lengths)
+    in_prompt = offset >= per_token(packed.query_lengths + packed.passage_lengths)
+    in_passage = ~in_query & ~in_prompt
+    group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(
+        ratio, rounding_mode="floor"
+    )
+    behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
+    slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
+    return (slot + per_token(compressed.cu_seqlens[:-1])).to(packed.device), in_passage.to(packed.device)

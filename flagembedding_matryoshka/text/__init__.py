@@ -1,0 +1,1 @@
+"""From texts to ids, and the collections they come from."""

@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.cascade import Schedule
+from tests.batches import close, out_of_memory_above
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
+DOCUMENTS = [" ".join(WORDS[(7 * i + j) % 8] for j in range(1 + 3 * i % 11)) for i in range(20)]
+QUERIES = ["what about the wing", "the flow of heat", "shock"]
+WIDTHS = [{}, {"compress_layers": [2, 4], "compress_ratio": 2}]
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_layerwise_path):
+    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=7)
+
+
+def slow_cascade(reranker, query, documents, stages, **width):
+    """Scores of all exits first, then who would have been dropped where; (corpus_id, exit) from the best."""
+    exits = [*dict(stages), 6]
+    columns = reranker.compute_score([(query, text) for text in documents], cutoff_layers=exits, **width)
+    scores = dict(zip(exits, columns, strict=True))
+    alive, order = list(range(len(documents))), []
+    for layer, share in stages:
+        alive.sort(key=lambda index: -scores[layer][index])
+        count = math.ceil(share * len(documents))
+        order = [(index, layer) for index in alive[count:]] + order
+        alive = alive[:count]
+    alive.sort(key=lambda index: -scores[6][index])
+    return [(index, 6) for index in alive] + order, scores
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("stages", [[(2, 0.5), (4, 0.2)], [(3, 0.31)], [(2, 1.0)], [(2, 0.01), (5, 0.01)]])
+def test_equals_dropping_by_hand(reranker, stages, width):
+    expected, scores = slow_cascade(reranker, QUERIES[0], DOCUMENTS, stages, **width)
+    ranked = reranker.rank(QUERIES[0], DOCUMENTS, cascade=dict(stages), **width)
+    assert [(item["corpus_id"], item["cutoff_layer"]) for item in ranked] == expected
+    for item in ranked:
+        assert item["score"] == pytest.approx(scores[item["cutoff_layer"]][item["corpus_id"]], abs=1e-5)
+
+
+def test_many_queries_rank_as_each_alone(reranker):
+    candidates = [DOCUMENTS, DOCUMENTS[:5], DOCUMENTS[3:9]]
+    options = {"cascade": {2: 0.5, 4: 0.4}, "top_k": 2, "return_documents": True}
+    together = reranker.rank_batch(QUERIES, candidates, **options)
+    for query, documents, ranked in zip(QUERIES, candidates, together, strict=True):
+        alone = reranker.rank(query, documents, **options)
+        assert [item["corpus_id"] for item in ranked] == [item["corpus_id"] for item in alone]
+        assert [item["text"] for item in ranked] == [documents[item["corpus_id"]] for item in ranked]
+        torch.testing.assert_close(*(torch.tensor([i["score"] for i in r]) for r in (ranked, alone)), atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_queries_without_a_cascade(reranker):
+    candidates = [DOCUMENTS, DOCUMENTS[:5], []]
+    for query, documents, ranked in zip(QUERIES, candidates, reranker.rank_batch(QUERIES, candidates), strict=True):
+        assert [item["corpus_id"] for item in ranked] == [i["corpus_id"] for i in reranker.rank(query, documents)]
+
+
+def test_layers_see_the_kept_candidates_only(reranker):
+    seen = []
+    (query,) = reranker._pair_tokenizer.encode([f"A: {QUERIES[0]}"])
+    shared = len(query) + 2  # with bos and separator: what all candidates attend to
+    layers = reranker.model.model.layers
+    hooks = [
+        layer.register_forward_hook(lambda *_, k=k: seen.append((k, _[1][0].shape[1] - shared)))
+        for k, layer in enumerate(layers)
+    ]
+    reranker.rank(QUERIES[0], ["wing"] * 20, cascade={2: 0.5, 4: 0.1}, batch_size=50)
+    for hook in hooks:
+        hook.remove()
+    tokens = dict(seen)
+    assert tokens[1] == 2 * tokens[2] == 10 * tokens[4] and len(seen) == 6
+
+
+def test_no_documents_no_ranking(reranker):
+    assert reranker.rank("wing", [], cascade={2: 0.5}) == []
+
+
+@pytest.mark.parametrize(
+    ("cascade", "message"),
+    [
+        ({1: 0.5}, r"cascade drops candidates after layer 1, but must do so at one of \[2, 3, 4, 5\]"),
+        ({6: 0.5}, r"after layer 6, but must do so"),
+        ({2: 0.0}, r"keeps 0.0 of all candidates after layer 2"),
+        ({2: 0.5, 4: 0.6}, r"keeps 0.6 of all candidates after layer 4: .*the one before is 0.5"),
+        ({2: 0.2}, r"keeps 4 of the 20 candidates of query 0, fewer than top_k=5"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(reranker, cascade, message):
+    with pytest.raises(ValueError, match=message):
+        reranker.rank("wing", DOCUMENTS, top_k=5, cascade=cascade)
+
+
+def test_lists_and_queries_must_match(reranker):
+    with pytest.raises(ValueError, match="1 lists of candidates need a list of as many queries"):
+        reranker.rank_batch(QUERIES, [DOCUMENTS])
+
+
+def test_an_empty_schedule_keeps_all(reranker):
+    assert Schedule.resolve(reranker.config, {}, 6).kept(20) == 20
+    assert reranker.rank("wing", DOCUMENTS, cascade={})[0]["cutoff_layer"] == 6
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_out_of_memory_takes_smaller_batches(reranker, width, monkeypatch, caplog):
+    options = {"cascade": {2: 0.5, 4: 0.2}} | width
+    expected = reranker.rank(QUERIES[0], DOCUMENTS, **options)
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 2))
+    ranked = reranker.rank(QUERIES[0], DOCUMENTS, **options)
+    assert "Out of memory" in caplog.text
+    for key in ("corpus_id", "cutoff_layer"):
+        assert [item[key] for item in ranked] == [item[key] for item in expected]
+    close(*(torch.tensor([item["score"] for item in items]) for items in (ranked, expected)))
+
+
+def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
+    with pytest.raises(torch.OutOfMemoryError, match=r"pair 1, of \d+ tokens, does not fit"):
+        reranker.rank(QUERIES[0], ["", " ".join(WORDS), "body"], cascade={2: 1.0})

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from flagembedding_matryoshka.inference.device import fast_batch_tokens, fast_dtype, resolve_dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx2": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)],
+)
+def test_cpu_gets_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fast_dtype("cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "use_fp16", "use_bf16", "expected"),
+    [
+        ("float32", False, False, torch.float32),
+        (torch.bfloat16, False, False, torch.bfloat16),
+        ("auto", True, False, torch.float16),
+        ("auto", False, True, torch.bfloat16),
+        ("bfloat16", False, True, torch.bfloat16),
+    ],
+)
+def test_every_way_to_name_a_dtype(dtype, use_fp16, use_bf16, expected):
+    assert resolve_dtype(dtype, use_fp16, use_bf16, "cpu") == expected
+
+
+def test_contradicting_flags_are_refused():
+    with pytest.raises(ValueError, match=r"use_fp16=True and use_bf16=True contradict"):
+        resolve_dtype("auto", True, True, "cpu")
+    with pytest.raises(ValueError, match=r"dtype='float32', use_fp16=True"):
+        resolve_dtype("float32", True, False, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32", torch.int64])
+def test_unknown_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"must be 'auto', 'float32'"):
+        resolve_dtype(dtype, False, False, "cpu")
+
+
+def test_batches_on_a_cpu_fit_its_caches():
+    assert fast_batch_tokens("cpu") < fast_batch_tokens("cuda:1") == fast_batch_tokens(torch.device("mps"))

@@ -1,0 +1,215 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.workers import SHARED_MEMORY
+
+QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
+PASSAGES = ["", "a wing", "heat flux", "air flows over a wing. " * 6, "the flow of energy", "a blunt cone"]
+
+PAIRS = [(query, passage) for query in QUERIES for passage in PASSAGES]
+
+
+def load(path, devices="cpu", **options):
+    return MatryoshkaReranker(str(path), dtype="float32", devices=devices, max_length=64, **options)
+
+
+@pytest.fixture(scope="module")
+def one(tiny_layerwise_path):
+    return load(tiny_layerwise_path)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_layerwise_path):
+    with load(tiny_layerwise_path, ["cpu", "cpu"]) as reranker:
+        yield reranker
+
+
+def score_until_all_are_ready(reranker):
+    assert eventually(lambda: reranker.compute_score(PAIRS) and all(w.ready for w in reranker._engine._workers), 60)
+
+
+def processes(reranker):
+    return [worker.process for worker in reranker._engine._workers]
+
+
+def close(found, expected):
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def gone(pid):
+    """Whether no such process runs, or it is only waiting to be reaped."""
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def eventually(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("cutoffs", [[2], [6, 2, 4]])
+@pytest.mark.parametrize("count", [0, 1, 3, len(PAIRS)])
+def test_several_devices_score_as_one(one, two, cutoffs, count):
+    for width in ({}, {"compress_layers": [2], "compress_ratio": 2}):
+        close(
+            two.compute_score(PAIRS[:count], cutoff_layers=cutoffs, **width),
+            one.compute_score(PAIRS[:count], cutoff_layers=cutoffs, **width),
+        )
+
+
+def test_a_cascade_runs_on_several_devices(one, two):
+    arguments = {"cascade": {2: 0.5, 4: 0.3}, "top_k": 1, "normalize": True}
+    found = [reranker.rank_batch(QUERIES, [PASSAGES] * len(QUERIES), **arguments) for reranker in (one, two)]
+    for alone, shared in zip(*found, strict=True):
+        assert [hit["corpus_id"] for hit in alone] == [hit["corpus_id"] for hit in shared]
+        close([hit["score"] for hit in shared], [hit["score"] for hit in alone])
+
+
+def test_work_is_shared_by_tokens(two, monkeypatch):
+    batches = []
+    run = two._engine.run
+    monkeypatch.setattr(two._engine, "run", lambda tasks, device: run(map(noted, tasks), device))
+
+    def noted(task):
+        batches.append(sum(len(pair.input_ids) for pair in task.arguments[0]))
+        return task
+
+    two.compute_score(PAIRS)
+    assert len(batches) >= 2
+    assert max(batches) <= 0.75 * sum(batches)
+
+
+def test_one_device_of_several(one, two):
+    close(two.compute_score_single_gpu(PAIRS, device="cpu"), one.compute_score(PAIRS))
+    with pytest.raises(ValueError, match="'cuda:7' is not one of"):
+        two.compute_score_single_gpu(PAIRS, device="cuda:7")
+
+
+def test_weights_are_shared(two):
+    two.compute_score(PAIRS)
+    assert all(parameter.is_shared() for parameter in two.model.parameters())
+
+
+def test_workers_stay_between_calls_and_close_ends_them(one, two):
+    two.compute_score(PAIRS)
+    before = processes(two)
+    two.compute_score(PAIRS)
+    assert processes(two) == before and len(before) == 2
+    two.close()
+    assert [process.exitcode for process in before] == [0, 0]
+    close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+    assert not set(processes(two)) & set(before)
+
+
+def test_threads_take_turns(one, two):
+    expected = one.compute_score(PAIRS)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: two.compute_score(PAIRS), range(8)):
+            close(found, expected)
+
+
+def test_what_a_worker_raises_arrives_with_its_traceback(two):
+    two.compute_score(PAIRS)
+    with (
+        closing(two._engine.run(iter([Task("score", ([], [], None))]))) as results,
+        pytest.raises(ValueError, match="non-empty") as raised,
+    ):
+        list(results)
+    assert "in the worker of cpu" in str(raised.value.__cause__)
+    assert "engine.py" in str(raised.value.__cause__)
+    two.compute_score(PAIRS)
+
+
+def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog):
+    score_until_all_are_ready(two)
+    victim = processes(two)[0]
+    os.kill(victim.pid, signal.SIGSTOP)  # so that it dies with a batch in its hands
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(two.compute_score, PAIRS, batch_size=4)
+        time.sleep(0.5)
+        assert not found.done()
+        start = time.monotonic()
+        victim.kill()
+        close(found.result(timeout=30), one.compute_score(PAIRS))
+    assert time.monotonic() - start < 5
+    assert "that of cpu, which died with exit code -9" in caplog.text
+    two.compute_score(PAIRS)
+    assert len(processes(two)) == 2, "a new one has taken its place"
+
+
+def test_if_all_workers_die_the_caller_hears_it(one, two):
+    score_until_all_are_ready(two)
+    for process in processes(two):
+        os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(two.compute_score, PAIRS)
+        time.sleep(0.5)
+        for process in processes(two):
+            process.kill()
+        with pytest.raises(RuntimeError, match=r"(killed two workers|no worker is left).*exit code -9"):
+            found.result(timeout=30)
+    close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+
+
+def test_an_interrupted_call_stops_the_workers_at_once(one, two):
+    score_until_all_are_ready(two)
+    stopped = processes(two)
+    for process in stopped:
+        os.kill(process.pid, signal.SIGSTOP)
+    timer = threading.Timer(0.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        two.compute_score(PAIRS)
+    assert not any(process.is_alive() for process in stopped)
+    close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+
+
+def test_too_little_shared_memory_is_said(tiny_layerwise_path, monkeypatch):
+    if not SHARED_MEMORY.exists():
+        pytest.skip(f"no {SHARED_MEMORY} here")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with load(tiny_layerwise_path, ["cpu", "cpu"]) as reranker, pytest.raises(RuntimeError, match="--shm-size"):
+        reranker.compute_score(PAIRS)
+
+
+SCRIPT = """
+import json, os, sys, time
+from flagembedding_matryoshka import MatryoshkaReranker
+
+if __name__ == "__main__":
+    reranker = MatryoshkaReranker(sys.argv[1], devices=["cpu", "cpu"])
+    reranker.compute_score([("a query", "a passage")] * 4)
+    print(json.dumps([worker.process.pid for worker in reranker._engine._workers]), flush=True)
+    if sys.argv[2] == "wait":
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["by itself", "killed"])
+def test_no_worker_outlives_its_parent(tiny_layerwise_path, tmp_path, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tiny_layerwise_path), "wait" if end == "killed" else "leave"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        workers = json.loads(parent.stdout.readline())
+        assert len(workers) == 2
+        if end == "killed":
+            parent.kill()
+        assert parent.wait(30) == (-9 if end == "killed" else 0)
+    assert eventually(lambda: all(map(gone, workers)))

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from flagembedding_matryoshka.models.attention import _in_groups, _segment_by_segment, last_token_row, packed_attention
+from flagembedding_matryoshka.models.packing import PackedBatch
+from tests.batches import close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LENGTHS = torch.tensor([5, 1, 9, 2])
+SCALING = 0.3
+HEADS = pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all_heads", "grouped", "one_key"])
+
+
+def packed_batch():
+    return PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"))
+
+
+def states(heads, scale=1.0):
+    """Query, key and value, (1, heads, total_tokens, head_dim)."""
+    generator = torch.Generator().manual_seed(0)
+    query_heads, kv_heads = heads
+    shapes = [(1, count, int(LENGTHS.sum()), 8) for count in (query_heads, kv_heads, kv_heads)]
+    return [(scale * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
+
+
+def attention_map(query, key):
+    """(heads, total_tokens, total_tokens): softmax over the earlier tokens of the same sequence."""
+    sequence = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
+    token = torch.arange(len(sequence))
+    visible = (sequence[:, None] == sequence) & (token[:, None] >= token)
+    repeated = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
+    logits = SCALING * query[0] @ repeated.transpose(1, 2)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def last_rows_of_map(query, key):
+    """(total_tokens,)"""
+    rows = attention_map(query, key)[:, LENGTHS.cumsum(0) - 1]
+    return rows.sum((0, 1))
+
+
+def gradients(output, inputs):
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@HEADS
+def test_equals_the_plain_softmax_inside_each_sequence(heads):
+    query, key, value = states(heads)
+    output, no_map = packed_attention(None, query, key, value, None, SCALING, packed_batch())
+    repeated = value[0].repeat_interleave(heads[0] // heads[1], 0)
+    expected = (attention_map(query, key) @ repeated).transpose(0, 1)[None]
+    assert no_map is None
+    close(output, expected, 1e-6)
+    for actual, wanted in zip(*(gradients(each, (query, key, value)) for each in (output, expected)), strict=True):
+        close(actual, wanted)
+
+
+@HEADS
+def test_the_last_row_is_that_of_the_map(heads):
+    query, key, _ = states(heads)
+    row, expected = last_token_row(query[0], key[0], packed_batch(), SCALING), last_rows_of_map(query, key)
+    close(row, expected, 1e-6)
+    for actual, wanted in zip(*(gradients(each, (query, key)) for each in (row, expected)), strict=True):
+        close(actual, wanted)
+
+
+def test_attention_hands_out_the_last_row():
+    query, key, value = states((4, 2))
+    rows = []
+    packed_attention(None, query, key, value, None, SCALING, packed_batch(), last_rows=rows)
+    (row,) = rows
+    torch.testing.assert_close(row, last_token_row(query[0], key[0], packed_batch(), SCALING), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_sequence_shares_out_one_per_head_however_large_the_logits(scale):
+    query, key, _ = states((4, 2), scale)
+    row = last_token_row(query[0], key[0], packed_batch(), SCALING)
+    close(torch.stack([part.sum() for part in row.split(LENGTHS.tolist())]), torch.full((len(LENGTHS),), 4.0))
+    assert all(gradient.isfinite().all() for gradient in gradients(row, (query, key)))
+
+
+def test_the_row_of_half_precision_states_is_float32():
+    query, key, _ = states((4, 2))
+    row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), SCALING)
+    assert row.dtype == torch.float32
+    close(row, last_rows_of_map(query, key), 0.05)
+
+
+@HEADS
+@pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
+def test_groups_of_padded_segments_equal_each_segment_alone(heads, prefixes):
+    packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
+    groups, own = packed.context_groups
+    assert len(groups) > 1 and own.unique().numel() == len(own) == LENGTHS.sum()
+    inputs = states(heads)
+    options = {"dropout_p": 0.0, "scale": SCALING, "enable_gqa": heads[0] != heads[1]}
+    outputs = [attend(*inputs, packed, **options) for attend in (_in_groups, _segment_by_segment)]
+    close(*outputs, 1e-6)
+    for actual, wanted in zip(*(gradients(each, inputs) for each in outputs), strict=True):
+        close(actual, wanted)
+
+
+def test_no_context_of_a_group_is_padded_to_more_than_twice_its_length():
+    lengths = torch.arange(1, 60)
+    groups, _ = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu")).context_groups
+    assert sum(len(group) for group in groups) == 59
+    assert sum(group.numel() for group in groups) <= 2 * lengths.sum()
+    assert len(groups) <= 6
