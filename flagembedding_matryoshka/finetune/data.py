@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, check_training_file
-from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer, instruct
 
 RANDOM_MARGIN = 10.0
 """How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
@@ -66,23 +66,20 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         return rows
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
-        args, encode = self.args, self.pair_tokenizer.encode
-        query = self._instruct(
-            args.query_instruction_format, args.query_instruction_for_rerank, row.get("query_prompt"), row["query"]
+        args, prompt = self.args, row.get("prompt") or PROMPT
+        of_query, of_passage = args.query_instruction_for_rerank, args.passage_instruction_for_rerank
+        if of_query is not None:
+            of_query = row.get("query_prompt") or of_query
+        if of_passage is not None:
+            of_passage = row.get("passage_prompt") or of_passage
+        query = instruct(args.query_instruction_format, of_query, row["query"])
+        joined = self.pair_tokenizer.build(
+            [(query, instruct(args.passage_instruction_format, of_passage, passage)) for passage in passages],
+            prompt,
+            args.query_max_len,
+            args.passage_max_len + args.query_max_len // 2,
+            self.max_length - self.pair_tokenizer.beside(prompt),
         )
-        passages = [
-            self._instruct(
-                args.passage_instruction_format, args.passage_instruction_for_rerank, row.get("passage_prompt"), passage
-            )
-            for passage in passages
-        ]
-        (query_ids,) = encode([query], args.query_max_len)
-        (prompt_ids,) = encode([row.get("prompt") or PROMPT])
-        limit = self.max_length - len(prompt_ids) - len(self.pair_tokenizer.separator_ids)
-        joined = [
-            self.pair_tokenizer.join(query_ids, passage_ids, prompt_ids, limit)
-            for passage_ids in encode(passages, args.passage_max_len + args.query_max_len // 2)
-        ]
         return [
             {
                 "input_ids": pair.input_ids,
@@ -92,10 +89,6 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
             }
             for pair in joined
         ]
-
-    @staticmethod
-    def _instruct(template: str, instruction: str | None, own: str | None, text: str) -> str:
-        return text if instruction is None else template.format(own or instruction, text)
 
 
 class MatryoshkaTrainDataset(MatryoshkaDataset):

@@ -140,12 +140,7 @@ class Engine:
     def _forward(self, pairs: Sequence[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
         """(cutoff layers, pairs) float32 scores, on the CPU."""
         states = self.model.model.embed(*pack_pairs(list(pairs), self.model.device))
-        scores = {
-            depth: self.model.score(depth, hidden, packed)
-            for depth, hidden, packed in self.model.model.run(states, sub_network, sub_network.depth)
-            if depth in sub_network.cutoff_layers
-        }
-        return torch.stack([scores[layer] for layer in sub_network.cutoff_layers]).cpu()
+        return self.model.scores(states, sub_network).cpu()
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
-from itertools import chain, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from FlagEmbedding.abc.inference import AbsReranker
 from tqdm import tqdm
 
-from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.cascade import Schedule
+from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
 from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
+from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions, names_depth_or_width
 from flagembedding_matryoshka.inference.plan import Setting, load_plan
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
+from flagembedding_matryoshka.inference.tasks import batches_of, cascade_tasks
 from flagembedding_matryoshka.inference.workers import WorkerPool
 from flagembedding_matryoshka.models.configuration import SubNetwork, as_layer_tuple
+from flagembedding_matryoshka.models.decoder import Layers
 from flagembedding_matryoshka.models.export import export_exits
-from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.loading import (
     DEFAULT_LAYER_SEP,
     DEFAULT_START_LAYER,
@@ -33,33 +32,7 @@ from flagembedding_matryoshka.models.loading import (
     load_tokenizer,
     token_adapter_ratios,
 )
-from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer, TokenizedPair
-
-Pair = Sequence[str]
-Layers = int | Sequence[int] | None
-T = TypeVar("T")
-R = TypeVar("R")
-PAIRS_TOKENIZED_AHEAD = 8192
-DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
-
-
-@dataclass(frozen=True)
-class ScoringOptions:
-    """What a call may override; the names are the constructor's."""
-
-    query_instruction_for_rerank: str | None
-    query_instruction_format: str
-    passage_instruction_for_rerank: str | None
-    passage_instruction_format: str
-    cutoff_layers: Layers
-    compress_layers: Layers
-    compress_ratio: int
-    prompt: str
-    batch_size: int
-    max_tokens_per_batch: int
-    query_max_length: int | None
-    max_length: int
-    normalize: bool
+from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
 
 
 class MatryoshkaReranker(AbsReranker):
@@ -269,16 +242,17 @@ class MatryoshkaReranker(AbsReranker):
         show_progress_bar: bool | None = None,
         **overrides: Any,
     ) -> list[float] | list[list[float]]:
-        options = self._options(compress_layer, overrides)
+        options = ScoringOptions.resolve(self, overrides, compress_layer)
         sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
-        pairs = _as_pairs(sentence_pairs)
+        pairs = as_pairs(sentence_pairs)
         if not pairs:
             return []
         scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
         batches: list[list[int]] = []
 
         def tasks() -> Iterator[Task]:
-            for indices, inputs in self._batches(pairs, options, 1 if device else len(self.target_devices)):
+            shares = 1 if device else len(self.target_devices)
+            for indices, inputs in batches_of(pairs, self._pair_tokenizer, options, shares):
                 batches.append(indices)
                 yield Task("score", (inputs, indices, sub_network))
 
@@ -344,22 +318,15 @@ class MatryoshkaReranker(AbsReranker):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
-        if isinstance(queries, str) or len(queries) != len(candidates):
-            raise ValueError(f"{len(candidates)} lists of candidates need a list of as many queries.")
-        for documents in candidates:
-            if isinstance(documents, str):
-                raise TypeError(f"documents must be a list of strings, got the string {_excerpt(documents)}.")
+        pairs = as_lists(queries, candidates)
         kept_at_least = top_k
-        if self.planned is not None and cascade is None and not _names_depth_or_width(overrides):
+        if self.planned is not None and cascade is None and not names_depth_or_width(overrides):
             overrides, kept_at_least = overrides | self.planned.overrides, None
             cascade = dict(self.planned.cascade) or None
         cutoffs = overrides.get("cutoff_layers")
         cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
         if cutoffs is not None and len(cutoffs) > 1:
             raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
-        pairs = [
-            (query, document) for query, documents in zip(queries, candidates, strict=True) for document in documents
-        ]
         found: list[dict[str, Any]]
         if cascade is None:
             found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
@@ -376,24 +343,6 @@ class MatryoshkaReranker(AbsReranker):
             rankings.append(ranked[:top_k])
         return rankings
 
-    def _batches(
-        self, pairs: list[tuple[str, str]], options: ScoringOptions, shares: int
-    ) -> Iterator[tuple[list[int], list[TokenizedPair]]]:
-        """Indices and inputs of batches, at least `shares` of about equal size. Pairs are tokenised while those before
-        them are computed."""
-
-        def tokenize(start: int) -> list[TokenizedPair]:
-            return self._tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD], options)
-
-        for window, inputs in enumerate(_one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD))):
-            max_tokens = options.max_tokens_per_batch
-            if shares > 1:
-                together = count_tokens([inputs[index] for index in by_query(inputs)])
-                max_tokens = min(max_tokens, math.ceil(together / shares))
-            for batch in cut_batches(inputs, options.batch_size, max_tokens):
-                first = window * PAIRS_TOKENIZED_AHEAD
-                yield [first + index for index in batch], [inputs[index] for index in batch]
-
     def _run(self, tasks: Iterator[Task], device: str | None) -> Generator[tuple[int, Any], None, None]:
         if isinstance(self._engine, WorkerPool):
             return self._engine.run(tasks, device)
@@ -409,7 +358,7 @@ class MatryoshkaReranker(AbsReranker):
     ) -> list[dict[str, float | int]]:
         """Score and exit of each pair; `owner` says whose candidate it is."""
         compress_layer, _ = overrides.pop("compress_layer", None), overrides.pop("show_progress_bar", None)
-        options = self._options(compress_layer, overrides)
+        options = ScoringOptions.resolve(self, overrides, compress_layer)
         sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
         schedule = Schedule.resolve(self.config, cascade, sub_network.depth)
         for query, count in Counter(owner).items():
@@ -418,24 +367,11 @@ class MatryoshkaReranker(AbsReranker):
                     f"cascade {dict(cascade)} keeps {schedule.kept(count)} of the {count} candidates of query {query}, "
                     f"fewer than top_k={top_k}."
                 )
-        pairs = _as_pairs(pairs)
+        pairs = as_pairs(pairs)
         if not pairs:
             return []
-        inputs = self._tokenize(pairs, options)
-        shares: list[list[int]] = [[] for _ in self.target_devices]
-        for number, numbers in enumerate(_grouped(owner)):
-            shares[number % len(shares)].extend(numbers)
-        tasks, order = [], []
-        for share in filter(None, shares):
-            own = [inputs[index] for index in share]
-            batches = [
-                [share[place] for place in batch]
-                for batch in cut_batches(own, options.batch_size, options.max_tokens_per_batch)
-            ]
-            order.append(list(chain(*batches)))
-            packs = [[inputs[index] for index in batch] for batch in batches]
-            owners = [[owner[index] for index in batch] for batch in batches]
-            tasks.append(Task("cascade", (packs, batches, owners, schedule, sub_network)))
+        inputs = options.tokenize(pairs, self._pair_tokenizer)
+        tasks, order = cascade_tasks(inputs, owner, options, schedule, sub_network, len(self.target_devices))
         found: dict[int, dict[str, float | int]] = {}
         with closing(self._run(iter(tasks), None)) as results:
             for number, share_results in results:
@@ -456,12 +392,6 @@ class MatryoshkaReranker(AbsReranker):
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
-        token_adapters = token_adapter_ratios(self.model)
-        if token_adapters:
-            raise ValueError(
-                f"token adapters for the ratios {sorted(token_adapters)} are attached: export the model without "
-                "them, and give them to the exported one as peft_path."
-            )
         cutoffs = self._sub_network(
             self.cutoff_layers if cutoff_layers is None else cutoff_layers, None, 1
         ).cutoff_layers
@@ -477,11 +407,8 @@ class MatryoshkaReranker(AbsReranker):
         Returns, raises: (query tokens, tokens of each document with separator and prompt); errors as in
             `compute_score`.
         """
-        inputs = self._tokenize(
-            _as_pairs([(query, document) for document in documents]), self._options(None, overrides)
-        )
-        shared = inputs[0].query_length if inputs else 0
-        return shared, [len(pair.input_ids) - shared for pair in inputs]
+        pairs = as_pairs([(query, document) for document in documents])
+        return count_input_tokens(ScoringOptions.resolve(self, overrides).tokenize(pairs, self._pair_tokenizer))
 
     def estimate_flops(
         self, sentence_pairs: Sequence[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
@@ -496,39 +423,10 @@ class MatryoshkaReranker(AbsReranker):
         Returns:
             operations of all pairs together, see [`~flagembedding_matryoshka.models.flops.estimate_flops`].
         """
-        options = self._options(None, overrides)
+        options = ScoringOptions.resolve(self, overrides)
         sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
-        inputs = self._tokenize(_as_pairs(sentence_pairs), options)
-        total = 0
-        for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
-            pairs = [inputs[index] for index in batch]
-            total += estimate_flops(
-                self.config,
-                sub_network,
-                query_lengths=torch.tensor([pair.query_length for pair in pairs]),
-                passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
-                prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
-                shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
-                depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
-            )
-        return total
-
-    def _options(self, compress_layer: Layers, overrides: dict[str, Any]) -> ScoringOptions:
-        if compress_layer is not None:
-            if overrides.get("compress_layers") is not None:
-                raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
-            overrides = overrides | {"compress_layers": compress_layer}
-        names = [field.name for field in fields(ScoringOptions)]
-        unknown = sorted(set(overrides) - set(names))
-        if unknown:
-            raise TypeError(f"unknown arguments {unknown}; a call may override {names}.")
-        chosen = {name: getattr(self, name) if overrides.get(name) is None else overrides[name] for name in names}
-        options = ScoringOptions(**chosen)
-        for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
-        return options
+        inputs = options.tokenize(as_pairs(sentence_pairs), self._pair_tokenizer)
+        return count_operations(self.config, inputs, options, sub_network, depths)
 
     def _sub_network(self, cutoff_layers: Layers, compress_layers: Layers, compress_ratio: int) -> SubNetwork:
         try:
@@ -537,72 +435,3 @@ class MatryoshkaReranker(AbsReranker):
             if self.max_layer is None:
                 raise
             raise ValueError(f"{error} Layers above max_layer={self.max_layer} were not loaded.") from error
-
-    def _tokenize(self, pairs: list[tuple[str, str]], options: ScoringOptions) -> list[TokenizedPair]:
-        """Input sequences of `pairs`; a query that several pairs share is tokenised once."""
-        query_max_length = options.query_max_length or options.max_length * 3 // 4
-        queries = dict.fromkeys(query for query, _ in pairs)
-        prefix, template = options.query_instruction_for_rerank, options.query_instruction_format
-        texts = [self._instruct(template, prefix, query) for query in queries]
-        query_ids = dict(zip(queries, self._pair_tokenizer.encode(texts, query_max_length), strict=True))
-        prefix, template = options.passage_instruction_for_rerank, options.passage_instruction_format
-        passages = [self._instruct(template, prefix, passage) for _, passage in pairs]
-        passage_ids = self._pair_tokenizer.encode(passages, options.max_length)
-        prompt_ids = self._pair_tokenizer.encode([options.prompt])[0]
-        limit = options.max_length + len(self._pair_tokenizer.separator_ids) + len(prompt_ids)
-        return [
-            self._pair_tokenizer.join(query_ids[query], ids, prompt_ids, limit)
-            for (query, _), ids in zip(pairs, passage_ids, strict=True)
-        ]
-
-    def _instruct(self, template: str, instruction: str | None, text: str) -> str:
-        return text if instruction is None else self.get_detailed_instruct(template, instruction, text)
-
-
-def _names_depth_or_width(overrides: Mapping[str, Any]) -> bool:
-    return any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
-
-
-def _grouped(owner: Sequence[int]) -> list[list[int]]:
-    """Indices of each owner's items."""
-    groups: dict[int, list[int]] = {}
-    for index, number in enumerate(owner):
-        groups.setdefault(number, []).append(index)
-    return list(groups.values())
-
-
-def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results of `function`, each computed in a thread while its predecessor is used."""
-    with ThreadPoolExecutor(1) as thread:
-        following: Future[R] | None = None
-        for item in items:
-            current, following = following, thread.submit(function, item)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
-
-
-def _as_pairs(sentence_pairs: Sequence[Pair] | Pair) -> list[tuple[str, str]]:
-    """Pairs of strings; a single pair becomes a list of one.
-
-    Raises:
-        TypeError: naming the first thing that is not a pair of strings, and where it stands.
-    """
-    if isinstance(sentence_pairs, str):
-        raise TypeError(f"pairs of query and passage are wanted, got the string {_excerpt(sentence_pairs)}.")
-    pairs: list[Any] = list(sentence_pairs)
-    if len(pairs) == 2 and isinstance(pairs[0], str):
-        pairs = [pairs]
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise TypeError(f"pair {index} must be a query and a passage, got {_excerpt(pair)}.")
-        for name, text in zip(("query", "passage"), pair, strict=True):
-            if not isinstance(text, str):
-                raise TypeError(f"the {name} of pair {index} must be a string, got {_excerpt(text)}.")
-    return [(query, passage) for query, passage in pairs]
-
-
-def _excerpt(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

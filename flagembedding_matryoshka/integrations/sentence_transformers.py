@@ -57,17 +57,15 @@ class MatryoshkaModule(InputModule):
             # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
             return {"texts": inputs}
         tokenizer = PairTokenizer(self.tokenizer)
-        queries = tokenizer.encode(
-            [self.query_instruction + query for query, _ in inputs], self.query_max_length or self.max_length * 3 // 4
-        )
-        passages = tokenizer.encode([self.passage_instruction + passage for _, passage in inputs], self.max_length)
-        prompt_ids = tokenizer.encode([self.prompt if prompt is None else prompt])[0]
-        limit = self.max_length + len(tokenizer.separator_ids) + len(prompt_ids)
+        prompt = self.prompt if prompt is None else prompt
         return {
-            "pairs": [
-                tokenizer.join(query, passage, prompt_ids, limit)
-                for query, passage in zip(queries, passages, strict=True)
-            ]
+            "pairs": tokenizer.build(
+                [(self.query_instruction + query, self.passage_instruction + passage) for query, passage in inputs],
+                prompt,
+                self.query_max_length or self.max_length * 3 // 4,
+                self.max_length,
+                self.max_length + tokenizer.beside(prompt),
+            )
         }
 
     def forward(  # type: ignore[override]
@@ -90,11 +88,8 @@ class MatryoshkaModule(InputModule):
             raise ValueError(
                 f"a CrossEncoder has one score for a pair, got cutoff_layers={list(sub_network.cutoff_layers)}."
             )
-        decoder = self.model.model
-        states = decoder.embed(*pack_pairs(features["pairs"], self.model.device))
-        for depth, hidden, packed in decoder.run(states, sub_network, sub_network.depth):
-            if depth == sub_network.depth:
-                features["scores"] = self.model.score(depth, hidden, packed)[:, None]
+        states = self.model.model.embed(*pack_pairs(features["pairs"], self.model.device))
+        features["scores"] = self.model.scores(states, sub_network).T
         return features
 
     @classmethod

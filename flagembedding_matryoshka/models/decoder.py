@@ -342,6 +342,15 @@ class CostWiseMistralForCausalLM(MistralForCausalLM):
         """(sequences,) float32 scores of exit `layer` on what that many layers have given."""
         return self.lm_head[self.config.exit_layers.index(layer)](self.model.norm(hidden[0, packed.last_tokens]))
 
+    def scores(self, states: PackedStates, sub_network: SubNetwork) -> Tensor:
+        """(cutoff layers, sequences) float32 scores, the layers in the order asked for; brings `states` to the last."""
+        found = {
+            depth: self.score(depth, hidden, packed)
+            for depth, hidden, packed in self.model.run(states, sub_network, sub_network.depth)
+            if depth in sub_network.cutoff_layers
+        }
+        return torch.stack([found[layer] for layer in sub_network.cutoff_layers])
+
     def forward(
         self,
         input_ids: Tensor | None = None,

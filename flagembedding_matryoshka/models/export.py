@@ -11,10 +11,20 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.loading import token_adapter_ratios
 
 
 def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
-    """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads."""
+    """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
+
+    Raises:
+        ValueError: if token adapters are attached, of which a checkpoint can hold one.
+    """
+    if token_adapters := token_adapter_ratios(model):
+        raise ValueError(
+            f"token adapters for the ratios {sorted(token_adapters)} are attached: export the model without "
+            "them, and give them to the exported one as peft_path."
+        )
     config = copy.deepcopy(model.config)
     config.exits = sorted(set(cutoff_layers))
     config.num_hidden_layers = config.exits[-1]

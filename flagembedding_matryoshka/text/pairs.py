@@ -38,6 +38,11 @@ def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") ->
     return tokenizer(text, add_special_tokens=False)["input_ids"][0]
 
 
+def instruct(template: str, instruction: str | None, text: str) -> str:
+    """`text` with an instruction, as FlagEmbedding's templates put them together; without one it stays as it is."""
+    return text if instruction is None else template.replace("\\n", "\n").format(instruction, text)
+
+
 class PairTokenizer:
     """Joins tokenised queries and passages into input sequences.
 
@@ -59,6 +64,37 @@ class PairTokenizer:
         # The tokenizer's own truncation is state that threads would share, and its warning of long input is moot here.
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [ids[:max_length] for ids in encoded["input_ids"]]
+
+    def beside(self, prompt: str) -> int:
+        """Tokens of the prompt part: `prompt` and the separator in front of it."""
+        return len(self.separator_ids) + len(self.encode([prompt])[0])
+
+    def build(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        prompt: str,
+        query_max_length: int,
+        passage_max_length: int,
+        max_length: int,
+    ) -> list[TokenizedPair]:
+        """Input sequences of query and passage, instructions included; a query that several share is tokenised once.
+
+        Args:
+            prompt: stands behind the passage.
+            query_max_length, passage_max_length: tokens that query and passage are cut to at most.
+            max_length: tokens before the prompt part; the passage is cut to what the query leaves of them.
+
+        Raises:
+            ValueError: if a query leaves no room for its passage.
+        """
+        texts = list(dict.fromkeys(query for query, _ in pairs))
+        queries = dict(zip(texts, self.encode(texts, query_max_length), strict=True))
+        passages = self.encode([passage for _, passage in pairs], passage_max_length)
+        (prompt_ids,) = self.encode([prompt])
+        return [
+            self.join(queries[query], passage, prompt_ids, max_length)
+            for (query, _), passage in zip(pairs, passages, strict=True)
+        ]
 
     def join(
         self, query_ids: list[int], passage_ids: list[int], prompt_ids: list[int], max_length: int

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.batching import count_tokens
-from flagembedding_matryoshka.inference.reranker import _as_pairs
+from flagembedding_matryoshka.inference.inputs import as_pairs
+from flagembedding_matryoshka.inference.options import ScoringOptions
 from tests.batches import out_of_memory_above
 from tests.tiny_base import TINY_BASE
 
@@ -130,7 +131,9 @@ def test_tokens_of_a_query_and_of_each_document(reranker):
     query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
     shared, tokens = reranker.count_tokens(query, documents)
     pairs = [(query, document) for document in documents]
-    lengths = [len(pair.input_ids) for pair in reranker._tokenize(pairs, reranker._options(None, {}))]
+    lengths = [
+        len(pair.input_ids) for pair in ScoringOptions.resolve(reranker, {}).tokenize(pairs, reranker._pair_tokenizer)
+    ]
     assert [shared + count for count in tokens] == lengths
     assert tokens[1] == min(tokens) > 0
     assert sum(reranker.count_tokens(query, documents, max_length=1000)[1]) > sum(tokens)
@@ -237,7 +240,7 @@ def test_a_thousand_calls_take_no_more_memory(reranker):
 )
 def test_what_is_not_a_pair_of_strings_is_named(pairs, message):
     with pytest.raises(TypeError, match=message):
-        _as_pairs(pairs)
+        as_pairs(pairs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""What scoring pairs costs, from their tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from flagembedding_matryoshka.inference.batching import cut_batches
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+
+def count_operations(
+    config: CostWiseMistralConfig,
+    inputs: Sequence[TokenizedPair],
+    options: ScoringOptions,
+    sub_network: SubNetwork,
+    depths: Sequence[int] | None = None,
+) -> int:
+    """Floating-point operations of all pairs, in the batches in which they are scored.
+
+    Args:
+        depths: for each pair the exit at which it stops; None is the deepest of `sub_network`.
+    """
+    total = 0
+    for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
+        pairs = [inputs[index] for index in batch]
+        total += estimate_flops(
+            config,
+            sub_network,
+            query_lengths=torch.tensor([pair.query_length for pair in pairs]),
+            passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
+            prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
+            shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
+            depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
+        )
+    return total
+
+
+def count_input_tokens(inputs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
+    """Of pairs with one query: the tokens of the query part, which a batch holds once, and each document's own."""
+    shared = inputs[0].query_length if inputs else 0
+    return shared, [len(pair.input_ids) - shared for pair in inputs]
