@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from collection import counts, is_complete, write_collection
 from debian import translations, version
 from descriptions import description, package_pairs
-from docstrings import Pair, collect_pairs, required_packages, split
+from docstrings import Pair, Split, collect_pairs, required_packages, split
 from functions import code_pairs
 from glosses import gloss_pairs
 from headings import section_pairs
@@ -37,8 +37,18 @@ class Sources:
         self.seed, self.cache = seed, cache
 
     @cached_property
+    def _docstrings(self) -> Split:
+        return split(collect_pairs())
+
+    @property
     def docstrings(self) -> list[Pair]:
-        return collect_pairs()
+        """All but those that the demo reports on."""
+        return self._docstrings.train + self._docstrings.dev
+
+    @property
+    def reported(self) -> set[str]:
+        """The summary lines that the demo reports on."""
+        return {pair.query for pair in self._docstrings.held_out}
 
     @cached_property
     def descriptions(self) -> list[str]:
@@ -75,15 +85,14 @@ class Sources:
 
 
 def docstring_pairs(sources: Sources) -> Iterator[Pair]:
-    """Summary lines and the beginnings of what follows them, without the pairs that the demo reports on."""
-    parts = split(sources.docstrings)
-    for pair in parts.train + parts.dev:
+    """Summary lines and the beginnings of what follows them."""
+    for pair in sources.docstrings:
         yield Pair(pair.query, cut(pair.passage, seeded(sources.seed, "docstrings", pair.passage)))
 
 
 KINDS: dict[str, Callable[[Sources], Iterable[Pair]]] = {
     "docstrings": docstring_pairs,
-    "code": lambda sources: code_pairs(sources.seed),
+    "code": lambda sources: code_pairs(sources.seed, sources.reported),
     "packages": lambda sources: package_pairs(sources.seed, sources.descriptions),
     "sections": lambda sources: section_pairs(sources.seed, sources.sections),
     "glosses": lambda sources: sources.glosses,

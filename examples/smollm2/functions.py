@@ -5,7 +5,7 @@ import random
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -82,9 +82,11 @@ def functions_in(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, st
             yield node.name, summary, source
 
 
-def code_pairs(seed: int, files: Iterable[Path] | None = None) -> Iterator[Pair]:
-    """A query for each function of the files (the running environment's when None)."""
+def code_pairs(seed: int, reported: Container[str] = (), files: Iterable[Path] | None = None) -> Iterator[Pair]:
+    """A query for each function of the files (None: the running environment), but not where `reported` holds its summary."""
     with ProcessPoolExecutor() as pool:
         found = pool.map(functions_of_file, environment_files() if files is None else files, chunksize=64)
         for name, summary, source in chain.from_iterable(found):
+            if summary in reported:
+                continue
             yield Pair(query_for(name, summary, seeded(seed, "code", source)), source)

@@ -47,6 +47,15 @@ def test_the_split_does_not_depend_on_the_rest_or_on_the_seed():
     assert in_dev("What is item7?") == in_dev("what is item7")
 
 
+def test_what_the_demo_reports_on_is_no_source(tmp_path, monkeypatch):
+    everything = pairs(300)
+    monkeypatch.setattr(collect, "collect_pairs", lambda: everything)
+    sources = collect.Sources(1, tmp_path)
+    held_out = {pair.query for pair in split(everything).held_out}
+    assert sources.reported == held_out and held_out
+    assert held_out.isdisjoint(pair.query for pair in sources.docstrings) and len(sources.docstrings) > 250
+
+
 def test_what_is_missing_is_left_out_and_what_is_complete_is_not_collected_again(tmp_path, monkeypatch, capsys):
     kinds = {"some": lambda sources: pairs(200), "none": lambda sources: []}
     monkeypatch.setattr(collect, "KINDS", kinds)

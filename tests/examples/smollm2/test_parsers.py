@@ -153,7 +153,9 @@ def test_searches_for_code_are_made_of_the_summary_or_the_name(tmp_path):
     assert name_words("readCSVFile") == "read csv file" == name_words("_read_csv_file")
     (tmp_path / "a.py").write_text(SOURCE)
     (tmp_path / "b.py").write_text("def broken(:\n")
-    assert len(list(code_pairs(1, sorted(tmp_path.glob("*.py"))))) == 1
+    files = sorted(tmp_path.glob("*.py"))
+    assert len(list(code_pairs(1, files=files))) == 1
+    assert not list(code_pairs(1, {"Return the rows of a file."}, files))
 
 
 def test_members_of_a_package_are_read_from_its_archive(tmp_path, monkeypatch):
