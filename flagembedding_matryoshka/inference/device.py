@@ -38,12 +38,15 @@ def resolve_dtype(dtype: str | torch.dtype, use_fp16: bool, use_bf16: bool, devi
 
     Args:
         dtype: "auto", a torch dtype or its name.
-        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16.
+        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU, where float16 is slow and its
+            sums overflow, `use_fp16` leaves the choice to `dtype`: it is a default of FlagEmbedding's callers.
 
     Raises:
         ValueError: if they contradict each other or name no floating-point format.
     """
-    flagged = [torch.float16] * use_fp16 + [torch.bfloat16] * use_bf16
+    flagged = [torch.bfloat16] * use_bf16
+    if use_fp16 and torch.device(device).type != "cpu":
+        flagged.append(torch.float16)
     if dtype == "auto" and not flagged:
         return fast_dtype(device)
     if dtype != "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class MatryoshkaReranker(AbsReranker):
         peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
             stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
         dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
-        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. float16 needs a device other than a CPU.
+        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU `use_fp16` asks for nothing, there
+            as here.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
         start_layer, layer_sep: the exits that a raw Mistral gets; a layer-wise checkpoint has its own.
         max_layer: layers above this one are not loaded, and no deeper cutoff can be asked for.
@@ -59,14 +61,15 @@ class MatryoshkaReranker(AbsReranker):
         quality: share of the full network's nDCG@10; they are then the cheapest measured that reach it.
         prompt: text behind the passage; None is the one that the published models were trained with.
         query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
-            passage_instruction_format: what is put around the texts, as in FlagEmbedding.
+            passage_instruction_format: what is put around the texts, as in FlagEmbedding. An instruction of None is
+            the one that the published models were trained with, "A: " or "B: "; "" is none.
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
             1,024 on a CPU, whose caches then hold a layer's activations, and 16,384 elsewhere.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
-        normalize: sigmoid of the scores instead of the scores.
+        normalize: sigmoid of the scores instead of the scores; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.
         cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
 
@@ -99,9 +102,9 @@ class MatryoshkaReranker(AbsReranker):
         budget: float | None = None,
         quality: float | None = None,
         prompt: str | None = None,
-        query_instruction_for_rerank: str | None = "A: ",
+        query_instruction_for_rerank: str | None = None,
         query_instruction_format: str = "{}{}",
-        passage_instruction_for_rerank: str | None = "B: ",
+        passage_instruction_for_rerank: str | None = None,
         passage_instruction_format: str = "{}{}",
         batch_size: int = 128,
         max_tokens_per_batch: int | None = None,
@@ -115,9 +118,13 @@ class MatryoshkaReranker(AbsReranker):
         super().__init__(
             model_name_or_path,
             use_fp16=use_fp16,
-            query_instruction_for_rerank=query_instruction_for_rerank,
+            query_instruction_for_rerank="A: "
+            if query_instruction_for_rerank is None
+            else query_instruction_for_rerank,
             query_instruction_format=query_instruction_format,
-            passage_instruction_for_rerank=passage_instruction_for_rerank,
+            passage_instruction_for_rerank="B: "
+            if passage_instruction_for_rerank is None
+            else passage_instruction_for_rerank,
             passage_instruction_format=passage_instruction_format,
             devices=devices,
             batch_size=batch_size,
@@ -137,7 +144,7 @@ class MatryoshkaReranker(AbsReranker):
         self.max_tokens_per_batch = max_tokens_per_batch
 
         self.quantization = quantization
-        if quantization == "int8" and dtype == "auto" and not (use_fp16 or use_bf16):
+        if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
         if quantization is not None:
@@ -327,6 +334,8 @@ class MatryoshkaReranker(AbsReranker):
         cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
         if cutoffs is not None and len(cutoffs) > 1:
             raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
+        normalize = self.normalize if overrides.get("normalize") is None else overrides["normalize"]
+        overrides = overrides | {"normalize": False}  # a sigmoid in float32 makes scores equal that are not
         found: list[dict[str, Any]]
         if cascade is None:
             found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
@@ -341,6 +350,9 @@ class MatryoshkaReranker(AbsReranker):
             ]
             ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
             rankings.append(ranked[:top_k])
+        if normalize:
+            for hit in chain(*rankings):
+                hit["score"] = torch.tensor(hit["score"]).sigmoid().item()
         return rankings
 
     def _run(self, tasks: Iterator[Task], device: str | None) -> Generator[tuple[int, Any], None, None]:
@@ -376,8 +388,7 @@ class MatryoshkaReranker(AbsReranker):
         with closing(self._run(iter(tasks), None)) as results:
             for number, share_results in results:
                 for index, (score, layer) in zip(order[number], share_results, strict=True):
-                    value = torch.tensor(score).sigmoid().item() if options.normalize else score
-                    found[index] = {"score": value, "cutoff_layer": layer}
+                    found[index] = {"score": score, "cutoff_layer": layer}
         return [found[index] for index in range(len(pairs))]
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:

@@ -55,6 +55,20 @@ def test_many_queries_rank_as_each_alone(reranker):
         torch.testing.assert_close(*(torch.tensor([i["score"] for i in r]) for r in (ranked, alone)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("cascade", [None, {2: 0.6}])
+def test_where_sigmoids_are_equal_the_scores_decide(tiny_layerwise_path, cascade):
+    steep = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", normalize=True)
+    with torch.no_grad():
+        for head in steep.model.lm_head:
+            head.linear_head.weight *= 300
+    normalized = steep.rank(QUERIES[0], DOCUMENTS, cascade=cascade)
+    raw = steep.rank(QUERIES[0], DOCUMENTS, cascade=cascade, normalize=False)
+    assert len({hit["score"] for hit in normalized}) < len({hit["score"] for hit in raw})
+    assert [hit["corpus_id"] for hit in normalized] == [hit["corpus_id"] for hit in raw]
+    sigmoids = torch.tensor([hit["score"] for hit in raw]).sigmoid()
+    torch.testing.assert_close(torch.tensor([hit["score"] for hit in normalized]), sigmoids, atol=1e-6, rtol=1e-3)
+
+
 def test_a_batch_of_queries_without_a_cascade(reranker):
     candidates = [DOCUMENTS, DOCUMENTS[:5], []]
     for query, documents, ranked in zip(QUERIES, candidates, reranker.rank_batch(QUERIES, candidates), strict=True):

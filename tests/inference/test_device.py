@@ -18,7 +18,6 @@ def test_cpu_gets_bfloat16_only_with_instructions_for_it(monkeypatch, capabiliti
     [
         ("float32", False, False, torch.float32),
         (torch.bfloat16, False, False, torch.bfloat16),
-        ("auto", True, False, torch.float16),
         ("auto", False, True, torch.bfloat16),
         ("bfloat16", False, True, torch.bfloat16),
     ],
@@ -27,11 +26,18 @@ def test_every_way_to_name_a_dtype(dtype, use_fp16, use_bf16, expected):
     assert resolve_dtype(dtype, use_fp16, use_bf16, "cpu") == expected
 
 
+def test_half_precision_is_for_accelerators_as_in_flagembedding():
+    assert resolve_dtype("auto", True, False, "cuda") == torch.float16
+    assert resolve_dtype("auto", True, False, "cpu") == fast_dtype("cpu")
+    assert resolve_dtype("float32", True, False, "cpu") == torch.float32
+    assert resolve_dtype("float16", False, False, "cpu") == torch.float16
+
+
 def test_contradicting_flags_are_refused():
     with pytest.raises(ValueError, match=r"use_fp16=True and use_bf16=True contradict"):
-        resolve_dtype("auto", True, True, "cpu")
+        resolve_dtype("auto", True, True, "cuda")
     with pytest.raises(ValueError, match=r"dtype='float32', use_fp16=True"):
-        resolve_dtype("float32", True, False, "cpu")
+        resolve_dtype("float32", True, False, "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp32", torch.int64])

@@ -95,6 +95,16 @@ def test_a_call_overrides_each_default_and_leaves_it(tiny_layerwise_path, rerank
     close(reranker.compute_score(PAIRS, compress_layer=2, compress_ratio=2), reranker.compute_score(PAIRS, **WIDTHS[1]))
 
 
+def test_no_instruction_given_is_the_one_of_training_and_an_empty_one_is_none(tiny_layerwise_path, reranker):
+    names = ("query_instruction_for_rerank", "passage_instruction_for_rerank")
+    options = {"dtype": "float32", "devices": "cpu", "max_length": reranker.max_length}
+    as_flagembedding = MatryoshkaReranker(str(tiny_layerwise_path), use_fp16=True, **options, **dict.fromkeys(names))
+    assert as_flagembedding.compute_score(PAIRS) == reranker.compute_score(PAIRS)
+    bare = MatryoshkaReranker(str(tiny_layerwise_path), **options, **dict.fromkeys(names, ""))
+    spelled = [(f"A: {query}", f"B: {passage}") for query, passage in PAIRS]
+    close(bare.compute_score(spelled), reranker.compute_score(PAIRS))
+
+
 def test_normalize_gives_sigmoids(reranker):
     scores = torch.tensor(reranker.compute_score(PAIRS))
     close(reranker.compute_score(PAIRS, normalize=True), scores.sigmoid().tolist(), 1e-7)
