@@ -19,8 +19,8 @@ from docstrings import Pair, collect_pairs, source_files, split, write_jsonl
 from flagembedding_matryoshka.evaluation.__main__ import main as evaluate
 
 QUERIES, CANDIDATES = 100, 30
-SETTINGS = ["--compress_layers", "3", "--compress_ratios", "1", "2", "4", "--cascade", "6:0.3"]
-BUDGETS = ["0.25", "0.5", "1"]
+SETTINGS = ["--compress_layers", "3", "--compress_ratios", "1", "2", "4", "--cascade", "9:0.3"]
+BUDGETS = ["0.3", "0.5", "1"]
 
 
 def write_collection(directory: Path, pairs: Sequence[Pair], queries: Sequence[Pair]) -> None:
