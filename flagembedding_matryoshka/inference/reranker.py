@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -198,7 +198,7 @@ class MatryoshkaReranker(AbsReranker):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def compute_score(self, sentence_pairs: Sequence[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
+    def compute_score(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
         """Score pairs of query and passage, spread over all devices.
 
         Args:
@@ -211,7 +211,7 @@ class MatryoshkaReranker(AbsReranker):
 
     def compute_score_single_gpu(
         self,
-        sentence_pairs: Sequence[Pair] | Pair,
+        sentence_pairs: Iterable[Pair] | Pair,
         *,
         device: str | None = None,
         **overrides: Any,
@@ -243,7 +243,7 @@ class MatryoshkaReranker(AbsReranker):
 
     def _score(
         self,
-        sentence_pairs: Sequence[Pair] | Pair,
+        sentence_pairs: Iterable[Pair] | Pair,
         device: str | None,
         compress_layer: Layers = None,
         show_progress_bar: bool | None = None,
@@ -280,7 +280,7 @@ class MatryoshkaReranker(AbsReranker):
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -309,8 +309,8 @@ class MatryoshkaReranker(AbsReranker):
 
     def rank_batch(
         self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[str]],
+        queries: Iterable[str],
+        candidates: Iterable[Iterable[str]],
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -325,7 +325,8 @@ class MatryoshkaReranker(AbsReranker):
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
-        pairs = as_lists(queries, candidates)
+        queries, lists = as_lists(queries, candidates)
+        pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
         kept_at_least = top_k
         if self.planned is not None and cascade is None and not names_depth_or_width(overrides):
             overrides, kept_at_least = overrides | self.planned.overrides, None
@@ -340,10 +341,10 @@ class MatryoshkaReranker(AbsReranker):
         if cascade is None:
             found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
         else:
-            owner = [number for number, documents in enumerate(candidates) for _ in documents]
+            owner = [number for number, documents in enumerate(lists) for _ in documents]
             found = self._cascade(pairs, owner, cascade, kept_at_least, overrides)
         rankings, rest = [], iter(found)
-        for documents in candidates:
+        for documents in lists:
             ranked = [
                 {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
                 for index, text in enumerate(documents)
@@ -422,7 +423,7 @@ class MatryoshkaReranker(AbsReranker):
         return count_input_tokens(ScoringOptions.resolve(self, overrides).tokenize(pairs, self._pair_tokenizer))
 
     def estimate_flops(
-        self, sentence_pairs: Sequence[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
+        self, sentence_pairs: Iterable[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
     ) -> int:
         """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
 

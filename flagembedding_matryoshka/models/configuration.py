@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +81,9 @@ def as_layer_tuple(name: str, layers: int | Iterable[int] | None) -> tuple[int, 
         return None
     values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for value in values:
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not hasattr(value, "__index__") or isinstance(value, bool):
             raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
-    return values
+    return tuple(map(operator.index, values))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 PROMPT = "Predict whether passage B contains an answer to query A."
 SEPARATOR = "\n"
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ def instruct(template: str, instruction: str | None, text: str) -> str:
     return text if instruction is None else template.replace("\\n", "\n").format(instruction, text)
 
 
+def whole_characters(text: str) -> str:
+    """`text` with its surrogate pairs joined and halves of them replaced by U+FFFD: JSON can spell what no tokenizer
+    reads."""
+    if text.isascii() or not SURROGATES.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class PairTokenizer:
     """Joins tokenised queries and passages into input sequences.
 
@@ -62,7 +72,8 @@ class PairTokenizer:
         if not texts:
             return []
         # The tokenizer's own truncation is state that threads would share, and its warning of long input is moot here.
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        texts = [whole_characters(text) for text in texts]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [ids[:max_length] for ids in encoded["input_ids"]]
 
     def beside(self, prompt: str) -> int:

@@ -125,7 +125,7 @@ def test_rank_orders_by_score(reranker):
         reranker.rank(query, documents, top_k=0)
     with pytest.raises(ValueError, match=r"cutoff_layers=\[2, 3\]"):
         reranker.rank(query, documents, cutoff_layers=[2, 3])
-    with pytest.raises(TypeError, match="documents must be a list"):
+    with pytest.raises(TypeError, match="documents of query 0 must be a list, got the string"):
         reranker.rank(query, "a document")
 
 
