@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.inference.device import resolve_dtype
+from flagembedding_matryoshka.inference.inputs import as_lists
 from flagembedding_matryoshka.models.configuration import SubNetwork
 from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM, Layers
 from flagembedding_matryoshka.models.gguf import resolve
@@ -18,6 +20,9 @@ from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_mod
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
+
+HUB = ("token", "cache_folder", "revision", "local_files_only")
+KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
 
 
 class MatryoshkaModule(InputModule):
@@ -50,6 +55,15 @@ class MatryoshkaModule(InputModule):
         self.prompt = prompt
         self.query_max_length = query_max_length
         self.max_length = max_length
+
+    @property
+    def max_seq_length(self) -> int:
+        """What `CrossEncoder.max_length` reads and sets: tokens of bos, query, separator and passage."""
+        return self.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.max_length = value
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Pairs of strings as {"pairs": a list of TokenizedPair}; `prompt` stands behind the passage."""
@@ -106,16 +120,14 @@ class MatryoshkaModule(InputModule):
         """A layer-wise checkpoint or a directory that fine-tuning wrote, in float32; adapters are merged.
 
         Args:
-            kwargs: what CrossEncoder gives to all modules; its `model_kwargs`, `processor_kwargs` and `config_kwargs`
-                must be empty.
+            kwargs: what CrossEncoder gives to all modules: of `model_kwargs` "dtype" (or "torch_dtype"), of
+                `processor_kwargs` "model_max_length", which is its `max_length`, and of `config_kwargs` "num_labels".
 
         Raises:
-            ValueError: on such arguments, and if the directory is an adapter for one compression ratio alone, which
-                cannot be merged.
+            ValueError: on others, and if the directory is an adapter for one compression ratio alone, which cannot be
+                merged.
         """
-        refused = [name for name in ("model_kwargs", "processor_kwargs", "config_kwargs") if kwargs.get(name)]
-        if refused or subfolder:
-            raise ValueError(f"{refused or 'subfolder'}: a MatryoshkaModule is loaded without these.")
+        dtype, max_length = _options_of_loading(subfolder, **{name: kwargs.get(name) for name in KWARGS})
         hub: dict[str, Any] = {
             "token": token,
             "cache_dir": cache_folder,
@@ -132,7 +144,7 @@ class MatryoshkaModule(InputModule):
                     "MatryoshkaReranker."
                 )
         tokenizer = load_tokenizer(model_name_or_path, **hub)
-        model = load_model(checkpoint, tokenizer, torch.float32, **hub)
+        model = load_model(checkpoint, tokenizer, dtype, **hub)
         model.config.raw_peft = []
         config = cls.load_config(
             resolve(locate(model_name_or_path), cache_folder),
@@ -141,6 +153,8 @@ class MatryoshkaModule(InputModule):
             revision=revision,
             local_files_only=local_files_only,
         )
+        if max_length is not None:
+            config["max_length"] = max_length
         return cls(model, tokenizer, **config)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -156,22 +170,29 @@ class MatryoshkaCrossEncoder(CrossEncoder):
     def rank(  # type: ignore[override]
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
         **options: Any,
     ) -> list[dict[str, int | float | str]]:
-        """As `CrossEncoder.rank`.
+        """As `CrossEncoder.rank`, by the scores before the activation, which may make some equal.
 
         Args:
             options: of `predict`, as `cutoff_layers`, `compress_layers`, `compress_ratio` and `batch_size`.
+
+        Raises:
+            TypeError: if `documents` is no list of strings.
         """
-        scores = self.predict([(query, document) for document in documents], **options)
-        order = sorted(range(len(documents)), key=lambda index: -float(scores[index]))
+        (query,), (documents,) = as_lists([query], [documents])
+        if not documents:
+            return []
+        activation = options.pop("activation_fn", None) or self.activation_fn or nn.Identity()
+        options |= {"activation_fn": nn.Identity(), "convert_to_tensor": True}
+        raw = self.predict([(query, document) for document in documents], **options).float().cpu()
+        scores = activation(raw).tolist()
         return [
-            {"corpus_id": index, "score": float(scores[index])}
-            | ({"text": documents[index]} if return_documents else {})
-            for index in order[:top_k]
+            {"corpus_id": index, "score": scores[index]} | ({"text": documents[index]} if return_documents else {})
+            for index in raw.argsort(descending=True, stable=True)[:top_k].tolist()
         ]
 
 
@@ -182,6 +203,42 @@ def load_cross_encoder(path: str, **kwargs: Any) -> MatryoshkaCrossEncoder:
     imports modules of other packages only then. This needs none.
 
     Args:
-        kwargs: of CrossEncoder, as `device`.
+        kwargs: of CrossEncoder, as `device`, `max_length`, `model_kwargs={"dtype": …}`, `revision` and `token`.
+
+    Raises:
+        ValueError: as `MatryoshkaModule.load`.
     """
-    return MatryoshkaCrossEncoder(modules=[MatryoshkaModule.load(path)], **{"activation_fn": nn.Identity(), **kwargs})
+    of_loading = {name: kwargs.pop(name) for name in (*HUB, *KWARGS) if name in kwargs}
+    for name, argument, of_argument in (
+        ("max_length", "processor_kwargs", "model_max_length"),
+        ("num_labels", "config_kwargs", "num_labels"),
+    ):
+        if kwargs.get(name) is not None:
+            of_loading[argument] = {**(of_loading.get(argument) or {}), of_argument: kwargs.pop(name)}
+    module = MatryoshkaModule.load(path, **of_loading)
+    return MatryoshkaCrossEncoder(modules=[module], **{"activation_fn": nn.Identity(), **kwargs})
+
+
+def _options_of_loading(
+    subfolder: str,
+    model_kwargs: dict[str, Any] | None,
+    processor_kwargs: dict[str, Any] | None,
+    config_kwargs: dict[str, Any] | None,
+) -> tuple[torch.dtype, int | None]:
+    """The dtype and the maximal length that CrossEncoder's arguments ask for.
+
+    Raises:
+        ValueError: on any other argument.
+    """
+    model, processor, config = dict(model_kwargs or {}), dict(processor_kwargs or {}), dict(config_kwargs or {})
+    named = [model.pop(name, None) for name in ("dtype", "torch_dtype")]
+    max_length = processor.pop("model_max_length", None)
+    if config.pop("num_labels", 1) != 1:
+        raise ValueError(f"num_labels={config_kwargs['num_labels']}, but a re-ranker has one score for a pair.")  # type: ignore[index]
+    if subfolder or model or processor or config:
+        raise ValueError(
+            f"subfolder={subfolder!r}, model_kwargs={model}, processor_kwargs={processor}, config_kwargs={config}: a "
+            "MatryoshkaModule is loaded without these; of them it takes a dtype, model_max_length and num_labels=1."
+        )
+    dtypes = [resolve_dtype(dtype, False, False, "cpu") for dtype in named if dtype is not None]
+    return (dtypes[0] if dtypes else torch.float32), max_length

@@ -47,5 +47,5 @@ def test_warm_up_checks_the_options(reranker):
 
 
 def test_a_document_without_text_is_named(reranker):
-    with pytest.raises(TypeError, match="the passage of pair 1 must be a string, got None"):
+    with pytest.raises(TypeError, match="document 1 of query 0 must be a string, got None"):
         MatryoshkaRanker(reranker).run(QUERY, [DOCUMENTS[0], Document(meta={"a": 1})])

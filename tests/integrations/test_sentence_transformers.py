@@ -1,6 +1,9 @@
 """Our checkpoints in sentence-transformers' CrossEncoder."""
 
+from functools import partial
+
 import pytest
+import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
@@ -94,3 +97,36 @@ def test_what_is_exported_loads_by_its_path(tiny_layerwise_path, tmp_path):
     reranker.export(str(tmp_path), cutoff_layers=[3])
     model = CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=True, local_files_only=True)
     assert model.predict(PAIRS).tolist() == pytest.approx(reranker.compute_score(PAIRS, cutoff_layers=[3]), abs=1e-5)
+
+
+def test_ranks_are_by_scores_that_a_sigmoid_makes_equal(tiny_layerwise_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu", activation_fn=torch.nn.Sigmoid())
+    with torch.no_grad():
+        for head in model[0].model.lm_head:
+            head.linear_head.weight *= 300
+    documents = [" ".join(["wing", "flow", "heat"][: 1 + number % 3] * (1 + number)) for number in range(9)]
+    raw = model.rank("heat", documents, activation_fn=torch.nn.Identity())
+    found = model.rank("heat", iter(documents), return_documents=True)
+    assert len({hit["score"] for hit in found}) < len({hit["score"] for hit in raw}) == 9
+    assert [hit["corpus_id"] for hit in found] == [hit["corpus_id"] for hit in raw]
+    assert all(0 <= hit["score"] <= 1 and hit["text"] == documents[hit["corpus_id"]] for hit in found)
+    assert model.rank("heat", []) == []
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_the_arguments_of_a_cross_encoder_do_what_they_say(load, tiny_layerwise_path, tmp_path):
+    path = str(tmp_path)
+    MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").export(path)
+    long = [("heat", "a flow of energy " * 40)]
+    whole, cut = (load(path, device="cpu", max_length=length, num_labels=1) for length in (256, 16))
+    assert (whole.max_length, cut.max_length) == (256, 16)
+    expected = MatryoshkaReranker(path, dtype="float32", devices="cpu", max_length=16).compute_score(long)
+    assert cut.predict(long).tolist() == pytest.approx(expected, abs=1e-5)
+    assert whole.predict(long).tolist() != pytest.approx(expected, abs=1e-5)
+    whole.max_length = 16
+    assert whole.predict(long).tolist() == pytest.approx(expected, abs=1e-5)
+    half = load(path, device="cpu", model_kwargs={"dtype": "bfloat16"}, local_files_only=True)
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    for refused in ({"num_labels": 3}, {"model_kwargs": {"device_map": "auto"}}, {"processor_kwargs": {"padding": 1}}):
+        with pytest.raises(ValueError, match=r"num_labels=3|device_map|padding"):
+            load(path, device="cpu", **refused)
