@@ -34,7 +34,7 @@ def test_the_collection_is_read(arguments, tmp_path):
 
 def test_the_evaluation_takes_its_arguments(arguments):
     options = build_parser().parse_args(arguments)
-    assert options.model == "smollm2" and options.budgets == [0.25, 0.5, 1.0] and options.random_order
+    assert options.model == "smollm2" and options.budgets == [0.3, 0.5, 1.0] and options.random_order
 
 
 def test_a_bi_encoder_is_found_and_not_imported(tmp_path, monkeypatch, capsys):
