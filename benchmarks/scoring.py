@@ -39,9 +39,11 @@ from transformers import MistralModel, PreTrainedTokenizerBase
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.quantization import Quantization
 from flagembedding_matryoshka.models.loading import load_tokenizer
 from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import candidates, collect_pairs, split
@@ -103,7 +105,7 @@ class PlainCrossEncoder(nn.Module):
     @torch.inference_mode()
     def compute_score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores in the order given. The texts become tokens as ours do."""
-        inputs = self.ours._tokenize(list(pairs), self.ours._options(None, {}))
+        inputs = ScoringOptions.resolve(self.ours, {}).tokenize(pairs, PairTokenizer(self.ours.tokenizer))
         order = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
         scores = torch.empty(len(pairs))
         tokenizer: PreTrainedTokenizerBase = self.ours.tokenizer
@@ -226,7 +228,8 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     lists = {query: random_texts(words, CANDIDATES, PASSAGE_WORDS, draw) for query in queries}
     if args.pairs_only:
         lists = {}
-    lengths = sorted(len(pair.input_ids) for pair in ours._tokenize(pairs, ours._options(None, {})))
+    inputs = ScoringOptions.resolve(ours, {}).tokenize(pairs, PairTokenizer(ours.tokenizer))
+    lengths = sorted(len(pair.input_ids) for pair in inputs)
     settings = settings_of(ours, pairs, lists)
     reference = torch.tensor(ours.compute_score(pairs, show_progress_bar=False))
     correlations = {}
