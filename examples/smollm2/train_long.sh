@@ -6,18 +6,15 @@
 set -euo pipefail
 dir=$1 from=$2 out=$3 steps=${4:-720} decay=${5:-250} seed=${6:-2}
 while read -r kind count; do
-    tail -n "$count" "$dir/train/$kind.jsonl" > "$dir/train_long/$kind.jsonl"
+    [ ! -f "$dir/train/$kind.jsonl" ] || tail -n "$count" "$dir/train/$kind.jsonl" > "$dir/train_long/$kind.jsonl"
 done <<< $'code 2280\ndocstrings 2000\nsentences 1200\nsections 800\npackages 300\nglosses 300'
 base=$(python -c 'from flagembedding_matryoshka.models.gguf import smollm2_base; print(smollm2_base())')
-read -r exits weights < <(python - "$from" <<'PYTHON'
-import json, sys
-exits = json.load(open(f"{sys.argv[1]}/config.json"))["exits"]
-print(*exits, "--exit_weights", *({6: 0.4, 9: 0.5, 12: 0.8, 15: 0.8, 18: 1.0}[layer] for layer in exits))
-PYTHON
-)
+exits=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["exits"])' "$from/config.json")
+weights=([6]=0.4 [9]=0.5 [12]=0.8 [15]=0.8 [18]=1)
 exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetune --use_cpu True --bf16 \
     --model_name_or_path "$base" --from_peft "$from" --train_data "$dir/train_long" --output_dir "$out" \
-    --cache_path "$out.cache" --exits $exits $weights --compress_layers 3 6 9 --compress_ratios 1 1 2 4 \
+    --cache_path "$out.cache" --exits $exits \
+    --exit_weights $(for layer in $exits; do echo "${weights[layer]}"; done) --compress_layers 3 6 9 --compress_ratios 1 1 2 4 \
     --train_method distill_final_layer_teacher --knowledge_distillation True --random_negatives 0.4 \
     --lora_rank 16 --lora_alpha 32 --per_device_train_batch_size 4 --train_group_size 8 --query_max_len 96 \
     --passage_max_len 320 --learning_rate 4e-4 --warmup_steps 30 --lr_scheduler_type warmup_stable_decay \
