@@ -16,6 +16,7 @@ from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
 from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS
+from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, QUERY_INSTRUCTION
 
 BEST_METRIC = "nDCG@10"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
@@ -129,8 +130,12 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         ValueError: if no training data is named, or a file is not JSON Lines by its name.
     """
 
-    query_instruction_for_rerank: str | None = field(default="A: ", metadata={"help": "Text in front of a query."})
-    passage_instruction_for_rerank: str | None = field(default="B: ", metadata={"help": "Text in front of a passage."})
+    query_instruction_for_rerank: str | None = field(
+        default=QUERY_INSTRUCTION, metadata={"help": "Text in front of a query."}
+    )
+    passage_instruction_for_rerank: str | None = field(
+        default=PASSAGE_INSTRUCTION, metadata={"help": "Text in front of a passage."}
+    )
     passage_max_len: int = field(
         default=192,
         metadata={"help": "Tokens of a passage; the whole sequence is cut to query_max_len + passage_max_len."},

@@ -33,7 +33,7 @@ from flagembedding_matryoshka.models.loading import (
     load_tokenizer,
     token_adapter_ratios,
 )
-from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, PROMPT, QUERY_INSTRUCTION, PairTokenizer
 
 
 class MatryoshkaReranker(AbsReranker):
@@ -115,16 +115,16 @@ class MatryoshkaReranker(AbsReranker):
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if query_instruction_for_rerank is None:
+            query_instruction_for_rerank = QUERY_INSTRUCTION
+        if passage_instruction_for_rerank is None:
+            passage_instruction_for_rerank = PASSAGE_INSTRUCTION
         super().__init__(
             model_name_or_path,
             use_fp16=use_fp16,
-            query_instruction_for_rerank="A: "
-            if query_instruction_for_rerank is None
-            else query_instruction_for_rerank,
+            query_instruction_for_rerank=query_instruction_for_rerank,
             query_instruction_format=query_instruction_format,
-            passage_instruction_for_rerank="B: "
-            if passage_instruction_for_rerank is None
-            else passage_instruction_for_rerank,
+            passage_instruction_for_rerank=passage_instruction_for_rerank,
             passage_instruction_format=passage_instruction_format,
             devices=devices,
             batch_size=batch_size,
@@ -380,7 +380,6 @@ class MatryoshkaReranker(AbsReranker):
                     f"cascade {dict(cascade)} keeps {schedule.kept(count)} of the {count} candidates of query {query}, "
                     f"fewer than top_k={top_k}."
                 )
-        pairs = as_pairs(pairs)
         if not pairs:
             return []
         inputs = options.tokenize(pairs, self._pair_tokenizer)
@@ -410,7 +409,7 @@ class MatryoshkaReranker(AbsReranker):
         export_exits(self.model, cutoffs, output_dir)
         self.tokenizer.save_pretrained(output_dir)
 
-    def count_tokens(self, query: str, documents: Sequence[str], **overrides: Any) -> tuple[int, list[int]]:
+    def count_tokens(self, query: str, documents: Iterable[str], **overrides: Any) -> tuple[int, list[int]]:
         """Tokens that scoring reads: those of the query part, which a batch holds once, and each document's own.
 
         Args:
@@ -419,7 +418,8 @@ class MatryoshkaReranker(AbsReranker):
         Returns, raises: (query tokens, tokens of each document with separator and prompt); errors as in
             `compute_score`.
         """
-        pairs = as_pairs([(query, document) for document in documents])
+        (query,), (documents,) = as_lists([query], [documents])
+        pairs = [(query, document) for document in documents]
         return count_input_tokens(ScoringOptions.resolve(self, overrides).tokenize(pairs, self._pair_tokenizer))
 
     def estimate_flops(

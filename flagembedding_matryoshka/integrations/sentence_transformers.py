@@ -19,7 +19,7 @@ from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
-from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, PROMPT, QUERY_INSTRUCTION, PairTokenizer
 
 HUB = ("token", "cache_folder", "revision", "local_files_only")
 KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -41,8 +41,8 @@ class MatryoshkaModule(InputModule):
         self,
         model: CostWiseMistralForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        query_instruction: str = "A: ",
-        passage_instruction: str = "B: ",
+        query_instruction: str = QUERY_INSTRUCTION,
+        passage_instruction: str = PASSAGE_INSTRUCTION,
         prompt: str = PROMPT,
         query_max_length: int | None = None,
         max_length: int = 512,
@@ -196,25 +196,27 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         ]
 
 
-def load_cross_encoder(path: str, **kwargs: Any) -> MatryoshkaCrossEncoder:
+def load_cross_encoder(
+    path: str, *, max_length: int | None = None, num_labels: int | None = None, **kwargs: Any
+) -> MatryoshkaCrossEncoder:
     """A CrossEncoder of "smollm2" or any checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
 
     What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
     imports modules of other packages only then. This needs none.
 
     Args:
-        kwargs: of CrossEncoder, as `device`, `max_length`, `model_kwargs={"dtype": …}`, `revision` and `token`.
+        max_length: tokens of bos, query, separator and passage; None is the checkpoint's own.
+        num_labels: 1 or None.
+        kwargs: others of CrossEncoder, as `device`, `model_kwargs={"dtype": …}`, `revision` and `token`.
 
     Raises:
         ValueError: as `MatryoshkaModule.load`.
     """
     of_loading = {name: kwargs.pop(name) for name in (*HUB, *KWARGS) if name in kwargs}
-    for name, argument, of_argument in (
-        ("max_length", "processor_kwargs", "model_max_length"),
-        ("num_labels", "config_kwargs", "num_labels"),
-    ):
-        if kwargs.get(name) is not None:
-            of_loading[argument] = {**(of_loading.get(argument) or {}), of_argument: kwargs.pop(name)}
+    if max_length is not None:
+        of_loading["processor_kwargs"] = {**of_loading.get("processor_kwargs", {}), "model_max_length": max_length}
+    if num_labels is not None:
+        of_loading["config_kwargs"] = {**of_loading.get("config_kwargs", {}), "num_labels": num_labels}
     module = MatryoshkaModule.load(path, **of_loading)
     return MatryoshkaCrossEncoder(modules=[module], **{"activation_fn": nn.Identity(), **kwargs})
 
@@ -231,14 +233,15 @@ def _options_of_loading(
         ValueError: on any other argument.
     """
     model, processor, config = dict(model_kwargs or {}), dict(processor_kwargs or {}), dict(config_kwargs or {})
-    named = [model.pop(name, None) for name in ("dtype", "torch_dtype")]
-    max_length = processor.pop("model_max_length", None)
-    if config.pop("num_labels", 1) != 1:
-        raise ValueError(f"num_labels={config_kwargs['num_labels']}, but a re-ranker has one score for a pair.")  # type: ignore[index]
+    dtype = model.pop("dtype", None) or model.pop("torch_dtype", None) or torch.float32
+    max_length, labels = processor.pop("model_max_length", None), config.pop("num_labels", 1)
+    if labels != 1:
+        raise ValueError(f"num_labels={labels}, but a re-ranker has one score for a pair.")
+    if dtype == "auto":
+        raise ValueError("model_kwargs={'dtype': 'auto'}: name a dtype; without one it is float32.")
     if subfolder or model or processor or config:
         raise ValueError(
             f"subfolder={subfolder!r}, model_kwargs={model}, processor_kwargs={processor}, config_kwargs={config}: a "
             "MatryoshkaModule is loaded without these; of them it takes a dtype, model_max_length and num_labels=1."
         )
-    dtypes = [resolve_dtype(dtype, False, False, "cpu") for dtype in named if dtype is not None]
-    return (dtypes[0] if dtypes else torch.float32), max_length
+    return resolve_dtype(dtype, use_fp16=False, use_bf16=False, device="cpu"), max_length

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+QUERY_INSTRUCTION, PASSAGE_INSTRUCTION = "A: ", "B: "
 PROMPT = "Predict whether passage B contains an answer to query A."
 SEPARATOR = "\n"
 SURROGATES = re.compile("[\ud800-\udfff]")

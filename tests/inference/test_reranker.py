@@ -17,6 +17,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.inputs import as_pairs
 from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 from tests.batches import out_of_memory_above
 from tests.tiny_base import TINY_BASE
 
@@ -141,14 +142,16 @@ def test_tokens_of_a_query_and_of_each_document(reranker):
     query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
     shared, tokens = reranker.count_tokens(query, documents)
     pairs = [(query, document) for document in documents]
-    lengths = [
-        len(pair.input_ids) for pair in ScoringOptions.resolve(reranker, {}).tokenize(pairs, reranker._pair_tokenizer)
-    ]
+    inputs = ScoringOptions.resolve(reranker, {}).tokenize(pairs, PairTokenizer(reranker.tokenizer))
+    lengths = [len(pair.input_ids) for pair in inputs]
+    assert reranker.count_tokens(query, iter(documents)) == (shared, tokens)
+    with pytest.raises(TypeError, match="documents of query 0 must be a list, got the dict"):
+        reranker.count_tokens(query, dict.fromkeys(documents))
     assert [shared + count for count in tokens] == lengths
     assert tokens[1] == min(tokens) > 0
     assert sum(reranker.count_tokens(query, documents, max_length=1000)[1]) > sum(tokens)
     assert reranker.count_tokens(query, []) == (0, [])
-    with pytest.raises(TypeError, match="the passage of pair 0 must be a string, got 3"):
+    with pytest.raises(TypeError, match="document 0 of query 0 must be a string, got 3"):
         reranker.count_tokens(query, [3])
 
 

@@ -127,6 +127,15 @@ def test_the_arguments_of_a_cross_encoder_do_what_they_say(load, tiny_layerwise_
     assert whole.predict(long).tolist() == pytest.approx(expected, abs=1e-5)
     half = load(path, device="cpu", model_kwargs={"dtype": "bfloat16"}, local_files_only=True)
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
-    for refused in ({"num_labels": 3}, {"model_kwargs": {"device_map": "auto"}}, {"processor_kwargs": {"padding": 1}}):
-        with pytest.raises(ValueError, match=r"num_labels=3|device_map|padding"):
+    for refused, message in (
+        ({"num_labels": 3}, "num_labels=3, but a re-ranker has one score"),
+        ({"model_kwargs": {"device_map": "auto"}}, r"model_kwargs=\{'device_map': 'auto'\}, processor_kwargs=\{\}"),
+        ({"model_kwargs": {"dtype": "auto"}}, "'auto'}: name a dtype"),
+        (
+            {"model_kwargs": {"dtype": "float32", "torch_dtype": "float16"}},
+            r"model_kwargs=\{'torch_dtype': 'float16'\}",
+        ),
+        ({"processor_kwargs": {"padding": 1}}, r"processor_kwargs=\{'padding': 1\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
             load(path, device="cpu", **refused)
