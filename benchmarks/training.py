@@ -52,12 +52,11 @@ from transformers.models.mistral.modeling_mistral import (
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM, SubNetwork
-from flagembedding_matryoshka.finetune.arguments import LORA_TARGETS
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
 from flagembedding_matryoshka.inference.device import fast_dtype
-from flagembedding_matryoshka.models.decoder import CostWiseHead
+from flagembedding_matryoshka.models.heads import CostWiseHead
 
 METHOD = TRAIN_METHODS["distill_fix_layer_teacher"]
 RATIOS = (1, 2, 4, 8)
@@ -306,7 +305,11 @@ def adapted_model(model_class: type[MistralForCausalLM], job: Job) -> PeftModel:
     model.to_empty(device=job.device)
     model.model.rotary_emb = MistralRotaryEmbedding(job.config).to(job.device)
     adapters = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=LORA_TARGETS
+        task_type=TaskType.CAUSAL_LM,
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"],
     )
     adapted = get_peft_model(model, adapters)
     generator = torch.Generator(job.device).manual_seed(0)

@@ -1,15 +1,36 @@
-"""Matryoshka (CostWise) Mistral re-rankers: one model, any depth and width."""
+"""Matryoshka (CostWise) re-rankers: one model, any depth and width."""
 
 from typing import TYPE_CHECKING, Any
 
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
-from flagembedding_matryoshka.models.decoder import (
-    CostWiseCausalLMOutputWithPast,
-    CostWiseHead,
+from flagembedding_matryoshka.models.backbones import (
+    CostWiseGemma2Config,
+    CostWiseGemma2ForCausalLM,
+    CostWiseGemma2Model,
+    CostWiseGemmaConfig,
+    CostWiseGemmaForCausalLM,
+    CostWiseGemmaModel,
+    CostWiseGraniteConfig,
+    CostWiseGraniteForCausalLM,
+    CostWiseGraniteModel,
+    CostWiseLlamaConfig,
+    CostWiseLlamaForCausalLM,
+    CostWiseLlamaModel,
+    CostWiseMistralConfig,
     CostWiseMistralForCausalLM,
     CostWiseMistralModel,
-    CostWiseModelOutputWithPast,
+    CostWisePhi3Config,
+    CostWisePhi3ForCausalLM,
+    CostWisePhi3Model,
+    CostWiseQwen2Config,
+    CostWiseQwen2ForCausalLM,
+    CostWiseQwen2Model,
+    CostWiseQwen3Config,
+    CostWiseQwen3ForCausalLM,
+    CostWiseQwen3Model,
 )
+from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.models.heads import CostWiseHead
+from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.shipped import SMOLLM2
 
 if TYPE_CHECKING:
@@ -19,11 +40,32 @@ if TYPE_CHECKING:
 __all__ = [
     "SMOLLM2",
     "CostWiseCausalLMOutputWithPast",
+    "CostWiseGemma2Config",
+    "CostWiseGemma2ForCausalLM",
+    "CostWiseGemma2Model",
+    "CostWiseGemmaConfig",
+    "CostWiseGemmaForCausalLM",
+    "CostWiseGemmaModel",
+    "CostWiseGraniteConfig",
+    "CostWiseGraniteForCausalLM",
+    "CostWiseGraniteModel",
     "CostWiseHead",
+    "CostWiseLlamaConfig",
+    "CostWiseLlamaForCausalLM",
+    "CostWiseLlamaModel",
     "CostWiseMistralConfig",
     "CostWiseMistralForCausalLM",
     "CostWiseMistralModel",
     "CostWiseModelOutputWithPast",
+    "CostWisePhi3Config",
+    "CostWisePhi3ForCausalLM",
+    "CostWisePhi3Model",
+    "CostWiseQwen2Config",
+    "CostWiseQwen2ForCausalLM",
+    "CostWiseQwen2Model",
+    "CostWiseQwen3Config",
+    "CostWiseQwen3ForCausalLM",
+    "CostWiseQwen3Model",
     "MatryoshkaReranker",
     "SubNetwork",
     "register",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import MistralForCausalLM
+from transformers import PreTrainedModel
 
 VOCABULARY = 300
 EXITS = (2, 3, 4, 5, 6)
@@ -57,22 +57,30 @@ def scores(model, sequences, side="right", extra=0, cutoff_layers=EXITS, **width
 
 
 def slow_scores(
-    plain: MistralForCausalLM, heads, sequence: TokenSequence, cutoff_layers=EXITS, compress_layers=(), compress_ratio=1
+    plain: PreTrainedModel,
+    heads,
+    sequence: TokenSequence,
+    cutoff_layers=EXITS,
+    compress_layers=(),
+    compress_ratio=1,
+    equal_weights=False,
+    scale=1.0,
 ) -> Tensor:
-    """(exits,) scores of one sequence: transformers' eager Mistral, layer by layer, each group of tokens in a loop.
+    """(exits,) scores of one sequence: transformers' eager layers, one by one, each group of tokens in a loop.
 
     Args:
         heads: of the exits `EXITS`.
+        scale: of the embeddings, where the decoder does it outside of them.
     """
     compress_layers = [compress_layers] if isinstance(compress_layers, int) else compress_layers
-    hidden = plain.model.embed_tokens(torch.tensor([sequence.ids]))
+    hidden = plain.model.embed_tokens(torch.tensor([sequence.ids])) * scale
     result = {}
     for depth, layer in enumerate(plain.model.layers[: max(cutoff_layers)], start=1):
         hidden, attention = _eager_layer(plain, layer, hidden)
         if depth in cutoff_layers:
             result[depth] = heads[EXITS.index(depth)](plain.model.norm(hidden[:, -1]))
         if compress_ratio > 1 and depth in compress_layers:
-            row = attention[0, :, -1].sum(0)
+            row = torch.ones(hidden.shape[1]) if equal_weights else attention[0, :, -1].sum(0)
             passage_end = hidden.shape[1] - sequence.prompt_length
             merged = slow_compress(hidden[0], row, sequence.query_length, passage_end, compress_ratio)
             hidden = torch.stack(merged)[None]
@@ -82,11 +90,15 @@ def slow_scores(
 def _eager_layer(plain, layer, hidden):
     """The layer's output and its attention map (1, heads, length, length)."""
     length = hidden.shape[1]
+    window = getattr(layer.self_attn, "sliding_window", getattr(layer.self_attn.config, "sliding_window", None))
+    mask = torch.full((1, 1, length, length), -torch.inf).triu(1)
+    if window is not None:
+        mask += torch.full((length, length), -torch.inf).tril(-window)
     maps = []
     hook = layer.self_attn.register_forward_hook(lambda _module, _args, output: maps.append(output[1]))
     output = layer(
         hidden,
-        attention_mask=torch.full((1, 1, length, length), -torch.inf).triu(1),
+        attention_mask=mask,
         position_embeddings=plain.model.rotary_emb(hidden, torch.arange(length)[None]),
     )
     hook.remove()

@@ -1,6 +1,7 @@
 """Tiny random models and their tokenizer, and the golden numbers where the checkout has them."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def _shared(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"this checkout has no shared/{name}")
     return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Finds a directory of shared/, or skips the test."""
+    return _shared
 
 
 @pytest.fixture(scope="session")

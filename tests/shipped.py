@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flagembedding_matryoshka import SMOLLM2
-from flagembedding_matryoshka.finetune.arguments import LORA_TARGETS
 from flagembedding_matryoshka.models.gguf import SMOLLM2_FILE, SMOLLM2_INSTALL
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from tests.gguf_files import write_gguf
@@ -48,7 +47,7 @@ def write_fine_tuned(base, output):
     tokenizer, checkpoint = load_tokenizer(base), inspect_checkpoint(base, exits=EXITS)
     model = load_model(checkpoint, tokenizer, torch.float32)
     torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=model.linear_names, init_lora_weights=False))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:

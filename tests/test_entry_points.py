@@ -4,9 +4,10 @@ import pytest
 
 import flagembedding_matryoshka
 from flagembedding_matryoshka.finetune import __main__ as finetune_main
+from flagembedding_matryoshka.models.backbones import BACKBONES
 
 EXPECTED = {
-    ("flagembedding.reranker.model", "cost_wise_mistral"): "CostWiseMistralForCausalLM",
+    **{("flagembedding.reranker.model", model.config_class.model_type): model.__name__ for model in BACKBONES},
     ("flagembedding.reranker.arguments", "matryoshka"): "MatryoshkaModelArguments",
     ("flagembedding.reranker.arguments", "matryoshka_data"): "MatryoshkaDataArguments",
     ("flagembedding.reranker.arguments", "matryoshka_training"): "MatryoshkaTrainingArguments",
@@ -19,6 +20,10 @@ EXPECTED = {
 def load(group, name):
     (entry,) = entry_points(group=group, name=name)
     return entry.load()
+
+
+def test_no_model_is_left_out():
+    assert len(entry_points(group="flagembedding.reranker.model")) == len(BACKBONES)
 
 
 @pytest.mark.parametrize(("group", "name"), EXPECTED)

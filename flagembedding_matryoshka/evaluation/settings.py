@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from flagembedding_matryoshka.inference.plan import Setting
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 
 
-def full_network(config: CostWiseMistralConfig) -> Setting:
+def full_network(config: CostWiseConfig) -> Setting:
     """The deepest exit at full width, with which the others are compared."""
     return Setting(config.exit_layers[-1])
 
@@ -19,7 +19,7 @@ def by_width(settings: Iterable[Setting]) -> list[Setting]:
 
 
 def grid(
-    config: CostWiseMistralConfig,
+    config: CostWiseConfig,
     cutoff_layers: Sequence[int] | None = None,
     compress_layers: Sequence[int] = (),
     compress_ratios: Iterable[int] = (1,),

@@ -19,7 +19,6 @@ from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS
 from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, QUERY_INSTRUCTION
 
 BEST_METRIC = "nDCG@10"
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_head"]
 
 
 @dataclass
@@ -60,9 +59,12 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapters, divided by their rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
-    target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS),
-        metadata={"help": "Modules that get an adapter; linear_head is the scoring heads."},
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get an adapter (default: all linear ones of the decoder's layers, and linear_head, "
+            "the scoring heads)."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train in full and save whole."}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 from flagembedding_matryoshka.models.flops import estimate_flops
 
 COUNTED = ("lists", "tokens", "operations", "seconds")
@@ -23,7 +23,7 @@ class Effort:
         teaches_itself: whether a pass without compression and gradient runs beside one that compresses.
     """
 
-    def __init__(self, config: CostWiseMistralConfig, trains_all_weights: bool, teaches_itself: bool) -> None:
+    def __init__(self, config: CostWiseConfig, trains_all_weights: bool, teaches_itself: bool) -> None:
         self.config = config
         self.passes = 3 if trains_all_weights else 2
         self.teaches_itself = teaches_itself

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import SubNetwork
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
 
 
 @dataclass
@@ -44,7 +44,7 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
 
     def __init__(
         self,
-        base_model: CostWiseMistralForCausalLM | PeftModel,
+        base_model: CostWiseForCausalLM | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         method: TrainMethod,
         train_batch_size: int,

@@ -36,8 +36,8 @@ from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import SubNetwork
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.models.export import write_sentence_transformers_files
 from flagembedding_matryoshka.models.loading import (
     inspect_checkpoint,
@@ -174,7 +174,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             return torch.bfloat16
         return torch.float16 if self.training_args.fp16 else torch.float32
 
-    def _add_adapters(self, model: CostWiseMistralForCausalLM) -> PeftModel:
+    def _add_adapters(self, model: CostWiseForCausalLM) -> PeftModel:
         args = self.model_args
         if args.from_peft is not None:
             adapter = locate(args.from_peft)
@@ -185,7 +185,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            target_modules=args.target_modules,
+            target_modules=args.target_modules or model.linear_names,
             modules_to_save=args.modules_to_save,
         )
         return get_peft_model(model, config)

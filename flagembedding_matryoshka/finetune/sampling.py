@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 
 
 def sample_sub_network(
-    config: CostWiseMistralConfig,
+    config: CostWiseConfig,
     compress_layers: Sequence[int],
     compress_ratios: Sequence[int],
     seed: int,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM, PackedStates
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.decoder import PackedStates
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Schedule:
     final: int
 
     @classmethod
-    def resolve(cls, config: CostWiseMistralConfig, cascade: Mapping[int, float], final: int) -> Schedule:
+    def resolve(cls, config: CostWiseConfig, cascade: Mapping[int, float], final: int) -> Schedule:
         """Check `cascade`, {exit: share of all candidates that go deeper}.
 
         Raises:
@@ -53,7 +54,7 @@ class Schedule:
 
 
 def run_cascade(
-    model: CostWiseMistralForCausalLM,
+    model: CostWiseForCausalLM,
     batches: Sequence[PackedStates],
     queries: Sequence[Sequence[int]],
     schedule: Schedule,
@@ -80,9 +81,7 @@ def run_cascade(
         for index, sequences in enumerate(alive):
             if not sequences:
                 continue
-            for depth, hidden, packed in model.model.run(states[index], sub_network, layer):
-                if depth == layer:
-                    scores[sequences] = model.score(layer, hidden, packed).cpu()
+            scores[sequences] = model.scores(states[index], sub_network, (layer,))[0].cpu()
             exits[sequences] = layer
         if share is None:
             break

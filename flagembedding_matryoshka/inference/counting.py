@@ -9,13 +9,13 @@ import torch
 
 from flagembedding_matryoshka.inference.batching import cut_batches
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
 def count_operations(
-    config: CostWiseMistralConfig,
+    config: CostWiseConfig,
     inputs: Sequence[TokenizedPair],
     options: ScoringOptions,
     sub_network: SubNetwork,

@@ -13,8 +13,8 @@ import torch
 
 from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
 from flagembedding_matryoshka.inference.cascade import Schedule, run_cascade
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import SubNetwork
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.models.loading import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -37,7 +37,7 @@ class Engine:
         model: may hold token adapters; each call uses the one of its ratio.
     """
 
-    def __init__(self, model: CostWiseMistralForCausalLM) -> None:
+    def __init__(self, model: CostWiseForCausalLM) -> None:
         self.model = model
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()

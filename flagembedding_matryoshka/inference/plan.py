@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.cascade import Schedule
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 from flagembedding_matryoshka.models.shipped import locate
 
 PLAN_NAME = "matryoshka_plan.json"
@@ -45,7 +45,7 @@ class Setting:
             "compress_ratio": self.compress_ratio,
         }
 
-    def check(self, config: CostWiseMistralConfig) -> None:
+    def check(self, config: CostWiseConfig) -> None:
         """Raise ValueError or TypeError unless a model of this configuration can run it."""
         SubNetwork.resolve(config, self.cutoff_layer, self.compress_layers, self.compress_ratio)
         Schedule.resolve(config, dict(self.cascade), self.cutoff_layer)
@@ -115,7 +115,7 @@ class Plan:
             return _cheapest_reaching(quality, settings, among)
         raise ValueError(f"budget={budget} and quality={quality}: give one of them.")
 
-    def check(self, config: CostWiseMistralConfig, adapters: Sequence[str]) -> None:
+    def check(self, config: CostWiseConfig, adapters: Sequence[str]) -> None:
         """Raise ValueError unless a model of this configuration, with these adapters, may be what was measured."""
         if list(self.exit_layers) != config.exit_layers:
             raise ValueError(f"it measured exits {list(self.exit_layers)}, and this model has {config.exit_layers}")
@@ -161,7 +161,7 @@ def adapter_names(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(Path(path).name for path in paths)
 
 
-def load_plan(model: str, config: CostWiseMistralConfig, adapters: Sequence[str] = (), **hub: Any) -> Plan:
+def load_plan(model: str, config: CostWiseConfig, adapters: Sequence[str] = (), **hub: Any) -> Plan:
     """The plan beside a model, a local directory or a name as `inspect_checkpoint` takes it.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 Quantization = Literal["int8", "nf4"]
 
@@ -36,7 +36,7 @@ def check_quantization(method: str, devices: Sequence[str], dtype: torch.dtype) 
         raise ImportError("quantization='nf4' needs the package bitsandbytes: pip install bitsandbytes")
 
 
-def quantize(model: CostWiseMistralForCausalLM, method: Quantization) -> None:
+def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
     """Hold the decoder layers' weights in fewer bits, in place; embeddings, norms and heads stay as they are.
 
     "int8" is PyTorch's dynamic quantization, with a scale for each output channel; inputs are rounded to int8 by the
@@ -59,6 +59,7 @@ def _use_nf4(layer: nn.Module) -> None:
 
     linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in linears:
-        small = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype)
+        small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
         small.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+        small.bias = linear.bias
         layer.set_submodule(name, small)

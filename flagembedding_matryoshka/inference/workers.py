@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.inference.engine import Engine, Task
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS_TO_LEAVE = 5.0
@@ -68,7 +68,7 @@ class WorkerPool:
         devices: may name one several times.
     """
 
-    def __init__(self, model: CostWiseMistralForCausalLM, devices: Sequence[str]) -> None:
+    def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str]) -> None:
         self._model = model
         self._devices = list(devices)
         self._workers: list[Worker] = []
@@ -190,7 +190,7 @@ def _send(worker: Worker, task: Task) -> None:
         worker.connection.send(task)
 
 
-def _work(connection: Connection, model: CostWiseMistralForCausalLM, device: str, threads: int) -> None:
+def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int) -> None:
     """What a worker does until the other end of `connection` is closed: answer (result, None) or (None, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

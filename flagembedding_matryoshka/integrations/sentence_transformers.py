@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.inputs import as_lists
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import SubNetwork
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM, Layers
+from flagembedding_matryoshka.models.decoder import Layers
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
 from flagembedding_matryoshka.models.packing import pack_pairs
@@ -39,7 +40,7 @@ class MatryoshkaModule(InputModule):
 
     def __init__(
         self,
-        model: CostWiseMistralForCausalLM,
+        model: CostWiseForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         query_instruction: str = QUERY_INSTRUCTION,
         passage_instruction: str = PASSAGE_INSTRUCTION,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,40 @@ LONGEST_PRODUCT = 512
 is then a quarter (bfloat16) or half (float32) of what the fused kernel's takes; beyond, they would fill the memory."""
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What attention makes of products of queries and keys.
+
+    Attributes:
+        scaling: they are multiplied with.
+        softcap: they then become softcap · tanh(logits / softcap); None leaves them as they are.
+        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+    def of(self, products: Tensor) -> Tensor:
+        """Logits of any shape."""
+        logits = products * self.scaling
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def visible(self, length: int, device: torch.device) -> Tensor:
+        """(length, length) bool: which tokens, columns, each token, a row, attends to.
+
+        >>> Logits(scaling=1.0, window=2).visible(4, torch.device("cpu")).int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 1, 1, 0],
+                [0, 0, 1, 1]], dtype=torch.int32)
+        """
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return causal if self.window is None else causal.triu(1 - self.window)
+
+
 def packed_attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -27,58 +60,91 @@ def packed_attention(
     packed: PackedBatch,
     last_rows: list[Tensor] | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: None = None,
+    use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
     """Attention function in the form of `transformers.AttentionInterface`.
 
+    What a decoder layer hands over and is not named here is a TypeError: attention that ignored it would be another.
+
     Args:
+        module: whose attention it is; None is any causal one.
         query: (1, heads, total_tokens, head_dim), after rotary embedding.
         key, value: (1, kv_heads, total_tokens, head_dim).
-        attention_mask: unused by this form; `packed` says what belongs together.
+        attention_mask, position_ids, use_cache: not used by this form; `packed` says what belongs together.
         packed: where the sequences lie.
         last_rows: if given, `last_token_row` is appended to it.
+        scaling, softcap, sliding_window: see `Logits`.
 
     Returns:
         (1, total_tokens, heads, head_dim), and None for the attention map, which never exists.
+
+    Raises:
+        ValueError: if attention in `module` is not causal.
     """
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
+    logits = Logits(scaling, softcap, sliding_window)
     if last_rows is not None:
-        last_rows.append(last_token_row(query[0], key[0], packed, scaling))
+        last_rows.append(last_token_row(query[0], key[0], packed, logits))
     if query.device.type != "cpu":
-        attend = _in_groups
-    elif query.requires_grad and packed.context_lengths.max() <= LONGEST_PRODUCT and not dropout:
-        return _in_products(query, key, value, packed, scaling), None
-    else:
-        attend = _segment_by_segment
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    return attend(query, key, value, packed, **options), None
+        return _in_groups(query, key, value, packed, logits, dropout), None
+    if query.requires_grad and packed.context_lengths.max() <= LONGEST_PRODUCT and not dropout:
+        return _in_products(query, key, value, packed, logits), None
+    return _segment_by_segment(query, key, value, packed, logits, dropout), None
 
 
-def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, **options: Any) -> Tensor:
+def _segment_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float = 0.0
+) -> Tensor:
     """A call per segment: no padding, for devices where a call costs little."""
     outputs = []
     prefixes = [-1] * len(packed.segments) if packed.prefixes is None else packed.prefixes.tolist()
     for (start, end), prefix in zip(packed.segments, prefixes, strict=True):
         # A prefix's own rows are attended once more and dropped: no mask is needed for a square map.
         rows = [slice(start, end)] if prefix < 0 else [slice(*packed.segments[prefix]), slice(start, end)]
-        attended = F.scaled_dot_product_attention(
-            _rows(query, rows), _rows(key, rows), _rows(value, rows), is_causal=True, **options
-        )
+        attended = _attend(_rows(query, rows), _rows(key, rows), _rows(value, rows), logits, dropout)
         outputs.append(attended[:, :, start - end :])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _in_groups(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, **options: Any) -> Tensor:
+def _in_groups(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float = 0.0
+) -> Tensor:
     """A call per group of segments of similar length, padded behind, where causal attention does not look."""
     groups, own = packed.context_groups
     outputs = []
     for tokens in groups:
         queries, keys, values = (part[0, :, tokens].transpose(0, 1) for part in (query, key, value))
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, **options)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        outputs.append(_attend(queries, keys, values, logits, dropout).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[own][None]
 
 
-def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: float) -> Tensor:
+    """Causal attention; query, and what comes out, (batch, heads, length, head_dim), the others (…, kv_heads, …)."""
+    length, kv_heads = query.shape[2], key.shape[1]
+    if logits.softcap is None:
+        is_whole = logits.window is None or length <= logits.window
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if is_whole else logits.visible(length, query.device),
+            dropout_p=dropout,
+            is_causal=is_whole,
+            scale=logits.scaling,
+            enable_gqa=query.shape[1] != kv_heads,
+        )
+    # No fused kernel has a cap. (batch, kv_heads, heads per kv_head, length, head_dim)
+    products = query.unflatten(1, (kv_heads, -1)) @ key.transpose(2, 3)[:, :, None]
+    masked = logits.of(products.float()).masked_fill(~logits.visible(length, query.device), float("-inf"))
+    maps = F.dropout(masked.softmax(-1), dropout).to(value.dtype)
+    return (maps @ value[:, :, None]).flatten(1, 2)
+
+
+def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
     """Groups as above, with attention spelt out: plain products have a faster gradient on a CPU."""
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], key.shape[3]
     groups, own = packed.context_groups
@@ -93,9 +159,9 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch,
         )
         queries = queries.reshape(count * kv_heads, -1, head_dim)
         keys, values = (part.reshape(count * kv_heads, width, head_dim) for part in (keys, values))
-        maps = torch.bmm(queries, keys.transpose(1, 2)).view(count * kv_heads, -1, width, width)
-        future = torch.full((width, width), float("-inf"), dtype=maps.dtype).triu(1)
-        maps = torch.softmax(maps * scaling + future, dim=-1).flatten(1, 2)
+        products = torch.bmm(queries, keys.transpose(1, 2)).view(count * kv_heads, -1, width, width)
+        hidden = products.new_zeros(width, width).masked_fill(~logits.visible(width, query.device), float("-inf"))
+        maps = torch.softmax(logits.of(products) + hidden, dim=-1).flatten(1, 2)
         attended = torch.bmm(maps, values).view(count, heads, width, head_dim)
         outputs.append(attended.transpose(1, 2).reshape(count * width, -1))
     return torch.cat(outputs).index_select(0, own).view(1, -1, heads, head_dim)
@@ -107,7 +173,7 @@ def _rows(tensor: Tensor, rows: list[slice]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
+def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
     """How much each token is attended to by the last token of its segment, summed over heads.
 
     Args:
@@ -126,13 +192,16 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, scaling: flo
         key = key[:, packed.context_tokens]
     last = query[:, packed.segment_ends].view(kv_heads, heads_per_key, -1, head_dim)
     # (kv_heads, heads_per_key, total): one product per token and head, nothing quadratic
-    logits = torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float() * scaling
-    logits = logits.reshape(-1, logits.shape[-1])
+    values = logits.of(torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float())
+    if logits.window is not None:
+        out_of_sight = (packed.behind_in_context >= logits.window).to(packed.device)
+        values = values.masked_fill(out_of_sight, float("-inf"))
+    values = values.reshape(-1, values.shape[-1])
 
-    index = segments.expand_as(logits)
-    per_segment = logits.new_zeros(logits.shape[0], len(packed.lengths))
-    peak = per_segment.scatter_reduce(1, index, logits.detach(), "amax", include_self=False)
-    weights = (logits - peak.gather(1, index)).exp()
+    index = segments.expand_as(values)
+    per_segment = values.new_zeros(values.shape[0], len(packed.lengths))
+    peak = per_segment.scatter_reduce(1, index, values.detach(), "amax", include_self=False)
+    weights = (values - peak.gather(1, index)).exp()
     norm = per_segment.scatter_add(1, index, weights)
     row = (weights / norm.gather(1, index)).sum(0)
     return row if packed.prefixes is None else row[packed.own_in_context]

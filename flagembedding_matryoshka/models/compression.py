@@ -21,16 +21,18 @@ UNDERFLOW = 1e-30
 
 
 def compress(
-    hidden_states: Tensor, attention_row: Tensor, packed: PackedBatch, ratio: int
+    hidden_states: Tensor, attention_row: Tensor | None, packed: PackedBatch, ratio: int
 ) -> tuple[Tensor, PackedBatch]:
     """Merge groups of `ratio` neighbouring passage tokens (paper: arXiv 2501.16302, width compression).
 
-    A group becomes Σ w·h, with w the attention row normalised inside the group, equal where all of it underflowed.
+    A group becomes Σ w·h, with w the attention row normalised inside the group, equal where all of it underflowed or
+    there is none.
     Query and prompt tokens pass unchanged.
 
     Args:
         hidden_states: (1, total_tokens, hidden).
-        attention_row: (total_tokens,) float32, see [`~flagembedding_matryoshka.models.attention.last_token_row`].
+        attention_row: (total_tokens,) float32, see [`~flagembedding_matryoshka.models.attention.last_token_row`]; None
+            weighs all tokens equally.
         ratio: group size, at least 2.
 
     Returns:
@@ -40,7 +42,9 @@ def compress(
     slots, in_passage = _slots(packed, compressed, ratio)
     total = int(compressed.cu_seqlens[-1])
 
-    row = torch.where(in_passage, attention_row, 1.0)
+    row = torch.ones(len(slots), device=packed.device)
+    if attention_row is not None:
+        row = torch.where(in_passage, attention_row, row)
     group_sum = row.new_zeros(total).index_add(0, slots, row)[slots]
     group_size = row.new_zeros(total).index_add(0, slots, torch.ones_like(row))[slots]
     underflow = group_sum < UNDERFLOW

@@ -1,24 +1,29 @@
-"""What a model can do (`CostWiseMistralConfig`) and what one pass through it runs (`SubNetwork`)."""
+"""What a model can do (`CostWiseConfig`) and what one pass through it runs (`SubNetwork`)."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from huggingface_hub.dataclasses import strict
-from transformers import MistralConfig
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 COMPRESS_RATIOS = (1, 2, 4, 8)
+DEFAULT_START_LAYER = 4
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Config
+    from typing_extensions import Self
+else:  # a mixin: the configuration of the backbone comes behind it
+    _Config = object
 
 
-@strict
-class CostWiseMistralConfig(MistralConfig):
-    """A Mistral whose relevance score can be read at several depths.
+@dataclass(kw_only=True)
+class CostWiseConfig(_Config):
+    """What a decoder's configuration has more when its relevance score can be read at several depths.
 
     Args:
-        layer_wise: one scoring head per exit; without it the model is a plain causal language model.
+        layer_wise: one scoring head per exit; without it the checkpoint is a plain causal language model.
         start_layer: the shallowest exit, counted in decoder layers that have run (1 to `num_hidden_layers`).
         layer_sep: distance between neighbouring exits.
         exits: the exits one by one, ascending, where they are not evenly spaced; `start_layer` and `layer_sep` then say
@@ -26,19 +31,23 @@ class CostWiseMistralConfig(MistralConfig):
         head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, see
             [`~flagembedding_matryoshka.text.pairs.find_head_token_id`]; None starts the heads at random.
         head_scale: what that row is multiplied by; a small one starts training at the loss of chance.
+        compress_weights: what weighs passage tokens that are merged: the last token's "attention" to them (CostWise
+            Mistral), or nothing, so that all are "equal" (FlagEmbedding's lightweight Gemma-2).
         raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
         compensation: what that adapter makes up for, {"axis": "layer" or "token", "compress_ratio": …}; None for one
             of the first stage (paper, section on factorized compensation).
     """
 
-    model_type = "cost_wise_mistral"
+    made_from: ClassVar[tuple[str, ...]]
+    """The `model_type` of checkpoints that have no heads yet, and of published ones that mean the same decoder."""
 
     layer_wise: bool = False
-    start_layer: int = 8
+    start_layer: int = DEFAULT_START_LAYER
     layer_sep: int = 1
     exits: list[int] | tuple[int, ...] | None = None
     head_token_id: int | None = None
     head_scale: float = 1.0
+    compress_weights: Literal["attention", "equal"] = "attention"
     raw_peft: list[str] | tuple[str, ...] = ()
     compensation: dict[str, int | str] | None = None
 
@@ -69,6 +78,30 @@ class CostWiseMistralConfig(MistralConfig):
         if self.layer_sep < 1:
             raise ValueError(f"layer_sep is {self.layer_sep}, but must be at least 1.")
         return list(range(self.start_layer, self.num_hidden_layers + 1, self.layer_sep))
+
+    @classmethod
+    def read(cls, path: str | PathLike[str], **hub: Any) -> Self:
+        """The configuration of a checkpoint, which may be a raw one.
+
+        Raises:
+            ValueError: if it is of another model type.
+        """
+        stored, _ = cls.get_config_dict(path, **hub)
+        if stored.get("model_type") not in (cls.model_type, *cls.made_from):
+            raise ValueError(
+                f"{path} holds a model of type {stored.get('model_type')!r}; a {cls.model_type!r} is made from "
+                f"{' or '.join(map(repr, cls.made_from))}, or loaded from its own checkpoints."
+            )
+        return cls.from_dict(stored)
+
+    def cut(self, layers: int) -> None:
+        """Leave the lowest `layers` decoder layers, and the exits among them."""
+        if self.exits is not None:
+            self.exits = [layer for layer in self.exits if layer <= layers]
+        layer_types = getattr(self, "layer_types", None)
+        if layer_types is not None:
+            self.layer_types = layer_types[:layers]
+        self.num_hidden_layers = layers
 
 
 def as_layer_tuple(name: str, layers: int | Iterable[int] | None) -> tuple[int, ...] | None:
@@ -112,7 +145,7 @@ class SubNetwork:
     @classmethod
     def resolve(
         cls,
-        config: CostWiseMistralConfig,
+        config: CostWiseConfig,
         cutoff_layers: int | Iterable[int] | None = None,
         compress_layers: int | Iterable[int] | None = None,
         compress_ratio: int | None = None,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.backbones import causal_lm_class
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.loading import token_adapter_ratios
 
 
-def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
+def export_exits(model: CostWiseForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
     """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
 
     Raises:
@@ -27,7 +28,7 @@ def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int]
         )
     config = copy.deepcopy(model.config)
     config.exits = sorted(set(cutoff_layers))
-    config.num_hidden_layers = config.exits[-1]
+    config.cut(config.exits[-1])
     config.raw_peft, config.compensation = [], None
     heads = {
         f"lm_head.{old}.": f"lm_head.{config.exit_layers.index(layer)}."
@@ -35,7 +36,7 @@ def export_exits(model: CostWiseMistralForCausalLM, cutoff_layers: Sequence[int]
         if layer in config.exit_layers
     }
     with torch.device("meta"):
-        part = CostWiseMistralForCausalLM(config)
+        part = causal_lm_class(config)(config)
     wanted, weights = part.state_dict().keys(), {}
     for name, value in model.state_dict().items():
         if name.startswith("lm_head."):

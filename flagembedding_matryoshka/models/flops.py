@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka.models.backbones import causal_lm_class
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+
+
+def _weights_of_a_layer(config: CostWiseConfig) -> int:
+    """Weights of all matrices that a token is multiplied with in a decoder layer."""
+    with torch.device("meta"):
+        layer = causal_lm_class(config).model_class.layer_class(config, 0)
+    return sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, nn.Linear))
 
 
 def estimate_flops(
-    config: CostWiseMistralConfig,
+    config: CostWiseConfig,
     sub_network: SubNetwork,
     query_lengths: Tensor,
     passage_lengths: Tensor,
@@ -26,11 +34,9 @@ def estimate_flops(
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
         shares_query: (batch,) bool, whether a sequence has its query part from the one before it; None is nowhere.
     """
-    heads = config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // heads
-    query_width = heads * head_dim
-    key_width = config.num_key_value_heads * head_dim
-    per_token = 2 * config.hidden_size * (2 * query_width + 2 * key_width + 3 * config.intermediate_size)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_width = config.num_attention_heads * head_dim
+    per_token = 2 * _weights_of_a_layer(config)
 
     fixed = query_lengths + prompt_lengths
     passage = passage_lengths

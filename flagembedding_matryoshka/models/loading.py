@@ -1,4 +1,4 @@
-"""Checkpoints in: raw Mistral, layer-wise, and directories that fine-tuning wrote."""
+"""Checkpoints in: raw, layer-wise, and directories that fine-tuning wrote."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS, CostWiseMistralConfig
-from flagembedding_matryoshka.models.decoder import CostWiseMistralForCausalLM
+from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS, DEFAULT_START_LAYER, CostWiseConfig
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.text.pairs import find_head_token_id
 
-DEFAULT_START_LAYER = 4
 DEFAULT_LAYER_SEP = 1
 
 
@@ -34,12 +34,12 @@ class Checkpoint:
         base: where the weights lie that adapters are merged into, or the name that finds them.
         adapters: LoRA adapters to merge, in order.
         config: the layer-wise model to build.
-        from_raw: whether `base` is a raw Mistral, whose heads are made while loading.
+        from_raw: whether `base` is a raw language model, whose heads are made while loading.
     """
 
     path: str
     base: str
-    config: CostWiseMistralConfig
+    config: CostWiseConfig
     from_raw: bool
     adapters: list[str] = field(default_factory=list)
 
@@ -59,18 +59,18 @@ def inspect_checkpoint(
         path: a local directory, a name on the hub, a GGUF file, which is then converted, or one of the names that
             [`~flagembedding_matryoshka.models.shipped.locate`] knows.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
-        start_layer, layer_sep: the exits to give a raw Mistral.
+        start_layer, layer_sep: the exits to give a raw checkpoint.
         max_layer: layers above this one are not loaded.
-        exits: the exits to give a raw Mistral, one by one, instead of evenly spaced ones; layers above the last of
-            them are not loaded.
+        exits: the exits to give a raw checkpoint, one by one, instead of evenly spaced ones; layers above the last
+            of them are not loaded.
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
         FileNotFoundError: if `path` looks like a local directory and does not exist.
         ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
             stands for.
-        ValueError: if it is no Mistral, or not of the kind or with the exits asked for, or a GGUF file that cannot be
-            converted.
+        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, or a GGUF file
+            that cannot be converted.
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
@@ -80,16 +80,10 @@ def inspect_checkpoint(
     if find_adapter_config_file(readable, **hub) is not None:
         base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
         adapters.append(path)
-    stored, _ = CostWiseMistralConfig.get_config_dict(readable, **hub)
-    if stored.get("model_type") not in ("mistral", CostWiseMistralConfig.model_type):
-        raise ValueError(
-            f"{path} holds a model of type {stored.get('model_type')!r}; a re-ranker is made from a Mistral "
-            "(model_type 'mistral') or loaded from a 'cost_wise_mistral' checkpoint."
-        )
-    config = CostWiseMistralConfig.from_dict(stored)
+    config = read_config(readable, **hub)
     is_raw = not config.layer_wise
     if from_raw is not None and from_raw != is_raw:
-        kind = "a raw Mistral without heads" if is_raw else "a layer-wise checkpoint that has its heads"
+        kind = "a raw checkpoint without heads" if is_raw else "a layer-wise checkpoint that has its heads"
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
     if is_raw:
         config.layer_wise, config.start_layer, config.layer_sep = True, start_layer, layer_sep
@@ -109,12 +103,12 @@ def inspect_checkpoint(
 
 
 def _refuse_other_exits(
-    path: str, config: CostWiseMistralConfig, start_layer: int, layer_sep: int, exits: Sequence[int] | None
+    path: str, config: CostWiseConfig, start_layer: int, layer_sep: int, exits: Sequence[int] | None
 ) -> None:
     if exits is not None and list(exits) != config.exit_layers:
         raise ValueError(
             f"exits={list(exits)}, but the heads of {path} were trained for {config.exit_layers}. Exits can be chosen "
-            "for a raw Mistral only."
+            "for a raw checkpoint only."
         )
     for name, asked, default in (
         ("start_layer", start_layer, DEFAULT_START_LAYER),
@@ -123,20 +117,18 @@ def _refuse_other_exits(
         if asked not in (default, getattr(config, name)):
             raise ValueError(
                 f"{name}={asked}, but the heads of {path} were trained with {name}={getattr(config, name)}. "
-                "Exits can be chosen for a raw Mistral only."
+                "Exits can be chosen for a raw checkpoint only."
             )
 
 
-def _cut(config: CostWiseMistralConfig, max_layer: int) -> None:
+def _cut(config: CostWiseConfig, max_layer: int) -> None:
     shallowest = config.exit_layers[0]
     if not shallowest <= max_layer <= config.num_hidden_layers:
         raise ValueError(
             f"max_layer={max_layer} leaves no exit or no layer to load: it must lie between the shallowest exit "
             f"{shallowest} and the model's {config.num_hidden_layers} layers."
         )
-    if config.exits is not None:
-        config.exits = [layer for layer in config.exits if layer <= max_layer]
-    config.num_hidden_layers = max_layer
+    config.cut(max_layer)
 
 
 def load_tokenizer(
@@ -162,7 +154,7 @@ def load_model(
     peft_paths: Sequence[str] = (),
     attach_token_adapters: bool = False,
     **hub: Any,
-) -> CostWiseMistralForCausalLM:
+) -> CostWiseForCausalLM:
     """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
 
     Args:
@@ -183,7 +175,7 @@ def load_model(
         config.head_token_id = find_head_token_id(tokenizer)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
-    model = CostWiseMistralForCausalLM.from_pretrained(base, config=config, dtype=dtype, **hub)
+    model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **hub)
     if base != located:
         # Adapters that are trained on the model note this as their base: the GGUF, or the name that finds it on any
         # machine, not the cache it was converted into.
@@ -206,15 +198,14 @@ def load_model(
     return model.eval()
 
 
-def refuse_other_heads(adapter: str, config: CostWiseMistralConfig, **hub: Any) -> None:
+def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:
     """Adapters find heads by their number: those of other exits would go into the wrong ones without a word.
 
     Raises:
         ValueError: if fine-tuning noted exits beside the adapter that do not begin with those of `config`.
     """
-    noted = _noted(adapter, **hub)
-    if noted.get("layer_wise"):
-        exits = CostWiseMistralConfig.from_dict(noted).exit_layers
+    if _noted(adapter, **hub).get("layer_wise"):
+        exits = read_config(adapter, **hub).exit_layers
         if exits[: len(config.exit_layers)] != config.exit_layers:
             raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
 
@@ -231,7 +222,7 @@ def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def token_adapter_ratios(model: CostWiseMistralForCausalLM) -> set[int]:
+def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
     """The ratios that a model has adapters attached for."""
     return {
         ratio
@@ -242,7 +233,7 @@ def token_adapter_ratios(model: CostWiseMistralForCausalLM) -> set[int]:
     }
 
 
-def use_token_adapter(model: CostWiseMistralForCausalLM, ratio: int) -> None:
+def use_token_adapter(model: CostWiseForCausalLM, ratio: int) -> None:
     """Let the adapter that is attached for `ratio` act, alone, or none where there is none. No weight changes."""
     name = _token_adapter_name(ratio)
     for layer in model.modules():

@@ -130,6 +130,11 @@ class PackedBatch:
         return (_ranges(lengths) + firsts.repeat_interleave(lengths)).to(self.device)
 
     @cached_property
+    def behind_in_context(self) -> Tensor:
+        """(sum of context_lengths,) int64, CPU: tokens of its context behind each of `context_tokens`."""
+        return self.context_lengths.repeat_interleave(self.context_lengths) - 1 - _ranges(self.context_lengths)
+
+    @cached_property
     def own_in_context(self) -> Tensor:
         """(total_tokens,) int64, on `device`: where each token of the row stands among `context_tokens`."""
         firsts = self.context_lengths.cumsum(0) - self.lengths

@@ -180,7 +180,7 @@ def test_trained_with_two_steps(ablate, tiny_raw_model_path, training_file, tmp_
 
 def test_compensation_needs_a_model_that_was_trained(ablate, tiny_raw_model_path, training_file):
     arguments = ["--train_data", training_file, "--steps", 2, "--seeds", 1, "--compress_layers", 2]
-    with pytest.raises(ValueError, match="is a raw Mistral without heads"):
+    with pytest.raises(ValueError, match="is a raw checkpoint without heads"):
         ablate("compensation", "--model", tiny_raw_model_path, *arguments)
 
 

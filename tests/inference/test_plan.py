@@ -7,9 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting, load_plan
-from flagembedding_matryoshka.models.configuration import CostWiseMistralConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)

@@ -1,13 +1,23 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka.models.attention import _in_groups, _segment_by_segment, last_token_row, packed_attention
+from flagembedding_matryoshka.models.attention import (
+    Logits,
+    _in_groups,
+    _in_products,
+    _segment_by_segment,
+    last_token_row,
+    packed_attention,
+)
 from flagembedding_matryoshka.models.packing import PackedBatch
 from tests.batches import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = torch.tensor([5, 1, 9, 2])
 SCALING = 0.3
+KINDS = pytest.mark.parametrize(
+    "kind", [{}, {"window": 3}, {"softcap": 0.5}, {"softcap": 0.5, "window": 3}], ids=["plain", "window", "cap", "both"]
+)
 HEADS = pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all_heads", "grouped", "one_key"])
 
 
@@ -23,19 +33,23 @@ def states(heads, scale=1.0):
     return [(scale * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
 
 
-def attention_map(query, key):
+def attention_map(query, key, softcap=None, window=None):
     """(heads, total_tokens, total_tokens): softmax over the earlier tokens of the same sequence."""
     sequence = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
     token = torch.arange(len(sequence))
     visible = (sequence[:, None] == sequence) & (token[:, None] >= token)
+    if window is not None:
+        visible &= token[:, None] - token < window
     repeated = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
     logits = SCALING * query[0] @ repeated.transpose(1, 2)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     return logits.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-def last_rows_of_map(query, key):
+def last_rows_of_map(query, key, **kind):
     """(total_tokens,)"""
-    rows = attention_map(query, key)[:, LENGTHS.cumsum(0) - 1]
+    rows = attention_map(query, key, **kind)[:, LENGTHS.cumsum(0) - 1]
     return rows.sum((0, 1))
 
 
@@ -45,21 +59,33 @@ def gradients(output, inputs):
 
 
 @HEADS
-def test_equals_the_plain_softmax_inside_each_sequence(heads):
+@KINDS
+@pytest.mark.parametrize("learns", [True, False])
+def test_equals_the_plain_softmax_inside_each_sequence(heads, kind, learns):
     query, key, value = states(heads)
-    output, no_map = packed_attention(None, query, key, value, None, SCALING, packed_batch())
+    as_transformers_says = {"softcap": kind.get("softcap"), "sliding_window": kind.get("window")}
+    with torch.set_grad_enabled(learns):
+        output, no_map = packed_attention(
+            None, query, key, value, None, SCALING, packed_batch(), **as_transformers_says
+        )
     repeated = value[0].repeat_interleave(heads[0] // heads[1], 0)
-    expected = (attention_map(query, key) @ repeated).transpose(0, 1)[None]
+    expected = (attention_map(query, key, **kind) @ repeated).transpose(0, 1)[None]
     assert no_map is None
     close(output, expected, 1e-6)
+    if not learns:
+        return
     for actual, wanted in zip(*(gradients(each, (query, key, value)) for each in (output, expected)), strict=True):
         close(actual, wanted)
 
 
 @HEADS
-def test_the_last_row_is_that_of_the_map(heads):
+@KINDS
+def test_the_last_row_is_that_of_the_map(heads, kind):
     query, key, _ = states(heads)
-    row, expected = last_token_row(query[0], key[0], packed_batch(), SCALING), last_rows_of_map(query, key)
+    row, expected = (
+        last_token_row(query[0], key[0], packed_batch(), Logits(SCALING, **kind)),
+        last_rows_of_map(query, key, **kind),
+    )
     close(row, expected, 1e-6)
     for actual, wanted in zip(*(gradients(each, (query, key)) for each in (row, expected)), strict=True):
         close(actual, wanted)
@@ -70,36 +96,73 @@ def test_attention_hands_out_the_last_row():
     rows = []
     packed_attention(None, query, key, value, None, SCALING, packed_batch(), last_rows=rows)
     (row,) = rows
-    torch.testing.assert_close(row, last_token_row(query[0], key[0], packed_batch(), SCALING), atol=0, rtol=0)
+    torch.testing.assert_close(row, last_token_row(query[0], key[0], packed_batch(), Logits(SCALING)), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_sequence_shares_out_one_per_head_however_large_the_logits(scale):
     query, key, _ = states((4, 2), scale)
-    row = last_token_row(query[0], key[0], packed_batch(), SCALING)
+    row = last_token_row(query[0], key[0], packed_batch(), Logits(SCALING))
     close(torch.stack([part.sum() for part in row.split(LENGTHS.tolist())]), torch.full((len(LENGTHS),), 4.0))
     assert all(gradient.isfinite().all() for gradient in gradients(row, (query, key)))
 
 
 def test_the_row_of_half_precision_states_is_float32():
     query, key, _ = states((4, 2))
-    row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), SCALING)
+    row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), Logits(SCALING))
     assert row.dtype == torch.float32
     close(row, last_rows_of_map(query, key), 0.05)
 
 
 @HEADS
+@KINDS
 @pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
-def test_groups_of_padded_segments_equal_each_segment_alone(heads, prefixes):
+def test_groups_of_padded_segments_equal_each_segment_alone(heads, prefixes, kind):
     packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
     groups, own = packed.context_groups
     assert len(groups) > 1 and own.unique().numel() == len(own) == LENGTHS.sum()
     inputs = states(heads)
-    options = {"dropout_p": 0.0, "scale": SCALING, "enable_gqa": heads[0] != heads[1]}
-    outputs = [attend(*inputs, packed, **options) for attend in (_in_groups, _segment_by_segment)]
-    close(*outputs, 1e-6)
-    for actual, wanted in zip(*(gradients(each, inputs) for each in outputs), strict=True):
-        close(actual, wanted)
+    logits = Logits(SCALING, **kind)
+    outputs = [attend(*inputs, packed, logits) for attend in (_in_groups, _segment_by_segment, _in_products)]
+    close(outputs[0], outputs[1], 1e-6)
+    close(outputs[2], outputs[1], 1e-6)
+    wanted = gradients(outputs[1], inputs)
+    for output in (outputs[0], outputs[2]):
+        for actual, expected in zip(gradients(output, inputs), wanted, strict=True):
+            close(actual, expected)
+
+
+@pytest.mark.parametrize("window", [2, 4, 20])
+def test_a_window_counts_tokens_of_the_shared_query_too(window):
+    """A query of 5 tokens that two passages share, and the same sequences whole."""
+    inputs = states((4, 2))
+    zeros = torch.zeros(3, dtype=torch.long)
+    shared = PackedBatch(
+        torch.tensor([5, 0, 0]), zeros, torch.tensor([0, 4, 8]), torch.device("cpu"), torch.tensor([-1, 0, 0])
+    )
+    whole_tokens = torch.tensor([*range(5), *range(5, 9), *range(5), *range(9, 17)])
+    lengths = torch.tensor([9, 13])
+    whole = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu"))
+    shared_rows, whole_rows = [], []
+    with torch.no_grad():
+        given = [part[:, :, :17] for part in inputs]
+        apart = [part[:, :, whole_tokens] for part in inputs]
+        own, _ = packed_attention(None, *given, None, SCALING, shared, shared_rows, sliding_window=window)
+        expected, _ = packed_attention(None, *apart, None, SCALING, whole, whole_rows, sliding_window=window)
+    close(own, torch.cat([expected[:, :9], expected[:, 14:]], 1), 1e-6)
+    close(shared_rows[0][5:], torch.cat([whole_rows[0][5:9], whole_rows[0][14:]]), 1e-6)
+
+
+class NotCausal(torch.nn.Module):
+    is_causal = False
+
+
+def test_attention_that_is_not_understood_is_refused():
+    arguments = (*states((4, 2)), None, SCALING, packed_batch())
+    with pytest.raises(ValueError, match=r"attention in NotCausal is not causal"):
+        packed_attention(NotCausal(), *arguments)
+    with pytest.raises(TypeError, match="s_aux"):
+        packed_attention(None, *arguments, s_aux=torch.zeros(4))
 
 
 def test_no_context_of_a_group_is_padded_to_more_than_twice_its_length():

@@ -1,4 +1,4 @@
-"""One pass through a layer-wise model. Loading and saving: test_modeling_loading.py."""
+"""One pass through a layer-wise model. Loading and saving: test_decoder_loading.py."""
 
 import copy
 
@@ -9,7 +9,6 @@ from hypothesis import given
 from torch import nn
 from torch.nn import functional as F
 
-from flagembedding_matryoshka import CostWiseMistralForCausalLM
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,33 +231,6 @@ def test_full_width_hidden_states_are_those_of_transformers(layerwise_model, pla
     close(states, expected * batch["attention_mask"][..., None])
 
 
-# A plain language model
-
-
-@pytest.fixture(scope="module")
-def language_model(tiny_raw_model_path):
-    return CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path).eval()
-
-
-@torch.no_grad()
-def test_without_layers_it_is_a_plain_mistral(language_model, plain_model):
-    input_ids = torch.tensor([sequence.ids[:12] for sequence in random_sequences([(0, 12, 0)] * 3)])
-    mask = torch.ones_like(input_ids)
-    mask[1, 8:] = 0
-    labels = input_ids.masked_fill(mask == 0, -100)
-    outputs = language_model(input_ids, mask, labels=labels, output_hidden_states=True)
-    expected = plain_model(input_ids, attention_mask=mask, labels=labels, output_hidden_states=True)
-    assert outputs.logits.shape == (3, 12, plain_model.config.vocab_size)
-    close(outputs.logits[mask == 1], expected.logits[mask == 1])
-    close(outputs.loss, expected.loss)
-    assert len(outputs.hidden_states) == len(expected.hidden_states)
-    generated, wanted = (
-        model.generate(input_ids, max_new_tokens=5, do_sample=False, pad_token_id=3)
-        for model in (language_model, plain_model)
-    )
-    assert generated.tolist() == wanted.tolist() and generated.shape[1] > 12
-
-
 # Refusals
 
 
@@ -292,10 +264,11 @@ def test_arguments_that_ask_for_nothing_are_no_mistake(layerwise_model):
 
 
 @torch.no_grad()
-def test_a_sequence_may_fill_the_sliding_window_but_not_exceed_it(layerwise_model, own_model):
+def test_a_sequence_may_have_all_positions_of_the_model_but_not_more(layerwise_model, own_model):
     longest = max(map(sum, LENGTHS))
-    own_model.config.sliding_window = longest
+    own_model.config.max_position_embeddings = longest
     close(scores(own_model, SEQUENCES), scores(layerwise_model, SEQUENCES), 1e-6)
-    own_model.config.sliding_window = longest - 1
-    with pytest.raises(ValueError, match=rf"row 3 has {longest} tokens, more than the sliding window of {longest - 1}"):
+    own_model.config.max_position_embeddings = longest - 1
+    message = rf"row 3 has {longest} tokens, more than max_position_embeddings={longest - 1}\. Use a smaller max_length"
+    with pytest.raises(ValueError, match=message):
         scores(own_model, SEQUENCES)

@@ -40,7 +40,7 @@ def assert_same_weights(model, other):
 def warnings_of_loading(caplog):
     """A function that gives the package's own warnings so far."""
     return lambda: [
-        record.getMessage() for record in caplog.records if record.name == "flagembedding_matryoshka.models.decoder"
+        record.getMessage() for record in caplog.records if record.name == "flagembedding_matryoshka.models.causal_lm"
     ]
 
 
@@ -119,20 +119,18 @@ def test_loading_info_comes_along(tiny_raw_model_path):
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
 @pytest.mark.parametrize("kind", ["tiny_raw_model_path", "tiny_layerwise_path"])
-def test_the_dtype_is_that_of_all_weights(request, kind, name, dtype):
+def test_the_dtype_is_that_of_all_weights_but_heads_which_stay_exact(request, kind, name, dtype):
     path = request.getfixturevalue(kind)
     config = layer_wise_config(path)
     model = CostWiseMistralForCausalLM.from_pretrained(path, config=config, **{name: dtype})
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.lm_head.parameters()} == {torch.float32}
 
 
-def test_a_raw_checkpoint_without_configuration_stays_a_language_model(tiny_raw_model_path, tmp_path):
-    model = CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path)
-    assert not model.config.layer_wise
-    model.save_pretrained(tmp_path)
-    assert_same_weights(MistralForCausalLM.from_pretrained(tiny_raw_model_path), model)
-    assert_same_weights(CostWiseMistralForCausalLM.from_pretrained(tmp_path), model)
-    assert not CostWiseMistralForCausalLM.from_pretrained(tmp_path).config.layer_wise
+def test_a_raw_checkpoint_needs_to_be_told_its_exits(tiny_raw_model_path):
+    message = r"raw_model.* has no scoring heads: give a config with layer_wise=True.*AutoModelForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path)
 
 
 # Layer-wise checkpoints
@@ -217,10 +215,11 @@ def test_heads_at_other_layers_are_refused(tiny_layerwise_path, name, value, exi
         CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path, config=config)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "bert", None])
 def test_another_architecture_is_refused(tmp_path, model_type):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=rf"holds a model of type '{model_type}'.*'mistral'.*'cost_wise_mistral'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+    message = rf"holds a model of type {model_type!r}; a 'cost_wise_mistral' is made from 'mistral'"
+    with pytest.raises(ValueError, match=message):
         CostWiseMistralForCausalLM.from_pretrained(tmp_path)
 
 
@@ -232,8 +231,3 @@ def test_an_attention_without_packed_form_is_refused(tiny_layerwise_path, tiny_r
             CostWiseMistralForCausalLM.from_pretrained(
                 path, config=layer_wise_config(path), attn_implementation=attention
             )
-
-
-def test_a_language_model_takes_any_attention(tiny_raw_model_path):
-    model = CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path, attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"

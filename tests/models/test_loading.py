@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import MistralForCausalLM
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
@@ -22,15 +23,13 @@ def test_a_raw_mistral_gets_its_exits_and_heads(tiny_raw_model_path, tiny_tokeni
     assert reranker.config.exit_layers == [2, 4, 6]
     raw = inspect_checkpoint(str(tiny_raw_model_path), from_raw=True)
     assert raw.from_raw and raw.config.exit_layers == [4, 5, 6]
-    row = CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path).lm_head.weight[
-        find_head_token_id(tiny_tokenizer)
-    ]
+    row = MistralForCausalLM.from_pretrained(tiny_raw_model_path).lm_head.weight[find_head_token_id(tiny_tokenizer)]
     for head in reranker.model.lm_head:
         torch.testing.assert_close(head.linear_head.weight[0], row, rtol=0, atol=0)
 
 
 def test_insisting_on_the_other_kind_is_refused(tiny_raw_model_path, tiny_layerwise_path):
-    with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw Mistral"):
+    with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw checkpoint without heads"):
         inspect_checkpoint(str(tiny_raw_model_path), from_raw=False)
     with pytest.raises(ValueError, match=r"from_raw=True, but .* is a layer-wise checkpoint"):
         inspect_checkpoint(str(tiny_layerwise_path), from_raw=True)

@@ -1,0 +1,302 @@
+"""The decoders that can be run at any depth and width, each with what is different about it.
+
+A further one is a paragraph like these: its configuration, decoder layer, model and causal language model from
+transformers, each behind ours, and a line in `BACKBONES`. Its layers must take attention from
+`transformers.AttentionInterface`; what they hand to it that is not understood there is refused when it first runs.
+"""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.decoder import CostWiseLayer, CostWiseModel
+
+
+@strict
+class CostWiseMistralConfig(CostWiseConfig, MistralConfig):
+    model_type = "cost_wise_mistral"
+    made_from: ClassVar[tuple[str, ...]] = ("mistral",)
+
+
+class CostWiseMistralDecoderLayer(CostWiseLayer, MistralDecoderLayer):
+    pass
+
+
+class CostWiseMistralModel(CostWiseModel, MistralModel):
+    config_class = CostWiseMistralConfig
+    layer_class = CostWiseMistralDecoderLayer
+
+
+class CostWiseMistralForCausalLM(CostWiseForCausalLM, MistralForCausalLM):
+    config_class = CostWiseMistralConfig
+    model_class = CostWiseMistralModel
+
+
+@strict
+class CostWiseLlamaConfig(CostWiseConfig, LlamaConfig):
+    model_type = "cost_wise_llama"
+    made_from: ClassVar[tuple[str, ...]] = ("llama",)
+
+
+class CostWiseLlamaDecoderLayer(CostWiseLayer, LlamaDecoderLayer):
+    pass
+
+
+class CostWiseLlamaModel(CostWiseModel, LlamaModel):
+    config_class = CostWiseLlamaConfig
+    layer_class = CostWiseLlamaDecoderLayer
+
+
+class CostWiseLlamaForCausalLM(CostWiseForCausalLM, LlamaForCausalLM):
+    config_class = CostWiseLlamaConfig
+    model_class = CostWiseLlamaModel
+
+
+@strict
+class CostWiseQwen2Config(CostWiseConfig, Qwen2Config):
+    model_type = "cost_wise_qwen2"
+    made_from: ClassVar[tuple[str, ...]] = ("qwen2",)
+
+
+class CostWiseQwen2DecoderLayer(CostWiseLayer, Qwen2DecoderLayer):
+    pass
+
+
+class CostWiseQwen2Model(CostWiseModel, Qwen2Model):
+    config_class = CostWiseQwen2Config
+    layer_class = CostWiseQwen2DecoderLayer
+
+
+class CostWiseQwen2ForCausalLM(CostWiseForCausalLM, Qwen2ForCausalLM):
+    config_class = CostWiseQwen2Config
+    model_class = CostWiseQwen2Model
+
+
+@strict
+class CostWiseQwen3Config(CostWiseConfig, Qwen3Config):
+    model_type = "cost_wise_qwen3"
+    made_from: ClassVar[tuple[str, ...]] = ("qwen3",)
+
+
+class CostWiseQwen3DecoderLayer(CostWiseLayer, Qwen3DecoderLayer):
+    pass
+
+
+class CostWiseQwen3Model(CostWiseModel, Qwen3Model):
+    config_class = CostWiseQwen3Config
+    layer_class = CostWiseQwen3DecoderLayer
+
+
+class CostWiseQwen3ForCausalLM(CostWiseForCausalLM, Qwen3ForCausalLM):
+    config_class = CostWiseQwen3Config
+    model_class = CostWiseQwen3Model
+
+
+@strict
+class CostWiseGemma2Config(CostWiseConfig, Gemma2Config):
+    model_type = "cost_wise_gemma2"
+    made_from: ClassVar[tuple[str, ...]] = ("gemma2",)
+
+
+class CostWiseGemma2DecoderLayer(CostWiseLayer, Gemma2DecoderLayer):
+    pass
+
+
+class CostWiseGemma2Model(CostWiseModel, Gemma2Model):
+    config_class = CostWiseGemma2Config
+    layer_class = CostWiseGemma2DecoderLayer
+
+
+class CostWiseGemma2ForCausalLM(CostWiseForCausalLM, Gemma2ForCausalLM):
+    config_class = CostWiseGemma2Config
+    model_class = CostWiseGemma2Model
+
+    def finish(self, scores: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+@strict
+class CostWiseGemmaConfig(CostWiseGemma2Config):
+    """Of FlagEmbedding's published lightweight re-ranker (BAAI/bge-reranker-v2.5-gemma2-lightweight), a Gemma-2."""
+
+    model_type = "cost_wise_gemma"
+    made_from: ClassVar[tuple[str, ...]] = ()
+
+    compress_weights: Literal["attention", "equal"] = "equal"
+
+
+class CostWiseGemmaModel(CostWiseGemma2Model):
+    config_class = CostWiseGemmaConfig
+
+
+class CostWiseGemmaForCausalLM(CostWiseGemma2ForCausalLM):
+    config_class = CostWiseGemmaConfig
+    model_class = CostWiseGemmaModel
+
+
+@strict
+class CostWiseGraniteConfig(CostWiseConfig, GraniteConfig):
+    model_type = "cost_wise_granite"
+    made_from: ClassVar[tuple[str, ...]] = ("granite", "minicpm")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also of a MiniCPM, a Granite with other names for its multipliers.
+
+        Raises:
+            ValueError: if its heads are of another kind than one linear map per exit.
+        """
+        if config_dict.get("model_type") == "minicpm":
+            config_dict = _from_minicpm(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+
+class CostWiseGraniteDecoderLayer(CostWiseLayer, GraniteDecoderLayer):
+    pass
+
+
+class CostWiseGraniteModel(CostWiseModel, GraniteModel):
+    config_class = CostWiseGraniteConfig
+    layer_class = CostWiseGraniteDecoderLayer
+
+    def embeddings(self, token_ids: Tensor) -> Tensor:
+        return super().embeddings(token_ids) * self.config.embedding_multiplier
+
+
+class CostWiseGraniteForCausalLM(CostWiseForCausalLM, GraniteForCausalLM):
+    config_class = CostWiseGraniteConfig
+    model_class = CostWiseGraniteModel
+
+    def finish(self, scores: Tensor) -> Tensor:
+        return scores / self.config.logits_scaling
+
+
+def _from_minicpm(stored: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of BAAI/bge-reranker-v2-minicpm-layerwise, said in Granite's words.
+
+    Its residual branches are scaled by scale_depth / √(all layers), whichever of them are loaded (MiniCPM, arXiv
+    2404.06395, section 4.2), and a simple head reads the state itself, without MiniCPM's division of logits.
+    """
+    kind = stored.get("head_type") if stored.get("head_multi") else None
+    if kind != "simple":
+        raise ValueError(
+            f"a MiniCPM with head_multi={stored.get('head_multi')} and head_type={stored.get('head_type')!r}: only "
+            "head_multi=True with head_type='simple', one linear map per exit, can be read."
+        )
+    own = ("auto_map", "dim_model_base", "head_multi", "head_type", "scale_depth", "scale_emb")
+    head_dim = stored["hidden_size"] // stored["num_attention_heads"]
+    return {name: value for name, value in stored.items() if name not in own} | {
+        "model_type": CostWiseGraniteConfig.model_type,
+        "layer_wise": True,
+        "tie_word_embeddings": False,
+        "embedding_multiplier": stored["scale_emb"],
+        "residual_multiplier": stored["scale_depth"] / math.sqrt(stored["num_hidden_layers"]),
+        "attention_multiplier": 1 / math.sqrt(head_dim),
+        "logits_scaling": 1.0,
+    }
+
+
+@strict
+class CostWisePhi3Config(CostWiseConfig, Phi3Config):
+    model_type = "cost_wise_phi3"
+    made_from: ClassVar[tuple[str, ...]] = ("phi3",)
+
+
+class CostWisePhi3DecoderLayer(CostWiseLayer, Phi3DecoderLayer):
+    pass
+
+
+class CostWisePhi3Model(CostWiseModel, Phi3Model):
+    config_class = CostWisePhi3Config
+    layer_class = CostWisePhi3DecoderLayer
+
+
+class CostWisePhi3ForCausalLM(CostWiseForCausalLM, Phi3ForCausalLM):
+    config_class = CostWisePhi3Config
+    model_class = CostWisePhi3Model
+
+
+BACKBONES: tuple[type[CostWiseForCausalLM], ...] = (
+    CostWiseMistralForCausalLM,
+    CostWiseLlamaForCausalLM,
+    CostWiseQwen2ForCausalLM,
+    CostWiseQwen3ForCausalLM,
+    CostWiseGemma2ForCausalLM,
+    CostWiseGemmaForCausalLM,
+    CostWiseGraniteForCausalLM,
+    CostWisePhi3ForCausalLM,
+)
+_BY_MODEL_TYPE = {
+    name: model for model in BACKBONES for name in (model.config_class.model_type, *model.config_class.made_from)
+}
+
+
+def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
+    """The configuration of any checkpoint that a re-ranker can be loaded or made from.
+
+    Args:
+        hub: `cache_dir`, `token`, … as in transformers.
+
+    Raises:
+        ValueError: if there is no backbone of its model type.
+    """
+    stored, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    model = _BY_MODEL_TYPE.get(stored.get("model_type", ""))
+    if model is None:
+        raise ValueError(
+            f"{path} holds a model of type {stored.get('model_type')!r}; a re-ranker is made or loaded from one of "
+            f"{', '.join(_BY_MODEL_TYPE)}."
+        )
+    return model.config_class.from_dict(stored)
+
+
+def causal_lm_class(config: CostWiseConfig) -> type[CostWiseForCausalLM]:
+    """The re-ranker that a configuration describes."""
+    return _BY_MODEL_TYPE[config.model_type]
+
+
+for _model in BACKBONES:
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)

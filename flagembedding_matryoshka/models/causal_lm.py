@@ -1,0 +1,225 @@
+"""A re-ranker on any decoder: a scoring head per exit in the place of the vocabulary head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork, as_layer_tuple
+from flagembedding_matryoshka.models.decoder import CostWiseModel, Layers, Lengths, PackedStates
+from flagembedding_matryoshka.models.heads import CostWiseHead
+from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast
+
+logger = logging.get_logger(__name__)
+
+
+class CostWiseForCausalLM(PreTrainedModel):
+    """In front of a causal language model: a re-ranker that can be read at any of its exits (arXiv 2501.16302).
+
+    Attributes:
+        model_class: what the decoder becomes.
+    """
+
+    model_class: ClassVar[type[CostWiseModel]]
+    # The backbone says what these are; its configuration is a CostWiseConfig and its decoder becomes a CostWiseModel.
+    config_class: Any
+    config: Any
+    model: Any
+    lm_head: Any
+    _keep_in_fp32_modules_strict = {"linear_head"}
+
+    def __init__(self, config: CostWiseConfig) -> None:
+        super().__init__(config)
+        self.model.__class__ = self.model_class
+        self.model.become_layer_wise()
+        if config.layer_wise:
+            self._use_heads([CostWiseHead(config.hidden_size) for _ in config.exit_layers])
+        # A configuration of fewer layers than the checkpoint has asks for the lower part of it.
+        kept = "|".join(map(str, range(config.num_hidden_layers)))
+        heads = "|".join(map(str, range(len(config.exit_layers)))) if config.layer_wise else ""
+        self._keys_to_ignore_on_load_unexpected = {
+            rf"^model\.layers\.(?!({kept})\.)\d+\.",
+            rf"^lm_head\.(?!({heads})\.)\d+\.",
+        }
+        self._no_split_modules = set(self.model._no_split_modules or ())
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *args: Any,
+        config: CostWiseConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; a layer-wise `config` also turns a raw checkpoint into a re-ranker.
+
+        Raises:
+            ValueError: if the checkpoint is of another backbone, is raw and `config` does not say which exits it gets,
+                has its heads at other layers than `config` says, or lacks weights.
+        """
+        hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
+        config = stored if config is None else config
+        if not config.layer_wise:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no scoring heads: give a config with layer_wise=True and the "
+                "exits that it shall have, or load it as a language model, with AutoModelForCausalLM."
+            )
+        if kwargs.get("attn_implementation") not in (None, PACKED_ATTENTION):
+            raise ValueError(
+                f"attn_implementation={kwargs['attn_implementation']!r} has no packed form; a layer-wise model brings "
+                "its own attention. Leave the argument out."
+            )
+        if not stored.layer_wise:
+            config = copy.deepcopy(config)
+            config.layer_wise = False
+            # The layer-wise model ties nothing, but the checkpoint may: then its lm_head is its embedding.
+            config.tie_word_embeddings = stored.tie_word_embeddings
+        elif stored.exit_layers[: len(config.exit_layers)] != config.exit_layers:
+            raise ValueError(
+                f"the exits asked for are {config.exit_layers}, but the heads of {pretrained_model_name_or_path} "
+                f"were saved for {stored.exit_layers}. Leave start_layer, layer_sep and exits out to use the "
+                "checkpoint's own."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
+        if not config.layer_wise:
+            model._become_layer_wise()
+        return (model, info) if wants_info else model
+
+    def _become_layer_wise(self) -> None:
+        """Replace the vocabulary head by one scoring head per exit."""
+        token_id = self.config.head_token_id
+        vocabulary = self.lm_head.weight
+        heads = [CostWiseHead(self.config.hidden_size).to(vocabulary.device) for _ in self.config.exit_layers]
+        with torch.no_grad():
+            for head in heads:
+                if token_id is None:
+                    head.linear_head.weight.normal_(std=self.config.initializer_range)
+                else:
+                    head.linear_head.weight.copy_(vocabulary[token_id : token_id + 1] * self.config.head_scale)
+        if token_id is None:
+            logger.warning(
+                "The scoring heads start at random, because config.head_token_id is not set. Set it to a token of the "
+                'vocabulary, as find_head_token_id(tokenizer) finds for "Yes", to start from its row of lm_head.'
+            )
+        self.config.layer_wise = True
+        self._use_heads(heads)
+
+    def _use_heads(self, heads: Sequence[CostWiseHead]) -> None:
+        self.lm_head = nn.ModuleList(heads)
+        self.config.tie_word_embeddings = False
+        self._tied_weights_keys = {}
+        self.all_tied_weights_keys = {}
+
+    @property
+    def linear_names(self) -> list[str]:
+        """What the matrices of decoder layers and heads are called in their modules: where adapters go."""
+        modules = (*self.model.layers.named_modules(), *self.lm_head.named_modules())
+        return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
+
+    def finish(self, scores: Tensor) -> Tensor:
+        """What a decoder does to its logits before they are read."""
+        return scores
+
+    def score(self, layer: int, last_token_states: Tensor) -> Tensor:
+        """(sequences,) float32 scores of exit `layer`, of (sequences, hidden) normalised states."""
+        return self.finish(self.lm_head[self.config.exit_layers.index(layer)](last_token_states))
+
+    def scores(self, states: PackedStates, sub_network: SubNetwork, cutoff_layers: Sequence[int] = ()) -> Tensor:
+        """(cutoff layers, sequences) float32 scores, the layers in the order asked for; brings `states` to the deepest.
+
+        Args:
+            cutoff_layers: those of `sub_network`, unless given: a pass may be read, and left, before its end.
+        """
+        exits = cutoff_layers or sub_network.cutoff_layers
+        found = self.model.last_token_states(states, sub_network, exits)
+        return torch.stack([self.score(layer, found[layer]) for layer in exits])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        compress_layer: Layers = None,
+        compress_layers: Layers = None,
+        compress_ratio: int | None = None,
+        cutoff_layers: Layers = None,
+        query_lengths: Lengths = None,
+        prompt_lengths: Lengths = None,
+        output_hidden_states: bool | None = None,
+        return_full_width: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Score sequences of query part, passage and prompt part at each of `cutoff_layers`.
+
+        Args:
+            input_ids: (batch, length) int64.
+            attention_mask: (batch, length), non-zero on tokens; padding may stand on either side.
+            compress_layer: the reference's spelling of `compress_layers`.
+            compress_layers: numbers of layers after which the passage is compressed, an int or several.
+            compress_ratio: 1 (off), 2, 4 or 8.
+            cutoff_layers: exits to score at, an int or several; None is the deepest.
+            query_lengths, prompt_lengths: (batch,) tokens before and behind the passage; compression needs them.
+            output_hidden_states: also return `hidden_states` and `attention_masks`.
+            return_full_width: also return `full_width_logits`, what the pass would score without compression. The
+                layers in front of the first compression run once for both.
+
+        Returns:
+            `CostWiseCausalLMOutputWithPast` with a tuple of (batch,) float32 `logits`.
+
+        Raises:
+            TypeError: if a layer is not an int.
+            ValueError: if the request does not fit the model or the batch is malformed, and on arguments that only a
+                language model has (labels, past_key_values, …).
+        """
+        if compress_layer is not None:
+            if compress_layers is not None and as_layer_tuple("", compress_layer) != as_layer_tuple(
+                "", compress_layers
+            ):
+                raise ValueError(f"compress_layer {compress_layer} and compress_layers {compress_layers} contradict.")
+            compress_layers = compress_layer
+        return_dict = kwargs.pop("return_dict", None)
+        unused = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if unused:
+            raise ValueError(f"A layer-wise re-ranker has no use for {unused}; these belong to a language model.")
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            compress_layers=compress_layers,
+            compress_ratio=compress_ratio,
+            cutoff_layers=cutoff_layers,
+            query_lengths=query_lengths,
+            prompt_lengths=prompt_lengths,
+            output_hidden_states=output_hidden_states,
+            return_full_width=return_full_width,
+        )
+        cutoffs = SubNetwork.resolve(self.config, cutoff_layers).cutoff_layers
+        logits = tuple(map(self.score, cutoffs, outputs.last_token_states))
+        full_width_logits = None
+        if return_full_width:
+            with torch.no_grad():
+                full_width_logits = tuple(
+                    own.detach() if states is None else self.score(layer, states)
+                    for layer, own, states in zip(cutoffs, logits, outputs.full_width_states, strict=True)
+                )
+        result = CostWiseCausalLMOutputWithPast(
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attention_masks=outputs.attention_masks,
+            full_width_logits=full_width_logits,
+        )
+        return result.to_tuple() if return_dict is False else result
