@@ -67,7 +67,7 @@ BACKBONES = {
 }
 
 
-def write_raw(name, tokenizer, path):
+def write_raw(name, tokenizer, path, **values):
     """A raw checkpoint with its tokenizer."""
     torch.manual_seed(0)
     tiny = BACKBONES[name]
@@ -85,7 +85,7 @@ def write_raw(name, tokenizer, path):
         "eos_token_id": 2,
         "pad_token_id": 3,
     }
-    model = AutoModelForCausalLM.from_config(tiny.config(**common | tiny.values))
+    model = AutoModelForCausalLM.from_config(tiny.config(**common | tiny.values | values))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros

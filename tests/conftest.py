@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
-from flagembedding_matryoshka.text.pairs import PROMPT, find_head_token_id
+from flagembedding_matryoshka.text.pairs import find_head_token_id
+from flagembedding_matryoshka.text.templates import Template
 from tests.collection import write_collection
 
 # The first example of a test may load or compile; how long it takes says nothing.
@@ -21,7 +22,10 @@ settings.register_profile("quick", max_examples=30, deadline=None)
 settings.load_profile("quick")
 
 SHARED = Path(__file__).parents[2] / "shared"
-SENTENCES = ["Yes", "how does a wing lift", "air flows faster over the upper side of a wing.", PROMPT, "A: ", "B: \n"]
+SENTENCES = [
+    *("Yes", "how does a wing lift", "air flows faster over the upper side of a wing.", "A: ", "B: \n"),
+    Template().prompt,
+]
 
 
 def _shared(name: str) -> Path:

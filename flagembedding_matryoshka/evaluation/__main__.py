@@ -32,7 +32,7 @@ from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, Setting, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.models.loading import DEFAULT_LAYER_SEP, DEFAULT_START_LAYER, inspect_checkpoint
+from flagembedding_matryoshka.models.loading import inspect_checkpoint
 from flagembedding_matryoshka.text.collections import read_collection
 
 
@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     model.add_argument("--model", required=True, help="its name, such as smollm2, or path")
     model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
-    model.add_argument("--start_layer", type=int, default=DEFAULT_START_LAYER, help="of a raw Mistral")
-    model.add_argument("--layer_sep", type=int, default=DEFAULT_LAYER_SEP, help="of a raw Mistral")
+    model.add_argument("--start_layer", type=int, help="of a raw checkpoint (default: 4)")
+    model.add_argument("--layer_sep", type=int, help="of a raw checkpoint (default: 1)")
     add_dtype(model)
     add_scoring(model)
 

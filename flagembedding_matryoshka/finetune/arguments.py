@@ -16,7 +16,6 @@ from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
 from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS
-from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, QUERY_INSTRUCTION
 
 BEST_METRIC = "nDCG@10"
 
@@ -35,9 +34,20 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             "help": "decoder takes any checkpoint; from_raw_model or from_finetuned_model insists on one of a kind"
         },
     )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands around query and passage, by name or as a JSON file (default: what the model was "
+            "trained with, of a raw one that of the published models)."
+        },
+    )
     layer_wise: bool = field(default=True, metadata={"help": "Train a scoring head per exit; the only way here."})
-    start_layer: int = field(default=4, metadata={"help": "The shallowest exit of a raw model, in decoder layers."})
-    layer_sep: int = field(default=1, metadata={"help": "Decoder layers between neighbouring exits of a raw model."})
+    start_layer: int | None = field(
+        default=None, metadata={"help": "The shallowest exit of a raw model, in decoder layers (default: 4)."}
+    )
+    layer_sep: int | None = field(
+        default=None, metadata={"help": "Decoder layers between neighbouring exits of a raw model (default: 1)."}
+    )
     exits: list[int] | None = field(
         default=None,
         metadata={
@@ -133,10 +143,13 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
     """
 
     query_instruction_for_rerank: str | None = field(
-        default=QUERY_INSTRUCTION, metadata={"help": "Text in front of a query."}
+        default=None, metadata={"help": "Text in front of a query (default: the template's)."}
     )
     passage_instruction_for_rerank: str | None = field(
-        default=PASSAGE_INSTRUCTION, metadata={"help": "Text in front of a passage."}
+        default=None, metadata={"help": "Text in front of a passage (default: the template's)."}
+    )
+    sep_token: str | None = field(
+        default=None, metadata={"help": "Text behind the query and behind the passage (default: the template's)."}
     )
     passage_max_len: int = field(
         default=192,

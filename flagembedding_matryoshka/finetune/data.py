@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, check_training_file
-from flagembedding_matryoshka.text.pairs import PROMPT, PairTokenizer, instruct
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.templates import Template
 
 RANDOM_MARGIN = 10.0
 """How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
@@ -38,19 +40,28 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         args: where the rows are and how pairs are joined; `args.knowledge_distillation` says whether teacher scores
             are read.
         seed: of all that is drawn.
+        template: what stands around query and passage; a row may bring its own prompt and instructions.
 
     Raises:
         ValueError: naming file and line of a row that is wrong.
     """
 
-    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
+    def __init__(
+        self,
+        args: AbsRerankerDataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 42,
+        template: Template | None = None,
+    ) -> None:
         self.seed = seed
         self._file_sizes: list[int] = []
         rows = sum(check_training_file(path, args.knowledge_distillation) for path in args.train_data)
         if not rows:
             raise ValueError(f"there is no row in {', '.join(args.train_data)}")
+        self.pair_tokenizer = PairTokenizer(tokenizer, template)
+        args = copy.copy(args)
+        args.sep_token = self.pair_tokenizer.template.between  # FlagEmbedding's dataset tokenises it
         super().__init__(args, tokenizer)
-        self.pair_tokenizer = PairTokenizer(tokenizer, args.sep_token)
 
     def _load_dataset(self, file_path: str) -> Dataset:
         # Files are joined, so what they share must have one type, and what is not used must not stand in the way.
@@ -66,19 +77,14 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         return rows
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
-        args, prompt = self.args, row.get("prompt") or PROMPT
-        of_query, of_passage = args.query_instruction_for_rerank, args.passage_instruction_for_rerank
-        if of_query is not None:
-            of_query = row.get("query_prompt") or of_query
-        if of_passage is not None:
-            of_passage = row.get("passage_prompt") or of_passage
-        query = instruct(args.query_instruction_format, of_query, row["query"])
+        own = {name: row[column] for column, name in INSTRUCTIONS.items() if row.get(column)}
+        template = replace(self.pair_tokenizer.template, **own)
         joined = self.pair_tokenizer.build(
-            [(query, instruct(args.passage_instruction_format, of_passage, passage)) for passage in passages],
-            prompt,
-            args.query_max_len,
-            args.passage_max_len + args.query_max_len // 2,
-            self.max_length - self.pair_tokenizer.beside(prompt),
+            [(row["query"], passage) for passage in passages],
+            self.args.query_max_len,
+            self.args.passage_max_len + self.args.query_max_len // 2,
+            self.max_length - self.pair_tokenizer.prompt_length(template),
+            template,
         )
         return [
             {
@@ -97,8 +103,14 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
     What is drawn is a function of (seed, epoch, item) alone: a resumed run, and any number of processes, draw the same.
     """
 
-    def __init__(self, args: AbsRerankerDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> None:
-        super().__init__(args, tokenizer, seed)
+    def __init__(
+        self,
+        args: AbsRerankerDataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 42,
+        template: Template | None = None,
+    ) -> None:
+        super().__init__(args, tokenizer, seed, template)
         starts = accumulate(self._file_sizes, initial=0)
         self._files = [(start, size) for start, size in zip(starts, self._file_sizes, strict=False) if size]
         # Shared with the workers of a data loader, which may live longer than an epoch.

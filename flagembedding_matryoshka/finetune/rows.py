@@ -18,7 +18,8 @@ from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl")
-INSTRUCTIONS = ("prompt", "query_prompt", "passage_prompt")
+INSTRUCTIONS = {"prompt": "prompt", "query_prompt": "query_instruction", "passage_prompt": "passage_instruction"}
+"""What a row may bring of a template: its column to the template's name."""
 
 
 def training_files(paths: Sequence[str]) -> list[str]:

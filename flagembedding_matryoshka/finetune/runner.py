@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import (
@@ -37,7 +39,7 @@ from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
 from flagembedding_matryoshka.models.export import write_sentence_transformers_files
 from flagembedding_matryoshka.models.loading import (
     inspect_checkpoint,
@@ -46,6 +48,7 @@ from flagembedding_matryoshka.models.loading import (
     refuse_other_heads,
 )
 from flagembedding_matryoshka.models.shipped import locate
+from flagembedding_matryoshka.text.templates import FLAT, Template
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +129,16 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
         from_raw = {"from_raw_model": True, "from_finetuned_model": False}.get(args.model_type)
         checkpoint = inspect_checkpoint(
-            args.model_name_or_path, from_raw, args.start_layer, args.layer_sep, args.max_layer, args.exits, **hub
+            args.model_name_or_path,
+            from_raw,
+            args.start_layer,
+            args.layer_sep,
+            args.max_layer,
+            args.exits,
+            args.template,
+            **hub,
         )
+        checkpoint.config.template = self._template(checkpoint.config).to_json()
         if checkpoint.from_raw:
             checkpoint.config.head_scale = args.head_scale
         for ratio in self.training_args.compress_ratios:
@@ -159,6 +170,21 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.training_args.gradient_checkpointing and args.use_lora:
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
+
+    def _template(self, config: CostWiseConfig) -> Template:
+        """The checkpoint's, with what the arguments say: it is saved beside what is trained."""
+        args = self.data_args
+        given: dict[str, Any] = {
+            "query_instruction": args.query_instruction_for_rerank,
+            "query_format": None if args.query_instruction_format == FLAT else args.query_instruction_format,
+            "between": args.sep_token,
+            "passage_instruction": args.passage_instruction_for_rerank,
+            "passage_format": None if args.passage_instruction_format == FLAT else args.passage_instruction_format,
+            "behind": args.sep_token,
+        }
+        return replace(
+            Template.load(config.template), **{name: value for name, value in given.items() if value is not None}
+        )
 
     def _compensation(self) -> dict[str, int | str] | None:
         """What the adapter makes up for: a note that is saved beside it."""
@@ -192,14 +218,15 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Groups of pairs."""
-        return MatryoshkaTrainDataset(self.data_args, self.tokenizer, self.training_args.seed)
+        template = Template.load(self.model.config.template)
+        return MatryoshkaTrainDataset(self.data_args, self.tokenizer, self.training_args.seed, template)
 
     def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
         if self.data_args.eval_data is None:
             return None
         args = copy.copy(self.data_args)
         args.train_data, args.knowledge_distillation = self.data_args.eval_data, False
-        return MatryoshkaEvalDataset(args, self.tokenizer)
+        return MatryoshkaEvalDataset(args, self.tokenizer, template=Template.load(self.model.config.template))
 
     def load_data_collator(self) -> MatryoshkaCollator:
         """Pads groups into a batch."""

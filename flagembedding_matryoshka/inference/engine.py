@@ -7,6 +7,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Engine:
             for each cutoff layer, in the order asked for, a score for each pair.
 
         Raises:
+            ArithmeticError: if a score is not a number.
             torch.OutOfMemoryError: if a single pair does not fit.
         """
         scores, start = [], 0
@@ -70,7 +72,9 @@ class Engine:
                 self._halve([pairs[place] for place in part], names[start], error)
                 continue
             start += len(part)
-        return torch.cat(scores, dim=1).tolist()
+        found = torch.cat(scores, dim=1)
+        self._refuse_nan(found, names)
+        return found.tolist()
 
     def cascade(
         self,
@@ -87,12 +91,14 @@ class Engine:
         while True:
             parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
             try:
-                return self._cascade(
+                scores, exits = self._cascade(
                     [[batches[number][place] for place in part] for number, part in parts],
                     [[owners[number][place] for place in part] for number, part in parts],
                     schedule,
                     sub_network,
                 )
+                self._refuse_nan(scores[None], list(chain(*names)))
+                return list(zip(scores.tolist(), exits.tolist(), strict=True))
             except torch.OutOfMemoryError as error:
                 number, part = max(parts, key=lambda item: len(item[1]))
                 self._halve([batches[number][place] for place in part], names[number][part[0]], error)
@@ -130,11 +136,20 @@ class Engine:
         owners: Sequence[Sequence[int]],
         schedule: Schedule,
         sub_network: SubNetwork,
-    ) -> list[tuple[float, int]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with self._adapted(sub_network.compress_ratio):
             states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
-            scores, exits = run_cascade(self.model, states, owners, schedule, sub_network)
-        return list(zip(scores.tolist(), exits.tolist(), strict=True))
+            return run_cascade(self.model, states, owners, schedule, sub_network)
+
+    def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
+        """Raise ArithmeticError if one of (exits, pairs) scores is not a number: no order would mean anything."""
+        broken = scores.isnan().any(0).nonzero()[:, 0].tolist()
+        if broken:
+            raise ArithmeticError(
+                f"pair {names[broken[0]]} has a score that is not a number, computed in {self.model.dtype}"
+                f"{f', and {len(broken) - 1} more in its batch' if len(broken) > 1 else ''}. float16 overflows where "
+                "bfloat16 does not; or the weights are damaged."
+            )
 
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:

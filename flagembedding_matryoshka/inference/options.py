@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flagembedding_matryoshka.models.decoder import Layers
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair, instruct
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 
@@ -16,9 +16,9 @@ DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 class ScoringOptions:
     """How pairs are put together and scored; the names are those of the re-ranker's constructor."""
 
-    query_instruction_for_rerank: str | None
+    query_instruction_for_rerank: str
     query_instruction_format: str
-    passage_instruction_for_rerank: str | None
+    passage_instruction_for_rerank: str
     passage_instruction_format: str
     cutoff_layers: Layers
     compress_layers: Layers
@@ -63,15 +63,15 @@ class ScoringOptions:
         Raises:
             ValueError: if a query leaves no room for its passage.
         """
-        of_query = self.query_instruction_format, self.query_instruction_for_rerank
-        of_passage = self.passage_instruction_format, self.passage_instruction_for_rerank
-        return tokenizer.build(
-            [(instruct(*of_query, query), instruct(*of_passage, passage)) for query, passage in pairs],
-            self.prompt,
-            self.query_max_length or self.max_length * 3 // 4,
-            self.max_length,
-            self.max_length + tokenizer.beside(self.prompt),
+        template = replace(
+            tokenizer.template,
+            query_instruction=self.query_instruction_for_rerank,
+            query_format=self.query_instruction_format,
+            passage_instruction=self.passage_instruction_for_rerank,
+            passage_format=self.passage_instruction_format,
+            prompt=self.prompt,
         )
+        return tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)
 
 
 def names_depth_or_width(overrides: Mapping[str, Any]) -> bool:

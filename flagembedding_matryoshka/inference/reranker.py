@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
+from os import PathLike
 from typing import Any
 
 import torch
@@ -26,14 +27,13 @@ from flagembedding_matryoshka.models.configuration import SubNetwork, as_layer_t
 from flagembedding_matryoshka.models.decoder import Layers
 from flagembedding_matryoshka.models.export import export_exits
 from flagembedding_matryoshka.models.loading import (
-    DEFAULT_LAYER_SEP,
-    DEFAULT_START_LAYER,
     inspect_checkpoint,
     load_model,
     load_tokenizer,
     token_adapter_ratios,
 )
-from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, PROMPT, QUERY_INSTRUCTION, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
 class MatryoshkaReranker(AbsReranker):
@@ -41,14 +41,15 @@ class MatryoshkaReranker(AbsReranker):
 
     Args:
         model_name_or_path: "smollm2", the shipped re-ranker, unless the working directory holds something of that name;
-            a layer-wise checkpoint, a raw Mistral, a GGUF file, or a directory that fine-tuning wrote.
+            a layer-wise checkpoint, a raw one, a GGUF file, or a directory that fine-tuning wrote.
         peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
             stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
         dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
         use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU `use_fp16` asks for nothing, there
             as here.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
-        start_layer, layer_sep: the exits that a raw Mistral gets; a layer-wise checkpoint has its own.
+        start_layer, layer_sep: the exits that a raw checkpoint gets, by default 4, 5, 6, …; a layer-wise one has its
+            own.
         max_layer: layers above this one are not loaded, and no deeper cutoff can be asked for.
         quantization: "int8" holds the decoder layers in 8 bits, on a CPU, and computes in them: a quarter of float32's
             memory, and faster. "nf4" holds them in 4 bits (bitsandbytes), on any one device: an eighth, and slower.
@@ -59,10 +60,12 @@ class MatryoshkaReranker(AbsReranker):
         budget: share of the full network's floating-point operations; depth, width and for `rank` a cascade are then
             the best that an evaluation measured within it: those of the `matryoshka_plan.json` beside the model.
         quality: share of the full network's nDCG@10; they are then the cheapest measured that reach it.
-        prompt: text behind the passage; None is the one that the published models were trained with.
+        template: what stands around query and passage, by name, as a JSON file or as what such a file holds, see
+            [`~flagembedding_matryoshka.text.templates`]; None is what the checkpoint was trained with.
+        prompt: text behind the passage; None is the template's.
         query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
-            passage_instruction_format: what is put around the texts, as in FlagEmbedding. An instruction of None is
-            the one that the published models were trained with, "A: " or "B: "; "" is none.
+            passage_instruction_format: what is put around the texts, as in FlagEmbedding. None, and of a format its
+            default there, is the template's; "" is no instruction.
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
@@ -76,8 +79,8 @@ class MatryoshkaReranker(AbsReranker):
     Raises:
         FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
         ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
-        ValueError: if the checkpoint is not Mistral-shaped, arguments contradict it or each other, or nothing measured
-            is within `budget` or reaches `quality`.
+        ValueError: if there is no backbone for the checkpoint, arguments contradict it or each other, or nothing
+            measured is within `budget` or reaches `quality`.
 
     With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
     width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
@@ -86,14 +89,14 @@ class MatryoshkaReranker(AbsReranker):
 
     def __init__(
         self,
-        model_name_or_path: str,
-        peft_path: str | Sequence[str] | None = None,
+        model_name_or_path: str | PathLike[str],
+        peft_path: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
         dtype: str | torch.dtype = "auto",
         use_fp16: bool = False,
         use_bf16: bool = False,
         from_raw: bool | None = None,
-        start_layer: int = DEFAULT_START_LAYER,
-        layer_sep: int = DEFAULT_LAYER_SEP,
+        start_layer: int | None = None,
+        layer_sep: int | None = None,
         max_layer: int | None = None,
         quantization: Quantization | None = None,
         cutoff_layers: Layers = None,
@@ -101,11 +104,12 @@ class MatryoshkaReranker(AbsReranker):
         compress_ratio: int = 1,
         budget: float | None = None,
         quality: float | None = None,
+        template: str | PathLike[str] | Mapping[str, Any] | None = None,
         prompt: str | None = None,
         query_instruction_for_rerank: str | None = None,
-        query_instruction_format: str = "{}{}",
+        query_instruction_format: str = FLAT,
         passage_instruction_for_rerank: str | None = None,
-        passage_instruction_format: str = "{}{}",
+        passage_instruction_format: str = FLAT,
         batch_size: int = 128,
         max_tokens_per_batch: int | None = None,
         query_max_length: int | None = None,
@@ -115,17 +119,22 @@ class MatryoshkaReranker(AbsReranker):
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if query_instruction_for_rerank is None:
-            query_instruction_for_rerank = QUERY_INSTRUCTION
-        if passage_instruction_for_rerank is None:
-            passage_instruction_for_rerank = PASSAGE_INSTRUCTION
+        hub: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
+        checkpoint = inspect_checkpoint(
+            model_name_or_path, from_raw, start_layer, layer_sep, max_layer, template=template, **hub
+        )
+        words = Template.load(checkpoint.config.template)
+
+        def given(value: str | None, own: str, default: str | None = None) -> str:
+            return own if value is None or value == default else value
+
         super().__init__(
-            model_name_or_path,
+            str(model_name_or_path),
             use_fp16=use_fp16,
-            query_instruction_for_rerank=query_instruction_for_rerank,
-            query_instruction_format=query_instruction_format,
-            passage_instruction_for_rerank=passage_instruction_for_rerank,
-            passage_instruction_format=passage_instruction_format,
+            query_instruction_for_rerank=given(query_instruction_for_rerank, words.query_instruction),
+            query_instruction_format=given(query_instruction_format, words.query_format, FLAT),
+            passage_instruction_for_rerank=given(passage_instruction_for_rerank, words.passage_instruction),
+            passage_instruction_format=given(passage_instruction_format, words.passage_format, FLAT),
             devices=devices,
             batch_size=batch_size,
             query_max_length=query_max_length,
@@ -137,7 +146,7 @@ class MatryoshkaReranker(AbsReranker):
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
-        self.prompt = PROMPT if prompt is None else prompt
+        self.prompt = given(prompt, words.prompt)
         self.max_layer = max_layer
         if max_tokens_per_batch is None:
             max_tokens_per_batch = fast_batch_tokens(self.target_devices[0])
@@ -149,20 +158,18 @@ class MatryoshkaReranker(AbsReranker):
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
         if quantization is not None:
             check_quantization(quantization, self.target_devices, resolved)
-        hub: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
-        checkpoint = inspect_checkpoint(model_name_or_path, from_raw, start_layer, layer_sep, max_layer, **hub)
         self.config = checkpoint.config
-        peft_paths = [] if peft_path is None else [peft_path] if isinstance(peft_path, str) else list(peft_path)
+        peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
         self.planned: Setting | None = None
         if budget is not None or quality is not None:
             self._refuse_beside_plan()
-            plan = load_plan(model_name_or_path, self.config, peft_paths, **hub)
+            plan = load_plan(str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
             self.planned = plan.choose(budget, quality)
             for name, value in plan.choose(budget, quality, cascades=False).overrides.items():
                 setattr(self, name, value)
         self._sub_network(self.cutoff_layers, self.compress_layers, self.compress_ratio)
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
-        self._pair_tokenizer = PairTokenizer(self.tokenizer)
+        self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
         self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         if quantization is not None:
             if token_adapter_ratios(self.model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
-from flagembedding_matryoshka.text.pairs import PASSAGE_INSTRUCTION, PROMPT, QUERY_INSTRUCTION, PairTokenizer
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.templates import Template
 
 HUB = ("token", "cache_folder", "revision", "local_files_only")
 KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
@@ -36,26 +38,35 @@ class MatryoshkaModule(InputModule):
     config_keys = ["query_instruction", "passage_instruction", "prompt", "query_max_length", "max_length"]
     forward_kwargs = {"cutoff_layers", "compress_layers", "compress_ratio"}
     save_in_root = True
-    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
         model: CostWiseForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        query_instruction: str = QUERY_INSTRUCTION,
-        passage_instruction: str = PASSAGE_INSTRUCTION,
-        prompt: str = PROMPT,
+        query_instruction: str | None = None,
+        passage_instruction: str | None = None,
+        prompt: str | None = None,
         query_max_length: int | None = None,
         max_length: int = 512,
     ) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
-        self.query_instruction = query_instruction
-        self.passage_instruction = passage_instruction
-        self.prompt = prompt
+        self.pair_tokenizer = PairTokenizer(tokenizer, Template.load(model.config.template))
+        words = self.pair_tokenizer.template
+        self.query_instruction = words.query_instruction if query_instruction is None else query_instruction
+        self.passage_instruction = words.passage_instruction if passage_instruction is None else passage_instruction
+        self.prompt = words.prompt if prompt is None else prompt
         self.query_max_length = query_max_length
         self.max_length = max_length
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of texts; set it to have others from now on."""
+        return self.pair_tokenizer.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: PreTrainedTokenizerBase) -> None:
+        self.pair_tokenizer = PairTokenizer(value, self.pair_tokenizer.template)
 
     @property
     def max_seq_length(self) -> int:
@@ -71,17 +82,13 @@ class MatryoshkaModule(InputModule):
         if any(isinstance(text, str) for text in inputs):
             # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
             return {"texts": inputs}
-        tokenizer = PairTokenizer(self.tokenizer)
-        prompt = self.prompt if prompt is None else prompt
-        return {
-            "pairs": tokenizer.build(
-                [(self.query_instruction + query, self.passage_instruction + passage) for query, passage in inputs],
-                prompt,
-                self.query_max_length or self.max_length * 3 // 4,
-                self.max_length,
-                self.max_length + tokenizer.beside(prompt),
-            )
-        }
+        template = replace(
+            self.pair_tokenizer.template,
+            query_instruction=self.query_instruction,
+            passage_instruction=self.passage_instruction,
+            prompt=self.prompt if prompt is None else prompt,
+        )
+        return {"pairs": self.pair_tokenizer.build_within(inputs, self.query_max_length, self.max_length, template)}
 
     def forward(  # type: ignore[override]
         self,

@@ -165,6 +165,7 @@ class CostWiseGemmaConfig(CostWiseGemma2Config):
     made_from: ClassVar[tuple[str, ...]] = ()
 
     compress_weights: Literal["attention", "equal"] = "equal"
+    template: str | dict[str, Any] = "gemma2-lightweight"
 
 
 class CostWiseGemmaModel(CostWiseGemma2Model):
@@ -227,7 +228,8 @@ def _from_minicpm(stored: dict[str, Any]) -> dict[str, Any]:
         )
     own = ("auto_map", "dim_model_base", "head_multi", "head_type", "scale_depth", "scale_emb")
     head_dim = stored["hidden_size"] // stored["num_attention_heads"]
-    return {name: value for name, value in stored.items() if name not in own} | {
+    kept = {name: value for name, value in stored.items() if name not in own and value is not None}
+    return kept | {
         "model_type": CostWiseGraniteConfig.model_type,
         "layer_wise": True,
         "tie_word_embeddings": False,
@@ -235,6 +237,7 @@ def _from_minicpm(stored: dict[str, Any]) -> dict[str, Any]:
         "residual_multiplier": stored["scale_depth"] / math.sqrt(stored["num_hidden_layers"]),
         "attention_multiplier": 1 / math.sqrt(head_dim),
         "logits_scaling": 1.0,
+        "template": stored.get("template", "minicpm"),
     }
 
 

@@ -64,7 +64,7 @@ class CostWiseForCausalLM(PreTrainedModel):
 
         Raises:
             ValueError: if the checkpoint is of another backbone, is raw and `config` does not say which exits it gets,
-                has its heads at other layers than `config` says, or lacks weights.
+                has its heads at other layers than `config` says, lacks weights or has some that would be left out.
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
@@ -95,6 +95,11 @@ class CostWiseForCausalLM(PreTrainedModel):
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
         model, info = loaded
+        unknown = [name for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name]
+        if unknown:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds weights that a {cls.__name__} has no place for: {unknown[:5]}."
+            )
         if info["missing_keys"]:
             raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
         if not config.layer_wise:
@@ -103,16 +108,18 @@ class CostWiseForCausalLM(PreTrainedModel):
 
     def _become_layer_wise(self) -> None:
         """Replace the vocabulary head by one scoring head per exit."""
-        token_id = self.config.head_token_id
+        token_ids = self.config.head_token_id
         vocabulary = self.lm_head.weight
         heads = [CostWiseHead(self.config.hidden_size).to(vocabulary.device) for _ in self.config.exit_layers]
         with torch.no_grad():
             for head in heads:
-                if token_id is None:
+                if token_ids is None:
                     head.linear_head.weight.normal_(std=self.config.initializer_range)
                 else:
-                    head.linear_head.weight.copy_(vocabulary[token_id : token_id + 1] * self.config.head_scale)
-        if token_id is None:
+                    yes, *no = [token_ids] if isinstance(token_ids, int) else token_ids
+                    row = vocabulary[yes].float() - sum(vocabulary[token].float() for token in no)
+                    head.linear_head.weight.copy_(row[None] * self.config.head_scale)
+        if token_ids is None:
             logger.warning(
                 "The scoring heads start at random, because config.head_token_id is not set. Set it to a token of the "
                 'vocabulary, as find_head_token_id(tokenizer) finds for "Yes", to start from its row of lm_head.'

@@ -9,7 +9,6 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 COMPRESS_RATIOS = (1, 2, 4, 8)
-DEFAULT_START_LAYER = 4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Config
@@ -28,8 +27,11 @@ class CostWiseConfig(_Config):
         layer_sep: distance between neighbouring exits.
         exits: the exits one by one, ascending, where they are not evenly spaced; `start_layer` and `layer_sep` then say
             nothing.
-        head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, see
-            [`~flagembedding_matryoshka.text.pairs.find_head_token_id`]; None starts the heads at random.
+        template: what stands around query and passage, by name or as
+            [`Template.to_json`][flagembedding_matryoshka.text.templates.Template] says it.
+        head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, or two, of which the second is
+            subtracted, see [`~flagembedding_matryoshka.text.pairs.find_head_token_ids`]; None starts the heads at
+            random.
         head_scale: what that row is multiplied by; a small one starts training at the loss of chance.
         compress_weights: what weighs passage tokens that are merged: the last token's "attention" to them (CostWise
             Mistral), or nothing, so that all are "equal" (FlagEmbedding's lightweight Gemma-2).
@@ -42,10 +44,11 @@ class CostWiseConfig(_Config):
     """The `model_type` of checkpoints that have no heads yet, and of published ones that mean the same decoder."""
 
     layer_wise: bool = False
-    start_layer: int = DEFAULT_START_LAYER
+    start_layer: int = 4
     layer_sep: int = 1
     exits: list[int] | tuple[int, ...] | None = None
-    head_token_id: int | None = None
+    template: str | dict[str, Any] = "cost_wise"
+    head_token_id: int | list[int] | tuple[int, ...] | None = None
     head_scale: float = 1.0
     compress_weights: Literal["attention", "equal"] = "attention"
     raw_peft: list[str] | tuple[str, ...] = ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS, DEFAULT_START_LAYER, CostWiseConfig
+from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS, CostWiseConfig
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.shipped import locate
-from flagembedding_matryoshka.text.pairs import find_head_token_id
-
-DEFAULT_LAYER_SEP = 1
+from flagembedding_matryoshka.text.pairs import find_head_token_ids
+from flagembedding_matryoshka.text.templates import Template, template_of
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Checkpoint:
 
 
 def inspect_checkpoint(
-    path: str,
+    path: str | PathLike[str],
     from_raw: bool | None = None,
-    start_layer: int = DEFAULT_START_LAYER,
-    layer_sep: int = DEFAULT_LAYER_SEP,
+    start_layer: int | None = None,
+    layer_sep: int | None = None,
     max_layer: int | None = None,
     exits: Sequence[int] | None = None,
+    template: str | PathLike[str] | Mapping[str, Any] | None = None,
     **hub: Any,
 ) -> Checkpoint:
     """Read what lies at `path`, without its weights, and decide how to load it.
@@ -59,37 +61,51 @@ def inspect_checkpoint(
         path: a local directory, a name on the hub, a GGUF file, which is then converted, or one of the names that
             [`~flagembedding_matryoshka.models.shipped.locate`] knows.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
-        start_layer, layer_sep: the exits to give a raw checkpoint.
+        start_layer, layer_sep: the exits to give a raw checkpoint; None is 4 and 1, or a layer-wise checkpoint's own.
         max_layer: layers above this one are not loaded.
         exits: the exits to give a raw checkpoint, one by one, instead of evenly spaced ones; layers above the last
             of them are not loaded.
+        template: what stands around query and passage, see
+            [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
-        FileNotFoundError: if `path` looks like a local directory and does not exist.
+        FileNotFoundError: if `path` is neither there nor a name that the hub knows, the base that adapters at `path`
+            note is gone, or there is no such template.
         ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
             stands for.
         ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, or a GGUF file
             that cannot be converted.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
     adapters: list[str] = []
-    base, path = path, locate(path)
+    given = checked(path)
+    base, path = given, locate(given)
     readable = resolve(path, hub.get("cache_dir"))
     if find_adapter_config_file(readable, **hub) is not None:
-        base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
+        base = base_of(readable, **hub)
         adapters.append(path)
-    config = read_config(readable, **hub)
+    try:
+        config = read_config(readable, **hub)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}: neither a file or directory here with a config.json, nor a model "
+            f"of that name that could be read from the hub. ({error})"
+        ) from error
     is_raw = not config.layer_wise
+    if template is not None:
+        config.template = Template.load(template).to_json()
+    elif is_raw:
+        config.template = template_of(path)
     if from_raw is not None and from_raw != is_raw:
         kind = "a raw checkpoint without heads" if is_raw else "a layer-wise checkpoint that has its heads"
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
     if is_raw:
-        config.layer_wise, config.start_layer, config.layer_sep = True, start_layer, layer_sep
+        config.layer_wise = True
+        config.start_layer = config.start_layer if start_layer is None else start_layer
+        config.layer_sep = config.layer_sep if layer_sep is None else layer_sep
         config.exits = None if exits is None else list(exits)
         if exits is not None:
-            if (start_layer, layer_sep, max_layer) != (DEFAULT_START_LAYER, DEFAULT_LAYER_SEP, None):
+            if (start_layer, layer_sep, max_layer) != (None, None, None):
                 raise ValueError(
                     f"exits={config.exits} say all: leave out start_layer={start_layer}, layer_sep={layer_sep} and "
                     f"max_layer={max_layer}."
@@ -103,20 +119,18 @@ def inspect_checkpoint(
 
 
 def _refuse_other_exits(
-    path: str, config: CostWiseConfig, start_layer: int, layer_sep: int, exits: Sequence[int] | None
+    path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None, exits: Sequence[int] | None
 ) -> None:
     if exits is not None and list(exits) != config.exit_layers:
         raise ValueError(
             f"exits={list(exits)}, but the heads of {path} were trained for {config.exit_layers}. Exits can be chosen "
             "for a raw checkpoint only."
         )
-    for name, asked, default in (
-        ("start_layer", start_layer, DEFAULT_START_LAYER),
-        ("layer_sep", layer_sep, DEFAULT_LAYER_SEP),
-    ):
-        if asked not in (default, getattr(config, name)):
+    for name, asked in (("start_layer", start_layer), ("layer_sep", layer_sep)):
+        if asked not in (None, getattr(config, name)) or (asked is not None and config.exits is not None):
             raise ValueError(
-                f"{name}={asked}, but the heads of {path} were trained with {name}={getattr(config, name)}. "
+                f"{name}={asked}, but the heads of {path} were trained with "
+                f"{f'{name}={getattr(config, name)}' if config.exits is None else f'exits={list(config.exits)}'}. "
                 "Exits can be chosen for a raw checkpoint only."
             )
 
@@ -131,17 +145,45 @@ def _cut(config: CostWiseConfig, max_layer: int) -> None:
     config.cut(max_layer)
 
 
+def checked(path: str | PathLike[str]) -> str:
+    """A path as text, its `~` expanded.
+
+    Raises:
+        FileNotFoundError: if it cannot be a name on the hub, which is "name" or "owner/name", and is not there.
+    """
+    expanded = os.path.expanduser(path)
+    is_path = isinstance(path, PathLike) or expanded.startswith((".", os.sep)) or expanded.count("/") > 1
+    if is_path and not os.path.exists(expanded):
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    return str(expanded)
+
+
+def base_of(adapter: str, **hub: Any) -> str:
+    """What an adapter notes as its base.
+
+    Raises:
+        FileNotFoundError: if that is a path which is no longer there.
+    """
+    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+    try:
+        return checked(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
+            f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
+        ) from error
+
+
 def load_tokenizer(
-    path: str, trust_remote_code: bool = False, use_fast: bool = True, **hub: Any
+    path: str | PathLike[str], trust_remote_code: bool = False, use_fast: bool = True, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, or that of the base where adapters lie without one; it pads on the right."""
-    readable = resolve(locate(path), hub.get("cache_dir"))
+    readable = resolve(locate(checked(path)), hub.get("cache_dir"))
     if (
         find_adapter_config_file(readable, **hub) is not None
         and cached_file(readable, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None
     ):
-        base = PeftConfig.from_pretrained(readable, **hub).base_model_name_or_path
-        return load_tokenizer(base, trust_remote_code, use_fast, **hub)
+        return load_tokenizer(base_of(readable, **hub), trust_remote_code, use_fast, **hub)
     return AutoTokenizer.from_pretrained(
         readable, trust_remote_code=trust_remote_code, use_fast=use_fast, padding_side="right", **hub
     )
@@ -151,7 +193,7 @@ def load_model(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
-    peft_paths: Sequence[str] = (),
+    peft_paths: Sequence[str | PathLike[str]] = (),
     attach_token_adapters: bool = False,
     **hub: Any,
 ) -> CostWiseForCausalLM:
@@ -163,24 +205,27 @@ def load_model(
 
     Raises:
         FileNotFoundError: if an adapter has no adapter_config.json.
-        ValueError: if two adapters to attach are for the same ratio, or an adapter is for the heads of other exits.
+        ValueError: if two adapters to attach are for the same ratio, an adapter is for the heads of other exits, or the
+            tokenizer has tokens that the model has no embedding of.
     """
-    adapters = [*checkpoint.adapters, *map(locate, peft_paths)]
+    adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
+    _refuse_other_vocabulary(checkpoint, tokenizer)
     for adapter in adapters:
         if find_adapter_config_file(adapter, **hub) is None:
             raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
         refuse_other_heads(adapter, checkpoint.config, **hub)
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
-        config.head_token_id = find_head_token_id(tokenizer)
+        config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **hub)
-    if base != located:
-        # Adapters that are trained on the model note this as their base: the GGUF, or the name that finds it on any
-        # machine, not the cache it was converted into.
-        is_name = located != checkpoint.base
-        model.name_or_path = checkpoint.base if is_name else str(Path(located).expanduser().absolute())
+    # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
+    # on any machine, not the cache that a GGUF was converted into.
+    if located != checkpoint.base:
+        model.name_or_path = checkpoint.base
+    elif Path(located).exists():
+        model.name_or_path = str(Path(located).absolute())
     attached: dict[int, str] = {}
     for adapter in adapters:
         ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None
@@ -196,6 +241,18 @@ def load_model(
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
+
+
+def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Special tokens may have been added beyond the embedding: no text becomes one, and padding is never embedded.
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    of_text = set(tokenizer.get_vocab().values()) - special
+    size = checkpoint.config.vocab_size
+    if beyond := [index for index in of_text if index >= size]:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {size}: "
+            f"{len(beyond)} tokens that texts become have none. It belongs to another model."
+        )
 
 
 def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:

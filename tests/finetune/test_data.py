@@ -8,7 +8,7 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaTrainDataset,
 )
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines, training_files
-from flagembedding_matryoshka.text.pairs import PROMPT
+from flagembedding_matryoshka.text.templates import Template
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1.0], "neg_scores": [0.0, 0.5]}
 
@@ -78,7 +78,7 @@ def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny
     rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=3, knowledge_distillation=True)
     sequences, scores = rows[0]
     texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
-    assert f"A: q\nB: p\n{PROMPT}" in texts[0]
+    assert f"A: q\nB: p\n{Template().prompt}" in texts[0]
     assert scores[0] == 1.0
     assert {text[text.index("B: ") + 3]: score for text, score in zip(texts, scores, strict=True)} == {
         "p": 1.0,
@@ -98,7 +98,7 @@ def test_lengths_are_cut_as_the_reference_cuts_them(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.jsonl", long)
     rows = dataset(path, tiny_tokenizer, train_group_size=2, query_max_len=16, passage_max_len=96)
     first, short = rows[0][0]
-    prompt = len(tiny_tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
+    prompt = len(tiny_tokenizer(Template().prompt, add_special_tokens=False)["input_ids"])
     assert first["query_length"] == 1 + 16 + 1
     assert first["prompt_length"] == prompt + 1
     # bos, query, separator and passage hold query_max_len + passage_max_len - prompt - separator tokens
@@ -110,7 +110,7 @@ def test_a_row_brings_its_own_prompt(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.jsonl", {**ROW, "prompt": "Yes?"}, {**ROW, "prompt": None})
     rows = dataset(path, tiny_tokenizer, train_group_size=2)
     assert tiny_tokenizer.decode(rows[0][0][0]["input_ids"]).endswith("\nYes?")
-    assert tiny_tokenizer.decode(rows[1][0][0]["input_ids"]).endswith(PROMPT)
+    assert tiny_tokenizer.decode(rows[1][0][0]["input_ids"]).endswith(Template().prompt)
 
 
 def test_a_batch_keeps_part_lengths(tmp_path, tiny_tokenizer):
@@ -166,7 +166,7 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
     for item, (name, number) in enumerate((name, number) for name in "ab" for number in range(6)):
         sequences, scores = rows[item]
         texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
-        drawn = [text[text.index("B: ") + 3 : text.index(f"\n{PROMPT}")] for text in texts]
+        drawn = [text[text.index("B: ") + 3 : text.index(f"\n{Template().prompt}")] for text in texts]
         assert drawn[0] == f"pos {name} {number}"
         assert sorted(drawn[1:3]) == ["m", "n"]
         assert all(text.startswith(f"pos {name} ") and text != drawn[0] for text in drawn[3:])

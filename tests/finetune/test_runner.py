@@ -29,6 +29,7 @@ from flagembedding_matryoshka.finetune import (
 )
 from flagembedding_matryoshka.finetune.sampling import sample_sub_network
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.text.templates import Template
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]
@@ -643,9 +644,36 @@ def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training
         ),
     )
     assert run.training_args.train_method == "distill_fix_layer_teacher"
-    assert run.data_args.query_instruction_for_rerank == "A: "
+    assert Template.load(run.model.config.template) == Template()
     run.run()
     assert len(MatryoshkaReranker(str(tmp_path / "out"), devices="cpu").compute_score(PAIRS)) == 2
+
+
+def test_the_template_is_saved_with_what_was_trained(tiny_raw_model_path, training_file, tmp_path):
+    (tmp_path / "template.json").write_text('{"prompt": "Yes?", "head_tokens": ["Yes", "no"]}')
+    words = {"query_instruction_for_rerank": "Q: ", "passage_instruction_format": "[{}{}]", "sep_token": " "}
+    model_args = {"template": str(tmp_path / "template.json"), "start_layer": 2}
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args, words)
+    expected = Template(
+        query_instruction="Q: ",
+        between=" ",
+        passage_format="[{}{}]",
+        behind=" ",
+        prompt="Yes?",
+        head_tokens=("Yes", "no"),
+    )
+    assert Template.load(run.model.config.template) == expected
+    sequence = run.train_dataset[0][0][0]["input_ids"]
+    text = run.tokenizer.decode(sequence).removeprefix("<s>").strip()
+    row = json.loads(training_file.read_text().splitlines()[0])
+    assert text == f"Q: {row['query']} [B: {row['pos'][0]}] Yes?"
+    run.run()
+    reranker = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert (reranker.prompt, reranker.query_instruction_for_rerank) == ("Yes?", "Q: ")
+    assert Template.load(reranker.config.template) == expected
+    (pair,) = run.train_dataset.pair_tokenizer.build_within([(row["query"], row["pos"][0])], None, 512, expected)
+    assert reranker.count_tokens(row["query"], row["pos"])[0] == pair.query_length
+    assert pair.input_ids == sequence
 
 
 def test_arguments_of_another_kind_that_have_no_meaning_here_are_refused(training_file, tmp_path):

@@ -405,3 +405,17 @@ def test_what_is_quantized_is_not_exported(tiny_layerwise_path, tmp_path):
     small = MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu", quantization="int8")
     with pytest.raises(ValueError, match="quantization='int8': export"):
         small.export(str(tmp_path))
+
+
+@pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu"]])
+def test_a_score_that_is_no_number_is_an_error(tiny_layerwise_path, devices):
+    with MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=devices) as broken:
+        with torch.no_grad():
+            broken.model.model.layers[4].mlp.up_proj.weight.fill_(torch.nan)
+        pairs = [("a wing", "air"), ("a wing", "heat")]
+        assert len(broken.compute_score(pairs, cutoff_layers=[4])) == 2
+        message = r"pair \d has a score that is not a number, computed in torch.float32"
+        with pytest.raises(ArithmeticError, match=message):
+            broken.compute_score(pairs)
+        with pytest.raises(ArithmeticError, match=message):
+            broken.rank("a wing", ["air", "heat", "flow"], cascade={3: 0.5})

@@ -1,13 +1,19 @@
+import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import MistralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
-from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model
 from flagembedding_matryoshka.text.pairs import find_head_token_id
+from tests.backbones import write_raw
+from tests.batches import random_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("Yes", "no")]
@@ -33,8 +39,11 @@ def test_insisting_on_the_other_kind_is_refused(tiny_raw_model_path, tiny_layerw
         inspect_checkpoint(str(tiny_raw_model_path), from_raw=False)
     with pytest.raises(ValueError, match=r"from_raw=True, but .* is a layer-wise checkpoint"):
         inspect_checkpoint(str(tiny_layerwise_path), from_raw=True)
-    with pytest.raises(ValueError, match=r"start_layer=3, but the heads of .* were trained with start_layer=2"):
-        inspect_checkpoint(str(tiny_layerwise_path), start_layer=3)
+    # the default of raw checkpoints is a contradiction, too, when somebody asks for it
+    for layer in (3, 4):
+        with pytest.raises(ValueError, match=rf"start_layer={layer}, but the heads of .* trained with start_layer=2"):
+            inspect_checkpoint(str(tiny_layerwise_path), start_layer=layer)
+    assert inspect_checkpoint(str(tiny_layerwise_path), start_layer=2, layer_sep=1).config.exit_layers[0] == 2
 
 
 @pytest.mark.parametrize("max_layer", [1, 7])
@@ -52,8 +61,96 @@ def test_missing_files_are_named(tiny_layerwise_path, tmp_path):
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="model of type 'bert'"):
+    with pytest.raises(
+        ValueError, match="model of type 'bert'; a re-ranker is made or loaded from one of cost_wise_mi"
+    ):
         MatryoshkaReranker(str(tmp_path))
+
+
+def test_a_path_may_be_a_path_or_begin_at_home(tiny_layerwise_path, adapters, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(tiny_layerwise_path)
+    (tmp_path / "adapter").symlink_to(adapters[0])
+    expected = scores(tiny_layerwise_path, peft_path=adapters[0])
+    for path, adapter in (("~/model", "~/adapter"), (tmp_path / "model", Path("~/adapter"))):
+        reranker = MatryoshkaReranker(path, peft_path=adapter, dtype="float32", devices="cpu")
+        found = reranker.compute_score(PAIRS, cutoff_layers=reranker.config.exit_layers)
+        torch.testing.assert_close(torch.tensor(found), expected, atol=0, rtol=0)
+
+
+def offline(host, *_, **__):
+    raise AssertionError(f"asks {host}")
+
+
+@pytest.mark.parametrize("path", ["./nothing", "~/nothing", "/nothing", "runs/first/nothing", Path("nothing")])
+def test_what_can_only_be_a_path_is_not_sent_to_the_hub(path, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*nothing"):
+        MatryoshkaReranker(path)
+
+
+def test_what_may_be_a_name_on_the_hub_says_where_it_was_looked_for(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = r"there is no checkpoint at runs/nothing: neither a file or directory here .* from the hub"
+    with pytest.raises(FileNotFoundError, match=message):
+        MatryoshkaReranker("runs/nothing")
+
+
+def test_a_base_that_has_moved_is_named_with_the_way_out(tiny_layerwise_path, adapters, tmp_path):
+    adapter = shutil.copytree(adapters[0], tmp_path / "adapter")
+    note = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(note | {"base_model_name_or_path": str(tmp_path / "base")}))
+    (tmp_path / "base").symlink_to(tiny_layerwise_path)
+    shutil.copy(tiny_layerwise_path / "config.json", adapter)
+    assert len(scores(adapter)) == 5
+    (tmp_path / "base").unlink()
+    message = r"the adapter .*adapter was trained on .*base, which is not there\. .*peft_path='.*adapter'"
+    with pytest.raises(FileNotFoundError, match=message):
+        scores(adapter)
+
+
+def test_a_base_is_noted_from_everywhere(tiny_layerwise_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tiny_layerwise_path.parent)
+    model = load_model(inspect_checkpoint(tiny_layerwise_path.name), tiny_tokenizer, torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tiny_layerwise_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_layerwise_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})  # no text becomes this one
+    load_model(inspect_checkpoint(str(tiny_layerwise_path)), tokenizer, torch.float32)
+    tokenizer.add_tokens(["wings"])
+    size = len(tiny_tokenizer)
+    message = rf"the tokenizer has {size + 2} tokens, but .* has embeddings of {size}: 1 tokens that texts become"
+    with pytest.raises(ValueError, match=message):
+        load_model(inspect_checkpoint(str(tiny_layerwise_path)), tokenizer, torch.float32)
+
+
+def test_weights_that_would_be_left_out_are_refused(tiny_raw_model_path, tmp_path):
+    shutil.copytree(tiny_raw_model_path, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"score.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"CostWiseMistralForCausalLM has no place for: \['score.weight'\]"):
+        MatryoshkaReranker(tmp_path, dtype="float32", devices="cpu")
+
+
+def test_a_quantised_checkpoint_loads(tiny_tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes packs weights for a CPU in blocks of 64
+    raw = write_raw("llama", tiny_tokenizer, tmp_path / "raw", hidden_size=64, intermediate_size=128)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    small = AutoModelForCausalLM.from_pretrained(raw, quantization_config=config, dtype=torch.float32)
+    small.save_pretrained(tmp_path / "small")
+    tiny_tokenizer.save_pretrained(tmp_path / "small")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
+    reranker = MatryoshkaReranker(tmp_path / "small", dtype="float32", devices="cpu", start_layer=2)
+    ids = torch.tensor([random_sequences([(0, 12, 0)])[0].ids])
+    with torch.no_grad():
+        expected = plain(ids).logits[0, -1, find_head_token_id(tiny_tokenizer)]
+        (score,) = reranker.model(ids).logits
+    torch.testing.assert_close(score[0], expected, atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

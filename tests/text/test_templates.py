@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.templates import TEMPLATES, Template, template_of
+
+EVERY = pytest.mark.parametrize("name", TEMPLATES)
+LONG = "air flows faster over the upper side of a wing. " * 30
+
+
+@EVERY
+def test_a_template_is_found_by_name_and_survives_json(name, tmp_path):
+    template = Template.load(name)
+    assert Template.load(json.loads(json.dumps(template.to_json()))) == template
+    (tmp_path / "template.json").write_text(json.dumps(template.to_json()))
+    assert Template.load(tmp_path / "template.json") == Template.load(str(tmp_path / "template.json")) == template
+    assert Template.load(template) is template
+
+
+def test_a_file_says_what_differs(tmp_path):
+    (tmp_path / "own.json").write_text('{"prompt": "Is B about A?", "head_tokens": ["Yes", "No"]}')
+    assert Template.load(tmp_path / "own.json") == Template(prompt="Is B about A?", head_tokens=("Yes", "No"))
+
+
+@EVERY
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 400), (400, 40)])
+def test_truncation_leaves_all_of_the_templates_words(name, lengths, tiny_tokenizer):
+    template = TEMPLATES[name]
+    tokenizer = PairTokenizer(tiny_tokenizer, template)
+    ends = {end: tokenizer.fixed(end) for end in (template.query_end, template.passage_end)}
+    before, between, behind, prompt = (
+        tokenizer.fixed(text) for text in (template.before, template.between, template.behind, template.prompt)
+    )
+    for query, passage in [(LONG, LONG), ("a wing", LONG), (LONG, "a wing"), ("", LONG), ("a", "")]:
+        room = len(tokenizer.bos_ids + before + between) + sum(lengths) + 10
+        (pair,) = tokenizer.build([(query, passage)], *lengths, room)
+        query_part, rest = pair.input_ids[: pair.query_length], pair.input_ids[pair.query_length :]
+        assert pair.input_ids[-pair.prompt_length :] == behind + prompt or not pair.prompt_length
+        assert pair.prompt_length == len(behind + prompt)
+        assert query_part[: len(tokenizer.bos_ids + before)] == tokenizer.bos_ids + before
+        assert query_part[len(query_part) - len(between) :] == between
+        own = query_part[len(tokenizer.bos_ids + before) : len(query_part) - len(between)]
+        assert own[len(own) - len(ends[template.query_end]) :] == ends[template.query_end]
+        assert (len(own) <= lengths[0] and pair.passage_length <= lengths[1] and len(rest) > 0) or not passage
+
+
+def test_words_around_the_texts():
+    template = Template(query_instruction="task", query_format="{}\\nquestion: {}\\nanswer:", passage_instruction="")
+    assert template.query("what?") == "task\nquestion: what?\nanswer:"
+    assert (template.query_end, template.passage_end) == ("\nanswer:", "")
+    assert template.passage("text with {} in it") == "text with {} in it"
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"query_format": "{}"}, ValueError, r"query_format must have a {} for the instruction .* got '{}'"),
+        ({"passage_format": "{} {} {}"}, ValueError, "passage_format must have"),
+        ({"prompt": None}, TypeError, "a template's prompt must be text, got None"),
+        ({"head_tokens": "yes"}, ValueError, "head_tokens must be one word or two in a list, got 'yes'"),
+        ({"head_tokens": []}, ValueError, "head_tokens must be one word or two"),
+        ({"sufix": "x"}, ValueError, r"a template has no \['sufix'\]; it has \['before', "),
+    ],
+)
+def test_what_is_no_template_is_refused(values, error, message):
+    with pytest.raises(error, match=message):
+        Template.load(values)
+
+
+def test_what_is_not_there_or_no_json_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no template 'qwen4': name a JSON file or one of \['cost_wise', "):
+        Template.load("qwen4")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the template .*broken.json is no JSON"):
+        Template.load(tmp_path / "broken.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"must be a JSON object, got list"):
+        Template.load(tmp_path / "list.json")
+
+
+def test_published_checkpoints_are_known_by_name():
+    assert template_of("Qwen/Qwen3-Reranker-0.6B") == template_of("/models/Qwen3-Reranker-8B") == "qwen3-reranker"
+    assert template_of("Qwen/Qwen3-0.6B") == "cost_wise"
