@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from FlagEmbedding.inference.reranker import LayerWiseFlagLLMReranker, LightWeightFlagLLMReranker
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.models.shipped import SMOLLM2_NAME
 
-PUBLISHED = ("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir")
+PUBLISHED = (
+    *("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir"),
+    *("Qwen3-Reranker-0.6B", "Qwen3-Reranker-4B", "Qwen3-Reranker-8B"),
+)
 """Spelled as they were published."""
+INSTEAD = {
+    "bge-reranker-v2.5-gemma2-lightweight": LightWeightFlagLLMReranker,
+    "bge-reranker-v2-minicpm-layerwise": LayerWiseFlagLLMReranker,
+}
+"""Published re-rankers to FlagEmbedding's own class for them, in whose place ours goes."""
 
 
 def register(*names: str) -> None:
-    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for "smollm2" and the published names.
+    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for "smollm2" and the published names, in the
+    place of FlagEmbedding's own classes for two of them.
 
     A second call changes nothing.
 
@@ -23,13 +33,13 @@ def register(*names: str) -> None:
     Raises:
         ValueError: if FlagEmbedding has another class for one of the names; then none is registered.
     """
-    wanted = (SMOLLM2_NAME, *PUBLISHED, *names)
+    wanted = (SMOLLM2_NAME, *PUBLISHED, *INSTEAD, *names)
     for name in wanted:
         present = AUTO_RERANKER_MAPPING.get(name)
-        if present is not None and present.model_class is not MatryoshkaReranker:
+        if present is not None and present.model_class not in (MatryoshkaReranker, INSTEAD.get(name)):
             found, ours = (
                 f"{kind.__module__}.{kind.__qualname__}" for kind in (present.model_class, MatryoshkaReranker)
             )
             raise ValueError(f"FlagEmbedding has {found} for {name!r}, where {ours} is to be registered.")
     for name in wanted:
-        AUTO_RERANKER_MAPPING.setdefault(name, RerankerConfig(MatryoshkaReranker))
+        AUTO_RERANKER_MAPPING[name] = RerankerConfig(MatryoshkaReranker)

@@ -1,16 +1,18 @@
 """The published names in FlagEmbedding's own mapping."""
 
+import json
+
 import pytest
 from FlagEmbedding import FlagAutoReranker
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.registry import PUBLISHED, register
+from flagembedding_matryoshka.registry import INSTEAD, PUBLISHED, register
 
 pytestmark = pytest.mark.usefixtures("restored_mapping")
 
 
-@pytest.mark.parametrize("name", ["smollm2", *PUBLISHED])
+@pytest.mark.parametrize("name", ["smollm2", *PUBLISHED, *INSTEAD])
 def test_flagembedding_builds_our_class(name, tiny_layerwise_path, tmp_path):
     register()
     (tmp_path / name).symlink_to(tiny_layerwise_path)
@@ -43,3 +45,26 @@ def test_a_fine_tuned_directory_of_any_name(tiny_layerwise_path, tmp_path):
     (tmp_path / "output").symlink_to(tiny_layerwise_path)
     register("output")
     assert type(FlagAutoReranker.from_finetuned(str(tmp_path / "output"), devices="cpu")) is MatryoshkaReranker
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_flagembeddings_published_re_rankers_score_through_its_own_door(name, shared, tmp_path):
+    path = shared("parity_gemma2" if "gemma2" in name else "parity_minicpm")
+    golden = json.loads((path / "scores.json").read_text())
+    (tmp_path / name).symlink_to(path / "layerwise_model")
+    register()
+    reranker = FlagAutoReranker.from_finetuned(
+        str(tmp_path / name),
+        use_fp16=True,  # FlagEmbedding's default, which asks for nothing on a CPU
+        devices=["cpu"],
+        cutoff_layers=[4, 8],
+        query_max_length=golden["query_max_length"],
+        max_length=golden["max_length"],
+        trust_remote_code=True,
+    )
+    assert type(reranker) is MatryoshkaReranker and reranker.prompt == golden["prompt"]
+    reranker.model.float()
+    scores = golden["layerwise"][0]["scores"] if "layerwise" in golden else golden["scores"]
+    found = reranker.compute_score([tuple(pair) for pair in golden["pairs"][:3]])
+    expected = [scores[golden["layers"].index(layer)][:3] for layer in (4, 8)]
+    assert found[0] == pytest.approx(expected[0], abs=0.05) and found[1] == pytest.approx(expected[1], abs=0.05)

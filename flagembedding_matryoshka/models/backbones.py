@@ -1,8 +1,9 @@
 """The decoders that can be run at any depth and width, each with what is different about it.
 
 A further one is a paragraph like these: its configuration, decoder layer, model and causal language model from
-transformers, each behind ours, and a line in `BACKBONES`. Its layers must take attention from
-`transformers.AttentionInterface`; what they hand to it that is not understood there is refused when it first runs.
+transformers, each behind ours, and a line in `BACKBONES`, or a call of `register_backbone` by whoever adds one from
+outside. Its layers must take attention from `transformers.AttentionInterface`; what they hand to it that is not
+understood there is refused when it first runs.
 """
 
 from __future__ import annotations
@@ -271,9 +272,22 @@ BACKBONES: tuple[type[CostWiseForCausalLM], ...] = (
     CostWiseGraniteForCausalLM,
     CostWisePhi3ForCausalLM,
 )
-_BY_MODEL_TYPE = {
-    name: model for model in BACKBONES for name in (model.config_class.model_type, *model.config_class.made_from)
-}
+_BY_MODEL_TYPE: dict[str, type[CostWiseForCausalLM]] = {}
+
+
+def register_backbone(model: type[CostWiseForCausalLM]) -> None:
+    """Let checkpoints of a backbone be loaded, here and by transformers' AutoConfig and AutoModelForCausalLM.
+
+    Raises:
+        ValueError: if another class loads one of its model types.
+    """
+    config = model.config_class
+    for name in (config.model_type, *config.made_from):
+        present = _BY_MODEL_TYPE.setdefault(name, model)
+        if present is not model:
+            raise ValueError(f"checkpoints of model type {name!r} are loaded by {present.__name__} already.")
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
@@ -301,5 +315,4 @@ def causal_lm_class(config: CostWiseConfig) -> type[CostWiseForCausalLM]:
 
 
 for _model in BACKBONES:
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+    register_backbone(_model)
