@@ -120,7 +120,7 @@ class PlainCrossEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Timed:
     """What is timed, its arithmetic per call (None: not counted), and the setting that its speedup is against."""
 
     name: str
@@ -130,7 +130,7 @@ class Setting:
     against: str = PLAIN
 
 
-def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Setting]:
+def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Timed]:
     """The plain cross-encoder, then ours: depth and width, a query that candidates share, dropping candidates."""
     layers = ours.config.num_hidden_layers
     quarter, half = layers // 4, layers // 2
@@ -142,15 +142,15 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
     def width(ratio: int, *compress_layers: int) -> dict[str, Any]:
         return {"compress_layers": compress_layers, "compress_ratio": ratio}
 
-    def scoring(name: str, **options: Any) -> Setting:
+    def scoring(name: str, **options: Any) -> Timed:
         flops = ours.estimate_flops(pairs, **options)
-        return Setting(name, lambda: ours.compute_score(pairs, show_progress_bar=False, **options), len(pairs), flops)
+        return Timed(name, lambda: ours.compute_score(pairs, show_progress_bar=False, **options), len(pairs), flops)
 
     queries, documents = list(lists), list(lists.values())
     shared = [(query, text) for query, texts in lists.items() for text in texts]
     cascade = {quarter: 0.3, half: TOP / CANDIDATES}
     settings = [
-        Setting(PLAIN, lambda: plain.compute_score(pairs), len(pairs), None),
+        Timed(PLAIN, lambda: plain.compute_score(pairs), len(pairs), None),
         scoring("full depth"),
         scoring("half depth", cutoff_layers=[half]),
         scoring("full depth, ratio 2", **width(2, quarter)),
@@ -162,15 +162,15 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
         return settings
     return [
         *settings,
-        Setting(PLAIN_SHARED, lambda: plain.compute_score(shared), len(shared), None, PLAIN_SHARED),
-        Setting(
+        Timed(PLAIN_SHARED, lambda: plain.compute_score(shared), len(shared), None, PLAIN_SHARED),
+        Timed(
             "shared query",
             lambda: ours.compute_score(shared, show_progress_bar=False),
             len(shared),
             ours.estimate_flops(shared),
             PLAIN_SHARED,
         ),
-        Setting(
+        Timed(
             f"cascade to {TOP} of {CANDIDATES}",
             lambda: ours.rank_batch(queries, documents, top_k=TOP, cascade=cascade),
             len(shared),
@@ -190,7 +190,7 @@ def quantizations(ours: MatryoshkaReranker) -> list[Quantization]:
     return runs
 
 
-def take_turns(settings: Sequence[Setting], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(settings: Sequence[Timed], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call, by setting."""
     seconds: dict[str, list[float]] = {setting.name: [] for setting in settings}
     for number in tqdm(range(-1, rounds), desc="rounds", leave=False):
@@ -236,7 +236,7 @@ def measure_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for place, (setting_name, model) in enumerate(quantized.items(), start=2):
         score = partial(model.compute_score, pairs, show_progress_bar=False)
         correlations[setting_name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
-        settings.insert(place, Setting(setting_name, score, len(pairs), None))
+        settings.insert(place, Timed(setting_name, score, len(pairs), None))
     seconds = take_turns(settings, args.rounds, args.device)
     peak = matrix_flops_per_second(args.device, ours.model.dtype)
 

@@ -51,10 +51,10 @@ from transformers.models.mistral.modeling_mistral import (
 )
 
 from benchmarks.measuring import environment, matrix_flops_per_second, synchronize
-from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM, SubNetwork
+from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM, Setting
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
-from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.device import fast_dtype
 from flagembedding_matryoshka.models.heads import CostWiseHead
 
@@ -111,7 +111,7 @@ class PaddedMistral(MistralForCausalLM):
         attention_mask: Tensor,
         query_lengths: Tensor,
         prompt_lengths: Tensor,
-        sub_network: SubNetwork,
+        setting: Setting,
         **unused: Any,
     ) -> Tensor:
         """(exits, batch) float32 scores, from the shallowest exit to the deepest."""
@@ -120,13 +120,13 @@ class PaddedMistral(MistralForCausalLM):
         attention = self._attention_arguments(hidden, mask)
         scores = []
         for depth, layer in enumerate(self.model.layers, start=1):
-            hidden, attention_map = layer(hidden, return_map=sub_network.compress_ratio > 1, **attention)
+            hidden, attention_map = layer(hidden, return_map=setting.compress_ratio > 1, **attention)
             last = mask.sum(1) - 1
-            if depth in sub_network.cutoff_layers:
+            if depth in setting.cutoff_layers:
                 scores.append(self.lm_head[len(scores)](self.model.norm(hidden))[rows, last])
-            if sub_network.compresses_after(depth):
+            if setting.compresses_after(depth):
                 weights = attention_map[rows, :, last].sum(1)
-                ratio = sub_network.compress_ratio
+                ratio = setting.compress_ratio
                 hidden, mask = compress_padded(hidden, mask, weights, query_lengths, prompt_lengths, ratio)
                 attention = self._attention_arguments(hidden, mask)
         return torch.stack(scores)
@@ -187,15 +187,15 @@ class PaddedCrossEncoder(AbsRerankerModel):
         super().__init__(base_model, **kwargs)
         self.train_group_size = train_group_size
 
-    def encode(self, features: dict[str, Tensor], sub_network: SubNetwork) -> Tensor:
+    def encode(self, features: dict[str, Tensor], setting: Setting) -> Tensor:
         """(exits, queries, group) scores."""
-        scores = self.model(**features, sub_network=sub_network)
+        scores = self.model(**features, setting=setting)
         return scores.view(len(scores), -1, self.train_group_size)
 
-    def forward(self, pair: dict[str, Tensor], teacher_scores: list[float], sub_network: SubNetwork) -> RerankerOutput:
+    def forward(self, pair: dict[str, Tensor], teacher_scores: list[float], setting: Setting) -> RerankerOutput:
         """The loss of `distill_fix_layer_teacher`."""
-        student = self.encode(pair, sub_network)
-        full_width = self.encode(pair, replace(sub_network, compress_layers=(), compress_ratio=1))
+        student = self.encode(pair, setting)
+        full_width = self.encode(pair, replace(setting, compress_layers=(), compress_ratio=1))
         data_shares = torch.tensor(teacher_scores, device=student.device).view_as(student[0]).softmax(-1)
         loss = torch.zeros((), device=student.device)
         teacher_shares = None
@@ -236,10 +236,10 @@ class Job:
         return list(range(self.config.start_layer, self.config.num_hidden_layers, self.config.start_layer))
 
     @property
-    def sub_networks(self) -> list[SubNetwork]:
+    def settings(self) -> list[Setting]:
         """One per step, the same for every job of a shape."""
         seeds = itertools.islice(itertools.cycle(SEEDS), self.steps)
-        return [sample_sub_network(self.config, self.compress_layers, RATIOS, seed, step=0) for seed in seeds]
+        return [sample_setting(self.config, self.compress_layers, RATIOS, seed, step=0) for seed in seeds]
 
 
 def small_config(layers: int, hidden: int) -> CostWiseMistralConfig:
@@ -362,23 +362,23 @@ class Learner:
         self.weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=LEARNING_RATE)
 
-    def learn(self, sub_network: SubNetwork) -> float:
+    def learn(self, setting: Setting) -> float:
         """Forward and backward; the loss."""
         self.optimizer.zero_grad()
         mixed = self.job.dtype == torch.bfloat16
         with torch.autocast(torch.device(self.job.device).type, torch.bfloat16, enabled=mixed):
-            loss = self.model(**self.batch, sub_network=sub_network).loss
+            loss = self.model(**self.batch, setting=setting).loss
         loss.backward()
         return loss.item()
 
     def gradient_norm(self) -> float:
         return float(nn.utils.get_total_norm([weight.grad for weight in self.weights.values()]))
 
-    def step(self, sub_network: SubNetwork) -> float:
+    def step(self, setting: Setting) -> float:
         """Seconds that a whole training step takes."""
         synchronize(self.job.device)
         start = time.perf_counter()
-        self.learn(sub_network)
+        self.learn(setting)
         self.optimizer.step()
         synchronize(self.job.device)
         return time.perf_counter() - start
@@ -414,9 +414,9 @@ def hand_back_at_once() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 65536)
 
 
-def disagreement(learners: dict[str, Learner], sub_network: SubNetwork) -> dict[str, float]:
+def disagreement(learners: dict[str, Learner], setting: Setting) -> dict[str, float]:
     """How far loss and gradient norm of the sides are apart, relative to the baseline's."""
-    loss = {side: learner.learn(sub_network) for side, learner in learners.items()}
+    loss = {side: learner.learn(setting) for side, learner in learners.items()}
     norm = {side: learner.gradient_norm() for side, learner in learners.items()}
     return {
         "loss": abs(loss["ours"] - loss["baseline"]) / abs(loss["baseline"]),
@@ -431,8 +431,8 @@ def measure_time(job: Job) -> dict[str, Any]:
         RuntimeError: if they compute different numbers in float32.
     """
     learners = {side: Learner(job, side) for side in SIDES}
-    one_per_ratio = {sub_network.compress_ratio: sub_network for sub_network in job.sub_networks}
-    apart = [disagreement(learners, sub_network) for sub_network in one_per_ratio.values()]
+    one_per_ratio = {setting.compress_ratio: setting for setting in job.settings}
+    apart = [disagreement(learners, setting) for setting in one_per_ratio.values()]
     worst = {name: max(each[name] for each in apart) for name in apart[0]}
     if job.dtype == torch.float32 and not max(worst.values()) <= TOLERANCE:
         raise RuntimeError(f"the two sides compute different numbers, relative differences are {worst}")
@@ -440,9 +440,9 @@ def measure_time(job: Job) -> dict[str, Any]:
         learner.optimizer.step()
 
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for index, sub_network in enumerate(job.sub_networks):
+    for index, setting in enumerate(job.settings):
         for side in sorted(SIDES, reverse=index % 2 == 0):
-            seconds[side].append(learners[side].step(sub_network))
+            seconds[side].append(learners[side].step(setting))
     return {"differences": worst, **{side: summary(values) for side, values in seconds.items()}}
 
 
@@ -461,8 +461,8 @@ def measure_memory(job: Job, side: str) -> dict[str, float]:
     hand_back_at_once()
     learner = Learner(job, side)
     before = reset_peak(job.device)
-    for sub_network in job.sub_networks:
-        learner.step(sub_network)
+    for setting in job.settings:
+        learner.step(setting)
     return {"before_mib": before / MIB, "peak_above_mib": (peak_bytes(job.device) - before) / MIB}
 
 
@@ -474,10 +474,10 @@ def measure_alone(job: Job) -> dict[str, Any]:
     learner = Learner(job, "ours")
     before = reset_peak(job.device)
     with FlopCounterMode(display=False) as counter:
-        for sub_network in job.sub_networks:
-            learner.learn(sub_network)
+        for setting in job.settings:
+            learner.learn(setting)
     learner.optimizer.step()
-    seconds = [learner.step(sub_network) for sub_network in job.sub_networks]
+    seconds = [learner.step(setting) for setting in job.settings]
     peak = peak_bytes(job.device)
     tokens = int(learner.batch["pair"]["attention_mask"].sum())
     speed = counter.get_total_flops() / sum(seconds)
@@ -568,9 +568,9 @@ def describe(job: Job) -> dict[str, Any]:
         "queries": job.queries,
         "group": job.group,
         "lengths": lengths.tolist(),
-        "sub_networks": [
-            {"compress_layers": sub_network.compress_layers, "compress_ratio": sub_network.compress_ratio}
-            for sub_network in job.sub_networks
+        "settings": [
+            {"compress_layers": setting.compress_layers, "compress_ratio": setting.compress_ratio}
+            for setting in job.settings
         ],
     }
 

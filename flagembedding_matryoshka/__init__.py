@@ -28,14 +28,17 @@ from flagembedding_matryoshka.models.backbones import (
     CostWiseQwen3ForCausalLM,
     CostWiseQwen3Model,
 )
-from flagembedding_matryoshka.models.configuration import SubNetwork
 from flagembedding_matryoshka.models.heads import CostWiseHead
 from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.shipped import SMOLLM2
+from flagembedding_matryoshka.setting import Setting
 
 if TYPE_CHECKING:
     from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
     from flagembedding_matryoshka.registry import register
+
+SubNetwork = Setting
+"""The first version's name of it."""
 
 __all__ = [
     "SMOLLM2",
@@ -67,6 +70,7 @@ __all__ = [
     "CostWiseQwen3ForCausalLM",
     "CostWiseQwen3Model",
     "MatryoshkaReranker",
+    "Setting",
     "SubNetwork",
     "register",
 ]

@@ -8,8 +8,8 @@ PACKAGE = "flagembedding_matryoshka"
 PAGE = Path(__file__).parents[1] / "docs" / "imports.md"
 TEXT = """# Who imports whom
 
-Rooms of the package, and the modules beside them; an arrow goes from who imports to what is imported, and all point down.
-import-linter refuses one that does not, and a test keeps the picture true.
+Rooms of the package, and the modules beside them; an arrow goes from who imports to what is imported, and all
+point down. import-linter refuses one that does not, and a test keeps the picture true.
 
 ```mermaid
 flowchart TD

@@ -71,7 +71,7 @@ def test_from_a_collection_to_a_plan(workplace):
     settings = json.loads(Path("evaluation_output/results.json").read_text())["settings"]
     assert len(settings) > 9
     with MatryoshkaReranker("output", budget=0.4, devices="cpu") as reranker:
-        assert reranker.planned.cutoff_layer <= 24
+        assert reranker.planned.depth <= 24
         assert len(reranker.rank("wing", ["wing lift", "heat"])) == 2
 
     Path("output").rename("stage1")

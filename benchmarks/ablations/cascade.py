@@ -15,8 +15,8 @@ from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from flagembedding_matryoshka.evaluation.arguments import add_cascades, add_dtype
 from flagembedding_matryoshka.evaluation.settings import full_network
-from flagembedding_matryoshka.inference.plan import Setting
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.setting import Setting
 
 AGREEMENT = ("first the same", "first ten in common")
 
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     """Measure, report."""
     config = inspect_checkpoint(options.model, from_raw=False).config
     full = full_network(config)
-    cascades = [Setting(full.cutoff_layer, cascade=tuple(sorted(stages.items()))) for stages in options.cascade]
+    cascades = [Setting(full.cutoff_layers, cascade=tuple(stages.items())) for stages in options.cascade]
     for setting in cascades:
         setting.check(config)
     with load(options, options.model, dtype=options.dtype) as reranker:

@@ -15,8 +15,8 @@ from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.inference.plan import Setting
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.setting import Setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +50,8 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     def arms(scope: Sequence[str]) -> list[Arm]:
         rows = []
         for setting in compressed:
-            exit_name, ratio = str(setting.cutoff_layer), f"ratio {setting.compress_ratio}"
-            full = alone[Setting(setting.cutoff_layer)]
+            exit_name, ratio = str(setting.depth), f"ratio {setting.compress_ratio}"
+            full = alone[Setting(setting.cutoff_layers)]
             without = Arm({"exit": exit_name, "width": f"{ratio}, no adapter"}, [quality(alone[setting], scope)])
             values = [quality(measured[setting], scope) for measured in found]
             rows += [

@@ -15,7 +15,7 @@ from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.setting import Setting
 
 LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "distill_fix_layer_teacher")
 
@@ -44,8 +44,8 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
         rows = []
         for setting in settings:
 
-            def arm(method: str, against: Arm | None = None, layer: int = setting.cutoff_layer) -> Arm:
-                values = [quality(found[method, seed][Setting(layer)], scope) for seed in options.seeds]
+            def arm(method: str, against: Arm | None = None, layer: int = setting.depth) -> Arm:
+                values = [quality(found[method, seed][Setting((layer,))], scope) for seed in options.seeds]
                 than = "" if against is None else against.names["method"]
                 return Arm({"exit": str(layer), "method": method, "compared with": than}, values, against)
 

@@ -16,8 +16,8 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from flagembedding_matryoshka.evaluation.settings import full_network
-from flagembedding_matryoshka.inference.plan import Setting
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.setting import Setting
 
 REFERENCE = "float32"
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, collections: Collections) -> None:
     """Measure, report."""
     config = inspect_checkpoint(options.model, from_raw=False).config
-    settings = [Setting(layer) for layer in options.cutoff_layers or [full_network(config).cutoff_layer]]
+    settings = [Setting((layer,)) for layer in options.cutoff_layers or full_network(config).cutoff_layers]
     for setting in settings:
         setting.check(config)
     found = {}
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
             for name, measured in found.items():
                 further = {column: agreement(column, measured[setting], full, scope) for column in AGREEMENT}
                 further["pairs/s"] = speed(name, setting, scope)
-                names = {"exit": str(setting.cutoff_layer), "weights": name}
+                names = {"exit": str(setting.depth), "weights": name}
                 rows.append(Arm(names, [quality(measured[setting], scope)], reference, further))
                 reference = reference or rows[-1]
         return rows

@@ -13,7 +13,7 @@ from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25
 from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
-from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
 RECALL_AT = 10

@@ -30,9 +30,10 @@ from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaselin
 from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
 from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, Setting, adapter_names, load_plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
 

@@ -15,8 +15,8 @@ from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.memory import peak_memory
 from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store
-from flagembedding_matryoshka.inference.plan import Setting
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.setting import Setting
 
 PAIRS_AT_ONCE = 16_384
 
@@ -55,7 +55,7 @@ def evaluate(
         if exits:
             pairs = candidates.pairs(list(candidates.passages))
             for setting, run in zip(exits, score_exits(reranker, candidates, exits), strict=True):
-                keep(setting, run, reranker.estimate_flops(pairs, **setting.overrides))
+                keep(setting, run, reranker.estimate_flops(pairs, **setting.arguments))
         for setting in group:
             if setting.cascade:
                 keep(setting, *run_cascade(reranker, candidates, setting))
@@ -68,7 +68,7 @@ def score_exits(reranker: MatryoshkaReranker, candidates: Candidates, settings: 
     Raises:
         ValueError: if a score is not finite.
     """
-    options = settings[0].overrides | {"cutoff_layers": [setting.cutoff_layer for setting in settings]}
+    options = settings[0].arguments | {"cutoff_layers": [setting.depth for setting in settings]}
     runs: list[Run] = [{} for _ in settings]
     with tqdm(total=len(candidates), desc=str(settings[-1]), unit="pair", disable=None) as progress:
         for queries in candidates.portions(list(candidates.passages), PAIRS_AT_ONCE):
@@ -89,7 +89,7 @@ def run_cascade(reranker: MatryoshkaReranker, candidates: Candidates, setting: S
     """A cascade's run, and the operations that it spent, each candidate's as far as it came."""
     rankings: dict[str, list[str]] = {}
     flops = 0
-    options = setting.overrides | {"cutoff_layers": [*dict(setting.cascade), setting.cutoff_layer]}
+    options = setting.arguments | {"cutoff_layers": [*dict(setting.cascade), setting.depth]}
     with tqdm(total=len(candidates), desc=str(setting), unit="pair", disable=None) as progress:
         for queries in candidates.portions(list(candidates.passages), reranker.batch_size):
             pairs, depths = [], []
@@ -111,7 +111,7 @@ def rank(
         [candidates.collection.queries[query] for query in queries],
         [candidates.texts(query) for query in queries],
         cascade=dict(setting.cascade),
-        **setting.overrides,
+        **setting.arguments,
     )
 
 
@@ -131,7 +131,7 @@ def speed_and_memory(
             for portion in candidates.portions(queries, reranker.batch_size):
                 rank(reranker, candidates, setting, portion)
         else:
-            reranker.compute_score(candidates.pairs(queries), show_progress_bar=False, **setting.overrides)
+            reranker.compute_score(candidates.pairs(queries), show_progress_bar=False, **setting.arguments)
 
     work(sample[:1])
     start = time.perf_counter()

@@ -50,7 +50,7 @@ def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str
         for setting in mine:
             stages = "".join(f"{layer}:{share:g}→" for layer, share in setting.cascade)
             axes.annotate(
-                f"{stages}{setting.cutoff_layer}",
+                f"{stages}{setting.depth}",
                 places[setting],
                 xytext=(0, 7),
                 textcoords="offset points",

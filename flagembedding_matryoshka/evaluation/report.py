@@ -11,7 +11,8 @@ from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.pareto import pareto_front
 from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
 from flagembedding_matryoshka.evaluation.store import Result
-from flagembedding_matryoshka.inference.plan import Measured, Setting
+from flagembedding_matryoshka.inference.plan import Measured
+from flagembedding_matryoshka.setting import Setting
 
 
 @dataclass(frozen=True)

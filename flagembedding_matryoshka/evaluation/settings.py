@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from flagembedding_matryoshka.inference.plan import Setting
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.setting import Setting
 
 
 def full_network(config: CostWiseConfig) -> Setting:
     """The deepest exit at full width, with which the others are compared."""
-    return Setting(config.exit_layers[-1])
+    return Setting((config.exit_layers[-1],))
 
 
 def by_width(settings: Iterable[Setting]) -> list[Setting]:
@@ -42,12 +42,12 @@ def grid(
     exits = {*cutoffs, *(layer for stage in stages for layer, _ in stage)}
     settings = []
     for ratio in sorted({1, *compress_ratios}):
-        width = SubNetwork.resolve(config, cutoffs, compress_layers, ratio)
+        width = Setting.resolve(config, cutoffs, compress_layers, ratio)
         after = width.compress_layers if ratio > 1 else ()
         first = min(after, default=0)
-        plain = exits if ratio > 1 else exits | {full_network(config).cutoff_layer}
-        settings += [Setting(depth, after, ratio) for depth in sorted(plain) if depth > first]
-        settings += [Setting(width.depth, after, ratio, stage) for stage in stages if width.depth > first]
+        plain = exits if ratio > 1 else exits | {full_network(config).depth}
+        settings += [Setting((depth,), after, ratio) for depth in sorted(plain) if depth > first]
+        settings += [Setting((width.depth,), after, ratio, stage) for stage in stages if width.depth > first]
     for setting in settings:
         setting.check(config)
     return list(dict.fromkeys(settings))

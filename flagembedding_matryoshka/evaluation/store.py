@@ -16,8 +16,8 @@ import torch
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.metrics import Run, from_trec, mean, to_trec
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.inference.plan import Setting
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker, ScoringOptions
+from flagembedding_matryoshka.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def slug(setting: Setting) -> str:
     """A setting as a file's name."""
     cascade = [f"{layer}-{share}" for layer, share in setting.cascade]
     width = [f"ratio{setting.compress_ratio}", *map(str, setting.compress_layers)] if setting.compress_ratio > 1 else []
-    return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.cutoff_layer}", *width])
+    return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.depth}", *width])
 
 
 def machine(reranker: MatryoshkaReranker) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from FlagEmbedding.abc.finetune.reranker import (
 from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
 from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 from flagembedding_matryoshka.finetune.rows import training_files
-from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS
+from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 BEST_METRIC = "nDCG@10"
 

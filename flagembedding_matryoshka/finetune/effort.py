@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.setting import Setting
 
 COUNTED = ("lists", "tokens", "operations", "seconds")
 
@@ -30,7 +31,7 @@ class Effort:
         self.started = time.monotonic()
         self.lists = self.tokens = self.operations = 0
 
-    def add(self, pair: Mapping[str, Tensor], group: int, sub_network: SubNetwork) -> None:
+    def add(self, pair: Mapping[str, Tensor], group: int, setting: Setting) -> None:
         """Count a pass, forward and backward, over groups of `group` pairs; adapters are left out, which are small."""
         total, query, prompt = (
             values.cpu() for values in (pair["attention_mask"].sum(1), pair["query_lengths"], pair["prompt_lengths"])
@@ -39,10 +40,10 @@ class Effort:
         shares_query = torch.arange(len(query)) % group > 0
         self.lists += len(query) // group
         self.tokens += int(total.sum())
-        self.operations += self.passes * estimate_flops(self.config, sub_network, *parts, shares_query)
-        first = next((layer for layer in sub_network.compress_layers if sub_network.compresses_after(layer)), None)
+        self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_query)
+        first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
         if self.teaches_itself and first is not None:
-            full = SubNetwork(sub_network.cutoff_layers)
+            full = Setting(setting.cutoff_layers)
             shared = torch.full_like(query, first)
             self.operations += estimate_flops(self.config, full, *parts, shares_query)
             self.operations -= estimate_flops(self.config, full, *parts, shares_query, shared)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.setting import Setting
 
 
 @dataclass
@@ -56,26 +56,26 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         self.method = method
         self.train_group_size = train_group_size
         self.distill_loss = distill_loss
-        self.full_width = SubNetwork.resolve(self.config, self.config.exit_layers)
+        self.full_width = Setting.resolve(self.config, self.config.exit_layers)
         exits = self.full_width.cutoff_layers
         self.exit_weights = [1.0] * len(exits) if exit_weights is None else list(exit_weights)
         if len(self.exit_weights) != len(exits):
             raise ValueError(f"exit_weights {self.exit_weights} must be one for each of the exits {list(exits)}.")
 
     def encode(
-        self, features: dict[str, Tensor], sub_network: SubNetwork | None = None, return_full_width: bool = False
+        self, features: dict[str, Tensor], setting: Setting | None = None, return_full_width: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Scores of the pairs in `features` and, where asked for, those without compression and graph.
 
         Returns:
-            (exits, pairs) float32 each; `sub_network` None is the full width at every exit.
+            (exits, pairs) float32 each; `setting` None is the full width at every exit.
         """
-        sub_network = sub_network or self.full_width
+        setting = setting or self.full_width
         outputs = self.model(
             **features,
-            cutoff_layers=sub_network.cutoff_layers,
-            compress_layers=sub_network.compress_layers,
-            compress_ratio=sub_network.compress_ratio,
+            cutoff_layers=setting.cutoff_layers,
+            compress_layers=setting.compress_layers,
+            compress_ratio=setting.compress_ratio,
             return_full_width=return_full_width,
         )
         full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
@@ -85,7 +85,7 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
         self,
         pair: dict[str, Tensor],
         teacher_scores: list[float] | None = None,
-        sub_network: SubNetwork | None = None,
+        setting: Setting | None = None,
     ) -> MatryoshkaOutput:
         """Loss, when training, and (exits, pairs) scores of a batch.
 
@@ -93,10 +93,10 @@ class MatryoshkaCrossEncoder(AbsRerankerModel):
             pair: input_ids and attention_mask (queries · group, length), query_lengths and prompt_lengths
                 (queries · group,). Groups may be of any size when not training.
             teacher_scores: one per pair; needed by methods that learn from the data's scores.
-            sub_network: what the learning pass runs; None is the full width at every exit. Where nothing has been
+            setting: what the learning pass runs; None is the full width at every exit. Where nothing has been
                 compressed yet the learning pass is its own teacher, under the dropout that it was drawn with.
         """
-        scores, full_width = self.encode(pair, sub_network, self.training and self.method.deeper_exit != "none")
+        scores, full_width = self.encode(pair, setting, self.training and self.method.deeper_exit != "none")
         if not self.training:
             return MatryoshkaOutput(scores=scores)
         groups = (len(scores), -1, self.train_group_size)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import (
@@ -39,7 +37,7 @@ from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.export import write_sentence_transformers_files
 from flagembedding_matryoshka.models.loading import (
     inspect_checkpoint,
@@ -48,7 +46,8 @@ from flagembedding_matryoshka.models.loading import (
     refuse_other_heads,
 )
 from flagembedding_matryoshka.models.shipped import locate
-from flagembedding_matryoshka.text.templates import FLAT, Template
+from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             checkpoint.config.head_scale = args.head_scale
         for ratio in self.training_args.compress_ratios:
             layers = self.training_args.compress_layers
-            SubNetwork.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
+            Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
         raw_peft = [locate(path) for path in args.raw_peft or []]
         if args.load_in_4bit:
             hub["quantization_config"] = BitsAndBytesConfig(
@@ -174,16 +173,13 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def _template(self, config: CostWiseConfig) -> Template:
         """The checkpoint's, with what the arguments say: it is saved beside what is trained."""
         args = self.data_args
-        given: dict[str, Any] = {
-            "query_instruction": args.query_instruction_for_rerank,
-            "query_format": None if args.query_instruction_format == FLAT else args.query_instruction_format,
-            "between": args.sep_token,
-            "passage_instruction": args.passage_instruction_for_rerank,
-            "passage_format": None if args.passage_instruction_format == FLAT else args.passage_instruction_format,
-            "behind": args.sep_token,
-        }
-        return replace(
-            Template.load(config.template), **{name: value for name, value in given.items() if value is not None}
+        return Template.load(config.template).replaced(
+            query_instruction=args.query_instruction_for_rerank,
+            query_format=args.query_instruction_format,
+            between=args.sep_token,
+            passage_instruction=args.passage_instruction_for_rerank,
+            passage_format=args.passage_instruction_format,
+            behind=args.sep_token,
         )
 
     def _compensation(self) -> dict[str, int | str] | None:

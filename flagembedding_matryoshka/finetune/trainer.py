@@ -17,7 +17,7 @@ from flagembedding_matryoshka.finetune.chance import ChanceGuard
 from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
-from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+from flagembedding_matryoshka.finetune.sampling import sample_setting
 
 
 class StartEpoch(TrainerCallback):
@@ -69,15 +69,15 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of one pass under a freshly drawn sub-network."""
-        sub_network = sample_sub_network(
+        setting = sample_setting(
             self.model.config,
             self.compress_layers,
             self.compress_ratios,
             self.args.seed,
             self._pass_number(),
         )
-        self._effort.add(inputs["pair"], self.model.train_group_size, sub_network)
-        loss, outputs = super().compute_loss(model, {**inputs, "sub_network": sub_network}, True, **kwargs)
+        self._effort.add(inputs["pair"], self.model.train_group_size, setting)
+        loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
         self._terms.append(outputs.terms)
         return (loss, outputs) if return_outputs else loss
 

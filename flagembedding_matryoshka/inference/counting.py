@@ -9,8 +9,9 @@ import torch
 
 from flagembedding_matryoshka.inference.batching import cut_batches
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
@@ -18,20 +19,20 @@ def count_operations(
     config: CostWiseConfig,
     inputs: Sequence[TokenizedPair],
     options: ScoringOptions,
-    sub_network: SubNetwork,
+    setting: Setting,
     depths: Sequence[int] | None = None,
 ) -> int:
     """Floating-point operations of all pairs, in the batches in which they are scored.
 
     Args:
-        depths: for each pair the exit at which it stops; None is the deepest of `sub_network`.
+        depths: for each pair the exit at which it stops; None is the deepest of `setting`.
     """
     total = 0
     for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
         pairs = [inputs[index] for index in batch]
         total += estimate_flops(
             config,
-            sub_network,
+            setting,
             query_lengths=torch.tensor([pair.query_length for pair in pairs]),
             passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
             prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),

@@ -8,27 +8,50 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
-from flagembedding_matryoshka.inference.cascade import Schedule, run_cascade
+from flagembedding_matryoshka.inference.cascade import run_cascade
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import SubNetwork
 from flagembedding_matryoshka.models.loading import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A method of `Engine` and its arguments."""
+class Task(Protocol):
+    """What an engine computes for somebody."""
 
-    method: str
-    arguments: tuple[Any, ...]
+    def run(self, engine: Engine) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """The arguments of `Engine.score`."""
+
+    pairs: Sequence[TokenizedPair]
+    names: Sequence[int]
+    setting: Setting
+
+    def run(self, engine: Engine) -> list[list[float]]:
+        return engine.score(self.pairs, self.names, self.setting)
+
+
+@dataclass(frozen=True)
+class RunCascade:
+    """The arguments of `Engine.cascade`."""
+
+    batches: Sequence[Sequence[TokenizedPair]]
+    names: Sequence[Sequence[int]]
+    owners: Sequence[Sequence[int]]
+    setting: Setting
+
+    def run(self, engine: Engine) -> list[tuple[float, int]]:
+        return engine.cascade(self.batches, self.names, self.owners, self.setting)
 
 
 class Engine:
@@ -47,9 +70,9 @@ class Engine:
     def run(self, tasks: Iterable[Task]) -> Generator[tuple[int, Any], None, None]:
         """(number, result) of each task, one after the other."""
         for number, task in enumerate(tasks):
-            yield number, getattr(self, task.method)(*task.arguments)
+            yield number, task.run(self)
 
-    def score(self, pairs: Sequence[TokenizedPair], names: Sequence[int], sub_network: SubNetwork) -> list[list[float]]:
+    def score(self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting) -> list[list[float]]:
         """Scores of one batch. Out of memory, this and all later batches are computed in smaller ones.
 
         Args:
@@ -66,8 +89,8 @@ class Engine:
         while start < len(pairs):
             part = self._that_fits(pairs, start)
             try:
-                with self._adapted(sub_network.compress_ratio):
-                    scores.append(self._forward([pairs[place] for place in part], sub_network))
+                with self._adapted(setting.compress_ratio):
+                    scores.append(self._forward([pairs[place] for place in part], setting))
             except torch.OutOfMemoryError as error:
                 self._halve([pairs[place] for place in part], names[start], error)
                 continue
@@ -81,8 +104,7 @@ class Engine:
         batches: Sequence[Sequence[TokenizedPair]],
         names: Sequence[Sequence[int]],
         owners: Sequence[Sequence[int]],
-        schedule: Schedule,
-        sub_network: SubNetwork,
+        setting: Setting,
     ) -> list[tuple[float, int]]:
         """Score and exit of each pair, batch after batch; `owners` says whose candidate each is.
 
@@ -94,8 +116,7 @@ class Engine:
                 scores, exits = self._cascade(
                     [[batches[number][place] for place in part] for number, part in parts],
                     [[owners[number][place] for place in part] for number, part in parts],
-                    schedule,
-                    sub_network,
+                    setting,
                 )
                 self._refuse_nan(scores[None], list(chain(*names)))
                 return list(zip(scores.tolist(), exits.tolist(), strict=True))
@@ -134,12 +155,11 @@ class Engine:
         self,
         batches: Sequence[Sequence[TokenizedPair]],
         owners: Sequence[Sequence[int]],
-        schedule: Schedule,
-        sub_network: SubNetwork,
+        setting: Setting,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._adapted(sub_network.compress_ratio):
+        with self._adapted(setting.compress_ratio):
             states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
-            return run_cascade(self.model, states, owners, schedule, sub_network)
+            return run_cascade(self.model, states, owners, setting)
 
     def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
         """Raise ArithmeticError if one of (exits, pairs) scores is not a number: no order would mean anything."""
@@ -152,10 +172,10 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def _forward(self, pairs: Sequence[TokenizedPair], sub_network: SubNetwork) -> torch.Tensor:
+    def _forward(self, pairs: Sequence[TokenizedPair], setting: Setting) -> torch.Tensor:
         """(cutoff layers, pairs) float32 scores, on the CPU."""
         states = self.model.model.embed(*pack_pairs(list(pairs), self.model.device))
-        return self.model.scores(states, sub_network).cpu()
+        return self.model.scores(states, setting).cpu()
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:

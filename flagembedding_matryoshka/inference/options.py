@@ -1,4 +1,4 @@
-"""What a call to a re-ranker may override."""
+"""What a call to a re-ranker may override, and what it then runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flagembedding_matryoshka.models.decoder import Layers
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
@@ -20,9 +20,6 @@ class ScoringOptions:
     query_instruction_format: str
     passage_instruction_for_rerank: str
     passage_instruction_format: str
-    cutoff_layers: Layers
-    compress_layers: Layers
-    compress_ratio: int
     prompt: str
     batch_size: int
     max_tokens_per_batch: int
@@ -31,24 +28,17 @@ class ScoringOptions:
     normalize: bool
 
     @classmethod
-    def resolve(cls, defaults: object, overrides: Mapping[str, Any], compress_layer: Layers = None) -> ScoringOptions:
+    def resolve(cls, defaults: object, overrides: Mapping[str, Any]) -> ScoringOptions:
         """The attributes of `defaults` with `overrides`, of which None keeps the default.
-
-        Args:
-            compress_layer: the reference's spelling of `compress_layers`.
 
         Raises:
             TypeError: if an override is unknown.
-            ValueError: if a size is less than 1, or both spellings are given.
+            ValueError: if a size is less than 1.
         """
-        if compress_layer is not None:
-            if overrides.get("compress_layers") is not None:
-                raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
-            overrides = {**overrides, "compress_layers": compress_layer}
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(overrides) - set(names))
         if unknown:
-            raise TypeError(f"unknown arguments {unknown}; a call may override {names}.")
+            raise TypeError(f"unknown arguments {unknown}; a call may override {[*DEPTH_AND_WIDTH, *names]}.")
         chosen = {name: getattr(defaults, name) if overrides.get(name) is None else overrides[name] for name in names}
         options = cls(**chosen)
         for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
@@ -72,6 +62,45 @@ class ScoringOptions:
             prompt=self.prompt,
         )
         return tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)
+
+
+def refuse_beside_plan(given: Any) -> None:
+    """Raise ValueError if a re-ranker was given a depth or width beside a plan that chooses them."""
+    values = {name: getattr(given, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
+    values = {name: value for name, value in values.items() if value != (1 if name == "compress_ratio" else None)}
+    if values:
+        raise ValueError(f"budget and quality choose depth and width themselves; leave out {values}.")
+
+
+def resolve_call(
+    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None = None
+) -> tuple[ScoringOptions, Setting]:
+    """What a call with these arguments does, and what it runs.
+
+    Args:
+        defaults: a re-ranker.
+        overrides: None keeps its default; `compress_layer` is the reference's spelling of `compress_layers`.
+
+    Raises:
+        TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`, and ValueError if both spellings are
+            given.
+    """
+    of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
+    compress_layer = of_text.pop("compress_layer", None)
+    depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
+    if compress_layer is not None:
+        if depth_and_width["compress_layers"] is not None:
+            raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
+        depth_and_width["compress_layers"] = compress_layer
+    for name, value in depth_and_width.items():
+        depth_and_width[name] = getattr(defaults, name) if value is None else value
+    options = ScoringOptions.resolve(defaults, of_text)
+    try:
+        return options, Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
+    except ValueError as error:
+        if defaults.max_layer is None:
+            raise
+        raise ValueError(f"{error} Layers above max_layer={defaults.max_layer} were not loaded.") from error
 
 
 def names_depth_or_width(overrides: Mapping[str, Any]) -> bool:

@@ -12,49 +12,12 @@ from typing import Any
 from transformers.utils import cached_file
 
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.inference.cascade import Schedule
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.shipped import locate
+from flagembedding_matryoshka.setting import Setting
 
 PLAN_NAME = "matryoshka_plan.json"
 COMMAND = "python -m flagembedding_matryoshka.evaluation --model {} --data DIR --write_plan"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The depth and width that candidates are ranked at.
-
-    Attributes:
-        cutoff_layer: the exit that scores are read at, with a cascade those of the candidates that are left.
-        compress_layers: layers after which the passage is compressed; none at ratio 1.
-        compress_ratio: 1, 2, 4 or 8.
-        cascade: (exit, share of all candidates that go deeper), from the shallowest; none without a cascade.
-    """
-
-    cutoff_layer: int
-    compress_layers: tuple[int, ...] = ()
-    compress_ratio: int = 1
-    cascade: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """Depth and width as arguments of `MatryoshkaReranker.compute_score`."""
-        return {
-            "cutoff_layers": [self.cutoff_layer],
-            "compress_layers": list(self.compress_layers),
-            "compress_ratio": self.compress_ratio,
-        }
-
-    def check(self, config: CostWiseConfig) -> None:
-        """Raise ValueError or TypeError unless a model of this configuration can run it."""
-        SubNetwork.resolve(config, self.cutoff_layer, self.compress_layers, self.compress_ratio)
-        Schedule.resolve(config, dict(self.cascade), self.cutoff_layer)
-
-    def __str__(self) -> str:
-        stages = "".join(f"{layer}:{share:g} → " for layer, share in self.cascade)
-        after = ", ".join(map(str, self.compress_layers))
-        width = f", ratio {self.compress_ratio} after {after}" if self.compress_ratio > 1 else ""
-        return f"{stages}{self.cutoff_layer} layers{width}"
 
 
 @dataclass(frozen=True)
@@ -195,17 +158,7 @@ def load_plan(model: str, config: CostWiseConfig, adapters: Sequence[str] = (), 
 
 def _from_json(stored: Mapping[str, Any]) -> Plan:
     settings = [
-        Measured(
-            Setting(
-                cutoff_layer=item["setting"]["cutoff_layer"],
-                compress_layers=tuple(item["setting"]["compress_layers"]),
-                compress_ratio=item["setting"]["compress_ratio"],
-                cascade=tuple((layer, share) for layer, share in item["setting"]["cascade"]),
-            ),
-            item["flops_share"],
-            item["ndcg_share"],
-        )
-        for item in stored["settings"]
+        Measured(Setting(**item["setting"]), item["flops_share"], item["ndcg_share"]) for item in stored["settings"]
     ]
     lists = {"exit_layers": tuple(stored["exit_layers"]), "adapters": tuple(stored["adapters"])}
     return Plan(**{**stored, **lists, "settings": tuple(settings)})

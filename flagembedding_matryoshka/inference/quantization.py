@@ -12,17 +12,20 @@ from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.loading import token_adapter_ratios
 
 Quantization = Literal["int8", "nf4"]
 
 
-def check_quantization(method: str, devices: Sequence[str], dtype: torch.dtype) -> None:
+def check_quantization(method: str | None, devices: Sequence[str], dtype: torch.dtype) -> None:
     """Refuse what cannot run, before weights are read.
 
     Raises:
         ImportError: if "nf4" lacks bitsandbytes.
         ValueError: if there is no such method, or it does not run on these devices or beside this format.
     """
+    if method is None:
+        return
     if method not in get_args(Quantization):
         raise ValueError(f"quantization is {method!r}, but must be one of {get_args(Quantization)} or None.")
     if len(devices) > 1:
@@ -43,7 +46,12 @@ def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
     range of their batch. torchao's int8 products were 2 to 35 times slower than float32 on a CPU. "nf4" is
     bitsandbytes' 4-bit format of QLoRA (arXiv 2305.14314, section 3): products are computed in the model's own
     format. Its weights are rounded when the model next moves to a device.
+
+    Raises:
+        ValueError: if token adapters are attached, which need the weights.
     """
+    if token_adapter_ratios(model):
+        raise ValueError(f"quantization={method!r} leaves no weights to switch token adapters on; merge one of them.")
     if method == "nf4":
         for layer in model.model.layers:
             _use_nf4(layer)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from itertools import chain
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from FlagEmbedding.abc.inference import AbsReranker
-from tqdm import tqdm
 
-from flagembedding_matryoshka.inference.cascade import Schedule
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
 from flagembedding_matryoshka.inference.engine import Engine, Task
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
-from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions, names_depth_or_width
-from flagembedding_matryoshka.inference.plan import Setting, load_plan
-from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
-from flagembedding_matryoshka.inference.tasks import batches_of, cascade_tasks
-from flagembedding_matryoshka.inference.workers import WorkerPool
-from flagembedding_matryoshka.models.configuration import SubNetwork, as_layer_tuple
-from flagembedding_matryoshka.models.decoder import Layers
-from flagembedding_matryoshka.models.export import export_exits
-from flagembedding_matryoshka.models.loading import (
-    inspect_checkpoint,
-    load_model,
-    load_tokenizer,
-    token_adapter_ratios,
+from flagembedding_matryoshka.inference.options import (
+    ScoringOptions,
+    names_depth_or_width,
+    refuse_beside_plan,
+    resolve_call,
 )
+from flagembedding_matryoshka.inference.plan import load_plan
+from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
+from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
+from flagembedding_matryoshka.inference.workers import WorkerPool
+from flagembedding_matryoshka.models.export import export_exits
+from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
@@ -123,18 +118,20 @@ class MatryoshkaReranker(AbsReranker):
         checkpoint = inspect_checkpoint(
             model_name_or_path, from_raw, start_layer, layer_sep, max_layer, template=template, **hub
         )
-        words = Template.load(checkpoint.config.template)
-
-        def given(value: str | None, own: str, default: str | None = None) -> str:
-            return own if value is None or value == default else value
-
+        words = Template.load(checkpoint.config.template).replaced(
+            query_instruction=query_instruction_for_rerank,
+            query_format=query_instruction_format,
+            passage_instruction=passage_instruction_for_rerank,
+            passage_format=passage_instruction_format,
+            prompt=prompt,
+        )
         super().__init__(
             str(model_name_or_path),
             use_fp16=use_fp16,
-            query_instruction_for_rerank=given(query_instruction_for_rerank, words.query_instruction),
-            query_instruction_format=given(query_instruction_format, words.query_format, FLAT),
-            passage_instruction_for_rerank=given(passage_instruction_for_rerank, words.passage_instruction),
-            passage_instruction_format=given(passage_instruction_format, words.passage_format, FLAT),
+            query_instruction_for_rerank=words.query_instruction,
+            query_instruction_format=words.query_format,
+            passage_instruction_for_rerank=words.passage_instruction,
+            passage_instruction_format=words.passage_format,
             devices=devices,
             batch_size=batch_size,
             query_max_length=query_max_length,
@@ -146,48 +143,34 @@ class MatryoshkaReranker(AbsReranker):
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
-        self.prompt = given(prompt, words.prompt)
+        self.prompt = words.prompt
         self.max_layer = max_layer
-        if max_tokens_per_batch is None:
-            max_tokens_per_batch = fast_batch_tokens(self.target_devices[0])
-        self.max_tokens_per_batch = max_tokens_per_batch
-
+        self.max_tokens_per_batch = max_tokens_per_batch or fast_batch_tokens(self.target_devices[0])
         self.quantization = quantization
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
-        if quantization is not None:
-            check_quantization(quantization, self.target_devices, resolved)
+        check_quantization(quantization, self.target_devices, resolved)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
         self.planned: Setting | None = None
         if budget is not None or quality is not None:
-            self._refuse_beside_plan()
+            refuse_beside_plan(self)
             plan = load_plan(str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
             self.planned = plan.choose(budget, quality)
-            for name, value in plan.choose(budget, quality, cascades=False).overrides.items():
+            for name, value in plan.choose(budget, quality, cascades=False).arguments.items():
                 setattr(self, name, value)
-        self._sub_network(self.cutoff_layers, self.compress_layers, self.compress_ratio)
+        resolve_call(self, {})
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
         self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         if quantization is not None:
-            if token_adapter_ratios(self.model):
-                raise ValueError(
-                    f"quantization={quantization!r} leaves no weights to switch token adapters on; merge one of them."
-                )
             quantize(self.model, quantization)
         self._engine: Engine | WorkerPool
         if len(self.target_devices) == 1:
             self._engine = Engine(self.model.to(self.target_devices[0]))
         else:
             self._engine = WorkerPool(self.model, self.target_devices)
-
-    def _refuse_beside_plan(self) -> None:
-        given = {name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
-        given = {name: value for name, value in given.items() if value != (1 if name == "compress_ratio" else None)}
-        if given:
-            raise ValueError(f"budget and quality choose depth and width themselves; leave out {given}.")
 
     def close(self) -> None:
         """End the worker processes of several devices; the next call starts new ones."""
@@ -252,35 +235,16 @@ class MatryoshkaReranker(AbsReranker):
         self,
         sentence_pairs: Iterable[Pair] | Pair,
         device: str | None,
-        compress_layer: Layers = None,
         show_progress_bar: bool | None = None,
         **overrides: Any,
     ) -> list[float] | list[list[float]]:
-        options = ScoringOptions.resolve(self, overrides, compress_layer)
-        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         if not pairs:
             return []
-        scores = torch.empty(len(sub_network.cutoff_layers), len(pairs))
-        batches: list[list[int]] = []
-
-        def tasks() -> Iterator[Task]:
-            shares = 1 if device else len(self.target_devices)
-            for indices, inputs in batches_of(pairs, self._pair_tokenizer, options, shares):
-                batches.append(indices)
-                yield Task("score", (inputs, indices, sub_network))
-
-        progress = tqdm(
-            total=len(pairs),
-            desc="scoring",
-            unit="pair",
-            delay=1.0 if show_progress_bar is None else 0.0,
-            disable=show_progress_bar is False,
-        )
-        with progress, closing(self._run(tasks(), device)) as results:
-            for number, found in results:
-                scores[:, batches[number]] = torch.tensor(found)
-                progress.update(len(batches[number]))
+        shares = 1 if device else len(self.target_devices)
+        run = partial(self._run, device=device)
+        scores = score_pairs(run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
         per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
 
@@ -334,75 +298,46 @@ class MatryoshkaReranker(AbsReranker):
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
         queries, lists = as_lists(queries, candidates)
         pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
-        kept_at_least = top_k
-        if self.planned is not None and cascade is None and not names_depth_or_width(overrides):
-            overrides, kept_at_least = overrides | self.planned.overrides, None
-            cascade = dict(self.planned.cascade) or None
-        cutoffs = overrides.get("cutoff_layers")
-        cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers if cutoffs is None else cutoffs)
-        if cutoffs is not None and len(cutoffs) > 1:
-            raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(cutoffs)}.")
-        normalize = self.normalize if overrides.get("normalize") is None else overrides["normalize"]
-        overrides = overrides | {"normalize": False}  # a sigmoid in float32 makes scores equal that are not
-        found: list[dict[str, Any]]
-        if cascade is None:
-            found = [{"score": score} for score in self.compute_score(pairs, **overrides)]
-        else:
+        show_progress_bar = overrides.pop("show_progress_bar", None)
+        is_planned = self.planned is not None and cascade is None and not names_depth_or_width(overrides)
+        options, setting = self._resolve_ranking(cascade, overrides)
+        shares = len(self.target_devices)
+        if setting.cascade or cascade is not None:
             owner = [number for number, documents in enumerate(lists) for _ in documents]
-            found = self._cascade(pairs, owner, cascade, kept_at_least, overrides)
-        rankings, rest = [], iter(found)
-        for documents in lists:
-            ranked = [
-                {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
-                for index, text in enumerate(documents)
-            ]
-            ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
-            rankings.append(ranked[:top_k])
-        if normalize:
-            for hit in chain(*rankings):
-                hit["score"] = torch.tensor(hit["score"]).sigmoid().item()
-        return rankings
+            if top_k is not None and not is_planned:
+                refuse_too_short(setting, owner, top_k)
+            found = score_cascade(self._run, pairs, owner, self._pair_tokenizer, options, setting, shares)
+        else:
+            scores = score_pairs(self._run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
+            found = [{"score": score} for score in scores[0].tolist()]
+        return rankings_of(lists, found, top_k, return_documents, options.normalize)
 
-    def _run(self, tasks: Iterator[Task], device: str | None) -> Generator[tuple[int, Any], None, None]:
+    def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
+        """What `rank` runs with these arguments of it.
+
+        Raises:
+            TypeError, ValueError: as `rank`.
+        """
+        return self._resolve_ranking(cascade, overrides)[1]
+
+    def _resolve_ranking(
+        self, cascade: Mapping[int, float] | None, overrides: dict[str, Any]
+    ) -> tuple[ScoringOptions, Setting]:
+        if self.planned is not None and cascade is None and not names_depth_or_width(overrides):
+            overrides, cascade = overrides | self.planned.arguments, dict(self.planned.cascade)
+        options, setting = resolve_call(self, overrides, cascade)
+        if len(setting.cutoff_layers) > 1:
+            cutoffs = list(setting.cutoff_layers)
+            raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={cutoffs}.")
+        return options, setting
+
+    def _run(self, tasks: Iterator[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
         if isinstance(self._engine, WorkerPool):
             return self._engine.run(tasks, device)
         return self._engine.run(tasks)
 
-    def _cascade(
-        self,
-        pairs: list[tuple[str, str]],
-        owner: list[int],
-        cascade: Mapping[int, float],
-        top_k: int | None,
-        overrides: dict[str, Any],
-    ) -> list[dict[str, float | int]]:
-        """Score and exit of each pair; `owner` says whose candidate it is."""
-        compress_layer, _ = overrides.pop("compress_layer", None), overrides.pop("show_progress_bar", None)
-        options = ScoringOptions.resolve(self, overrides, compress_layer)
-        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
-        schedule = Schedule.resolve(self.config, cascade, sub_network.depth)
-        for query, count in Counter(owner).items():
-            if top_k is not None and schedule.kept(count) < min(top_k, count):
-                raise ValueError(
-                    f"cascade {dict(cascade)} keeps {schedule.kept(count)} of the {count} candidates of query {query}, "
-                    f"fewer than top_k={top_k}."
-                )
-        if not pairs:
-            return []
-        inputs = options.tokenize(pairs, self._pair_tokenizer)
-        tasks, order = cascade_tasks(inputs, owner, options, schedule, sub_network, len(self.target_devices))
-        found: dict[int, dict[str, float | int]] = {}
-        with closing(self._run(iter(tasks), None)) as results:
-            for number, share_results in results:
-                for index, (score, layer) in zip(order[number], share_results, strict=True):
-                    found[index] = {"score": score, "cutoff_layer": layer}
-        return [found[index] for index in range(len(pairs))]
-
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
-        """Write a smaller checkpoint, tokenizer included, which scores at `cutoff_layers` as this model does.
-
-        Args:
-            cutoff_layers: the exits to keep, with the layers below them; None is the re-ranker's own.
+        """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
         Raises:
             ValueError: if an exit does not exist, token adapters are attached, of which a checkpoint can hold one, or
@@ -410,47 +345,25 @@ class MatryoshkaReranker(AbsReranker):
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
-        cutoffs = self._sub_network(
-            self.cutoff_layers if cutoff_layers is None else cutoff_layers, None, 1
-        ).cutoff_layers
-        export_exits(self.model, cutoffs, output_dir)
+        _, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
+        export_exits(self.model, setting.cutoff_layers, output_dir)
         self.tokenizer.save_pretrained(output_dir)
 
     def count_tokens(self, query: str, documents: Iterable[str], **overrides: Any) -> tuple[int, list[int]]:
-        """Tokens that scoring reads: those of the query part, which a batch holds once, and each document's own.
-
-        Args:
-            overrides: as in `compute_score`.
-
-        Returns, raises: (query tokens, tokens of each document with separator and prompt); errors as in
-            `compute_score`.
-        """
+        """Tokens that scoring reads: the query part's, which a batch holds once, and each document's and prompt's."""
         (query,), (documents,) = as_lists([query], [documents])
         pairs = [(query, document) for document in documents]
-        return count_input_tokens(ScoringOptions.resolve(self, overrides).tokenize(pairs, self._pair_tokenizer))
+        return count_input_tokens(resolve_call(self, overrides)[0].tokenize(pairs, self._pair_tokenizer))
 
     def estimate_flops(
         self, sentence_pairs: Iterable[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
     ) -> int:
-        """Floating-point operations that `compute_score` spends on these pairs, by the model's own count.
+        """Floating-point operations that `compute_score` spends on all of these pairs, by the model's own count.
 
         Args:
-            sentence_pairs, overrides: as in `compute_score`.
             depths: what a cascade spends instead: the "cutoff_layer" that it gave each pair, with all its exits as
                 `cutoff_layers`.
-
-        Returns:
-            operations of all pairs together, see [`~flagembedding_matryoshka.models.flops.estimate_flops`].
         """
-        options = ScoringOptions.resolve(self, overrides)
-        sub_network = self._sub_network(options.cutoff_layers, options.compress_layers, options.compress_ratio)
+        options, setting = resolve_call(self, overrides)
         inputs = options.tokenize(as_pairs(sentence_pairs), self._pair_tokenizer)
-        return count_operations(self.config, inputs, options, sub_network, depths)
-
-    def _sub_network(self, cutoff_layers: Layers, compress_layers: Layers, compress_ratio: int) -> SubNetwork:
-        try:
-            return SubNetwork.resolve(self.config, cutoff_layers, compress_layers, compress_ratio)
-        except ValueError as error:
-            if self.max_layer is None:
-                raise
-            raise ValueError(f"{error} Layers above max_layer={self.max_layer} were not loaded.") from error
+        return count_operations(self.config, inputs, options, setting, depths)

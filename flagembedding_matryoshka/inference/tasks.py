@@ -9,10 +9,9 @@ from itertools import chain
 from typing import TypeVar
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
-from flagembedding_matryoshka.inference.cascade import Schedule
-from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.engine import RunCascade
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.models.configuration import SubNetwork
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
 T = TypeVar("T")
@@ -43,10 +42,9 @@ def cascade_tasks(
     inputs: Sequence[TokenizedPair],
     owner: Sequence[int],
     options: ScoringOptions,
-    schedule: Schedule,
-    sub_network: SubNetwork,
+    setting: Setting,
     shares: int,
-) -> tuple[list[Task], list[list[int]]]:
+) -> tuple[list[RunCascade], list[list[int]]]:
     """A task for each of up to `shares` devices, each with all candidates of its queries, and the order of its results.
 
     Args:
@@ -65,7 +63,7 @@ def cascade_tasks(
         order.append(list(chain(*batches)))
         packs = [[inputs[index] for index in batch] for batch in batches]
         owners = [[owner[index] for index in batch] for batch in batches]
-        tasks.append(Task("cascade", (packs, batches, owners, schedule, sub_network)))
+        tasks.append(RunCascade(packs, batches, owners, setting))
     return tasks, order
 
 

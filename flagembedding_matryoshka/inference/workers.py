@@ -206,7 +206,7 @@ def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threa
         except EOFError:
             return
         try:
-            connection.send((getattr(engine, task.method)(*task.arguments), None))
+            connection.send((task.run(engine), None))
         except Exception as error:
             connection.send((None, _portable(error)))
 

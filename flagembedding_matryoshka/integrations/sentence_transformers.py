@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.inputs import as_lists
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import SubNetwork
-from flagembedding_matryoshka.models.decoder import Layers
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
+from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template
 
@@ -51,11 +50,13 @@ class MatryoshkaModule(InputModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.pair_tokenizer = PairTokenizer(tokenizer, Template.load(model.config.template))
-        words = self.pair_tokenizer.template
-        self.query_instruction = words.query_instruction if query_instruction is None else query_instruction
-        self.passage_instruction = words.passage_instruction if passage_instruction is None else passage_instruction
-        self.prompt = words.prompt if prompt is None else prompt
+        template = Template.load(model.config.template).replaced(
+            query_instruction=query_instruction, passage_instruction=passage_instruction, prompt=prompt
+        )
+        self.pair_tokenizer = PairTokenizer(tokenizer, template)
+        self.query_instruction = template.query_instruction
+        self.passage_instruction = template.passage_instruction
+        self.prompt = template.prompt
         self.query_max_length = query_max_length
         self.max_length = max_length
 
@@ -105,13 +106,13 @@ class MatryoshkaModule(InputModule):
         """
         if "pairs" not in features:
             raise TypeError("a CrossEncoder scores pairs of query and passage, got single texts.")
-        sub_network = SubNetwork.resolve(self.model.config, cutoff_layers, compress_layers, compress_ratio)
-        if len(sub_network.cutoff_layers) != 1:
+        setting = Setting.resolve(self.model.config, cutoff_layers, compress_layers, compress_ratio)
+        if len(setting.cutoff_layers) != 1:
             raise ValueError(
-                f"a CrossEncoder has one score for a pair, got cutoff_layers={list(sub_network.cutoff_layers)}."
+                f"a CrossEncoder has one score for a pair, got cutoff_layers={list(setting.cutoff_layers)}."
             )
         states = self.model.model.embed(*pack_pairs(features["pairs"], self.model.device))
-        features["scores"] = self.model.scores(states, sub_network).T
+        features["scores"] = self.model.scores(states, setting).T
         return features
 
     @classmethod

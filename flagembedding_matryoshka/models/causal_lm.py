@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork, as_layer_tuple
-from flagembedding_matryoshka.models.decoder import CostWiseModel, Layers, Lengths, PackedStates
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.decoder import CostWiseModel, Lengths, PackedStates
 from flagembedding_matryoshka.models.heads import CostWiseHead
 from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast
+from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
 
 logger = logging.get_logger(__name__)
 
@@ -147,14 +148,14 @@ class CostWiseForCausalLM(PreTrainedModel):
         """(sequences,) float32 scores of exit `layer`, of (sequences, hidden) normalised states."""
         return self.finish(self.lm_head[self.config.exit_layers.index(layer)](last_token_states))
 
-    def scores(self, states: PackedStates, sub_network: SubNetwork, cutoff_layers: Sequence[int] = ()) -> Tensor:
+    def scores(self, states: PackedStates, setting: Setting, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """(cutoff layers, sequences) float32 scores, the layers in the order asked for; brings `states` to the deepest.
 
         Args:
-            cutoff_layers: those of `sub_network`, unless given: a pass may be read, and left, before its end.
+            cutoff_layers: those of `setting`, unless given: a pass may be read, and left, before its end.
         """
-        exits = cutoff_layers or sub_network.cutoff_layers
-        found = self.model.last_token_states(states, sub_network, exits)
+        exits = cutoff_layers or setting.cutoff_layers
+        found = self.model.last_token_states(states, setting, exits)
         return torch.stack([self.score(layer, found[layer]) for layer in exits])
 
     def forward(
@@ -214,7 +215,7 @@ class CostWiseForCausalLM(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_full_width=return_full_width,
         )
-        cutoffs = SubNetwork.resolve(self.config, cutoff_layers).cutoff_layers
+        cutoffs = Setting.resolve(self.config, cutoff_layers).cutoff_layers
         logits = tuple(map(self.score, cutoffs, outputs.last_token_states))
         full_width_logits = None
         if return_full_width:

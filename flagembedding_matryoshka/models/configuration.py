@@ -1,14 +1,10 @@
-"""What a model can do (`CostWiseConfig`) and what one pass through it runs (`SubNetwork`)."""
+"""What a model can do."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-COMPRESS_RATIOS = (1, 2, 4, 8)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Config
@@ -105,89 +101,3 @@ class CostWiseConfig(_Config):
         if layer_types is not None:
             self.layer_types = layer_types[:layers]
         self.num_hidden_layers = layers
-
-
-def as_layer_tuple(name: str, layers: int | Iterable[int] | None) -> tuple[int, ...] | None:
-    """`layers`, an int or several, as a tuple; None stays None.
-
-    Raises:
-        TypeError: if a value is not an int.
-    """
-    if layers is None:
-        return None
-    values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
-    for value in values:
-        if not hasattr(value, "__index__") or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
-    return tuple(map(operator.index, values))
-
-
-@dataclass(frozen=True)
-class SubNetwork:
-    """The depth and width of one pass.
-
-    Attributes:
-        cutoff_layers: exits to score at, in the order in which scores are returned.
-        compress_layers: number of layers after which the passage is compressed, ascending, each once.
-        compress_ratio: how many neighbouring passage tokens become one there.
-    """
-
-    cutoff_layers: tuple[int, ...]
-    compress_layers: tuple[int, ...] = ()
-    compress_ratio: int = 1
-
-    @property
-    def depth(self) -> int:
-        """Number of decoder layers that run."""
-        return max(self.cutoff_layers)
-
-    def compresses_after(self, layer: int) -> bool:
-        """Whether the passage shrinks once `layer` decoder layers have run. Nothing shrinks behind the last exit."""
-        return self.compress_ratio > 1 and layer < self.depth and layer in self.compress_layers
-
-    @classmethod
-    def resolve(
-        cls,
-        config: CostWiseConfig,
-        cutoff_layers: int | Iterable[int] | None = None,
-        compress_layers: int | Iterable[int] | None = None,
-        compress_ratio: int | None = None,
-    ) -> SubNetwork:
-        """Check a request against the exits and layers that a model has.
-
-        Args:
-            cutoff_layers: exits; None is the deepest alone.
-            compress_layers: layers to compress after; None is nowhere.
-            compress_ratio: 1 (off), 2, 4 or 8; None is 1.
-
-        Raises:
-            TypeError: if a layer is not an int.
-            ValueError: if a layer or ratio does not exist, or a ratio is given with no layer to apply it at.
-        """
-        exits = config.exit_layers
-        cutoffs = as_layer_tuple("cutoff_layers", cutoff_layers)
-        if cutoffs is None:
-            cutoffs = (exits[-1],)
-        if not cutoffs:
-            raise ValueError(f"cutoff_layers is empty. This model's exits are {exits}.")
-        unknown = [layer for layer in cutoffs if layer not in exits]
-        if unknown:
-            raise ValueError(f"cutoff_layers {unknown} have no head. This model's exits are {exits}.")
-
-        compress = as_layer_tuple("compress_layers", compress_layers) or ()
-        outside = [layer for layer in compress if not 1 <= layer <= config.num_hidden_layers]
-        if outside:
-            raise ValueError(
-                f"compress_layers {outside} do not exist. A compress layer is the number of decoder layers that have "
-                f"run, from 1 to {config.num_hidden_layers}."
-            )
-
-        ratio = 1 if compress_ratio is None else compress_ratio
-        if ratio not in COMPRESS_RATIOS or isinstance(ratio, bool):
-            raise ValueError(
-                f"compress_ratio is {compress_ratio!r}, but must be one of {list(COMPRESS_RATIOS)}: the model is "
-                "trained with these, so that ratios nest and one adapter per ratio can be fitted."
-            )
-        if ratio > 1 and not compress:
-            raise ValueError(f"compress_ratio={ratio} needs compress_layers that say where to compress.")
-        return cls(cutoffs, tuple(sorted(set(compress))), int(ratio))

@@ -17,12 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.compression import compress
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.packing import PackedBatch, pack
 from flagembedding_matryoshka.models.query_sharing import share_queries
+from flagembedding_matryoshka.setting import Layers, Setting
 
-Layers = int | Sequence[int] | None
 Lengths = Sequence[int] | Tensor | None
 
 
@@ -100,14 +100,14 @@ class CostWiseModel(PreTrainedModel):
         """See [`~flagembedding_matryoshka.models.causal_lm.CostWiseForCausalLM.forward`]."""
         if input_ids is None:
             raise ValueError("A layer-wise pass needs input_ids.")
-        sub_network = SubNetwork.resolve(self.config, cutoff_layers, compress_layers, compress_ratio)
-        if sub_network.compress_ratio > 1 and query_lengths is None:
+        setting = Setting.resolve(self.config, cutoff_layers, compress_layers, compress_ratio)
+        if setting.compress_ratio > 1 and query_lengths is None:
             raise ValueError("Compression needs query_lengths and prompt_lengths: only the passage is compressed.")
         token_ids, packed = pack(input_ids, attention_mask, query_lengths, prompt_lengths)
         if not output_hidden_states:
             token_ids, packed = share_queries(token_ids, packed)
         return self._forward_packed(
-            self.embed(token_ids, packed), sub_network, bool(output_hidden_states), return_full_width
+            self.embed(token_ids, packed), setting, bool(output_hidden_states), return_full_width
         )
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
@@ -132,9 +132,7 @@ class CostWiseModel(PreTrainedModel):
             )
         return PackedStates(self.embeddings(token_ids), packed)
 
-    def run(
-        self, states: PackedStates, sub_network: SubNetwork, until: int
-    ) -> Iterator[tuple[int, Tensor, PackedBatch]]:
+    def run(self, states: PackedStates, setting: Setting, until: int) -> Iterator[tuple[int, Tensor, PackedBatch]]:
         """Bring `states` to `until` layers, yielding what each layer gives before it is compressed.
 
         Yields:
@@ -142,7 +140,7 @@ class CostWiseModel(PreTrainedModel):
         """
         position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
         for depth in range(states.layers_run + 1, until + 1):
-            compresses = sub_network.compresses_after(depth)
+            compresses = setting.compresses_after(depth)
             hidden, row = self.layers[depth - 1](
                 states.hidden,
                 packed=states.packed,
@@ -151,39 +149,37 @@ class CostWiseModel(PreTrainedModel):
             )
             yield depth, hidden, states.packed
             if compresses:
-                hidden, states.packed = compress(hidden, row, states.packed, sub_network.compress_ratio)
+                hidden, states.packed = compress(hidden, row, states.packed, setting.compress_ratio)
                 position_embeddings = self.rotary_emb(hidden, states.packed.position_ids)
             states.hidden, states.layers_run = hidden, depth
 
-    def last_token_states(
-        self, states: PackedStates, sub_network: SubNetwork, exits: Collection[int]
-    ) -> dict[int, Tensor]:
+    def last_token_states(self, states: PackedStates, setting: Setting, exits: Collection[int]) -> dict[int, Tensor]:
         """Exit to (sequences, hidden), normalised, of those in `exits`; brings `states` to the deepest of them."""
         return {
             depth: self.norm(hidden[0, packed.last_tokens])
-            for depth, hidden, packed in self.run(states, sub_network, max(exits))
+            for depth, hidden, packed in self.run(states, setting, max(exits))
             if depth in exits
         }
 
     def _forward_packed(
-        self, states: PackedStates, sub_network: SubNetwork, output_hidden_states: bool, return_full_width: bool
+        self, states: PackedStates, setting: Setting, output_hidden_states: bool, return_full_width: bool
     ) -> CostWiseModelOutputWithPast:
-        exits = sub_network.cutoff_layers
+        exits = setting.cutoff_layers
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}
         attention_masks: dict[int, Tensor] = {}
-        for depth, hidden, packed in self.run(states, sub_network, sub_network.depth):
+        for depth, hidden, packed in self.run(states, setting, setting.depth):
             if depth in exits:
                 last_token_states[depth] = self.norm(hidden[0, packed.last_tokens])
                 if output_hidden_states:
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
-            if return_full_width and full_width_states is None and sub_network.compresses_after(depth):
+            if return_full_width and full_width_states is None and setting.compresses_after(depth):
                 deeper = [layer for layer in exits if layer > depth]
                 with torch.no_grad():
                     branch = PackedStates(hidden, packed, depth)
-                    full_width_states = self.last_token_states(branch, SubNetwork(exits), deeper)
+                    full_width_states = self.last_token_states(branch, Setting(exits), deeper)
 
         def in_order(values: dict[int, Tensor]) -> tuple[Tensor, ...] | None:
             return tuple(values[layer] for layer in exits) if values else None

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class
-from flagembedding_matryoshka.models.configuration import CostWiseConfig, SubNetwork
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.setting import Setting
 
 
 def _weights_of_a_layer(config: CostWiseConfig) -> int:
@@ -18,7 +19,7 @@ def _weights_of_a_layer(config: CostWiseConfig) -> int:
 
 def estimate_flops(
     config: CostWiseConfig,
-    sub_network: SubNetwork,
+    setting: Setting,
     query_lengths: Tensor,
     passage_lengths: Tensor,
     prompt_lengths: Tensor,
@@ -41,7 +42,7 @@ def estimate_flops(
     fixed = query_lengths + prompt_lengths
     passage = passage_lengths
     if depths is None:
-        depths = torch.full_like(fixed, sub_network.depth)
+        depths = torch.full_like(fixed, setting.depth)
     if shares_query is None:
         shares_query = torch.zeros_like(fixed, dtype=torch.bool)
     # Neighbours with one query are a group. Where it has several members, the query is a segment of its own.
@@ -49,8 +50,8 @@ def estimate_flops(
     group_query = query_lengths[~shares_query]
     has_segment = group.bincount() > 1
 
-    total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in sub_network.cutoff_layers)
-    for depth in range(1, sub_network.depth + 1):
+    total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in setting.cutoff_layers)
+    for depth in range(1, setting.depth + 1):
         running = depths >= depth
         lengths = (fixed + passage)[running]
         running_groups = group[running].unique()
@@ -58,9 +59,7 @@ def estimate_flops(
         segments = queries[has_segment[running_groups]]
         total += per_token * int(lengths.sum() - query_lengths[running].sum() + queries.sum())
         total += 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
-        if sub_network.compresses_after(depth):
+        if setting.compresses_after(depth):
             total += 2 * query_width * int(lengths.sum() + segments.sum())
-            passage = torch.div(
-                passage + sub_network.compress_ratio - 1, sub_network.compress_ratio, rounding_mode="floor"
-            )
+            passage = torch.div(passage + setting.compress_ratio - 1, setting.compress_ratio, rounding_mode="floor")
     return total

@@ -19,9 +19,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.configuration import COMPRESS_RATIOS, CostWiseConfig
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.shipped import locate
+from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template, template_of
 

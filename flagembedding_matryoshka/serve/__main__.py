@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of the weights (default: bfloat16 where it is fast)")
     parser.add_argument("--devices", nargs="+", help="default: the first accelerator, else the CPU")
     parser.add_argument("--max_layer", type=int, help="layers above are not loaded")
-    parser.add_argument("--cutoff_layer", type=int, help="the exit of requests that name none (default: the deepest)")
+    parser.add_argument("--cutoff_layers", type=int, help="the exit of requests that name none (default: the deepest)")
     parser.add_argument("--compress_layers", type=int, nargs="+", help="for requests that name none")
     parser.add_argument("--compress_ratio", type=int, default=1, help="for requests that name none: 1, 2, 4 or 8")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a pair (default: %(default)s)")
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=options.dtype,
         devices=options.devices,
         max_layer=options.max_layer,
-        cutoff_layers=options.cutoff_layer,
+        cutoff_layers=options.cutoff_layers,
         compress_layers=options.compress_layers,
         compress_ratio=options.compress_ratio,
         max_length=options.max_length,

@@ -20,7 +20,7 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.schemas import BODY_SCHEMA, AnyRequest, Scored, parse
-from flagembedding_matryoshka.serve.scoring import Options, Scorer
+from flagembedding_matryoshka.serve.scoring import Scorer
 
 RETRY_AFTER = {"Retry-After": "1"}
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
@@ -98,16 +98,16 @@ class Service:
         Raises:
             HTTPException: 422, if the request does not fit the model; 500, if the model fails.
         """
-        options, texts = parsed.options, parsed.texts
+        texts = parsed.texts
         try:
-            shared, tokens = await asyncio.to_thread(
-                self.scorer.check, parsed.query, texts, options, not parsed.must_fit
+            setting, shared, tokens = await asyncio.to_thread(
+                self.scorer.check, parsed.query, texts, parsed.setting, not parsed.must_fit
             )
         except (TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
         pairs = [(parsed.query, text) for text in texts]
         try:
-            hits = await self.batcher.submit(options, pairs, shared, tokens, divisible=options.cascade is None)
+            hits = await self.batcher.submit(setting, pairs, shared, tokens, divisible=not setting.cascade)
         except Exception as error:
             logger.exception("the model failed on a request of %d documents", len(texts))
             raise HTTPException(500, "internal error") from error
@@ -117,7 +117,7 @@ class Service:
         """Whether the model computes. It is asked only if its last computation failed."""
         if self.batcher.failing:
             try:
-                await self.batcher.submit(Options(), [("query", "document")], 0, [1])
+                await self.batcher.submit(self.scorer.reranker.setting(), [("query", "document")], 0, [1])
             except Exception:
                 return False
         return True

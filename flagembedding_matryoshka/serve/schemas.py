@@ -10,9 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from flagembedding_matryoshka.models.configuration import as_layer_tuple
-from flagembedding_matryoshka.serve.scoring import Options
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -45,13 +42,9 @@ class Request(BaseModel):
     cascade: dict[int, float] | None = Field(None, description="{exit: share of all documents that goes deeper}")
 
     @property
-    def options(self) -> Options:
-        return Options(
-            as_layer_tuple("cutoff_layers", self.cutoff_layers),
-            as_layer_tuple("compress_layers", self.compress_layers),
-            self.compress_ratio,
-            None if self.cascade is None else tuple(sorted(self.cascade.items())),
-        )
+    def setting(self) -> dict[str, Any]:
+        """As keyword arguments of `MatryoshkaReranker.setting`."""
+        return {name: getattr(self, name) for name in ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")}
 
     @property
     def must_fit(self) -> bool:

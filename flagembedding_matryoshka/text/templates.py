@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,12 @@ class Template:
         if isinstance(words, str) or len(words) not in (1, 2) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"a template's head_tokens must be one word or two in a list, got {words!r}.")
         object.__setattr__(self, "head_tokens", tuple(words))
+
+    def replaced(self, **given: str | None) -> Template:
+        """With other words where they are given: None is not, nor is a format that is FlagEmbedding's default."""
+        is_default = {"query_format": FLAT, "passage_format": FLAT}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(self, **{name: value for name, value in chosen.items() if value != is_default.get(name)})
 
     def query(self, text: str) -> str:
         """`text` with its instruction."""

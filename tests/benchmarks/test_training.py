@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import measuring, training
-from flagembedding_matryoshka import SubNetwork
+from flagembedding_matryoshka import Setting
 
 ROOT = Path(training.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,9 +25,9 @@ def job(monkeypatch):
 @pytest.mark.parametrize(("compress_layers", "ratio"), [([], 1), ([2], 2), ([1, 3], 4), ([1, 2, 3], 2), ([1, 2], 8)])
 def test_sides_agree_in_loss_and_gradients(job, compress_layers, ratio, checkpointing):
     job = replace(job, checkpointing=checkpointing)
-    sub_network = SubNetwork.resolve(job.config, job.config.exit_layers, compress_layers, ratio)
+    setting = Setting.resolve(job.config, job.config.exit_layers, compress_layers, ratio)
     ours, baseline = (training.Learner(job, side) for side in ("ours", "baseline"))
-    assert ours.learn(sub_network) == pytest.approx(baseline.learn(sub_network), rel=1e-5)
+    assert ours.learn(setting) == pytest.approx(baseline.learn(setting), rel=1e-5)
     assert list(ours.weights) == list(baseline.weights)
     for name, weight in ours.weights.items():
         assert weight.grad.any(), name
@@ -42,7 +42,7 @@ def test_nothing_is_timed_where_sides_disagree(job, monkeypatch):
         return compress(hidden, mask, torch.ones_like(weights), *args)
 
     monkeypatch.setattr(training, "compress_padded", unweighted)
-    assert any(sub_network.compress_ratio > 1 for sub_network in job.sub_networks)
+    assert any(setting.compress_ratio > 1 for setting in job.settings)
     with pytest.raises(RuntimeError, match="different numbers"):
         training.measure_time(job)
 

@@ -7,7 +7,7 @@ from flagembedding_matryoshka.evaluation.metrics import per_query
 from flagembedding_matryoshka.evaluation.report import compare, table
 from flagembedding_matryoshka.evaluation.settings import by_width
 from flagembedding_matryoshka.evaluation.store import Result
-from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.setting import Setting
 from tests.encoders import save_bi_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,7 +5,8 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.setting import Setting
 from tests.collection import write_collection
 from tests.encoders import save_bi_encoder
 
@@ -119,7 +120,7 @@ def test_what_the_plan_chooses_is_measured_and_marked(evaluate, model, tmp_path)
     results = json.loads((output / "results.json").read_text())
     assert [item["budget"] for item in results["chosen"]] == [0.5, 1.0]
     (measured,) = (item for item in results["settings"] if item["compress_layers"] == [3])
-    assert (measured["cutoff_layer"], measured["compress_ratio"]) == (4, 4)
+    assert (measured["cutoff_layers"], measured["compress_ratio"]) == ([4], 4)
     names = ["BM25's first 100, as given", "random order", "tiny encoder"]
     assert [baseline["name"] for baseline in results["baselines"]] == names
     assert [baseline["flops_share"] is not None for baseline in results["baselines"]] == [False, False, True]

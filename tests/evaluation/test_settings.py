@@ -2,7 +2,7 @@ import pytest
 
 from flagembedding_matryoshka import CostWiseMistralConfig
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.inference.plan import Setting
+from flagembedding_matryoshka.setting import Setting
 
 CONFIG = CostWiseMistralConfig(num_hidden_layers=6, layer_wise=True, start_layer=2, layer_sep=1)
 

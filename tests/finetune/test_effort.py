@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.models.flops import estimate_flops
 
@@ -10,7 +10,7 @@ CONFIG = CostWiseMistralConfig(
     layer_wise=True, start_layer=2,
 )  # fmt: skip
 EXITS = tuple(CONFIG.exit_layers)
-WIDE, NARROW = SubNetwork(EXITS), SubNetwork(EXITS, (3,), 2)
+WIDE, NARROW = Setting(EXITS), Setting(EXITS, (3,), 2)
 LENGTHS = torch.tensor([10, 12, 9, 14])
 PAIR = {
     "attention_mask": (torch.arange(14) < LENGTHS[:, None]).long(),
@@ -21,8 +21,8 @@ PARTS = (PAIR["query_lengths"], LENGTHS - PAIR["query_lengths"] - 2, PAIR["promp
 SHARED = torch.tensor([False, True, False, True])
 
 
-def flops(sub_network, **options):
-    return estimate_flops(CONFIG, sub_network, *PARTS, SHARED, **options)
+def flops(setting, **options):
+    return estimate_flops(CONFIG, setting, *PARTS, SHARED, **options)
 
 
 @pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])

@@ -27,7 +27,7 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
-from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.text.templates import Template
 
@@ -394,15 +394,15 @@ def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path,
     )
 
 
-def test_sub_networks_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
+def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
     steps = []
     from flagembedding_matryoshka.finetune import trainer
 
     def recorded(config, layers, ratios, seed, step):
         steps.append(step)
-        return sample_sub_network(config, layers, ratios, seed, step)
+        return sample_setting(config, layers, ratios, seed, step)
 
-    monkeypatch.setattr(trainer, "sample_sub_network", recorded)
+    monkeypatch.setattr(trainer, "sample_setting", recorded)
     runner(
         tiny_raw_model_path,
         training_file,

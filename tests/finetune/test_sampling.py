@@ -4,14 +4,14 @@ from collections import Counter
 import pytest
 
 from flagembedding_matryoshka import CostWiseMistralConfig
-from flagembedding_matryoshka.finetune.sampling import sample_sub_network
+from flagembedding_matryoshka.finetune.sampling import sample_setting
 
 CONFIG = CostWiseMistralConfig(num_hidden_layers=8, layer_wise=True, start_layer=2)
 LAYERS, RATIOS, STEPS = [2, 4, 6], [1, 2, 4, 8], 4000
 
 
 def sample(step, seed=0, ratios=RATIOS):
-    return sample_sub_network(CONFIG, LAYERS, ratios, seed, step)
+    return sample_setting(CONFIG, LAYERS, ratios, seed, step)
 
 
 def test_a_function_of_seed_and_step_alone():
@@ -40,4 +40,4 @@ def test_each_layer_is_on_half_of_the_time_and_ratios_are_uniform():
 def test_a_layer_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"compress_layers \[9\] do not exist"):
         for step in range(20):
-            sample_sub_network(CONFIG, [9], [2], 0, step)
+            sample_setting(CONFIG, [9], [2], 0, step)

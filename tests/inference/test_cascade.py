@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.cascade import Schedule
+from flagembedding_matryoshka.setting import Setting
 from tests.batches import close, out_of_memory_above
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +116,7 @@ def test_lists_and_queries_must_match(reranker):
 
 
 def test_an_empty_schedule_keeps_all(reranker):
-    assert Schedule.resolve(reranker.config, {}, 6).kept(20) == 20
+    assert Setting(6).kept(20) == 20
     assert reranker.rank("wing", DOCUMENTS, cascade={})[0]["cutoff_layer"] == 6
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 
 from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting, load_plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
+from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)

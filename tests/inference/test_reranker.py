@@ -326,9 +326,9 @@ def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_to
     sizes = []
     score = reranker._engine.score
 
-    def recorded(inputs, names, sub_network):
+    def recorded(inputs, names, setting):
         sizes.append(inputs)
-        return score(inputs, names, sub_network)
+        return score(inputs, names, setting)
 
     monkeypatch.setattr(reranker._engine, "score", recorded)
     found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.engine import ScoreBatch
 from flagembedding_matryoshka.inference.workers import SHARED_MEMORY
 
 QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
@@ -86,7 +86,7 @@ def test_work_is_shared_by_tokens(two, monkeypatch):
     monkeypatch.setattr(two._engine, "run", lambda tasks, device: run(map(noted, tasks), device))
 
     def noted(task):
-        batches.append(sum(len(pair.input_ids) for pair in task.arguments[0]))
+        batches.append(sum(len(pair.input_ids) for pair in task.pairs))
         return task
 
     two.compute_score(PAIRS)
@@ -126,7 +126,7 @@ def test_threads_take_turns(one, two):
 def test_what_a_worker_raises_arrives_with_its_traceback(two):
     two.compute_score(PAIRS)
     with (
-        closing(two._engine.run(iter([Task("score", ([], [], None))]))) as results,
+        closing(two._engine.run(iter([ScoreBatch([], [], None)]))) as results,
         pytest.raises(ValueError, match="non-empty") as raised,
     ):
         list(results)

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoConfig
 
-from flagembedding_matryoshka import CostWiseMistralConfig, SubNetwork
+from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 
 
 def config(**kwargs):
@@ -26,7 +26,7 @@ def test_exits_start_at_start_layer_and_end_with_the_layers(start_layer, layer_s
 )
 def test_no_exits_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        SubNetwork.resolve(config(**values))
+        Setting.resolve(config(**values))
 
 
 def test_a_configuration_survives_saving(tmp_path):
@@ -45,25 +45,25 @@ def test_remote_code_is_forgotten():
 
 
 def test_the_whole_model_is_the_default():
-    sub_network = SubNetwork.resolve(config(layer_sep=4))
-    assert sub_network == SubNetwork(cutoff_layers=(6,), compress_layers=(), compress_ratio=1)
-    assert sub_network.depth == 6
+    setting = Setting.resolve(config(layer_sep=4))
+    assert setting == Setting(cutoff_layers=(6,), compress_layers=(), compress_ratio=1)
+    assert setting.depth == 6
 
 
 def test_one_layer_may_be_an_int():
-    assert SubNetwork.resolve(config(), 3, 2, 4) == SubNetwork.resolve(config(), [3], [2], 4)
+    assert Setting.resolve(config(), 3, 2, 4) == Setting.resolve(config(), [3], [2], 4)
 
 
 def test_cutoffs_keep_their_order_and_compress_layers_are_a_set():
-    sub_network = SubNetwork.resolve(config(), [6, 2, 4], range(7, 0, -3), 2)
-    assert sub_network.cutoff_layers == (6, 2, 4)
-    assert sub_network == SubNetwork.resolve(config(), (6, 2, 4), [1, 4, 7, 4], 2)
+    setting = Setting.resolve(config(), [6, 2, 4], range(7, 0, -3), 2)
+    assert setting.cutoff_layers == (6, 2, 4)
+    assert setting == Setting.resolve(config(), (6, 2, 4), [1, 4, 7, 4], 2)
 
 
 def test_compression_happens_below_the_last_exit_alone():
-    sub_network = SubNetwork.resolve(config(), [5, 3], [1, 3, 5, 8], 2)
-    assert [layer for layer in range(9) if sub_network.compresses_after(layer)] == [1, 3]
-    full_width = SubNetwork.resolve(config(), 5, [1, 3], 1)
+    setting = Setting.resolve(config(), [5, 3], [1, 3, 5, 8], 2)
+    assert [layer for layer in range(9) if setting.compresses_after(layer)] == [1, 3]
+    full_width = Setting.resolve(config(), 5, [1, 3], 1)
     assert not any(map(full_width.compresses_after, range(9)))
 
 
@@ -74,7 +74,7 @@ def test_compression_happens_below_the_last_exit_alone():
         ({"cutoff_layers": 0}, r"cutoff_layers \[0\] have no head"),
         ({"cutoff_layers": []}, r"cutoff_layers is empty.* exits are \[2, 3, 4, 5, 6, 7, 8\]"),
         ({"compress_layers": 0, "compress_ratio": 2}, r"compress_layers \[0\] do not exist.* from 1 to 8"),
-        ({"compress_layers": [2, 9, -1]}, r"compress_layers \[9, -1\] do not exist.* from 1 to 8"),
+        ({"compress_layers": [2, 9, -1]}, r"compress_layers \[-1, 9\] do not exist.* from 1 to 8"),
         ({"compress_layers": 2, "compress_ratio": 3}, r"compress_ratio is 3, but must be one of \[1, 2, 4, 8\]"),
         ({"compress_layers": 2, "compress_ratio": 0}, r"compress_ratio is 0, but must be one of"),
         ({"compress_layers": 2, "compress_ratio": True}, r"compress_ratio is True, but must be one of"),
@@ -85,7 +85,7 @@ def test_compression_happens_below_the_last_exit_alone():
 )
 def test_what_does_not_exist_is_refused(request_, message):
     with pytest.raises(ValueError, match=message):
-        SubNetwork.resolve(config(), **request_)
+        Setting.resolve(config(), **request_)
 
 
 @pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers"])
@@ -94,4 +94,4 @@ def test_what_does_not_exist_is_refused(request_, message):
 )
 def test_what_is_not_an_int_is_refused(name, layers, value):
     with pytest.raises(TypeError, match=f"{name} must be an int or a list of ints, got {value}"):
-        SubNetwork.resolve(config(), **{name: layers})
+        Setting.resolve(config(), **{name: layers})

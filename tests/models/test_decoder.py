@@ -41,12 +41,12 @@ def gradients(loss, model):
     seed=st.integers(0, 99),
 )
 def test_a_batch_scores_as_transformers_layers_on_one_sequence_at_a_time(
-    layerwise_model, plain_model, lengths, seed, **sub_network
+    layerwise_model, plain_model, lengths, seed, **setting
 ):
     sequences = random_sequences(lengths, seed)
     with torch.no_grad():
-        expected = [slow_scores(plain_model, layerwise_model.lm_head, each, **sub_network) for each in sequences]
-        close(scores(layerwise_model, sequences, **sub_network), torch.stack(expected, 1))
+        expected = [slow_scores(plain_model, layerwise_model.lm_head, each, **setting) for each in sequences]
+        close(scores(layerwise_model, sequences, **setting), torch.stack(expected, 1))
 
 
 @torch.no_grad()

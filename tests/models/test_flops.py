@@ -3,7 +3,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker, SubNetwork
+from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker, Setting
 from flagembedding_matryoshka.models.flops import estimate_flops
 
 QUERY, PASSAGE, PROMPT = torch.tensor([5, 3]), torch.tensor([17, 8]), torch.tensor([4, 4])
@@ -27,15 +27,15 @@ def test_equals_what_torch_counts(tiny_layerwise_path, cutoff_layers, compress_l
             query_lengths=QUERY,
             prompt_lengths=PROMPT,
         )
-    sub_network = SubNetwork.resolve(model.config, cutoff_layers, compress_layers, ratio)
-    assert estimate_flops(model.config, sub_network, QUERY, PASSAGE, PROMPT) == counter.get_total_flops()
+    setting = Setting.resolve(model.config, cutoff_layers, compress_layers, ratio)
+    assert estimate_flops(model.config, setting, QUERY, PASSAGE, PROMPT) == counter.get_total_flops()
 
 
 def test_depth_and_width_save(tiny_layerwise_path):
     config = CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path).config
 
-    def flops(**sub_network):
-        return estimate_flops(config, SubNetwork.resolve(config, **sub_network), QUERY, PASSAGE, PROMPT)
+    def flops(**setting):
+        return estimate_flops(config, Setting.resolve(config, **setting), QUERY, PASSAGE, PROMPT)
 
     full = flops()
     assert flops(cutoff_layers=3) < full

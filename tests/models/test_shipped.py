@@ -8,10 +8,11 @@ import torch
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.finetune.__main__ import main as finetune
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.models.gguf import SMOLLM2_INSTALL
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_tokenizer
 from flagembedding_matryoshka.models.shipped import locate
+from flagembedding_matryoshka.setting import Setting
 from tests.shipped import EXITS, without_tokenizer, write_base_package, write_fine_tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")

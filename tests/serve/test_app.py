@@ -180,7 +180,7 @@ def test_health_asks_a_model_that_failed(reranker, monkeypatch):
     with client_of(reranker) as client:
         assert client.get("/health").json() == {"status": "ok", "model": "tiny"}
         with monkeypatch.context() as broken:
-            broken.setattr(reranker, "compute_score", lambda pairs, **_: [] if not pairs else 1 / 0)
+            broken.setattr(reranker, "rank_batch", lambda *_, **__: 1 / 0)
             assert client.post("/rerank", json={"query": "q", "texts": ["t"]}).status_code == 500
             assert client.get("/health").status_code == 503
         assert client.get("/health").status_code == 200

@@ -111,7 +111,7 @@ def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
         "float32",
         "--max_length",
         "32",
-        "--cutoff_layer",
+        "--cutoff_layers",
         "4",
         "--compress_layers",
         "2",

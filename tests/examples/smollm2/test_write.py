@@ -7,7 +7,8 @@ import write
 from safetensors.torch import load_file
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, Setting
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.setting import Setting
 from tests.shipped import EXITS, write_base_package, write_fine_tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,113 @@
+"""From pairs to scores, and from scores to rankings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flagembedding_matryoshka.inference.engine import ScoreBatch, Task
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.inference.tasks import batches_of, cascade_tasks
+from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+
+Run = Callable[[Iterator[Task]], Generator[tuple[int, Any], None, None]]
+"""Computes tasks, and yields the number and the result of each."""
+Hit = dict[str, Any]
+
+
+def score_pairs(
+    run: Run,
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: PairTokenizer,
+    options: ScoringOptions,
+    setting: Setting,
+    shares: int,
+    show_progress_bar: bool | None,
+) -> Tensor:
+    """(cutoff layers, pairs) float32 scores, each batch on one of so many devices.
+
+    Args:
+        show_progress_bar: None shows one on work of more than a second.
+    """
+    scores = torch.empty(len(setting.cutoff_layers), len(pairs))
+    batches: list[list[int]] = []
+
+    def tasks() -> Iterator[Task]:
+        for indices, inputs in batches_of(pairs, tokenizer, options, shares):
+            batches.append(indices)
+            yield ScoreBatch(inputs, indices, setting)
+
+    progress = tqdm(
+        total=len(pairs),
+        desc="scoring",
+        unit="pair",
+        delay=1.0 if show_progress_bar is None else 0.0,
+        disable=show_progress_bar is False,
+    )
+    with progress, closing(run(tasks())) as results:
+        for number, found in results:
+            scores[:, batches[number]] = torch.tensor(found)
+            progress.update(len(batches[number]))
+    return scores
+
+
+def score_cascade(
+    run: Run,
+    pairs: Sequence[tuple[str, str]],
+    owner: Sequence[int],
+    tokenizer: PairTokenizer,
+    options: ScoringOptions,
+    setting: Setting,
+    shares: int,
+) -> list[Hit]:
+    """ "score" and "cutoff_layer" of each pair, where it was read; `owner` says whose candidate it is."""
+    inputs = options.tokenize(pairs, tokenizer)
+    tasks, order = cascade_tasks(inputs, owner, options, setting, shares)
+    found: dict[int, Hit] = {}
+    with closing(run(iter(tasks))) as results:
+        for number, share in results:
+            for index, (score, layer) in zip(order[number], share, strict=True):
+                found[index] = {"score": score, "cutoff_layer": layer}
+    return [found[index] for index in range(len(pairs))]
+
+
+def refuse_too_short(setting: Setting, owner: Sequence[int], top_k: int) -> None:
+    """Raise ValueError if a cascade keeps fewer than `top_k` of a query's candidates that has as many."""
+    for query, count in Counter(owner).items():
+        if setting.kept(count) < min(top_k, count):
+            raise ValueError(
+                f"cascade {dict(setting.cascade)} keeps {setting.kept(count)} of the {count} candidates of query "
+                f"{query}, fewer than top_k={top_k}."
+            )
+
+
+def rankings_of(
+    lists: Sequence[Sequence[str]], found: Sequence[Hit], top_k: int | None, return_documents: bool, normalize: bool
+) -> list[list[Hit]]:
+    """Each list's hits, the best first; with a cascade those that came further go before the others.
+
+    Args:
+        found: for all documents, list after list.
+        normalize: sigmoid of the scores, taken of what is returned: in float32 it makes scores equal that are not.
+    """
+    rankings: list[list[Hit]] = []
+    rest = iter(found)
+    for documents in lists:
+        ranked: list[Hit] = [
+            {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
+            for index, text in enumerate(documents)
+        ]
+        ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
+        rankings.append(ranked[:top_k])
+    if normalize:
+        for hit in chain(*rankings):
+            hit["score"] = torch.tensor(hit["score"]).sigmoid().item()
+    return rankings

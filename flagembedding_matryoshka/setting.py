@@ -1,0 +1,166 @@
+"""Depth, width and cascade of one pass."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+COMPRESS_RATIOS = (1, 2, 4, 8)
+Layers = int | Iterable[int] | None
+
+
+class Exits(Protocol):
+    """What a setting asks of a model's configuration."""
+
+    num_hidden_layers: int
+
+    @property
+    def exit_layers(self) -> list[int]: ...
+
+
+def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
+    """`layers`, an int or several, as a tuple; None stays None.
+
+    Raises:
+        TypeError: if a value is not an int.
+    """
+    if layers is None:
+        return None
+    values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    for value in values:
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
+    return tuple(map(operator.index, values))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one pass runs. Layers are counted as decoder layers that have run.
+
+    Attributes:
+        cutoff_layers: exits to score at, in the order in which scores are returned.
+        compress_layers: layers after which the passage is compressed, ascending, each once.
+        compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
+        cascade: (exit, share of all candidates that go deeper), from the shallowest; none without a cascade.
+
+    An int stands for a list of one, and a dict for the pairs of a cascade.
+
+    Raises:
+        TypeError: if a layer is not an int.
+        ValueError: if there is no cutoff layer or no such ratio, a ratio has no layer to apply it at, or a share is not
+            in (0, 1] or exceeds the one before it.
+    """
+
+    cutoff_layers: tuple[int, ...]
+    compress_layers: tuple[int, ...] = ()
+    compress_ratio: int = 1
+    cascade: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        ratio = self.compress_ratio
+        if ratio not in COMPRESS_RATIOS or isinstance(ratio, bool):
+            raise ValueError(
+                f"compress_ratio is {ratio!r}, but must be one of {list(COMPRESS_RATIOS)}: the model is trained with "
+                "these, so that ratios nest and one adapter per ratio can be fitted."
+            )
+        cascade = self.cascade.items() if isinstance(self.cascade, Mapping) else self.cascade
+        values = {
+            "cutoff_layers": as_layer_tuple("cutoff_layers", self.cutoff_layers) or (),
+            "compress_layers": tuple(sorted(set(as_layer_tuple("compress_layers", self.compress_layers) or ()))),
+            "compress_ratio": int(ratio),
+            "cascade": tuple(sorted((layer, share) for layer, share in cascade)),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if not self.cutoff_layers:
+            raise ValueError("cutoff_layers is empty.")
+        if self.compress_ratio > 1 and not self.compress_layers:
+            raise ValueError(f"compress_ratio={ratio} needs compress_layers that say where to compress.")
+        before = 1.0
+        for layer, share in self.cascade:
+            if not 0 < share <= before:
+                raise ValueError(
+                    f"cascade keeps {share} of all candidates after layer {layer}: shares lie in (0, 1] and do not "
+                    f"rise; the one before is {before}."
+                )
+            before = share
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers that run: the deepest cutoff layer."""
+        return max(self.cutoff_layers)
+
+    def compresses_after(self, layer: int) -> bool:
+        """Whether the passage shrinks once `layer` decoder layers have run. Nothing shrinks behind the last exit."""
+        return self.compress_ratio > 1 and layer < self.depth and layer in self.compress_layers
+
+    def kept(self, candidates: int) -> int:
+        """How many of so many candidates reach the end of the cascade, at least one."""
+        return math.ceil(self.cascade[-1][1] * candidates) if self.cascade else candidates
+
+    @classmethod
+    def resolve(
+        cls,
+        config: Exits,
+        cutoff_layers: Layers = None,
+        compress_layers: Layers = None,
+        compress_ratio: int | None = None,
+        cascade: Mapping[int, float] | None = None,
+    ) -> Setting:
+        """A request, of which None is the default, checked against the exits and layers that a model has.
+
+        Args:
+            cutoff_layers: None is the deepest exit alone.
+
+        Raises:
+            TypeError, ValueError: as `Setting`, and ValueError if an exit or layer does not exist.
+        """
+        exits = config.exit_layers
+        cutoffs = as_layer_tuple("cutoff_layers", cutoff_layers)
+        if cutoffs == ():
+            raise ValueError(f"cutoff_layers is empty. This model's exits are {exits}.")
+        setting = cls(
+            exits[-1:] if cutoffs is None else cutoffs,  # type: ignore[arg-type]
+            () if compress_layers is None else compress_layers,  # type: ignore[arg-type]
+            1 if compress_ratio is None else compress_ratio,
+            () if cascade is None else cascade,  # type: ignore[arg-type]
+        )
+        setting.check(config)
+        return setting
+
+    def check(self, config: Exits) -> None:
+        """Raise ValueError unless a model of this configuration can run it."""
+        exits = config.exit_layers
+        if unknown := [layer for layer in self.cutoff_layers if layer not in exits]:
+            raise ValueError(f"cutoff_layers {unknown} have no head. This model's exits are {exits}.")
+        if outside := [layer for layer in self.compress_layers if not 1 <= layer <= config.num_hidden_layers]:
+            raise ValueError(
+                f"compress_layers {outside} do not exist. A compress layer is the number of decoder layers that have "
+                f"run, from 1 to {config.num_hidden_layers}."
+            )
+        possible = [layer for layer in exits if layer < self.depth]
+        for layer, _ in self.cascade:
+            if layer not in possible:
+                raise ValueError(f"cascade drops candidates after layer {layer}, but must do so at one of {possible}.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Depth and width as keyword arguments of `MatryoshkaReranker.compute_score`."""
+        return {
+            "cutoff_layers": list(self.cutoff_layers),
+            "compress_layers": list(self.compress_layers),
+            "compress_ratio": self.compress_ratio,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """What `Setting(**…)` takes back."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        stages = "".join(f"{layer}:{share:g} → " for layer, share in self.cascade)
+        after = ", ".join(map(str, self.compress_layers))
+        width = f", ratio {self.compress_ratio} after {after}" if self.compress_ratio > 1 else ""
+        return f"{stages}{', '.join(map(str, self.cutoff_layers))} layers{width}"
