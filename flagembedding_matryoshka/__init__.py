@@ -1,44 +1,44 @@
 """Matryoshka (CostWise) re-rankers: one model, any depth and width."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flagembedding_matryoshka.models.backbones import (
-    CostWiseGemma2Config,
-    CostWiseGemma2ForCausalLM,
-    CostWiseGemma2Model,
-    CostWiseGemmaConfig,
-    CostWiseGemmaForCausalLM,
-    CostWiseGemmaModel,
-    CostWiseGraniteConfig,
-    CostWiseGraniteForCausalLM,
-    CostWiseGraniteModel,
-    CostWiseLlamaConfig,
-    CostWiseLlamaForCausalLM,
-    CostWiseLlamaModel,
-    CostWiseMistralConfig,
-    CostWiseMistralForCausalLM,
-    CostWiseMistralModel,
-    CostWisePhi3Config,
-    CostWisePhi3ForCausalLM,
-    CostWisePhi3Model,
-    CostWiseQwen2Config,
-    CostWiseQwen2ForCausalLM,
-    CostWiseQwen2Model,
-    CostWiseQwen3Config,
-    CostWiseQwen3ForCausalLM,
-    CostWiseQwen3Model,
-)
-from flagembedding_matryoshka.models.heads import CostWiseHead
-from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
-from flagembedding_matryoshka.models.shipped import SMOLLM2
-from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.models.deferred import register_deferred
 
 if TYPE_CHECKING:
     from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+    from flagembedding_matryoshka.models.backbones import (
+        CostWiseGemma2Config,
+        CostWiseGemma2ForCausalLM,
+        CostWiseGemma2Model,
+        CostWiseGemmaConfig,
+        CostWiseGemmaForCausalLM,
+        CostWiseGemmaModel,
+        CostWiseGraniteConfig,
+        CostWiseGraniteForCausalLM,
+        CostWiseGraniteModel,
+        CostWiseLlamaConfig,
+        CostWiseLlamaForCausalLM,
+        CostWiseLlamaModel,
+        CostWiseMistralConfig,
+        CostWiseMistralForCausalLM,
+        CostWiseMistralModel,
+        CostWisePhi3Config,
+        CostWisePhi3ForCausalLM,
+        CostWisePhi3Model,
+        CostWiseQwen2Config,
+        CostWiseQwen2ForCausalLM,
+        CostWiseQwen2Model,
+        CostWiseQwen3Config,
+        CostWiseQwen3ForCausalLM,
+        CostWiseQwen3Model,
+    )
+    from flagembedding_matryoshka.models.heads import CostWiseHead
+    from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
+    from flagembedding_matryoshka.models.shipped import SMOLLM2
     from flagembedding_matryoshka.registry import register
-
-SubNetwork = Setting
-"""The first version's name of it."""
+    from flagembedding_matryoshka.setting import Setting
+    from flagembedding_matryoshka.setting import Setting as SubNetwork
 
 __all__ = [
     "SMOLLM2",
@@ -75,15 +75,28 @@ __all__ = [
     "register",
 ]
 
+# transformers and FlagEmbedding take seconds to import: only who asks for what needs them waits for them.
+_MODULES = {
+    "MatryoshkaReranker": "inference.reranker",
+    "CostWiseHead": "models.heads",
+    "CostWiseCausalLMOutputWithPast": "models.outputs",
+    "CostWiseModelOutputWithPast": "models.outputs",
+    "SMOLLM2": "models.shipped",
+    "Setting": "setting",
+    "SubNetwork": "setting",
+    "register": "registry",
+}
+_FIRST_NAMES = {"SubNetwork": "Setting"}
+
+register_deferred()
+
 
 def __getattr__(name: str) -> Any:
-    # FlagEmbedding takes seconds to import: only who asks for what needs it waits for it.
-    if name == "MatryoshkaReranker":
-        from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES.get(name, 'models.backbones')}")
+    return getattr(module, _FIRST_NAMES.get(name, name))
 
-        return MatryoshkaReranker
-    if name == "register":
-        from flagembedding_matryoshka.registry import register
 
-        return register
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

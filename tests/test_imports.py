@@ -1,8 +1,15 @@
-"""docs/imports.md shows who imports whom; this keeps it true. `python -m tests.test_imports` writes it."""
+"""Who imports whom, as in docs/imports.md (`python -m tests.test_imports` writes it), and what importing costs."""
 
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
+
+from flagembedding_matryoshka.models.backbones import BACKBONES
+from flagembedding_matryoshka.models.deferred import MODEL_TYPES
 
 PACKAGE = "flagembedding_matryoshka"
 PAGE = Path(__file__).parents[1] / "docs" / "imports.md"
@@ -41,6 +48,74 @@ def drawn() -> str:
 
 def test_the_picture_is_true():
     assert PAGE.read_text(encoding="utf-8") == drawn()
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def seconds(code):
+    """The best of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(code)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_what_is_heavy_is_imported_where_it_is_used():
+    heavy = (
+        "transformers.modeling_utils",
+        "peft",
+        "FlagEmbedding",
+        "sentence_transformers",
+        "datasets",
+        "bitsandbytes",
+    )
+    loaded = run(f"import {PACKAGE}, sys; print(*sys.modules)").split()
+    assert PACKAGE in loaded and not heavy & set(loaded)
+
+
+@pytest.mark.slow
+def test_importing_the_package_takes_little_beside_torch():
+    assert seconds(f"import torch, {PACKAGE}") < 1.8 * seconds("import torch")
+
+
+def test_everything_that_is_named_is_there():
+    import flagembedding_matryoshka as package
+
+    assert set(dir(package)) == set(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert package.SubNetwork is package.Setting
+    with pytest.raises(AttributeError, match="has no attribute 'CostWiseNothing'"):
+        _ = package.CostWiseNothing
+
+
+def test_model_types_that_are_deferred_are_those_of_the_backbones():
+    assert set(MODEL_TYPES) == {model.config_class.model_type for model in BACKBONES}
+
+
+@pytest.mark.parametrize("name", ["cost_wise_mistral", "cost_wise_gemma"])
+def test_transformers_knows_a_model_type_before_its_class_is_imported(name, tmp_path):
+    code = f"""
+        import {PACKAGE}, sys
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.for_model({name!r}, num_hidden_layers=1, layer_wise=True, start_layer=1)
+        assert config.model_type == {name!r}
+        config.save_pretrained({str(tmp_path)!r})
+    """
+    run(textwrap.dedent(code))
+    code = f"""
+        import {PACKAGE}
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.from_pretrained({str(tmp_path)!r})
+        import torch
+        with torch.device("meta"):
+            print(type(AutoModelForCausalLM.from_config(config)).__name__)
+    """
+    (model,) = (model for model in BACKBONES if model.config_class.model_type == name)
+    assert run(textwrap.dedent(code)).strip() == model.__name__
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
@@ -13,11 +13,10 @@ from FlagEmbedding.abc.finetune.reranker import (
 )
 
 from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
+from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints
 from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
 from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
-
-BEST_METRIC = "nDCG@10"
 
 
 @dataclass
@@ -263,7 +262,7 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ImportError(f"deepspeed={self.deepspeed} needs the package of that name: pip install deepspeed")
         if self.load_best_model_at_end:
-            self._keep_the_best()
+            rank_checkpoints(self)
         compensates = self.finetune_type is not None
         if self.train_method is None:
             self.train_method = "normal" if compensates else "distill_fix_layer_teacher"
@@ -294,12 +293,3 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             )
         if 1 not in self.compress_ratios and not self.compress_layers:
             raise ValueError(f"compress_ratios {self.compress_ratios} need compress_layers that say where to compress.")
-
-    def _keep_the_best(self) -> None:
-        """Of the checkpoints that are written, by how well they rank: transformers' default is a loss, of which lists
-        that are ranked have none."""
-        args: Any = self
-        if args.metric_for_best_model is None:
-            args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
-        if args.eval_strategy == "no":
-            args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -11,6 +12,18 @@ from transformers import EvalPrediction
 
 PADDING = -100
 """Stands behind the end of a list in scores and labels, as `Trainer` pads them."""
+
+
+BEST_METRIC = "nDCG@10"
+
+
+def rank_checkpoints(args: Any) -> None:
+    """Let `TrainingArguments` evaluate whenever a checkpoint is written, where nothing else is asked for, and keep the
+    one that ranks best: transformers' default is a loss, of which lists that are ranked have none."""
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
+    if args.eval_strategy == "no":
+        args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps
 
 
 def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[str, float]:

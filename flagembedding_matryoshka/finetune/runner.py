@@ -19,7 +19,6 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.arguments import (
-    BEST_METRIC,
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
@@ -31,20 +30,16 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
 )
-from flagembedding_matryoshka.finetune.evaluation import ranking_metrics
+from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints, ranking_metrics
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
+from flagembedding_matryoshka.models.adapters import refuse_other_heads
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.export import write_sentence_transformers_files
-from flagembedding_matryoshka.models.loading import (
-    inspect_checkpoint,
-    load_model,
-    load_tokenizer,
-    refuse_other_heads,
-)
+from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
@@ -100,7 +95,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
                     paths[index] = good_lines(path, scores, data_args.cache_path)
                 check_training_file(paths[index], scores)
         if data_args.eval_data is not None:
-            _evaluate_checkpoints(training_args)
+            rank_checkpoints(training_args)
+            if training_args.eval_strategy == "no":
+                raise ValueError(
+                    "eval_data is given, but save_strategy and eval_strategy are 'no': nothing would be evaluated."
+                )
         elif training_args.eval_strategy != "no":
             raise ValueError(
                 f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
@@ -269,20 +268,3 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
 def _is_half(args: MatryoshkaTrainingArguments) -> bool:
     return bool(args.bf16 or args.fp16)
-
-
-def _evaluate_checkpoints(args: MatryoshkaTrainingArguments) -> None:
-    """Evaluate whenever a checkpoint is written, where nothing else is asked for, and keep the one of the best nDCG@10.
-
-    Raises:
-        ValueError: if no checkpoint is ever written or evaluated.
-    """
-    if args.eval_strategy == "no":
-        args.eval_strategy = args.save_strategy
-        args.eval_steps = args.save_steps
-    if args.eval_strategy == "no":
-        raise ValueError(
-            "eval_data is given, but save_strategy and eval_strategy are 'no': nothing would be evaluated."
-        )
-    if args.metric_for_best_model is None:
-        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True

@@ -14,9 +14,9 @@ import torch
 
 from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
+from flagembedding_matryoshka.models.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.loading import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
+from flagembedding_matryoshka.models.adapters import token_adapter_ratios
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.loading import token_adapter_ratios
 
 Quantization = Literal["int8", "nf4"]
 

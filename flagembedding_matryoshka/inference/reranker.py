@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
-from FlagEmbedding.abc.inference import AbsReranker
 
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
-from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
 from flagembedding_matryoshka.inference.options import (
     ScoringOptions,
@@ -23,7 +22,6 @@ from flagembedding_matryoshka.inference.options import (
 from flagembedding_matryoshka.inference.plan import load_plan
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
-from flagembedding_matryoshka.inference.workers import WorkerPool
 from flagembedding_matryoshka.models.export import export_exits
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.setting import Layers, Setting
@@ -31,7 +29,7 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
-class MatryoshkaReranker(AbsReranker):
+class MatryoshkaReranker(HostedReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
@@ -139,7 +137,7 @@ class MatryoshkaReranker(AbsReranker):
             normalize=normalize,
         )
         available = self.get_target_devices(devices)
-        self.target_devices: list[str] = available[:1] if devices is None else available
+        self.target_devices = available[:1] if devices is None else available
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
@@ -163,81 +161,41 @@ class MatryoshkaReranker(AbsReranker):
         resolve_call(self, {})
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
-        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
+        model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         if quantization is not None:
-            quantize(self.model, quantization)
-        self._engine: Engine | WorkerPool
-        if len(self.target_devices) == 1:
-            self._engine = Engine(self.model.to(self.target_devices[0]))
-        else:
-            self._engine = WorkerPool(self.model, self.target_devices)
+            quantize(model, quantization)
+        self._host(model)
 
-    def close(self) -> None:
-        """End the worker processes of several devices; the next call starts new ones."""
-        if isinstance(self._engine, WorkerPool):
-            self._engine.close()
-
-    def stop_self_pool(self) -> None:
-        """FlagEmbedding's name for `close`."""
-        if hasattr(self, "_engine"):  # FlagEmbedding calls it for an object whose construction failed, too
-            self.close()
-
-    def __enter__(self) -> MatryoshkaReranker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def compute_score(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[float] | list[list[float]]:
-        """Score pairs of query and passage, spread over all devices.
-
-        Args:
-            sentence_pairs: (query, passage) pairs, or a single pair.
-            overrides: the arguments of `compute_score_single_gpu`, but for `device`.
-
-        Returns, raises: as `compute_score_single_gpu`.
-        """
-        return self._score(sentence_pairs, None, **overrides)
-
-    def compute_score_single_gpu(
+    def compute_score(
         self,
         sentence_pairs: Iterable[Pair] | Pair,
         *,
         device: str | None = None,
+        show_progress_bar: bool | None = None,
         **overrides: Any,
     ) -> list[float] | list[list[float]]:
-        """Score pairs of query and passage on one device.
+        """Score pairs of query and passage.
 
         Args:
             sentence_pairs: (query, passage) pairs, or a single pair.
-            device: one of the re-ranker's `devices`; None is the first.
-            compress_layer: the reference's spelling of `compress_layers`.
+            device: one of the re-ranker's `devices`; None spreads the work over all of them.
             show_progress_bar: None shows one on work of more than a second.
-            overrides: any of the constructor's `cutoff_layers`, `compress_layers`, `compress_ratio`, `prompt`,
-                `batch_size`, `max_tokens_per_batch`, `query_max_length`, `max_length`, `normalize` and instructions;
-                None keeps the default.
+            overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
+                spelling), `compress_ratio`, `prompt`, `batch_size`, `max_tokens_per_batch`, `query_max_length`,
+                `max_length`, `normalize` and instructions; None keeps the default.
 
         Returns:
             One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
             the order asked for. No pairs: an empty list.
 
         Raises:
+            ArithmeticError: if a score is not a number.
             TypeError: if a text is not a string, a pair is not a pair, or a keyword is unknown.
-            ValueError: if the layers, ratio or lengths asked for do not fit the model.
+            ValueError: if the layers, ratio or lengths asked for do not fit the model, or there is no such device.
             torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
         """
-        device = self.target_devices[0] if device is None else device
-        if device not in self.target_devices:
+        if device is not None and device not in self.target_devices:
             raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
-        return self._score(sentence_pairs, device, **overrides)
-
-    def _score(
-        self,
-        sentence_pairs: Iterable[Pair] | Pair,
-        device: str | None,
-        show_progress_bar: bool | None = None,
-        **overrides: Any,
-    ) -> list[float] | list[list[float]]:
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         if not pairs:
@@ -247,6 +205,12 @@ class MatryoshkaReranker(AbsReranker):
         scores = score_pairs(run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
         per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
+
+    def compute_score_single_gpu(
+        self, sentence_pairs: Iterable[Pair] | Pair, *, device: str | None = None, **overrides: Any
+    ) -> list[float] | list[list[float]]:
+        """FlagEmbedding's name for `compute_score` on one device, by default the first."""
+        return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
 
     def rank(
         self,
@@ -330,11 +294,6 @@ class MatryoshkaReranker(AbsReranker):
             cutoffs = list(setting.cutoff_layers)
             raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={cutoffs}.")
         return options, setting
-
-    def _run(self, tasks: Iterator[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
-        if isinstance(self._engine, WorkerPool):
-            return self._engine.run(tasks, device)
-        return self._engine.run(tasks)
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.

@@ -199,11 +199,12 @@ def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threa
     except Exception as error:
         connection.send((None, _portable(error)))
         return
-    connection.send((None, None))
+    with suppress(BrokenPipeError):  # closed meanwhile, which reading from it tells
+        connection.send((None, None))
     while True:
         try:
             task: Task = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             connection.send((task.run(engine), None))

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.inputs import as_lists
+from flagembedding_matryoshka.models.adapters import token_adapter_ratio
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer, token_adapter_ratio
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer

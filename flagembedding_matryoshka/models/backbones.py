@@ -8,7 +8,6 @@ understood there is refused when it first runs.
 
 from __future__ import annotations
 
-import math
 from os import PathLike
 from typing import Any, ClassVar, Literal
 
@@ -52,6 +51,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseLayer, CostWiseModel
+from flagembedding_matryoshka.models.minicpm import granite_from_minicpm
 
 
 @strict
@@ -191,7 +191,7 @@ class CostWiseGraniteConfig(CostWiseConfig, GraniteConfig):
             ValueError: if its heads are of another kind than one linear map per exit.
         """
         if config_dict.get("model_type") == "minicpm":
-            config_dict = _from_minicpm(config_dict)
+            config_dict = granite_from_minicpm(config_dict) | {"model_type": cls.model_type}
         return super().from_dict(config_dict, **kwargs)
 
 
@@ -213,33 +213,6 @@ class CostWiseGraniteForCausalLM(CostWiseForCausalLM, GraniteForCausalLM):
 
     def finish(self, scores: Tensor) -> Tensor:
         return scores / self.config.logits_scaling
-
-
-def _from_minicpm(stored: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of BAAI/bge-reranker-v2-minicpm-layerwise, said in Granite's words.
-
-    Its residual branches are scaled by scale_depth / √(all layers), whichever of them are loaded (MiniCPM, arXiv
-    2404.06395, section 4.2), and a simple head reads the state itself, without MiniCPM's division of logits.
-    """
-    kind = stored.get("head_type") if stored.get("head_multi") else None
-    if kind != "simple":
-        raise ValueError(
-            f"a MiniCPM with head_multi={stored.get('head_multi')} and head_type={stored.get('head_type')!r}: only "
-            "head_multi=True with head_type='simple', one linear map per exit, can be read."
-        )
-    own = ("auto_map", "dim_model_base", "head_multi", "head_type", "scale_depth", "scale_emb")
-    head_dim = stored["hidden_size"] // stored["num_attention_heads"]
-    kept = {name: value for name, value in stored.items() if name not in own and value is not None}
-    return kept | {
-        "model_type": CostWiseGraniteConfig.model_type,
-        "layer_wise": True,
-        "tie_word_embeddings": False,
-        "embedding_multiplier": stored["scale_emb"],
-        "residual_multiplier": stored["scale_depth"] / math.sqrt(stored["num_hidden_layers"]),
-        "attention_multiplier": 1 / math.sqrt(head_dim),
-        "logits_scaling": 1.0,
-        "template": stored.get("template", "minicpm"),
-    }
 
 
 @strict
@@ -309,8 +282,8 @@ def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
     return model.config_class.from_dict(stored)
 
 
-def causal_lm_class(config: CostWiseConfig) -> type[CostWiseForCausalLM]:
-    """The re-ranker that a configuration describes."""
+def causal_lm_class(config: Any) -> type[CostWiseForCausalLM]:
+    """The re-ranker that a configuration, or a class of them, describes."""
     return _BY_MODEL_TYPE[config.model_type]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from flagembedding_matryoshka.models.adapters import token_adapter_ratios
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.loading import token_adapter_ratios
 
 
 def export_exits(model: CostWiseForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:

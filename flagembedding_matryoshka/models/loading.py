@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -11,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from flagembedding_matryoshka.models.adapters import (
+    base_of,
+    refuse_other_heads,
+    token_adapter_name,
+    token_adapter_ratio,
+    use_token_adapter,
+)
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.shipped import locate
-from flagembedding_matryoshka.setting import COMPRESS_RATIOS
+from flagembedding_matryoshka.models.shipped import checked, locate
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template, template_of
 
@@ -146,35 +149,6 @@ def _cut(config: CostWiseConfig, max_layer: int) -> None:
     config.cut(max_layer)
 
 
-def checked(path: str | PathLike[str]) -> str:
-    """A path as text, its `~` expanded.
-
-    Raises:
-        FileNotFoundError: if it cannot be a name on the hub, which is "name" or "owner/name", and is not there.
-    """
-    expanded = os.path.expanduser(path)
-    is_path = isinstance(path, PathLike) or expanded.startswith((".", os.sep)) or expanded.count("/") > 1
-    if is_path and not os.path.exists(expanded):
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    return str(expanded)
-
-
-def base_of(adapter: str, **hub: Any) -> str:
-    """What an adapter notes as its base.
-
-    Raises:
-        FileNotFoundError: if that is a path which is no longer there.
-    """
-    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
-    try:
-        return checked(base)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
-            f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
-        ) from error
-
-
 def load_tokenizer(
     path: str | PathLike[str], trust_remote_code: bool = False, use_fast: bool = True, **hub: Any
 ) -> PreTrainedTokenizerBase:
@@ -238,7 +212,7 @@ def load_model(
             attached[ratio] = adapter
     for ratio, adapter in attached.items():
         # Adapters go into the model's own layers; the wrapper around it is not needed.
-        PeftModel.from_pretrained(model, adapter, adapter_name=_token_adapter_name(ratio), **hub)
+        PeftModel.from_pretrained(model, adapter, adapter_name=token_adapter_name(ratio), **hub)
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
@@ -254,53 +228,3 @@ def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokeni
             f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {size}: "
             f"{len(beyond)} tokens that texts become have none. It belongs to another model."
         )
-
-
-def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:
-    """Adapters find heads by their number: those of other exits would go into the wrong ones without a word.
-
-    Raises:
-        ValueError: if fine-tuning noted exits beside the adapter that do not begin with those of `config`.
-    """
-    if _noted(adapter, **hub).get("layer_wise"):
-        exits = read_config(adapter, **hub).exit_layers
-        if exits[: len(config.exit_layers)] != config.exit_layers:
-            raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
-
-
-def token_adapter_ratio(path: str, **hub: Any) -> int | None:
-    """The ratio that an adapter makes up for, as fine-tuning noted beside it; None for any other adapter."""
-    compensation = _noted(path, **hub).get("compensation") or {}
-    return compensation.get("compress_ratio") if compensation.get("axis") == "token" else None
-
-
-def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
-    """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
-    file = cached_file(adapter, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-
-
-def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
-    """The ratios that a model has adapters attached for."""
-    return {
-        ratio
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for ratio in COMPRESS_RATIOS
-        if _token_adapter_name(ratio) in layer._get_available_adapters()
-    }
-
-
-def use_token_adapter(model: CostWiseForCausalLM, ratio: int) -> None:
-    """Let the adapter that is attached for `ratio` act, alone, or none where there is none. No weight changes."""
-    name = _token_adapter_name(ratio)
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            present = name in layer._get_available_adapters()
-            layer.enable_adapters(present)
-            if present:
-                layer.set_adapter(name, inference_mode=True)
-
-
-def _token_adapter_name(ratio: int) -> str:
-    return f"token_{ratio}"

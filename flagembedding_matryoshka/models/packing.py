@@ -20,12 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -274,30 +272,3 @@ def _part_lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int) -
     if (values < 0).any():
         raise ValueError(f"{name} must not be negative, got {int(values.min())} in row {int(values.argmin())}.")
     return values
-
-
-def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Tensor, PackedBatch]:
-    """Tokenised pairs as one row; neighbours with the same query part share it.
-
-    Returns:
-        token ids (1, total_tokens) on `device` and where the segments lie among them.
-    """
-    token_ids: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
-    for query_ids, group in groupby(pairs, key=lambda pair: pair.query_ids):
-        members = list(group)
-        shared = len(members) > 1
-        prefix = len(segments) if shared else -1
-        if shared:
-            token_ids += query_ids
-            segments.append((len(query_ids), 0, 0, -1))
-        for pair in members:
-            own = pair.input_ids[len(query_ids) :] if shared else pair.input_ids
-            token_ids += own
-            query = 0 if shared else len(query_ids)
-            segments.append((query, len(own) - query - pair.prompt_length, pair.prompt_length, prefix))
-    query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
-    packed = PackedBatch(
-        query_lengths, passage_lengths, prompt_lengths, device, prefixes if (prefixes >= 0).any() else None
-    )
-    return torch.tensor(token_ids)[None].to(device), packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from os import PathLike
 from pathlib import Path
 
 from flagembedding_matryoshka.models.gguf import smollm2_base
@@ -28,3 +30,16 @@ def locate(path: str) -> str:
     if path == SMOLLM2_NAME and not Path(path).exists():
         return SMOLLM2
     return path
+
+
+def checked(path: str | PathLike[str]) -> str:
+    """A path as text, its `~` expanded.
+
+    Raises:
+        FileNotFoundError: if it cannot be a name on the hub, which is "name" or "owner/name", and is not there.
+    """
+    expanded = os.path.expanduser(path)
+    is_path = isinstance(path, PathLike) or expanded.startswith((".", os.sep)) or expanded.count("/") > 1
+    if is_path and not os.path.exists(expanded):
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    return str(expanded)

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scoring
+from benchmarks.scoring.checkpoints import config_of, write_checkpoint
+from benchmarks.scoring.plain import PlainCrossEncoder
+from benchmarks.scoring.settings import settings_of
+from flagembedding_matryoshka import MatryoshkaReranker
 from tests.shipped import needs_base, needs_smollm2
 
-ROOT = Path(scoring.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @needs_smollm2
@@ -32,8 +35,8 @@ def test_every_setting_is_measured(tmp_path):
 
 @needs_base
 def test_nothing_is_timed_where_the_scores_disagree(tmp_path, monkeypatch):
-    scoring.write_checkpoint(scoring.config_of(4, 64), str(tmp_path))
-    ours = scoring.MatryoshkaReranker(str(tmp_path), devices="cpu", dtype="float32")
-    monkeypatch.setattr(scoring.PlainCrossEncoder, "compute_score", lambda *_: [0.0])
+    write_checkpoint(config_of(4, 64), str(tmp_path))
+    ours = MatryoshkaReranker(str(tmp_path), devices="cpu", dtype="float32")
+    monkeypatch.setattr(PlainCrossEncoder, "compute_score", lambda *_: [0.0])
     with pytest.raises(RuntimeError, match="differ by up to"):
-        scoring.settings_of(ours, [("wing", "a wing")], {})
+        settings_of(ours, [("wing", "a wing")], {})

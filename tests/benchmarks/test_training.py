@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measuring, training
+from benchmarks import measuring
+from benchmarks.training import jobs, padded
+from benchmarks.training.learner import Learner
+from benchmarks.training.measurements import measure_alone, measure_time
+from benchmarks.training.report import describe
 from flagembedding_matryoshka import Setting
 
-ROOT = Path(training.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def job(monkeypatch):
     """Passages of 1 to 20 tokens: groups that are short, and passages that are a single group."""
-    monkeypatch.setattr(training, "PASSAGE_LENGTHS", (1, 20))
-    return training.Job(training.small_config(4, 32), 2, 3, 2, "cpu", 1, torch.float32, checkpointing=False)
+    monkeypatch.setattr(jobs, "PASSAGE_LENGTHS", (1, 20))
+    return jobs.Job(jobs.small_config(4, 32), 2, 3, 2, "cpu", 1, torch.float32, checkpointing=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -26,7 +30,7 @@ def job(monkeypatch):
 def test_sides_agree_in_loss_and_gradients(job, compress_layers, ratio, checkpointing):
     job = replace(job, checkpointing=checkpointing)
     setting = Setting.resolve(job.config, job.config.exit_layers, compress_layers, ratio)
-    ours, baseline = (training.Learner(job, side) for side in ("ours", "baseline"))
+    ours, baseline = (Learner(job, side) for side in ("ours", "baseline"))
     assert ours.learn(setting) == pytest.approx(baseline.learn(setting), rel=1e-5)
     assert list(ours.weights) == list(baseline.weights)
     for name, weight in ours.weights.items():
@@ -36,22 +40,22 @@ def test_sides_agree_in_loss_and_gradients(job, compress_layers, ratio, checkpoi
 
 
 def test_nothing_is_timed_where_sides_disagree(job, monkeypatch):
-    compress = training.compress_padded
+    compress = padded.compress_padded
 
     def unweighted(hidden, mask, weights, *args):
         return compress(hidden, mask, torch.ones_like(weights), *args)
 
-    monkeypatch.setattr(training, "compress_padded", unweighted)
+    monkeypatch.setattr(padded, "compress_padded", unweighted)
     assert any(setting.compress_ratio > 1 for setting in job.settings)
     with pytest.raises(RuntimeError, match="different numbers"):
-        training.measure_time(job)
+        measure_time(job)
 
 
 def test_ours_alone(job, monkeypatch):
     monkeypatch.setitem(measuring.MATRIX_SIZE, "cpu", 64)
-    result = training.measure_alone(replace(job, checkpointing=True))
+    result = measure_alone(replace(job, checkpointing=True))
     assert len(result["ours"]["steps_s"]) == job.steps
-    assert result["tokens_per_step"] == sum(training.describe(job)["lengths"])
+    assert result["tokens_per_step"] == sum(describe(job)["lengths"])
     assert all(result[name] > 0 for name in ("tokens_per_s", "tflops_per_s", "share_of_matrix_peak", "peak_mib"))
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 QUERIES = [[1], [1, 2], [3, 4, 5]]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.models.packing import PackedBatch, pack, pack_pairs
+from flagembedding_matryoshka.models.packing import PackedBatch, pack
+from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 from tests.batches import LENGTHS, collate, random_sequences
 

@@ -1,0 +1,1 @@
+"""How fast a re-ranker scores at several depths and widths: `python -m benchmarks.scoring …`."""

@@ -1,0 +1,96 @@
+"""What is measured of one shape."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import matrix_flops_per_second
+from benchmarks.scoring.checkpoints import SHAPES, config_of, write_checkpoint
+from benchmarks.scoring.settings import CANDIDATES, Timed, quantizations, settings_of
+from benchmarks.scoring.texts import random_lists, random_pairs, words_of
+from benchmarks.scoring.timing import take_turns
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+
+MAX_LENGTH = 512
+
+
+def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker]]:
+    """The re-ranker of a shape, and by the name of the setting the same with fewer bits."""
+    with tempfile.TemporaryDirectory() as path:
+        write_checkpoint(config_of(*SHAPES[shape]), path)
+        options = {"dtype": args.dtype, "devices": args.device, "max_length": MAX_LENGTH, "batch_size": 1024}
+        ours = MatryoshkaReranker(path, **options)
+        quantized = {
+            f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
+            for method in quantizations(ours)
+        }
+    return ours, quantized
+
+
+def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All settings of one shape, timed side by side."""
+    ours, quantized = load(shape, args)
+    draw = random.Random(0)
+    words = words_of(ours.tokenizer)
+    pairs = random_pairs(words, args.pairs, draw)
+    lists = {} if args.pairs_only else random_lists(words, max(1, args.pairs // CANDIDATES), CANDIDATES, draw)
+    inputs = ScoringOptions.resolve(ours, {}).tokenize(pairs, PairTokenizer(ours.tokenizer))
+    lengths = sorted(len(pair.input_ids) for pair in inputs)
+    settings = settings_of(ours, pairs, lists)
+    reference = torch.tensor(ours.compute_score(pairs, show_progress_bar=False))
+    correlations = {}
+    for place, (name, model) in enumerate(quantized.items(), start=2):
+        score = partial(model.compute_score, pairs, show_progress_bar=False)
+        correlations[name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
+        settings.insert(place, Timed(name, score, len(pairs), None))
+    seconds = take_turns(settings, args.rounds, args.device)
+    peak = matrix_flops_per_second(args.device, ours.model.dtype)
+
+    full = next(setting for setting in settings if setting.name == "full depth")
+    results = []
+    for setting in settings:
+        result = throughput(setting, seconds)
+        if setting.flops:
+            result |= arithmetic(setting, full, seconds, peak)
+        if setting.name in correlations:
+            result["correlation_with_full_depth"] = correlations[setting.name]
+        results.append(result)
+    return {
+        "shape": shape,
+        "dtype": str(ours.model.dtype).removeprefix("torch."),
+        "pairs": len(pairs),
+        "tokens_per_pair": [lengths[0], statistics.median(lengths), lengths[-1]],
+        "matrix_tflops_per_s": peak / 1e12,
+        "settings": results,
+    }
+
+
+def throughput(setting: Timed, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Pairs per second, and how many times as many as what the setting is against."""
+    own = seconds[setting.name]
+    return {
+        "setting": setting.name,
+        "pairs_per_s": setting.pairs / statistics.median(own),
+        "pairs_per_s_range": [setting.pairs / limit(own) for limit in (max, min)],
+        "speedup": statistics.median(plain / ours for plain, ours in zip(seconds[setting.against], own, strict=True)),
+    }
+
+
+def arithmetic(setting: Timed, full: Timed, seconds: dict[str, list[float]], peak: float) -> dict[str, float]:
+    """How fast a setting computes, and its arithmetic and time as shares of full depth's."""
+    median = statistics.median(seconds[setting.name])
+    return {
+        "tflops_per_s": setting.flops / median / 1e12,
+        "share_of_matrix_peak": setting.flops / median / peak,
+        "flops_share": setting.flops / full.flops,
+        "time_share": median / statistics.median(seconds[full.name]),
+    }

@@ -1,0 +1,44 @@
+"""The plain cross-encoder, as one gets it from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import MistralModel, PreTrainedTokenizerBase
+
+from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.text.pairs import PairTokenizer
+
+BATCH_SIZE = 32
+
+
+class PlainCrossEncoder(nn.Module):
+    """transformers' Mistral under one linear output, on padded batches."""
+
+    def __init__(self, ours: MatryoshkaReranker) -> None:
+        super().__init__()
+        config = CostWiseMistralConfig(**ours.config.to_dict() | {"layer_wise": False})
+        self.mistral = MistralModel(config).to(ours.model.device, ours.model.dtype).eval()
+        self.mistral.set_attn_implementation("sdpa")
+        self.mistral.load_state_dict(ours.model.model.state_dict())
+        self.head = ours.model.lm_head[-1].linear_head
+        self.ours = ours
+
+    @torch.inference_mode()
+    def compute_score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores in the order given. The texts become tokens as ours do."""
+        inputs = ScoringOptions.resolve(self.ours, {}).tokenize(pairs, PairTokenizer(self.ours.tokenizer))
+        order = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
+        scores = torch.empty(len(pairs))
+        tokenizer: PreTrainedTokenizerBase = self.ours.tokenizer
+        for start in range(0, len(order), BATCH_SIZE):
+            places = order[start : start + BATCH_SIZE]
+            rows = {"input_ids": [inputs[index].input_ids for index in places]}
+            batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.mistral.device)
+            hidden = self.mistral(**batch, use_cache=False).last_hidden_state
+            last = batch["attention_mask"].sum(1) - 1
+            scores[places] = self.head(hidden[torch.arange(len(places)), last])[:, 0].float().cpu()
+        return scores.tolist()

@@ -1,0 +1,54 @@
+"""A FlagEmbedding re-ranker whose model lies on one device or several."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from FlagEmbedding.abc.inference import AbsReranker
+from typing_extensions import Self
+
+from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.workers import WorkerPool
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+
+
+class HostedReranker(AbsReranker):
+    """Owns the model's engine, or its worker processes; a context manager that ends them.
+
+    Attributes:
+        target_devices: what it computes on.
+    """
+
+    target_devices: list[str]
+
+    def _host(self, model: CostWiseForCausalLM) -> None:
+        self.model = model
+        self._engine: Engine | WorkerPool
+        if len(self.target_devices) == 1:
+            model.to(self.target_devices[0])  # type: ignore[arg-type]
+            self._engine = Engine(model)
+        else:
+            self._engine = WorkerPool(model, self.target_devices)
+
+    def _run(self, tasks: Iterator[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
+        """(number, result) of each task, on `device` or all of them."""
+        if isinstance(self._engine, WorkerPool):
+            return self._engine.run(tasks, device)
+        return self._engine.run(tasks)
+
+    def close(self) -> None:
+        """End the worker processes of several devices; the next call starts new ones."""
+        if isinstance(self._engine, WorkerPool):
+            self._engine.close()
+
+    def stop_self_pool(self) -> None:
+        """FlagEmbedding's name for `close`."""
+        if hasattr(self, "_engine"):  # FlagEmbedding calls it for an object whose construction failed, too
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

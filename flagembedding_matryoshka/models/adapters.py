@@ -1,0 +1,83 @@
+"""LoRA adapters: what they note of themselves, and which of them act."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.utils import cached_file
+
+from flagembedding_matryoshka.models.backbones import read_config
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.shipped import checked
+from flagembedding_matryoshka.setting import COMPRESS_RATIOS
+
+
+def base_of(adapter: str, **hub: Any) -> str:
+    """What an adapter notes as its base.
+
+    Raises:
+        FileNotFoundError: if that is a path which is no longer there.
+    """
+    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+    try:
+        return checked(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
+            f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
+        ) from error
+
+
+def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:
+    """Adapters find heads by their number: those of other exits would go into the wrong ones without a word.
+
+    Raises:
+        ValueError: if fine-tuning noted exits beside the adapter that do not begin with those of `config`.
+    """
+    if _noted(adapter, **hub).get("layer_wise"):
+        exits = read_config(adapter, **hub).exit_layers
+        if exits[: len(config.exit_layers)] != config.exit_layers:
+            raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
+
+
+def token_adapter_ratio(path: str, **hub: Any) -> int | None:
+    """The ratio that an adapter makes up for, as fine-tuning noted beside it; None for any other adapter."""
+    compensation = _noted(path, **hub).get("compensation") or {}
+    return compensation.get("compress_ratio") if compensation.get("axis") == "token" else None
+
+
+def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
+    """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
+    file = cached_file(adapter, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
+    """The ratios that a model has adapters attached for."""
+    return {
+        ratio
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for ratio in COMPRESS_RATIOS
+        if token_adapter_name(ratio) in layer._get_available_adapters()
+    }
+
+
+def use_token_adapter(model: CostWiseForCausalLM, ratio: int) -> None:
+    """Let the adapter that is attached for `ratio` act, alone, or none where there is none. No weight changes."""
+    name = token_adapter_name(ratio)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            present = name in layer._get_available_adapters()
+            layer.enable_adapters(present)
+            if present:
+                layer.set_adapter(name, inference_mode=True)
+
+
+def token_adapter_name(ratio: int) -> str:
+    return f"token_{ratio}"
