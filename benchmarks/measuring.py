@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
-from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from flagembedding_matryoshka.evaluation.machine import machine
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -35,14 +35,4 @@ def matrix_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 20) 
 
 def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on beside the code; a load above 0 at the start says that others were computing."""
-    on_gpu = torch.device(device).type == "cuda"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    processor = capabilities.get("cpu_name", platform.processor())
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else str(processor),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("flagembedding_matryoshka", "torch", "transformers", "peft")},
-    }
+    return machine([device]) | {"load_average": os.getloadavg()[0]}

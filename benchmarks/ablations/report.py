@@ -11,11 +11,10 @@ from typing import Any
 
 from benchmarks.ablations.ranking import Collections, given_quality
 from benchmarks.ablations.statistics import Arm, Compared, compare
-from benchmarks.measuring import environment
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.metrics import QUALITY
 from flagembedding_matryoshka.evaluation.report import markdown_table
-from flagembedding_matryoshka.evaluation.store import machine
+from flagembedding_matryoshka.evaluation.store import about
 from flagembedding_matryoshka.files import write_text
 
 DEVIATION = "± seeds"
@@ -83,11 +82,10 @@ class Report:
 
 def about_machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
     """On what it was computed, and where texts were cut."""
-    found = environment(reranker.target_devices[0]) | machine(reranker)
+    found = about(reranker)
     if reranker.query_max_length is not None:
         found["queries are cut to"] = f"{reranker.query_max_length} tokens"
     found["pairs are cut to"] = f"{reranker.max_length} tokens"
-    del found["load_average"]  # our own, by now
     return found
 
 

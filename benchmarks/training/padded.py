@@ -125,7 +125,7 @@ def compress_padded(
 
 
 class PaddedCrossEncoder(AbsRerankerModel):
-    """The research code's learning step; the counterpart of `MatryoshkaCrossEncoder`."""
+    """The research code's learning step; the counterpart of `MatryoshkaRerankerModel`."""
 
     def __init__(self, base_model: PeftModel, train_group_size: int, **kwargs: Any) -> None:
         super().__init__(base_model, **kwargs)

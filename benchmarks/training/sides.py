@@ -16,7 +16,7 @@ from benchmarks.training.jobs import Job
 from benchmarks.training.padded import PaddedCrossEncoder, PaddedMistral
 from flagembedding_matryoshka import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
-from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
+from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 
 METHOD = TRAIN_METHODS["distill_fix_layer_teacher"]
 LORA_RANK, LORA_ALPHA = 32, 64
@@ -54,8 +54,8 @@ def any_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"Yes": 0}, unk_token="Yes")))
 
 
-def build_ours(job: Job) -> MatryoshkaCrossEncoder:
-    return MatryoshkaCrossEncoder(
+def build_ours(job: Job) -> MatryoshkaRerankerModel:
+    return MatryoshkaRerankerModel(
         adapted_model(CostWiseMistralForCausalLM, job),
         method=METHOD,
         tokenizer=any_tokenizer(),

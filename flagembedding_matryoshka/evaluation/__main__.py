@@ -28,7 +28,7 @@ from flagembedding_matryoshka.evaluation.measuring import evaluate
 from flagembedding_matryoshka.evaluation.plot import plot
 from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, compare, measured, table
 from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
-from flagembedding_matryoshka.evaluation.store import Store, conditions, machine
+from flagembedding_matryoshka.evaluation.store import Store, about, conditions
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baselines.append(by_bi_encoder(candidates, label, path, options.timed_pairs, options.recall_at, device, dtype))
     compared, beside = compare(results, full, baselines)
     name = collection_name(options.data, options.split)
-    _write_report(options.output, compared, beside, chosen, candidates, name, machine(reranker))
+    _write_report(options.output, compared, beside, chosen, candidates, name, about(reranker))
     if options.write_plan:
         plan = Plan(
             exit_layers=tuple(config.exit_layers),

@@ -58,7 +58,7 @@ def evaluate(
                 keep(setting, run, reranker.estimate_flops(pairs, **setting.arguments))
         for setting in group:
             if setting.cascade:
-                keep(setting, *run_cascade(reranker, candidates, setting))
+                keep(setting, *cascade_run(reranker, candidates, setting))
     return [result for setting in settings if (result := found[setting]) is not None]
 
 
@@ -85,7 +85,7 @@ def score_exits(reranker: MatryoshkaReranker, candidates: Candidates, settings: 
     return runs
 
 
-def run_cascade(reranker: MatryoshkaReranker, candidates: Candidates, setting: Setting) -> tuple[Run, int]:
+def cascade_run(reranker: MatryoshkaReranker, candidates: Candidates, setting: Setting) -> tuple[Run, int]:
     """A cascade's run, and the operations that it spent, each candidate's as far as it came."""
     rankings: dict[str, list[str]] = {}
     flops = 0

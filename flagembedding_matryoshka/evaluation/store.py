@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.machine import machine
 from flagembedding_matryoshka.evaluation.metrics import Run, from_trec, mean, to_trec
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker, ScoringOptions
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import Setting
 
 
@@ -101,7 +102,7 @@ def conditions(
     return {
         "model": model_fingerprint(reranker),
         "candidates": candidates.fingerprint(),
-        "machine": machine(reranker),
+        "machine": about(reranker),
         "timed_pairs": timed_pairs,
         "recall_at": recall_at,
     }
@@ -114,20 +115,9 @@ def slug(setting: Setting) -> str:
     return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.depth}", *width])
 
 
-def machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
-    """On what the re-ranker runs."""
-    devices = [
-        torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
-        for device in reranker.target_devices
-    ]
-    return {
-        "devices": devices,
-        "dtype": str(reranker.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "flagembedding_matryoshka": version("flagembedding_matryoshka"),
-    }
+def about(reranker: MatryoshkaReranker) -> dict[str, Any]:
+    """On what the re-ranker runs, and in which format."""
+    return {"dtype": str(reranker.model.dtype).removeprefix("torch.")} | machine(reranker.target_devices)
 
 
 def model_fingerprint(reranker: MatryoshkaReranker) -> str:

@@ -5,14 +5,14 @@ from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
 )
-from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
+from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 
 __all__ = [
-    "MatryoshkaCrossEncoder",
     "MatryoshkaDataArguments",
     "MatryoshkaModelArguments",
+    "MatryoshkaRerankerModel",
     "MatryoshkaRunner",
     "MatryoshkaTrainer",
     "MatryoshkaTrainingArguments",

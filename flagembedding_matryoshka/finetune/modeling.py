@@ -28,7 +28,7 @@ class MatryoshkaOutput(RerankerOutput):
     terms: dict[str, Tensor] | None = None
 
 
-class MatryoshkaCrossEncoder(AbsRerankerModel):
+class MatryoshkaRerankerModel(AbsRerankerModel):
     """Scores groups of pairs at every exit and computes the loss of a training method.
 
     Args:

@@ -32,7 +32,7 @@ from flagembedding_matryoshka.finetune.data import (
 )
 from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints, ranking_metrics
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
-from flagembedding_matryoshka.finetune.modeling import MatryoshkaCrossEncoder
+from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.models.adapters import refuse_other_heads
@@ -112,7 +112,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             raise ValueError(f"{output_dir} is not empty, and overwrite_output_dir=False.")
         super().__init__(model_args, data_args, training_args)
 
-    def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaCrossEncoder]:
+    def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaRerankerModel]:
         """The tokenizer, with a pad token, and the model that learns."""
         args = self.model_args
         hub = {name: value for name, value in (("cache_dir", args.cache_dir), ("token", args.token)) if value}
@@ -156,7 +156,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
         model.config.raw_peft = [*checkpoint.adapters, *raw_peft] if args.use_lora else []
         model.config.compensation = self._compensation()
-        cross_encoder = MatryoshkaCrossEncoder(
+        cross_encoder = MatryoshkaRerankerModel(
             self._add_adapters(model) if args.use_lora else model,
             tokenizer,
             self.method,

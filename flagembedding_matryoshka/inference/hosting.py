@@ -37,6 +37,10 @@ class HostedReranker(AbsReranker):
             return self._engine.run(tasks, device)
         return self._engine.run(tasks)
 
+    def compute_score_single_gpu(self, sentence_pairs: Any, *, device: str | None = None, **overrides: Any) -> Any:
+        """FlagEmbedding's name for `compute_score` on one device, by default the first."""
+        return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
+
     def close(self) -> None:
         """End the worker processes of several devices; the next call starts new ones."""
         if isinstance(self._engine, WorkerPool):

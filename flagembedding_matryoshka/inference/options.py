@@ -103,6 +103,18 @@ def resolve_call(
         raise ValueError(f"{error} Layers above max_layer={defaults.max_layer} were not loaded.") from error
 
 
-def names_depth_or_width(overrides: Mapping[str, Any]) -> bool:
-    """Whether a call chooses itself what a plan would choose for it."""
-    return any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
+def resolve_ranking(
+    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None = None
+) -> tuple[ScoringOptions, Setting]:
+    """As `resolve_call`, for a ranking: by the plan, unless the call names a depth, width or cascade of its own.
+
+    Raises:
+        TypeError, ValueError: as `resolve_call`, and ValueError on several cutoff layers.
+    """
+    own = any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
+    if defaults.planned is not None and cascade is None and not own:
+        overrides, cascade = {**overrides, **defaults.planned.arguments}, dict(defaults.planned.cascade)
+    options, setting = resolve_call(defaults, overrides, cascade)
+    if len(setting.cutoff_layers) > 1:
+        raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(setting.cutoff_layers)}.")
+    return options, setting

@@ -13,12 +13,7 @@ from flagembedding_matryoshka.inference.counting import count_input_tokens, coun
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
 from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
-from flagembedding_matryoshka.inference.options import (
-    ScoringOptions,
-    names_depth_or_width,
-    refuse_beside_plan,
-    resolve_call,
-)
+from flagembedding_matryoshka.inference.options import refuse_beside_plan, resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.plan import load_plan
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
@@ -206,12 +201,6 @@ class MatryoshkaReranker(HostedReranker):
         per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
 
-    def compute_score_single_gpu(
-        self, sentence_pairs: Iterable[Pair] | Pair, *, device: str | None = None, **overrides: Any
-    ) -> list[float] | list[list[float]]:
-        """FlagEmbedding's name for `compute_score` on one device, by default the first."""
-        return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
-
     def rank(
         self,
         query: str,
@@ -251,10 +240,7 @@ class MatryoshkaReranker(HostedReranker):
         cascade: Mapping[int, float] | None = None,
         **overrides: Any,
     ) -> list[list[dict[str, int | float | str]]]:
-        """`rank` for many queries, in common batches.
-
-        Args:
-            candidates: the documents of each query.
+        """`rank` for many queries, in common batches; `candidates` are the documents of each query.
 
         Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
         """
@@ -263,12 +249,11 @@ class MatryoshkaReranker(HostedReranker):
         queries, lists = as_lists(queries, candidates)
         pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
         show_progress_bar = overrides.pop("show_progress_bar", None)
-        is_planned = self.planned is not None and cascade is None and not names_depth_or_width(overrides)
-        options, setting = self._resolve_ranking(cascade, overrides)
+        options, setting = resolve_ranking(self, overrides, cascade)
         shares = len(self.target_devices)
         if setting.cascade or cascade is not None:
             owner = [number for number, documents in enumerate(lists) for _ in documents]
-            if top_k is not None and not is_planned:
+            if top_k is not None and cascade is not None:
                 refuse_too_short(setting, owner, top_k)
             found = score_cascade(self._run, pairs, owner, self._pair_tokenizer, options, setting, shares)
         else:
@@ -277,30 +262,13 @@ class MatryoshkaReranker(HostedReranker):
         return rankings_of(lists, found, top_k, return_documents, options.normalize)
 
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
-        """What `rank` runs with these arguments of it.
-
-        Raises:
-            TypeError, ValueError: as `rank`.
-        """
-        return self._resolve_ranking(cascade, overrides)[1]
-
-    def _resolve_ranking(
-        self, cascade: Mapping[int, float] | None, overrides: dict[str, Any]
-    ) -> tuple[ScoringOptions, Setting]:
-        if self.planned is not None and cascade is None and not names_depth_or_width(overrides):
-            overrides, cascade = overrides | self.planned.arguments, dict(self.planned.cascade)
-        options, setting = resolve_call(self, overrides, cascade)
-        if len(setting.cutoff_layers) > 1:
-            cutoffs = list(setting.cutoff_layers)
-            raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={cutoffs}.")
-        return options, setting
+        """What `rank` runs with these arguments of it; errors as there."""
+        return resolve_ranking(self, overrides, cascade)[1]
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
-        Raises:
-            ValueError: if an exit does not exist, token adapters are attached, of which a checkpoint can hold one, or
-                the weights are quantized.
+        Raises ValueError if an exit does not exist, token adapters are attached, or the weights are quantized.
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
@@ -317,12 +285,8 @@ class MatryoshkaReranker(HostedReranker):
     def estimate_flops(
         self, sentence_pairs: Iterable[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
     ) -> int:
-        """Floating-point operations that `compute_score` spends on all of these pairs, by the model's own count.
-
-        Args:
-            depths: what a cascade spends instead: the "cutoff_layer" that it gave each pair, with all its exits as
-                `cutoff_layers`.
-        """
+        """Floating-point operations that `compute_score` spends on all of these pairs, by the model's own count; with
+        `depths` a cascade: the "cutoff_layer" that it gave each pair, with all its exits as `cutoff_layers`."""
         options, setting = resolve_call(self, overrides)
         inputs = options.tokenize(as_pairs(sentence_pairs), self._pair_tokenizer)
         return count_operations(self.config, inputs, options, setting, depths)

@@ -1,4 +1,4 @@
-"""AnswerDotAI's rerankers. Once this is imported, `Reranker(path, model_type="MatryoshkaRanker")` loads ours."""
+"""AnswerDotAI's rerankers: once this is imported, `Reranker(path, model_type="MatryoshkaLayerWiseRanker")` is ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
 
 
-class MatryoshkaRanker(BaseRanker):
+class MatryoshkaLayerWiseRanker(BaseRanker):
     """Ranks as every `rerankers` model.
 
     Args:
@@ -46,4 +46,4 @@ class MatryoshkaRanker(BaseRanker):
         return score
 
 
-AVAILABLE_RANKERS["MatryoshkaRanker"] = MatryoshkaRanker
+AVAILABLE_RANKERS["MatryoshkaLayerWiseRanker"] = MatryoshkaLayerWiseRanker

@@ -1,10 +1,15 @@
 """Width: neighbouring passage tokens merged into one, weighted by the last token's attention.
 
-Ratio 2 on a sequence of 2 query, 5 passage and 1 prompt tokens:
+Ratio 2 on a sequence of 2 query, 5 passage and 1 prompt tokens, q q a b c d e p, whose passage tokens are worth 1 to 5
+and weigh the same; the last group may be short:
 
-    tokens   q q a b c d e p
-    slots    0 1 2 2 3 3 4 5        the last group may be short
-    row      q q ab cd e p
+>>> packed = PackedBatch(*torch.tensor([[2], [5], [1]]), torch.device("cpu"))
+>>> tokens = torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0])[None, :, None]
+>>> row, compressed = compress(tokens, None, packed, ratio=2)
+>>> row.flatten().tolist()
+[0.0, 0.0, 1.5, 3.5, 5.0, 9.0]
+>>> compressed.passage_lengths.tolist(), compressed.position_ids.tolist()
+([3], [[0, 1, 2, 3, 4, 5]])
 """
 
 from __future__ import annotations

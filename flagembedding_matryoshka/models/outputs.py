@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -15,7 +14,6 @@ class CostWiseModelOutputWithPast(ModelOutput):
 
     Attributes:
         last_hidden_state: (batch, length, hidden), the last entry of `hidden_states`.
-        past_key_values: always None.
         last_token_states: tuple of (batch, hidden), normalised.
         hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
         attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
@@ -24,7 +22,6 @@ class CostWiseModelOutputWithPast(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
     last_token_states: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attention_masks: tuple[Tensor, ...] | None = None
@@ -36,19 +33,13 @@ class CostWiseCausalLMOutputWithPast(ModelOutput):
     """Scores of one pass; every tuple has one entry per cutoff layer, in the order asked for.
 
     Attributes:
-        loss: always None.
         logits: tuple of (batch,) float32 scores.
-        past_key_values: always None.
         hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
-        attentions: always None.
         attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
         full_width_logits: as `logits`, without compression and without a graph; None unless asked for.
     """
 
-    loss: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
-    past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     attention_masks: tuple[Tensor, ...] | None = None
     full_width_logits: tuple[Tensor, ...] | None = None

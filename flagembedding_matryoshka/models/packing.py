@@ -1,18 +1,21 @@
 """The ragged batch: all sequences' tokens in one row, without padding.
 
-Three sequences of 4, 2 and 3 tokens, each made of query part, passage and prompt part:
+Three sequences of 4, 2 and 3 tokens, each made of query part, passage and prompt part, in a row q q p P | q P | q p P:
 
-    row          q q p P | q P | q p P          (1, 9, hidden)
-    cu_seqlens   0       4     6       9
-    positions    0 1 2 3   0 1   0 1 2
+>>> lengths = torch.tensor([[2, 1, 1], [1, 0, 1], [1, 1, 1]]).T
+>>> packed = PackedBatch(*lengths, torch.device("cpu"))
+>>> packed.cu_seqlens.tolist(), packed.position_ids.tolist()
+([0, 4, 6, 9], [[0, 1, 2, 3, 0, 1, 0, 1, 2]])
 
 Sequences that begin with the same query part may share it: it is then a segment of its own, which stands in front of
-theirs and which they attend to. The first and the last of these have a query of 2 tokens in common:
+theirs and which they attend to. The first and the last of these have a query of 2 tokens in common: q q | p P | p p P
 
-    row          q q | p P | p p P
-    cu_seqlens   0     2     4       7
-    prefixes     -1    0     0
-    positions    0 1   2 3   2 3 4
+>>> lengths = torch.tensor([[2, 0, 0], [0, 1, 1], [0, 2, 1]]).T
+>>> packed = PackedBatch(*lengths, torch.device("cpu"), prefixes=torch.tensor([-1, 0, 0]))
+>>> packed.cu_seqlens.tolist(), packed.position_ids.tolist()
+([0, 2, 4, 7], [[0, 1, 2, 3, 2, 3, 4]])
+>>> packed.sequence_lengths.tolist(), packed.last_tokens.tolist()
+([4, 5], [3, 6])
 """
 
 from __future__ import annotations

@@ -1,0 +1,14 @@
+"""The drawings in docstrings are true."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+MODULES = ("models.attention", "models.compression", "models.packing")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_drawing_is_true(name):
+    found = doctest.testmod(import_module(f"flagembedding_matryoshka.{name}"))
+    assert found.attempted and not found.failed
