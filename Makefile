@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench test test-slow test-all test-gpu lint format build clean
+.PHONY: help install demo bench test test-slow test-all test-oldest test-gpu lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ test-slow: $(INSTALLED) ## run the slow tests
 test-all: $(INSTALLED) ## run the quick and the slow tests
 	$(BIN)/python -m pytest -m "not gpu"
 
+test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[bitsandbytes,demo,gguf,serve]' \
+	    httpx hypothesis pytest pytest-timeout
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+
 test-gpu: $(INSTALLED) ## run the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu
 
@@ -54,6 +60,6 @@ format: $(INSTALLED) ## put the code into shape
 build: $(INSTALLED) ## build the source archive and the wheel into dist
 	$(BIN)/python -m build
 
-clean: ## remove what the tools leave behind, all but .venv
+clean: ## remove what the tools leave behind, all but environments
 	rm -rf build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
