@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
     model.add_argument("--start_layer", type=int, help="of a raw checkpoint (default: 4)")
     model.add_argument("--layer_sep", type=int, help="of a raw checkpoint (default: 1)")
+    model.add_argument("--template", help="what stands around query and passage, by name or as a JSON file")
     add_dtype(model)
     add_scoring(model)
 
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model,
         peft_path=options.peft_path,
         dtype=options.dtype,
+        template=options.template,
         **exits,
         batch_size=options.batch_size,
         query_max_length=options.query_max_length,

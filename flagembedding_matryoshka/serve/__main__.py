@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peft_path", nargs="+", help="LoRA adapters to merge, in order")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: bfloat16 where it is fast)")
     parser.add_argument("--devices", nargs="+", help="default: the first accelerator, else the CPU")
+    parser.add_argument("--template", help="around query and passage: a name or a JSON file (default: the model's)")
     parser.add_argument("--max_layer", type=int, help="layers above are not loaded")
     parser.add_argument("--cutoff_layers", type=int, help="the exit of requests that name none (default: the deepest)")
     parser.add_argument("--compress_layers", type=int, nargs="+", help="for requests that name none")
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_path=options.peft_path,
         dtype=options.dtype,
         devices=options.devices,
+        template=options.template,
         max_layer=options.max_layer,
         cutoff_layers=options.cutoff_layers,
         compress_layers=options.compress_layers,

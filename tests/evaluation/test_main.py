@@ -70,6 +70,11 @@ def test_a_sample_of_the_queries(evaluate):
     assert results["queries"] == 2
 
 
+def test_words_around_the_texts_can_be_others(evaluate):
+    runs = [sorted((evaluate(*words) / "runs").iterdir())[0].read_text() for words in ((), ("--template", "minicpm"))]
+    assert runs[0] != runs[1]
+
+
 def test_what_is_measured_is_not_measured_again(evaluate, monkeypatch):
     first = json.loads((evaluate() / "results.json").read_text())
 

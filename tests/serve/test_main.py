@@ -103,7 +103,9 @@ def test_requests_in_flight_are_answered_before_the_process_ends(tiny_layerwise_
 def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
     from flagembedding_matryoshka import MatryoshkaReranker
 
-    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=32)
+    reranker = MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=32, template="minicpm"
+    )
     texts = ["air flows", "wing " * 50]
     scores = reranker.rank("lift", texts, cutoff_layers=4, compress_layers=[2, 3], compress_ratio=2)
     arguments = [
@@ -111,6 +113,8 @@ def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
         "float32",
         "--max_length",
         "32",
+        "--template",
+        "minicpm",
         "--cutoff_layers",
         "4",
         "--compress_layers",
