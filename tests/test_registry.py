@@ -65,6 +65,8 @@ def test_flagembeddings_published_re_rankers_score_through_its_own_door(name, sh
     assert type(reranker) is MatryoshkaReranker and reranker.prompt == golden["prompt"]
     reranker.model.float()
     scores = golden["layerwise"][0]["scores"] if "layerwise" in golden else golden["scores"]
-    found = reranker.compute_score([tuple(pair) for pair in golden["pairs"][:3]])
+    pairs = [tuple(pair) for pair in golden["pairs"][:3]]
+    found = reranker.compute_score(pairs)
+    assert reranker.compute_score_single_gpu(pairs, use_dataloader=True, num_workers=2) == found
     expected = [scores[golden["layers"].index(layer)][:3] for layer in (4, 8)]
     assert found[0] == pytest.approx(expected[0], abs=0.05) and found[1] == pytest.approx(expected[1], abs=0.05)

@@ -37,8 +37,21 @@ class HostedReranker(AbsReranker):
             return self._engine.run(tasks, device)
         return self._engine.run(tasks)
 
-    def compute_score_single_gpu(self, sentence_pairs: Any, *, device: str | None = None, **overrides: Any) -> Any:
-        """FlagEmbedding's name for `compute_score` on one device, by default the first."""
+    def compute_score_single_gpu(
+        self,
+        sentence_pairs: Any,
+        *,
+        device: str | None = None,
+        use_dataloader: bool | None = None,
+        num_workers: int | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """FlagEmbedding's name for `compute_score` on one device, by default the first.
+
+        Args:
+            use_dataloader, num_workers: of FlagEmbedding's layer-wise class. They ask for what is done in any case:
+                pairs are tokenised while others are computed.
+        """
         return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
 
     def close(self) -> None:
