@@ -138,7 +138,9 @@ class MatryoshkaReranker(HostedReranker):
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.max_layer = max_layer
-        self.max_tokens_per_batch = max_tokens_per_batch or fast_batch_tokens(self.target_devices[0])
+        if max_tokens_per_batch is None:
+            max_tokens_per_batch = fast_batch_tokens(self.target_devices[0])
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.quantization = quantization
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"

@@ -419,3 +419,9 @@ def test_a_score_that_is_no_number_is_an_error(tiny_layerwise_path, devices):
             broken.compute_score(pairs)
         with pytest.raises(ArithmeticError, match=message):
             broken.rank("a wing", ["air", "heat", "flow"], cascade={3: 0.5})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_tokens_per_batch", "max_length", "query_max_length"])
+def test_a_size_of_nothing_is_refused_when_it_is_given_to_the_constructor(name, tiny_layerwise_path):
+    with pytest.raises(ValueError, match=f"{name} is 0, but must be at least 1"):
+        MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu", **{name: 0})
