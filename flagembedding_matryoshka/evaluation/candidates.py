@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flagembedding_matryoshka.text.collections import Collection, bm25_lists
+from flagembedding_matryoshka.text.lines import good_lines
 
 logger = logging.getLogger(__name__)
 
@@ -108,22 +109,19 @@ def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
         ValueError: naming file and line of what is malformed or unknown, or the query that has no line.
     """
     scores: dict[str, dict[str, float]] = {query: {} for query in collection.queries}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            cells = line.split()
-            if not cells:
-                continue
-            if len(cells) != 6 or (score := _number(cells[4])) is None:
-                raise ValueError(
-                    f"{path}, line {number}: query, Q0, passage, rank, a finite score and tag are wanted, got {cells}"
-                )
-            query, passage = cells[0], cells[2]
-            for kind, value, known in (("query", query, scores), ("passage", passage, collection.passages)):
-                if value not in known:
-                    raise ValueError(f"{path}, line {number}: the collection has no {kind} {value!r}")
-            if passage in scores[query]:
-                raise ValueError(f"{path}, line {number}: passage {passage!r} is there twice for query {query!r}")
-            scores[query][passage] = score
+    for number, line in good_lines(path):
+        cells = line.split()
+        if len(cells) != 6 or (score := _number(cells[4])) is None:
+            raise ValueError(
+                f"{path}, line {number}: query, Q0, passage, rank, a finite score and tag are wanted, got {cells}"
+            )
+        query, passage = cells[0], cells[2]
+        for kind, value, known in (("query", query, scores), ("passage", passage, collection.passages)):
+            if value not in known:
+                raise ValueError(f"{path}, line {number}: the collection has no {kind} {value!r}")
+        if passage in scores[query]:
+            raise ValueError(f"{path}, line {number}: passage {passage!r} is there twice for query {query!r}")
+        scores[query][passage] = score
     without = [query for query in collection.relevant if not scores[query]]
     if without:
         raise ValueError(f"{path} has no candidates for {len(without)} judged queries, such as {without[0]!r}")

@@ -10,8 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from datasets import Dataset, Value, load_dataset
-from datasets import Sequence as ListOf
+from datasets import Dataset
 from FlagEmbedding.abc.finetune.reranker import (
     AbsLLMRerankerCollator,
     AbsLLMRerankerTrainDataset,
@@ -22,15 +21,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.evaluation import PADDING
-from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, check_training_file
+from flagembedding_matryoshka.finetune.losses import Reads
+from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, load_files, load_rows
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template
 
 RANDOM_MARGIN = 10.0
 """How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
-SCORES = ("pos_scores", "neg_scores")
 DRAWS = 100
-COLUMNS = ("query", "pos", "neg", *SCORES, *INSTRUCTIONS)
 
 
 class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
@@ -43,7 +41,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         template: what stands around query and passage; a row may bring its own prompt and instructions.
 
     Raises:
-        ValueError: naming file and line of a row that is wrong.
+        ValueError: naming file and line of a row that is wrong, or if there is no row.
     """
 
     def __init__(
@@ -55,24 +53,22 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
     ) -> None:
         self.seed = seed
         self._file_sizes: list[int] = []
-        rows = sum(check_training_file(path, args.knowledge_distillation) for path in args.train_data)
-        if not rows:
-            raise ValueError(f"there is no row in {', '.join(args.train_data)}")
         self.pair_tokenizer = PairTokenizer(tokenizer, template)
         args = copy.copy(args)
         args.sep_token = self.pair_tokenizer.template.between  # FlagEmbedding's dataset tokenises it
+        load_files(args.train_data, self.reads(args), args.cache_path, args.skip_bad_lines)
         super().__init__(args, tokenizer)
 
+    @classmethod
+    def reads(cls, args: AbsRerankerDataArguments) -> Reads:
+        """What of the rows."""
+        return "scores" if args.knowledge_distillation else "labels"
+
     def _load_dataset(self, file_path: str) -> Dataset:
-        # Files are joined, so what they share must have one type, and what is not used must not stand in the way.
-        rows = load_dataset("json", data_files=file_path, split="train", cache_dir=self.args.cache_path)
+        rows = load_rows(file_path, self.reads(self.args), self.args.cache_path, self.args.skip_bad_lines)
         limit = self.args.max_example_num_per_dataset
         if len(rows) > limit:
             rows = rows.select(random.Random(f"{self.seed}-{file_path}").sample(range(len(rows)), limit))
-        unused = () if self.args.knowledge_distillation else SCORES
-        rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names and name not in unused])
-        for name in set(SCORES).intersection(rows.column_names):
-            rows = rows.cast_column(name, ListOf(Value("float64")))
         self._file_sizes.append(len(rows))
         return rows
 
@@ -101,7 +97,12 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
     """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
 
     What is drawn is a function of (seed, epoch, item) alone: a resumed run, and any number of processes, draw the same.
+
+    Attributes:
+        others: which texts of other rows `random_negatives` are drawn from.
     """
+
+    others = "pos"
 
     def __init__(
         self,
@@ -128,11 +129,8 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         positive = draw.randrange(len(row["pos"]))
-        others = self._passages_of_others(item, row, draw)
-        wanted = args.train_group_size - 1 - len(others)
-        # fewer negatives than wanted are drawn again
-        pool = list(range(len(row["neg"]))) * math.ceil(wanted / len(row["neg"]))
-        negatives = draw.sample(pool, wanted)
+        others = self._passages_of_others(item, {*row["pos"], row["query"]}, draw)
+        negatives = _sample(len(row["neg"]), args.train_group_size - 1 - len(others), draw)
         passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives), *others]
         scores = None
         if args.knowledge_distillation:
@@ -141,24 +139,24 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
             scores += [lowest - RANDOM_MARGIN] * len(others)
         return self._sequences(row, passages), scores
 
-    def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
-        """As many passages of other rows of the same file as `random_negatives` asks for, none of them this row's own.
+    def _passages_of_others(self, item: int, own: set[str], draw: random.Random) -> list[str]:
+        """As many passages of other rows of the same file as `random_negatives` asks for, none of them in `own`.
 
         Raises:
             ValueError: if the file has no other passage.
         """
         wanted = round(self.args.random_negatives * (self.args.train_group_size - 1))
         first, size = next((first, size) for first, size in self._files if item < first + size)
-        own, others = {*row["pos"], row["query"]}, []
+        others = []
         for _ in range(wanted):
             for _ in range(DRAWS):
-                passage = draw.choice(self.dataset[first + draw.randrange(size)]["pos"])
+                passage = draw.choice(self.dataset[first + draw.randrange(size)][self.others])
                 if passage not in own:
                     break
             else:
                 raise ValueError(
                     f"random_negatives={self.args.random_negatives}, but {DRAWS} rows drawn from the file of row "
-                    f"{item} have no positive that is not this row's own, {row['query']!r:.80}."
+                    f"{item} have no passage that is not this row's own, {self.dataset[item]['query']!r:.80}."
                 )
             others.append(passage)
         return others
@@ -170,6 +168,31 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         size = len(text) // 3 + 1
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
         return " ".join(draw.sample(pieces, len(pieces)))
+
+
+class UnlabelledTrainDataset(MatryoshkaTrainDataset):
+    """Groups of a query with `train_group_size` passages, in any order, which a teacher alone judges."""
+
+    others = "passages"
+
+    @classmethod
+    def reads(cls, args: AbsRerankerDataArguments) -> Reads:
+        """What of the rows."""
+        return "passages"
+
+    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], None]:
+        """Sequences of the group with their part lengths; there are no teacher scores in the data."""
+        row, args = self.dataset[item], self.args
+        draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
+        own = row["passages"]
+        others = self._passages_of_others(item, {*own, row["query"]}, draw)
+        drawn = _sample(len(own), args.train_group_size - len(others), draw)
+        return self._sequences(row, [*(own[index] for index in drawn), *others]), None
+
+
+def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
+    """`wanted` of `size` places; where there are fewer, they are drawn again."""
+    return draw.sample(list(range(size)) * math.ceil(wanted / size), wanted)
 
 
 class MatryoshkaEvalDataset(MatryoshkaDataset):

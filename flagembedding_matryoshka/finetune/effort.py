@@ -22,12 +22,16 @@ class Effort:
     Args:
         trains_all_weights: whether the weights of the network learn, whose gradients take as much as a pass.
         teaches_itself: whether a pass without compression and gradient runs beside one that compresses.
+        imitates: whether such a pass of the original model runs beside every one.
     """
 
-    def __init__(self, config: CostWiseConfig, trains_all_weights: bool, teaches_itself: bool) -> None:
+    def __init__(
+        self, config: CostWiseConfig, trains_all_weights: bool, teaches_itself: bool, imitates: bool = False
+    ) -> None:
         self.config = config
         self.passes = 3 if trains_all_weights else 2
         self.teaches_itself = teaches_itself
+        self.imitates = imitates
         self.started = time.monotonic()
         self.lists = self.tokens = self.operations = 0
 
@@ -41,6 +45,8 @@ class Effort:
         self.lists += len(query) // group
         self.tokens += int(total.sum())
         self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_query)
+        if self.imitates:
+            self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_query)
         first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
         if self.teaches_itself and first is not None:
             full = Setting(setting.cutoff_layers)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FIXED_TEACHER_STEP = 8
+Reads = Literal["labels", "scores", "passages"]
+"""What is read of a training row: positives and negatives; these and teacher scores; or all passages alike."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,20 @@ class TrainMethod:
         deeper_exit: which deeper exit of the full-width pass teaches an exit: none, the deepest, the next deeper one,
             or the nearest deeper one of the deepest, the 8th from it, the 16th, …
         data_scores: which exits learn from the teacher scores in the data.
+        original: whether the model as it was loaded, at its deepest exit and full width, is the only teacher of every
+            exit, and no label is read.
     """
 
     deeper_exit: Literal["none", "deepest", "next", "every_8th"]
     data_scores: Literal["none", "deepest", "every"]
+    original: bool = False
+
+    @property
+    def reads(self) -> Reads:
+        """What of the training rows."""
+        if self.original:
+            return "passages"
+        return "labels" if self.data_scores == "none" else "scores"
 
 
 TrainMethodName = Literal[
@@ -40,6 +52,7 @@ TrainMethodName = Literal[
     "distill_last_layer_teacher",
     "distill_fix_layer_teacher",
     "distill_final_layer_teacher",
+    "self_distill",
 ]
 TRAIN_METHODS: dict[TrainMethodName, TrainMethod] = {
     "normal": TrainMethod("none", "none"),
@@ -51,6 +64,7 @@ TRAIN_METHODS: dict[TrainMethodName, TrainMethod] = {
     "distill_last_layer_teacher": TrainMethod("next", "every"),
     "distill_fix_layer_teacher": TrainMethod("every_8th", "every"),
     "distill_final_layer_teacher": TrainMethod("none", "every"),
+    "self_distill": TrainMethod("none", "none", original=True),
 }
 
 
@@ -101,6 +115,7 @@ def layer_wise_losses(
     full_width: Tensor | None = None,
     data_scores: Tensor | None = None,
     distill_loss: DistillLoss = "ce",
+    original_scores: Tensor | None = None,
 ) -> list[dict[str, Tensor]]:
     """The terms of the loss at each exit, from the shallowest; the loss is the sum of all of them.
 
@@ -109,9 +124,11 @@ def layer_wise_losses(
         full_width: (exits, queries, group) scores of a pass without compression; needed where deeper exits teach.
         data_scores: (queries, group) teacher scores; needed where the data teaches.
         distill_loss: how scores are compared with those of a teacher, whom no gradient reaches.
+        original_scores: (queries, group) of the model as it was loaded; needed where that is the teacher.
 
     Returns:
-        For each exit scalars named `contrastive` and, where `method` has them, `data_scores` and `deeper_exit`.
+        For each exit scalars named `contrastive` and, where `method` has them, `data_scores` and `deeper_exit`; where
+        the original model teaches, one alone, `original`.
 
     Raises:
         ValueError: if scores that `method` needs are missing or have another shape.
@@ -121,6 +138,10 @@ def layer_wise_losses(
     if method.data_scores != "none" and (data_scores is None or data_scores.shape != student.shape[1:]):
         raise ValueError(f"data_scores must be {tuple(student.shape[1:])}, got {_shape(data_scores)}.")
     distillation = DISTILL_LOSSES[distill_loss]
+    if method.original:
+        if original_scores is None or original_scores.shape != student.shape[1:]:
+            raise ValueError(f"original_scores must be {tuple(student.shape[1:])}, got {_shape(original_scores)}.")
+        return [{"original": distillation(scores, original_scores.detach())} for scores in student]
     losses = []
     for index, scores in enumerate(student.flip(0)):
         terms = {"contrastive": contrastive_loss(scores)}

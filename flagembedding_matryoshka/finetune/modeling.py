@@ -23,9 +23,11 @@ class MatryoshkaOutput(RerankerOutput):
 
     Attributes:
         terms: what the loss is the sum of, detached scalars named `layer_{exit}_{term}`; None when not training.
+        spreads: (exits,) mean standard deviation of the scores within a group, detached; None when not training.
     """
 
     terms: dict[str, Tensor] | None = None
+    spreads: Tensor | None = None
 
 
 class MatryoshkaRerankerModel(AbsRerankerModel):
@@ -39,7 +41,8 @@ class MatryoshkaRerankerModel(AbsRerankerModel):
         exit_weights: what each exit's loss counts, from the shallowest; None is 1 for each.
 
     Raises:
-        ValueError: if there is not one weight for each exit.
+        ValueError: if there is not one weight for each exit, or `method` has the original model as its teacher and
+            there are no adapters that could be switched off to find it.
     """
 
     def __init__(
@@ -62,6 +65,9 @@ class MatryoshkaRerankerModel(AbsRerankerModel):
         if len(self.exit_weights) != len(exits):
             raise ValueError(f"exit_weights {self.exit_weights} must be one for each of the exits {list(exits)}.")
 
+        if method.original and not isinstance(base_model, PeftModel):
+            raise ValueError("the original model teaches, but without adapters nothing of it is left: use LoRA.")
+
     def encode(
         self, features: dict[str, Tensor], setting: Setting | None = None, return_full_width: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -80,6 +86,16 @@ class MatryoshkaRerankerModel(AbsRerankerModel):
         )
         full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
         return torch.stack(outputs.logits), full_width
+
+    @torch.no_grad()
+    def original_scores(self, features: dict[str, Tensor]) -> Tensor:
+        """(pairs,) float32: what the model scored, at its deepest exit and full width, before anything was learnt."""
+        training = self.model.training
+        self.model.eval()
+        with self.model.disable_adapter():
+            scores, _ = self.encode(features, Setting.resolve(self.config))
+        self.model.train(training)
+        return scores[0]
 
     def forward(
         self,
@@ -109,6 +125,7 @@ class MatryoshkaRerankerModel(AbsRerankerModel):
             None if full_width is None else full_width.view(groups),
             data_scores,
             self.distill_loss,
+            self.original_scores(pair).view(groups[1:]) if self.method.original else None,
         )
         terms = {
             f"layer_{layer}_{name}": term
@@ -120,6 +137,7 @@ class MatryoshkaRerankerModel(AbsRerankerModel):
             loss=(per_exit * per_exit.new_tensor(self.exit_weights)).sum(),
             scores=scores,
             terms={name: term.detach() for name, term in terms.items()},
+            spreads=scores.detach().view(groups).std(-1).mean(-1),
         )
 
     def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -1,29 +1,43 @@
-"""Files of training rows: which there are, and what is wrong with their lines."""
+"""Files of training rows: which there are, what is in them, and what is wrong with their lines."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from datasets.config import HF_DATASETS_CACHE
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
-from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS, Reads
+from flagembedding_matryoshka.text.lines import read_rows
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 SUFFIXES = (".json", ".jsonl")
 INSTRUCTIONS = {"prompt": "prompt", "query_prompt": "query_instruction", "passage_prompt": "passage_instruction"}
 """What a row may bring of a template: its column to the template's name."""
+TEXTS, NUMBERS = ListOf(Value("string")), ListOf(Value("float64"))
+LABELS = {"pos": TEXTS, "neg": TEXTS}
+COLUMNS: dict[Reads, dict[str, Any]] = {
+    "labels": LABELS,
+    "scores": {**LABELS, "pos_scores": NUMBERS, "neg_scores": NUMBERS},
+    "passages": {"passages": TEXTS},
+}
+LAYOUT = 1
+"""Of what the cache holds and which rows are right: what an older version has written is not read."""
 
 
 def training_files(paths: Sequence[str]) -> list[str]:
-    """The JSON Lines files that `paths`, files or directories, stand for, those of a directory in order of name.
+    """The files that `paths`, files or directories, stand for, those of a directory in order of name, hidden ones not.
 
     Raises:
         FileNotFoundError: if a path is not there.
@@ -34,7 +48,8 @@ def training_files(paths: Sequence[str]) -> list[str]:
         if not path.exists():
             raise FileNotFoundError(f"there is no training data at {path}")
         if path.is_dir():
-            found = sorted(str(file) for file in path.iterdir() if file.suffix in SUFFIXES)
+            visible = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            found = sorted(str(file) for file in visible if file.suffix in SUFFIXES)
             if not found:
                 raise ValueError(f"{path} holds no {' or '.join(SUFFIXES)} file.")
             files.extend(found)
@@ -45,88 +60,110 @@ def training_files(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def check_training_file(path: str, needs_scores: bool) -> int:
-    """Read every line of a file and return how many rows it has.
+def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False) -> Dataset:
+    """The rows of a file, memory-mapped, of the columns that are read; a file is parsed once and then in the cache.
 
     Args:
-        needs_scores: whether rows must have `pos_scores` and `neg_scores`.
+        cache_dir: of `datasets`; None is its own.
+        skip_bad_lines: leave out lines that are wrong, and warn how many and of the first, instead of raising.
 
     Raises:
-        ValueError: naming file, line and what is wrong with it.
+        ValueError: naming file, line and what is wrong with the first line that is.
     """
-    return _count_rows(path, needs_scores, os.stat(path).st_mtime_ns)
+    columns = {"query": Value("string"), **COLUMNS[reads], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
+    features = Features({**columns, "fault": Value("string")})
+    if next(_arrow_rows(path, reads), None) is None:
+        return Dataset.from_dict({name: [] for name in columns}, Features(columns))
+    stat = os.stat(path)
+    key = [LAYOUT, reads, os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+    try:
+        rows = Dataset.from_generator(
+            _arrow_rows,
+            features=features,
+            cache_dir=cache_dir,
+            gen_kwargs={"path": path, "reads": reads},
+            fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    faults = rows.data.column("fault")
+    bad = len(rows) - faults.null_count
+    if bad:
+        first = pc.drop_null(faults)[0].as_py()
+        if not skip_bad_lines:
+            more = "" if bad == 1 else f" ({bad} of {len(rows)} lines are wrong)"
+            raise ValueError(f"{path}, {first}{more}")
+        logger.warning_once("%s: %d bad lines are left out, %d are kept. %s", path, bad, faults.null_count, first)
+        rows = rows.select(pc.indices_nonzero(pc.is_null(faults)).to_pylist())
+    return rows.select_columns(list(columns))
 
 
-@cache
-def _count_rows(path: str, needs_scores: bool, modified: int) -> int:
-    rows = 0
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            fault = _fault(line, needs_scores)
-            if fault is not None:
-                raise ValueError(f"{path}, line {number}: {fault}")
-            rows += 1
-    return rows
+def load_files(
+    paths: Sequence[str], reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False
+) -> list[Dataset]:
+    """`load_rows` of several files.
 
-
-def good_lines(path: str, needs_scores: bool, cache_dir: str | None) -> str:
-    """`path`, or where lines of it are bad, a copy without them in the cache of `datasets`.
-
-    How many lines were left out, and the first of them, is logged as a warning.
+    Raises:
+        ValueError: beside that, if there is no row in any of them.
     """
-    digest, faults, rows = hashlib.sha256(), [], 0
-    directory = Path(cache_dir or HF_DATASETS_CACHE) / "good_lines"
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{os.getpid()}.partial"
-    try:
-        with open(path, encoding="utf-8") as file, partial.open("w", encoding="utf-8") as copy:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                fault = _fault(line, needs_scores)
-                if fault is not None:
-                    faults.append(f"line {number}: {fault}")
-                    continue
-                digest.update(line.encode())
-                copy.write(line)
-                rows += 1
-        if not faults:
-            return path
-        logger.warning("%s: %d bad lines are left out, %d are kept. %s", path, len(faults), rows, faults[0])
-        target = directory / f"{digest.hexdigest()}.jsonl"
-        if not target.exists():
-            partial.replace(target)
-        return str(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    files = [load_rows(path, reads, cache_dir, skip_bad_lines) for path in paths]
+    if not any(map(len, files)):
+        raise ValueError(f"there is no row in {', '.join(paths)}")
+    return files
 
 
-def _fault(line: str, needs_scores: bool) -> str | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error})"
-    if not isinstance(row, dict):
-        return f"a row is an object with query, pos and neg, got {line.strip()[:80]}"
+def _arrow_rows(path: str, reads: Reads) -> Iterator[dict[str, Any]]:
+    """Every row, or what is wrong with it under `fault`."""
+    names = ("query", *COLUMNS[reads], *INSTRUCTIONS)
+    for number, row, fault in read_rows(Path(path), partial(row_fault, reads=reads)):
+        if row is None:
+            yield {**dict.fromkeys(names), "fault": f"line {number}: {fault}"}
+            continue
+        if reads == "passages":
+            row.setdefault("passages", [*row.get("pos", ()), *row.get("neg", ())])
+        yield {**{name: row.get(name) for name in names}, "fault": None}
+
+
+def row_fault(row: dict[str, Any], reads: Reads) -> str | None:
+    """What is wrong with a row of which so much is read, None if nothing is."""
     if not isinstance(row.get("query"), str):
-        return f"query must be a string, got {row.get('query')!r}"
+        return f"query must be a string, got {row.get('query')!r:.200}"
     for name in INSTRUCTIONS:
         if not isinstance(row.get(name), str | None):
-            return f"{name} must be a string where it is given, got {row[name]!r}"
-    for name in ("pos", "neg"):
-        texts = row.get(name)
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            return f"{name} must be a list of at least one string, got {texts!r}"[:200]
-        scores = row.get(f"{name}_scores")
-        if scores is None and not needs_scores:
-            continue
-        if scores is None:
-            free = [method for method, parts in TRAIN_METHODS.items() if parts.data_scores == "none"]
-            return f"{name}_scores is missing. Methods that need no teacher scores: {', '.join(free)}"
-        if not isinstance(scores, list) or len(scores) != len(texts):
-            return f"{name}_scores must be a list of {len(texts)} numbers, one for each of {name}, got {scores!r}"[:200]
-        if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
-            return f"{name}_scores must be numbers, got {scores!r}"[:200]
+            return f"{name} must be a string where it is given, got {row[name]!r:.200}"
+    if reads == "passages" and "passages" in row:
+        return _texts_fault(row, "passages", 2)
+    for name in LABELS:
+        if fault := _texts_fault(row, name, 1):
+            return fault if reads != "passages" else f"{fault}; or passages, a list of at least two"
+        if reads != "passages" and (fault := _scores_fault(row, name, reads)):
+            return fault
     return None
+
+
+def _texts_fault(row: dict[str, Any], name: str, least: int) -> str | None:
+    texts = row.get(name)
+    if isinstance(texts, list) and len(texts) >= least and all(isinstance(text, str) for text in texts):
+        return None
+    return f"{name} must be a list of at least {('one string', 'two strings')[least - 1]}, got {texts!r:.200}"
+
+
+def _scores_fault(row: dict[str, Any], name: str, reads: Reads) -> str | None:
+    scores, wanted = row.get(f"{name}_scores"), len(row[name])
+    if scores is None:
+        if reads == "labels":
+            return None
+        free = [method for method, parts in TRAIN_METHODS.items() if parts.reads == "labels"]
+        return f"{name}_scores is missing. Methods that need no teacher scores: {', '.join(free)}"
+    if not isinstance(scores, list) or len(scores) != wanted:
+        return f"{name}_scores must be a list of {wanted} numbers, one for each of {name}, got {scores!r:.200}"
+    if not all(map(_is_finite, scores)):
+        return f"{name}_scores must be numbers, got {scores!r:.200}"
+    return None
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    except OverflowError:
+        return False

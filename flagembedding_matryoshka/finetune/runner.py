@@ -18,23 +18,22 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.adoption import adopt
-from flagembedding_matryoshka.finetune.arguments import (
-    MatryoshkaDataArguments,
-    MatryoshkaModelArguments,
-    MatryoshkaTrainingArguments,
-)
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
     MatryoshkaEvalCollator,
     MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
+    UnlabelledTrainDataset,
 )
+from flagembedding_matryoshka.finetune.data_arguments import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints, ranking_metrics
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
+from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
-from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines
+from flagembedding_matryoshka.finetune.rows import load_files
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
+from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
 from flagembedding_matryoshka.models.adapters import refuse_other_heads
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -71,29 +70,35 @@ class MatryoshkaRunner(AbsRerankerRunner):
         data_args = adopt(MatryoshkaDataArguments, data_args)
         training_args = adopt(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
-        needs_scores = self.method.data_scores != "none"
+        needs_scores = self.method.reads == "scores"
         if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
             raise ValueError(
                 f"random_negatives={data_args.random_negatives} have no teacher score that "
                 f"distill_loss={training_args.distill_loss} could compare raw scores with: use ce or kl."
             )
         if data_args.knowledge_distillation and not needs_scores:
-            using = [name for name, method in TRAIN_METHODS.items() if method.data_scores != "none"]
+            using = [name for name, method in TRAIN_METHODS.items() if method.reads == "scores"]
             raise ValueError(
                 f"knowledge_distillation=True, but train_method {training_args.train_method} reads no teacher scores. "
                 f"These do: {', '.join(using)}."
             )
         data_args.knowledge_distillation = needs_scores
+        if self.method.original and (not model_args.use_lora or model_args.from_peft is not None):
+            raise ValueError(
+                f"train_method {training_args.train_method} learns from the model as it was loaded, which is what is "
+                f"left where adapters are switched off: use_lora={model_args.use_lora} and from_peft="
+                f"{model_args.from_peft} contradict it. Merge an adapter first, with raw_peft."
+            )
         if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
             raise ValueError(
                 f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
                 "the argument attention takes the fastest kernel that runs."
             )
-        for paths, scores in ((data_args.train_data, needs_scores), (data_args.eval_data or [], False)):
-            for index, path in enumerate(paths):
-                if data_args.skip_bad_lines:
-                    paths[index] = good_lines(path, scores, data_args.cache_path)
-                check_training_file(paths[index], scores)
+        with training_args.main_process_first(desc="reading the training files"):
+            options = data_args.cache_path, data_args.skip_bad_lines
+            load_files(data_args.train_data, self.method.reads, *options)
+            if data_args.eval_data is not None:
+                load_files(data_args.eval_data, "labels", *options)
         if data_args.eval_data is not None:
             rank_checkpoints(training_args)
             if training_args.eval_strategy == "no":
@@ -138,7 +143,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         )
         checkpoint.config.template = self._template(checkpoint.config).to_json()
         if checkpoint.from_raw:
-            checkpoint.config.head_scale = args.head_scale
+            checkpoint.config.head_scale = args.head_scale or (1.0 if self.method.original else 0.1)
         for ratio in self.training_args.compress_ratios:
             layers = self.training_args.compress_layers
             Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
@@ -154,7 +159,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
         model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **hub)
         if args.load_in_4bit:
             model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
-        model.config.raw_peft = [*checkpoint.adapters, *raw_peft] if args.use_lora else []
+        if args.use_lora:
+            model.config.raw_peft = [*checkpoint.adapters, *raw_peft]
+            model.config.base_exits = checkpoint.config.base_exits
         model.config.compensation = self._compensation()
         cross_encoder = MatryoshkaRerankerModel(
             self._add_adapters(model) if args.use_lora else model,
@@ -214,7 +221,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Groups of pairs."""
         template = Template.load(self.model.config.template)
-        return MatryoshkaTrainDataset(self.data_args, self.tokenizer, self.training_args.seed, template)
+        kind = UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
+        return kind(self.data_args, self.tokenizer, self.training_args.seed, template)
 
     def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
         if self.data_args.eval_data is None:
@@ -259,7 +267,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             merged = Path(self.training_args.output_dir) / "merged_model"
             checkpoint = inspect_checkpoint(self.training_args.output_dir)
             model = load_model(checkpoint, self.tokenizer, self._weights_dtype())
-            model.config.raw_peft = []
+            model.config.raw_peft, model.config.base_exits = [], None
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             write_sentence_transformers_files(merged)

@@ -6,10 +6,10 @@ python -m flagembedding_matryoshka.finetune.teacher_scores --input train.jsonl -
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
-from flagembedding_matryoshka.finetune.rows import check_training_file
+from flagembedding_matryoshka.finetune.rows import row_fault
 from flagembedding_matryoshka.finetune.teachers import (
     Scorer,
     bi_encoder_teacher,
@@ -26,6 +26,7 @@ from flagembedding_matryoshka.finetune.teachers import (
     cross_encoder_teacher,
     flag_embedding_teacher,
 )
+from flagembedding_matryoshka.text.lines import good_rows
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a training file that has been checked."""
-    with path.open(encoding="utf-8") as file:
-        yield from (json.loads(line) for line in file if line.strip())
-
-
 def add_scores(path: Path, scorer: Scorer, total: int, add: bool = False) -> Iterator[Row]:
     """The rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
 
@@ -70,7 +65,7 @@ def add_scores(path: Path, scorer: Scorer, total: int, add: bool = False) -> Ite
     Raises:
         ValueError: if the teacher gives anything but one finite number for each pair.
     """
-    given = read_rows(path)
+    given = good_rows(path, partial(row_fault, reads="scores" if add else "labels"))
     with tqdm(total=total, desc="scoring", unit="row", disable=None) as progress:
         while rows := list(islice(given, ROWS_AT_ONCE)):
             pairs = [(row["query"], passage) for row in rows for passage in (*row["pos"], *row["neg"])]
@@ -164,14 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings |= given
     if settings.get("model", "") is None:
         parser.error(f"--backend {options.backend} needs --model")
-    total = check_training_file(str(options.input), needs_scores=options.add)
+    read = partial(good_rows, options.input, partial(row_fault, reads="scores" if options.add else "labels"))
+    total = sum(1 for _ in read())
     if not total:
         parser.error(f"--input {options.input} has no row")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.backend == "bm25":
-        settings["texts"] = list(
-            dict.fromkeys(text for row in read_rows(options.input) for text in (*row["pos"], *row["neg"]))
-        )
+        settings["texts"] = list(dict.fromkeys(text for row in read() for text in (*row["pos"], *row["neg"])))
     rows = add_scores(options.input, TEACHERS[options.backend](**settings), total, options.add)
     if options.drop_margin is not None:
         rows = drop_false_negatives(rows, options.drop_margin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flagembedding_matryoshka.finetune.chance import ChanceGuard
+from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
@@ -54,9 +54,10 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
         self._terms: list[dict[str, Tensor]] = []
-        self._chance: ChanceGuard | None = None
+        self._guard: CollapseGuard | None = None
         trains_all_weights = not isinstance(self.model.model, PeftModel)
-        self._effort = Effort(self.model.config, trains_all_weights, self.model.method.deeper_exit != "none")
+        method = self.model.method
+        self._effort = Effort(self.model.config, trains_all_weights, method.deeper_exit != "none", method.original)
 
     def _pass_number(self) -> int:
         """Passes before this one, counted from the optimizer step, so that a resumed run counts on."""
@@ -78,7 +79,8 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         )
         self._effort.add(inputs["pair"], self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
-        self._terms.append(outputs.terms)
+        spreads = zip(self.model.config.exit_layers, outputs.spreads, strict=True)
+        self._terms.append(outputs.terms | {f"layer_{layer}_spread": spread for layer, spread in spreads})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -88,17 +90,28 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             means = torch.stack([torch.stack([terms[name] for terms in self._terms]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
             found = dict(zip(names, means.tolist(), strict=True))
-            logs |= {f"loss_{name}": value for name, value in found.items()}
-            if self._chance is None:
-                warmup = self.args.get_warmup_steps(self.state.max_steps)
-                self._chance = ChanceGuard(self.model.train_group_size, warmup)
-            exits = self.model.config.exit_layers
-            self._chance.check(self.state.global_step, {layer: found[f"layer_{layer}_contrastive"] for layer in exits})
+            logs |= {name if name.endswith("spread") else f"loss_{name}": value for name, value in found.items()}
             self._terms.clear()
+            self._look_for_collapse(found, logs.get("grad_norm"))
         if "loss" in logs or "train_runtime" in logs:
             counts = self.accelerator.reduce(self._effort.counts(self.args.device), reduction="sum")
             logs |= self._effort.totals(self._history, counts)
         super().log(logs, start_time)
+
+    def _look_for_collapse(self, found: Mapping[str, float], gradient_norm: float | None) -> None:
+        if self._guard is None:
+            warmup = self.args.get_warmup_steps(self.state.max_steps)
+            self._guard = CollapseGuard(self.model.train_group_size, warmup, self.args.stop_on_collapse)
+        # Shares in the group are compared by these alone, and scores that say nothing give ln(group).
+        compares_shares = "contrastive" if not self.model.method.original else "original"
+        is_share = not self.model.method.original or self.model.distill_loss == "ce"
+        exits = {}
+        for layer in self.model.config.exit_layers:
+            terms = {name: value for name, value in found.items() if name.startswith(f"layer_{layer}_")}
+            spread = terms.pop(f"layer_{layer}_spread")
+            chance = terms[f"layer_{layer}_{compares_shares}"] if is_share else None
+            exits[layer] = ExitState(sum(terms.values()), spread, chance)
+        self._guard.check(self.state.global_step, exits, gradient_norm)
 
     @cached_property
     def _history(self) -> list[dict[str, Any]]:

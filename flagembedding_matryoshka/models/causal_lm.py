@@ -63,6 +63,8 @@ class CostWiseForCausalLM(PreTrainedModel):
     ) -> Any:
         """As in transformers; a layer-wise `config` also turns a raw checkpoint into a re-ranker.
 
+        Where `config.base_exits` are set, they are the checkpoint's own, and what comes back has those of `config`.
+
         Raises:
             ValueError: if the checkpoint is of another backbone, is raw and `config` does not say which exits it gets,
                 has its heads at other layers than `config` says, lacks weights or has some that would be left out.
@@ -80,6 +82,10 @@ class CostWiseForCausalLM(PreTrainedModel):
                 f"attn_implementation={kwargs['attn_implementation']!r} has no packed form; a layer-wise model brings "
                 "its own attention. Leave the argument out."
             )
+        exits = config.exit_layers
+        if config.base_exits is not None:
+            config = copy.deepcopy(config)
+            config.exits = config.base_exits
         if not stored.layer_wise:
             config = copy.deepcopy(config)
             config.layer_wise = False
@@ -105,6 +111,8 @@ class CostWiseForCausalLM(PreTrainedModel):
             raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
         if not config.layer_wise:
             model._become_layer_wise()
+        elif config.base_exits is not None:
+            model._use_exits(exits)
         return (model, info) if wants_info else model
 
     def _become_layer_wise(self) -> None:
@@ -127,6 +135,13 @@ class CostWiseForCausalLM(PreTrainedModel):
             )
         self.config.layer_wise = True
         self._use_heads(heads)
+
+    def _use_exits(self, exits: Sequence[int]) -> None:
+        """Take other exits: those that have a head keep it, and the others get a copy of the deepest one's."""
+        own = dict(zip(self.config.exit_layers, self.lm_head, strict=True))
+        deepest = self.lm_head[-1]
+        self.config.exits, self.config.base_exits = list(exits), None
+        self._use_heads([own[layer] if layer in own else copy.deepcopy(deepest) for layer in exits])
 
     def _use_heads(self, heads: Sequence[CostWiseHead]) -> None:
         self.lm_head = nn.ModuleList(heads)

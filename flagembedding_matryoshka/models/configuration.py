@@ -31,6 +31,8 @@ class CostWiseConfig(_Config):
         head_scale: what that row is multiplied by; a small one starts training at the loss of chance.
         compress_weights: what weighs passage tokens that are merged: the last token's "attention" to them (CostWise
             Mistral), or nothing, so that all are "equal" (FlagEmbedding's lightweight Gemma-2).
+        base_exits: the exits that the base of an adapter beside this configuration has heads of, where the adapter was
+            trained for others: heads of new exits then start as that of the deepest one. None where they are the same.
         raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
         compensation: what that adapter makes up for, {"axis": "layer" or "token", "compress_ratio": …}; None for one
             of the first stage (paper, section on factorized compensation).
@@ -47,6 +49,7 @@ class CostWiseConfig(_Config):
     head_token_id: int | list[int] | tuple[int, ...] | None = None
     head_scale: float = 1.0
     compress_weights: Literal["attention", "equal"] = "attention"
+    base_exits: list[int] | tuple[int, ...] | None = None
     raw_peft: list[str] | tuple[str, ...] = ()
     compensation: dict[str, int | str] | None = None
 

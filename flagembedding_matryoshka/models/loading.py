@@ -68,7 +68,8 @@ def inspect_checkpoint(
         start_layer, layer_sep: the exits to give a raw checkpoint; None is 4 and 1, or a layer-wise checkpoint's own.
         max_layer: layers above this one are not loaded.
         exits: the exits to give a raw checkpoint, one by one, instead of evenly spaced ones; layers above the last
-            of them are not loaded.
+            of them are not loaded. Of a layer-wise checkpoint the deepest must be its own: the heads of new exits
+            start as that exit's.
         template: what stands around query and passage, see
             [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
         hub: `cache_dir`, `token`, … as in transformers.
@@ -116,27 +117,43 @@ def inspect_checkpoint(
                 )
             max_layer = config.exit_layers[-1]
     else:
-        _refuse_other_exits(path, config, start_layer, layer_sep, exits)
+        _refuse_other_exits(path, config, start_layer, layer_sep)
+        if exits is not None and list(exits) != config.exit_layers:
+            _use_other_exits(path, config, exits, adapters)
     if max_layer is not None:
+        if config.base_exits is not None:
+            raise ValueError(
+                f"max_layer={max_layer}: new exits of {path} start as its deepest, {config.base_exits[-1]}, which "
+                "would be left out. Write the model whole first, with MatryoshkaReranker.export."
+            )
         _cut(config, max_layer)
     return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters])
 
 
-def _refuse_other_exits(
-    path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None, exits: Sequence[int] | None
-) -> None:
-    if exits is not None and list(exits) != config.exit_layers:
-        raise ValueError(
-            f"exits={list(exits)}, but the heads of {path} were trained for {config.exit_layers}. Exits can be chosen "
-            "for a raw checkpoint only."
-        )
+def _refuse_other_exits(path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None) -> None:
     for name, asked in (("start_layer", start_layer), ("layer_sep", layer_sep)):
         if asked not in (None, getattr(config, name)) or (asked is not None and config.exits is not None):
             raise ValueError(
                 f"{name}={asked}, but the heads of {path} were trained with "
                 f"{f'{name}={getattr(config, name)}' if config.exits is None else f'exits={list(config.exits)}'}. "
-                "Exits can be chosen for a raw checkpoint only."
+                "These can be chosen for a raw checkpoint only."
             )
+
+
+def _use_other_exits(path: str, config: CostWiseConfig, exits: Sequence[int], adapters: Sequence[str]) -> None:
+    if adapters or config.base_exits is not None:
+        raise ValueError(
+            f"exits={list(exits)}, but {path} holds an adapter that was trained for {config.exit_layers}. Write the "
+            "model whole first, with MatryoshkaReranker.export, and give that other exits."
+        )
+    own = config.exit_layers
+    if not exits or exits[-1] != own[-1]:
+        raise ValueError(
+            f"exits={list(exits)}, but the deepest exit of {path} is {own[-1]}: it must be the last of them, since the "
+            "heads of new exits start as its head."
+        )
+    config.base_exits, config.exits = own, list(exits)
+    config.exit_layers  # noqa: B018 - raises where they do not exist
 
 
 def _cut(config: CostWiseConfig, max_layer: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from flagembedding_matryoshka.text.lines import good_lines, good_rows
 
 BATCH = 1024
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -44,28 +45,15 @@ def read_collection(directory: Path, split: str) -> Collection:
             raise FileNotFoundError(f"{path} is missing: BEIR's layout is corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
     passages, queries = _read_texts(corpus), _read_texts(topics)
     relevant: dict[str, dict[str, int]] = {}
-    with qrels.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            cells = line.rstrip("\n").split("\t")
-            if number == 1 and cells != QRELS_HEADER:
-                raise ValueError(f"{qrels}, line 1: the header must be {QRELS_HEADER}, separated by tabs, got {cells}")
-            if number == 1 or not line.strip():
-                continue
-            if len(cells) != 3 or not cells[2].removeprefix("-").isdecimal():
-                raise ValueError(
-                    f"{qrels}, line {number}: query-id, corpus-id and a whole score are wanted, got {cells}"
-                )
-            query, passage, score = cells
-            if int(score) <= 0:
-                continue
-            for kind, value, known in (("query", query, queries), ("passage", passage, passages)):
-                if value not in known:
-                    raise ValueError(f"{qrels}, line {number}: there is no {kind} {value!r}")
-            grade = relevant.setdefault(query, {}).setdefault(passage, int(score))
-            if grade != int(score):
-                raise ValueError(
-                    f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above"
-                )
+    for number, query, passage, score in _read_judgements(qrels):
+        if score <= 0:
+            continue
+        for kind, value, known in (("query", query, queries), ("passage", passage, passages)):
+            if value not in known:
+                raise ValueError(f"{qrels}, line {number}: there is no {kind} {value!r}")
+        grade = relevant.setdefault(query, {}).setdefault(passage, score)
+        if grade != score:
+            raise ValueError(f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above")
     if not relevant:
         raise ValueError(f"{qrels} names no relevant passage: no score is above 0")
     return Collection(passages, queries, relevant)
@@ -74,22 +62,32 @@ def read_collection(directory: Path, split: str) -> Collection:
 def _read_texts(path: Path) -> dict[str, str]:
     """Title and text by id; queries have no title."""
     texts: dict[str, str] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("_id", "text")):
-                raise ValueError(f"{path}, line {number}: an object with the strings _id and text is wanted")
-            if not isinstance(row.get("title"), str | None):
-                raise ValueError(f"{path}, line {number}: title must be a string, got {row['title']!r}")
-            if row["_id"] in texts:
-                raise ValueError(f"{path}, line {number}: _id {row['_id']!r} is there twice")
-            texts[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
+
+    def fault(row: dict[str, Any]) -> str | None:
+        if not all(isinstance(row.get(name), str) for name in ("_id", "text")):
+            return "an object with the strings _id and text is wanted"
+        if not isinstance(row.get("title"), str | None):
+            return f"title must be a string, got {row['title']!r:.80}"
+        if row["_id"] in texts:
+            return f"_id {row['_id']!r} is there twice"
+        return None
+
+    for row in good_rows(path, fault):
+        texts[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
     return texts
+
+
+def _read_judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Line, query, passage and grade."""
+    for number, line in good_lines(path):
+        cells = line.rstrip("\r\n").split("\t")
+        if number == 1 and cells != QRELS_HEADER:
+            raise ValueError(f"{path}, line 1: the header must be {QRELS_HEADER}, separated by tabs, got {cells}")
+        if number == 1:
+            continue
+        if len(cells) != 3 or not cells[2].removeprefix("-").isdecimal():
+            raise ValueError(f"{path}, line {number}: query-id, corpus-id and a whole score are wanted, got {cells}")
+        yield number, cells[0], cells[1], int(cells[2])
 
 
 def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[Sequence[int]]:

@@ -1,21 +1,13 @@
-import json
-
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
     MatryoshkaTrainDataset,
+    UnlabelledTrainDataset,
 )
-from flagembedding_matryoshka.finetune.rows import check_training_file, good_lines, training_files
 from flagembedding_matryoshka.text.templates import Template
-
-ROW = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1.0], "neg_scores": [0.0, 0.5]}
-
-
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+from tests.lines import ROW, write
 
 
 def dataset(path, tokenizer, **options):
@@ -23,55 +15,11 @@ def dataset(path, tokenizer, **options):
     return MatryoshkaTrainDataset(args, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("row", "fault"),
-    [
-        ("{", "not JSON"),
-        ("[1]", r"a row is an object with query, pos and neg, got \[1\]"),
-        ({**ROW, "query": 3}, "query must be a string, got 3"),
-        ({"query": "q", "neg": ["n"]}, "pos must be a list of at least one string, got None"),
-        ({**ROW, "pos": []}, r"pos must be a list of at least one string, got \[\]"),
-        ({**ROW, "neg": []}, r"neg must be a list of at least one string, got \[\]"),
-        ({**ROW, "neg": ["n", None]}, "neg must be a list of at least one string"),
-        ({**ROW, "neg_scores": [1.0]}, r"neg_scores must be a list of 2 numbers, one for each of neg, got \[1.0\]"),
-        ({**ROW, "prompt": 5}, "prompt must be a string where it is given, got 5"),
-        ({**ROW, "pos_scores": ["x"]}, r"pos_scores must be numbers, got \['x'\]"),
-        ({**ROW, "pos_scores": [float("nan")]}, r"pos_scores must be numbers, got \[nan\]"),
-    ],
-)
-def test_a_bad_line_is_named_with_file_and_number(tmp_path, row, fault):
-    path = write(tmp_path / "bad.jsonl", ROW, "", row)
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: {fault}"):
-        check_training_file(str(path), needs_scores=False)
-
-
-def test_scores_may_be_missing_only_where_no_method_reads_them(tmp_path):
-    path = write(tmp_path / "plain.jsonl", {"query": "q", "pos": ["p"], "neg": ["n"]})
-    assert check_training_file(str(path), needs_scores=False) == 1
-    with pytest.raises(ValueError, match=r"line 1: pos_scores is missing\. Methods that need no .*: normal"):
-        check_training_file(str(path), needs_scores=True)
-
-
 def test_files_with_other_columns_and_number_types_are_joined(tmp_path, tiny_tokenizer):
     write(tmp_path / "a.jsonl", {**ROW, "id": 1, "pos_scores": [1], "neg_scores": [0, 2]})
     write(tmp_path / "b.jsonl", {**ROW, "id": "x", "prompt": "Yes?"})
     rows = dataset(tmp_path, tiny_tokenizer, train_group_size=2, knowledge_distillation=True)
     assert [rows[item][1][0] for item in (0, 1)] == [1.0, 1.0]
-
-
-def test_files_and_directories(tmp_path):
-    for name in ("b.jsonl", "a.json", "readme.txt"):
-        write(tmp_path / name, ROW)
-    assert training_files([str(tmp_path)]) == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
-    with pytest.raises(FileNotFoundError, match=r"no training data at .*missing"):
-        training_files([str(tmp_path / "missing")])
-    with pytest.raises(ValueError, match=r"readme\.txt is not called \.json or \.jsonl"):
-        training_files([str(tmp_path / "readme.txt")])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no"):
-        training_files([str(tmp_path / "empty")])
-    with pytest.raises(ValueError, match="train_data is empty"):
-        MatryoshkaDataArguments(train_data=[])
 
 
 def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny_tokenizer):
@@ -138,17 +86,6 @@ def test_what_is_drawn_depends_on_seed_epoch_and_item_alone(tmp_path, tiny_token
     assert MatryoshkaTrainDataset(first.args, tiny_tokenizer, seed=7)[0] != epoch_0
 
 
-def test_good_lines_are_copied_only_where_there_are_bad_ones(tmp_path, caplog):
-    path = write(tmp_path / "good.jsonl", ROW, ROW)
-    assert good_lines(str(path), True, str(tmp_path)) == str(path)
-    bad = write(tmp_path / "bad.jsonl", ROW, "{", {**ROW, "pos": []}, ROW)
-    copy = good_lines(str(bad), True, str(tmp_path))
-    assert copy == good_lines(str(bad), True, str(tmp_path))
-    assert check_training_file(copy, needs_scores=True) == 2
-    assert "2 bad lines are left out, 2 are kept. line 2: not JSON" in caplog.text
-    assert len(list((tmp_path / "good_lines").iterdir())) == 1
-
-
 def test_a_share_of_the_positives_comes_in_another_order(tmp_path, tiny_tokenizer):
     text = " ".join(["first"] * 20 + ["second"] * 20 + ["third"] * 20)
     path = write(tmp_path / "long.jsonl", *[{"query": f"q {i}", "pos": [text], "neg": ["n"]} for i in range(40)])
@@ -179,7 +116,32 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
 
 def test_random_negatives_need_other_rows(tmp_path, tiny_tokenizer):
     rows = dataset(write(tmp_path / "one.jsonl", ROW), tiny_tokenizer, train_group_size=3, random_negatives=1.0)
-    with pytest.raises(ValueError, match=r"random_negatives=1\.0, but 100 rows .* this row's own, 'q'"):
+    with pytest.raises(ValueError, match=r"random_negatives=1\.0, but 100 rows .* no passage .* this row's own, 'q'"):
         rows[0]
     with pytest.raises(ValueError, match=r"random_negatives is 1\.5, but is a share, from 0 to 1"):
         dataset(tmp_path / "one.jsonl", tiny_tokenizer, random_negatives=1.5)
+
+
+def test_rows_without_labels_give_any_of_their_passages_and_rows_with_labels_all_of_theirs(tmp_path, tiny_tokenizer):
+    plain = {"query": "q", "passages": ["a", "b", "c"]}
+    path = write(tmp_path / "rows.jsonl", plain, {"query": "q", "pos": ["a"], "neg": ["b", "c"]})
+    args = MatryoshkaDataArguments(train_data=[str(path)], cache_path=str(tmp_path / "cache"), train_group_size=3)
+    rows = UnlabelledTrainDataset(args, tiny_tokenizer)
+    for item in (0, 1):
+        sequences, scores = rows[item]
+        texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+        assert sorted(text[text.index("B: ") + 3] for text in texts) == ["a", "b", "c"] and scores is None
+    assert rows[0] == UnlabelledTrainDataset(args, tiny_tokenizer)[0]
+    epoch_0 = [rows[0]]
+    for epoch in range(1, 6):
+        rows.start_epoch(epoch)
+        epoch_0.append(rows[0])
+    assert any(drawn != epoch_0[0] for drawn in epoch_0)
+
+
+def test_files_without_a_row_are_refused_and_one_beside_others_is_not(tmp_path, tiny_tokenizer):
+    empty = write(tmp_path / "a.jsonl", "")
+    with pytest.raises(ValueError, match=r"there is no row in .*a\.jsonl"):
+        dataset(empty, tiny_tokenizer, train_group_size=2)
+    write(tmp_path / "b.jsonl", ROW)
+    assert len(dataset(tmp_path, tiny_tokenizer, train_group_size=2)) == 1

@@ -5,7 +5,7 @@ import pytest
 
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 from flagembedding_matryoshka.finetune.hard_negatives import best_ranks, main, mine, write_rows
-from flagembedding_matryoshka.finetune.rows import check_training_file
+from flagembedding_matryoshka.finetune.rows import load_rows
 from flagembedding_matryoshka.text import collections
 from tests.collection import CORPUS, QUERIES
 from tests.encoders import save_bi_encoder
@@ -31,7 +31,7 @@ def test_rows_are_flagembeddings(collection):
         tuple(sorted(passage(i) for i in (1, 3, 4, 5, 6, 7))),
     }
     assert all(list(row) == ["query", "pos", "neg"] for row in rows)
-    assert check_training_file(str(directory.parent / "train.jsonl"), needs_scores=False) == 2
+    assert len(load_rows(str(directory.parent / "train.jsonl"), "labels", str(directory.parent / "cache"))) == 2
 
 
 @pytest.mark.parametrize(("first", "last", "expected"), [(1, 2, [1]), (2, 4, [1, 3]), (4, 5, [3, 4]), (7, 99, [6, 7])])
@@ -172,6 +172,6 @@ def test_the_cranfield_collection(shared_data, tmp_path):
     output = tmp_path / "train.jsonl"
     main(["--data", str(shared_data / "cranfield"), "--split", "test", "--output", str(output)])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert check_training_file(str(output), needs_scores=False) == len(rows) == 225
+    assert len(load_rows(str(output), "labels", str(tmp_path / "cache"))) == len(rows) == 225
     assert all(len(row["neg"]) == 15 and not set(row["neg"]) & set(row["pos"]) for row in rows)
     assert rows[0]["query"].startswith("what similarity laws") and sum(len(row["pos"]) for row in rows) == 1612

@@ -27,16 +27,19 @@ def layer_wise_loss(*args, **options):
     return sum(term for terms in layer_wise_losses(*args, **options) for term in terms.values())
 
 
-def slow_loss(name, student, full, data):
+def slow_loss(name, student, full, data, original):
     """The table of the reference, a term at a time."""
     total = 0.0
     deepest_first, full = student.flip(0), full.flip(0)
     for i, exit_scores in enumerate(deepest_first):
         for query in range(QUERIES):
             log_probability = torch.log(torch.exp(exit_scores[query]) / torch.exp(exit_scores[query]).sum())
-            total -= log_probability[0] / QUERIES
             teachers = []
-            if name.endswith("_teacher") or (name != "normal" and i == 0):
+            if name == "self_distill":
+                teachers.append(original[query])
+            else:
+                total -= log_probability[0] / QUERIES
+            if name.endswith("_teacher") or (name not in ("normal", "self_distill") and i == 0):
                 teachers.append(data[query])
             if i > 0 and name == "distill_final_layer":
                 teachers.append(full[0][query])
@@ -51,7 +54,9 @@ def slow_loss(name, student, full, data):
 
 @pytest.mark.parametrize("name", TRAIN_METHODS)
 def test_equals_the_table_term_by_term(name, scores):
-    torch.testing.assert_close(layer_wise_loss(TRAIN_METHODS[name], *scores), slow_loss(name, *scores))
+    original = scores[2].flip(1)
+    loss = layer_wise_loss(TRAIN_METHODS[name], *scores, original_scores=original)
+    torch.testing.assert_close(loss, slow_loss(name, *scores, original))
 
 
 def test_teachers_of_a_deep_model():
@@ -113,6 +118,7 @@ def test_the_loss_is_a_choice(scores):
     [
         ("distill_last_layer", "full", r"full_width scores must be \(10, 3, 4\), got none"),
         ("distill_final_layer_teacher", "data", r"data_scores must be \(3, 4\), got none"),
+        ("self_distill", "original", r"original_scores must be \(3, 4\), got none"),
     ],
 )
 def test_missing_teachers_are_named(name, missing, message, scores):

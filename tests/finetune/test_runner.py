@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,51 +26,13 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
+from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.text.templates import Template
+from tests.finetune.runs import PAIRS, WIDTHS, close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]
-WIDTHS = [{}, {"compress_layers": [2], "compress_ratio": 2}]
-
-
-def runner(model, data, output_dir, model_args=(), data_args=(), **training):
-    options = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "train_method": "normal",
-        "save_strategy": "no",
-    }
-    return MatryoshkaRunner(
-        model_args=MatryoshkaModelArguments(
-            model_name_or_path=str(model), **({"lora_rank": 4, "lora_dropout": 0.0} | dict(model_args))
-        ),
-        data_args=MatryoshkaDataArguments(
-            train_data=[str(data)],
-            train_group_size=4,
-            query_max_len=64,
-            passage_max_len=192,
-            cache_path=str(Path(output_dir).parent / "cache"),
-            **dict(data_args),
-        ),
-        training_args=MatryoshkaTrainingArguments(
-            output_dir=str(output_dir),
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **(options | training),
-        ),
-    )
-
-
-def scores_of(reranker, **width):
-    return torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=reranker.config.exit_layers, **width))
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +353,29 @@ def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path,
     assert list(kept.dataset) == list(
         runner(tiny_raw_model_path, training_file, tmp_path / "out").train_dataset.dataset
     )
+
+
+@pytest.mark.parametrize("train_method", ["normal", "self_distill"])
+def test_a_run_that_learns_nothing_can_be_stopped(
+    train_method, tiny_raw_model_path, training_file, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("flagembedding_matryoshka.finetune.collapse.PATIENCE", 2)
+    options = {"learning_rate": 1e-9, "max_steps": 4, "logging_steps": 1, "train_method": train_method}
+    model_args = {"start_layer": 6, "head_scale": 1e-6}
+    runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args, **options).run()
+    assert caplog.text.count("After 2 steps no exit tells passages apart") == 1
+    stopped = runner(
+        tiny_raw_model_path, training_file, tmp_path / "stopped", model_args, stop_on_collapse=True, **options
+    )
+    with pytest.raises(TrainingCollapsedError, match="after 2 steps no exit tells passages apart"):
+        stopped.run()
+    assert stopped.trainer.state.global_step == 2
+
+
+def test_a_loss_that_is_no_number_is_told_though_it_is_not_logged(tiny_raw_model_path, training_file, tmp_path, caplog):
+    options = {"learning_rate": 1e30, "max_steps": 3, "logging_steps": 1, "max_grad_norm": 0.0}
+    runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}, **options).run()
+    assert caplog.text.count("the loss of the exits [5, 6] is no number") == 1
 
 
 def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):

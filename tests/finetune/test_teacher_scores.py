@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.finetune import teacher_scores
-from flagembedding_matryoshka.finetune.rows import check_training_file
+from flagembedding_matryoshka.finetune.rows import load_rows
 from flagembedding_matryoshka.finetune.teacher_scores import add_scores, drop_false_negatives, main, raise_positives
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 
@@ -61,7 +61,9 @@ def test_scores_are_the_logits_of_transformers(cross_encoder, training_rows, row
     for row, scores in zip(found, expected, strict=True):
         assert row["pos_scores"] + row["neg_scores"] == pytest.approx(scores, abs=1e-4)
         assert len(row["pos_scores"]) == 1
-    assert check_training_file(str(training_rows.parent / "scored.jsonl"), needs_scores=True) == 7
+    assert (
+        len(load_rows(str(training_rows.parent / "scored.jsonl"), "scores", str(training_rows.parent / "cache"))) == 7
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[0])

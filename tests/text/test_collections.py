@@ -12,7 +12,12 @@ from tests.collection import CORPUS
             {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
             r"corpus\.jsonl, line 2: an object with the strings _id and",
         ),
-        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object with the strings _id and text is wanted"),
+        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object is wanted, got \[1\]"),
+        ({"corpus": [CORPUS[2], '{"_id": "x", "text": "\\ud83d"}']}, r"corpus\.jsonl, line 2: half a surrogate pair"),
+        (
+            {"corpus": [CORPUS[2], {"_id": "x", "text": 3}]},
+            r"corpus\.jsonl, line 2: an object with the strings _id and",
+        ),
         ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
         ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: _id 'p2' is there twice"),
         ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: an object with the strings _id and text is wanted"),
@@ -52,3 +57,12 @@ def test_a_missing_file_is_named(collection, name):
 def test_grades_are_kept_and_a_repetition_is_no_fault(collection):
     judgements = [("q1", "p2", 2), ("q3", "p1", 1), ("q1", "p0", 0), ("q1", "p2", 2)]
     assert read_collection(collection(judgements=judgements), "train").relevant == {"q1": {"p2": 2}, "q3": {"p1": 1}}
+
+
+def test_marks_and_line_ends_of_other_systems_are_no_fault(collection):
+    directory = collection(judgements=[("q1", "p2", 2)])
+    expected = read_collection(directory, "train")
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"):
+        text = (directory / name).read_text(encoding="utf-8")
+        (directory / name).write_bytes(text.replace("\n", "\r\n").encode("utf-16"))
+    assert read_collection(directory, "train") == expected

@@ -1,0 +1,134 @@
+import json
+import os
+
+import pytest
+
+from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
+from flagembedding_matryoshka.finetune.rows import load_files, load_rows, training_files
+from tests.lines import ROW, write
+
+
+def load(path, reads="labels", **options):
+    return load_rows(str(path), reads, str(path.parent / "cache"), **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("{", "not JSON"),
+        ("[1]", r"an object is wanted, got \[1\]"),
+        ({**ROW, "query": 3}, "query must be a string, got 3"),
+        ({"query": "q", "neg": ["n"]}, "pos must be a list of at least one string, got None"),
+        ({**ROW, "pos": []}, r"pos must be a list of at least one string, got \[\]"),
+        ({**ROW, "neg": []}, r"neg must be a list of at least one string, got \[\]"),
+        ({**ROW, "neg": ["n", None]}, "neg must be a list of at least one string"),
+        ({**ROW, "neg_scores": [1.0]}, r"neg_scores must be a list of 2 numbers, one for each of neg, got \[1.0\]"),
+        ({**ROW, "prompt": 5}, "prompt must be a string where it is given, got 5"),
+        ({**ROW, "pos_scores": ["x"]}, r"pos_scores must be numbers, got \['x'\]"),
+        ({**ROW, "pos_scores": [float("nan")]}, r"pos_scores must be numbers, got \[nan\]"),
+        ({**ROW, "pos_scores": [10**400]}, r"pos_scores must be numbers, got \[1000"),
+        ({**ROW, "pos_scores": [True]}, r"pos_scores must be numbers, got \[True\]"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, row, fault):
+    path = write(tmp_path / "bad.jsonl", ROW, "", row)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: {fault}"):
+        load(path)
+
+
+def test_scores_may_be_missing_only_where_no_method_reads_them(tmp_path):
+    path = write(tmp_path / "plain.jsonl", {"query": "q", "pos": ["p"], "neg": ["n"]})
+    assert len(load(path)) == 1
+    with pytest.raises(ValueError, match=r"line 1: pos_scores is missing\. Methods that need no .*: normal"):
+        load(path, "scores")
+
+
+def test_rows_without_labels(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"query": "q", "passages": ["a", "b"]}, ROW)
+    assert load(path, "passages")["passages"][:] == [["a", "b"], ["p", "n", "m"]]
+    with pytest.raises(ValueError, match="line 1: pos must be a list of at least one string, got None"):
+        load(path)
+    for row, fault in (
+        ({"query": "q", "passages": ["a"]}, r"passages must be a list of at least two strings, got \['a'\]"),
+        ({"query": "q"}, "pos must be a list of at least one string, got None; or passages, a list of at least two"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: {fault}"):
+            load(write(tmp_path / "bad.jsonl", row), "passages")
+
+
+def test_files_and_directories(tmp_path):
+    for name in ("b.jsonl", "a.json", "readme.txt", ".hidden.jsonl"):
+        write(tmp_path / name, ROW)
+    (tmp_path / "folder.jsonl").mkdir()
+    assert training_files([str(tmp_path)]) == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
+    assert training_files([str(tmp_path / ".hidden.jsonl")]) == [str(tmp_path / ".hidden.jsonl")]
+    with pytest.raises(FileNotFoundError, match=r"no training data at .*missing"):
+        training_files([str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match=r"readme\.txt is not called \.json or \.jsonl"):
+        training_files([str(tmp_path / "readme.txt")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no"):
+        training_files([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="train_data is empty"):
+        MatryoshkaDataArguments(train_data=[])
+
+
+@pytest.mark.parametrize(
+    "name", ["a[0-9].jsonl", "wh?t.jsonl", "*.jsonl", "a::b#c.jsonl", "two words.json", ".x.jsonl"]
+)
+def test_a_name_is_a_name_and_no_pattern(name, tmp_path):
+    folder = tmp_path / "[x] ?"
+    folder.mkdir()
+    path = write(folder / name, {**ROW, "query": name})
+    for other in ("a1.jsonl", "what.jsonl"):
+        write(folder / other, {**ROW, "query": "other"})
+    assert load(path)["query"][:] == [name]
+
+
+def test_forms_of_a_file_give_the_same_rows(tmp_path):
+    rows = [{**ROW, "query": f"Größe {number}"} for number in range(3)]
+    expected = load(write(tmp_path / "plain.jsonl", *rows), "scores")[:]
+    for name, data in {
+        "array.json": json.dumps(rows, indent=2).encode(),
+        "utf16.jsonl": "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-16"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert load(tmp_path / name, "scores")[:] == expected
+
+
+def test_bad_lines_are_left_out_where_that_is_asked_for_and_counted(tmp_path, caplog):
+    path = write(tmp_path / "bad.jsonl", ROW, "{", {**ROW, "pos": []}, {**ROW, "query": "last"})
+    with path.open("ab") as file:
+        file.write('{"query": "Größe"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not JSON .* \(3 of 5 lines are wrong\)"):
+        load(path)
+    assert load(path, skip_bad_lines=True)["query"][:] == ["q", "last"]
+    assert "3 bad lines are left out, 2 are kept. line 2: not JSON" in caplog.text
+
+
+def test_a_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", ROW)
+    load(path)
+    parsed = []
+    monkeypatch.setattr(
+        "flagembedding_matryoshka.finetune.rows.row_fault", lambda row, reads: parsed.append(row["query"])
+    )
+    load(path)
+    assert parsed == ["q"]  # the first line alone, which says whether there is one
+    write(path, {**ROW, "query": "a"}, {**ROW, "query": "b"})
+    assert load(path)["query"][:] == ["a", "b"]
+
+
+def test_the_cache_of_one_file_is_not_taken_for_that_of_another(tmp_path):
+    first, second = (write(tmp_path / f"{name}.jsonl", {**ROW, "query": name}) for name in "ab")
+    os.utime(second, ns=(os.stat(first).st_atime_ns, os.stat(first).st_mtime_ns))
+    assert [load(path)["query"][0] for path in (first, second)] == ["a", "b"]
+    assert set(load(first).column_names) & {"pos_scores", "neg_scores"} == set()
+    assert load(first, "scores")["pos_scores"][:] == [[1.0]]
+
+
+def test_files_without_a_row(tmp_path):
+    empty, full = write(tmp_path / "a.jsonl", ""), write(tmp_path / "b.jsonl", ROW)
+    assert [len(rows) for rows in load_files([str(empty), str(full)], "labels", str(tmp_path))] == [0, 1]
+    with pytest.raises(ValueError, match=r"there is no row in .*a\.jsonl"):
+        load_files([str(empty)], "labels", str(tmp_path))

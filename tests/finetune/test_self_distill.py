@@ -1,0 +1,135 @@
+"""Elastic without labels: the model as it was loaded teaches its exits and widths."""
+
+import json
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from tests.finetune.runs import close, runner, scores_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def lists(training_file, tmp_path_factory):
+    """The training rows without their labels."""
+    path = tmp_path_factory.mktemp("lists") / "lists.jsonl"
+    rows = [json.loads(line) for line in training_file.read_text().splitlines()]
+    rows = [{"query": row["query"], "passages": [*row["neg"], *row["pos"]]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_exit(tiny_layerwise_path, tmp_path_factory):
+    """A re-ranker with its deepest exit alone."""
+    path = tmp_path_factory.mktemp("one_exit")
+    MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").export(str(path), cutoff_layers=[6])
+    return path
+
+
+def distil(model, data, output_dir, model_args=(), data_args=(), **training):
+    training = {"train_method": "self_distill", "logging_steps": 1} | training
+    return runner(model, data, output_dir, {"lora_rank": 8} | dict(model_args), data_args, **training)
+
+
+def largest_gradient(run):
+    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    output = run.model.train()(**batch)
+    output.loss.backward()
+    gradients = [value.grad for value in run.model.parameters() if value.requires_grad]
+    return max(gradient.abs().max() for gradient in gradients), set(output.terms)
+
+
+@pytest.mark.parametrize("distill_loss", ["ce", "kl", "mse", "margin_mse"])
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(distill_loss, one_exit, lists, tmp_path):
+    gradient, terms = largest_gradient(distil(one_exit, lists, tmp_path / "out", distill_loss=distill_loss))
+    assert gradient < 1e-4 and terms == {"layer_6_original"}
+    gradient, _ = largest_gradient(
+        distil(one_exit, lists, tmp_path / "out", {"exits": [5, 6]}, distill_loss=distill_loss)
+    )
+    assert gradient > 0.1
+
+
+def test_the_teacher_is_the_model_as_it_was_loaded_however_far_training_has_come(one_exit, lists, tmp_path):
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, learning_rate=1e-2, max_steps=5)
+    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    before = run.model.original_scores(batch["pair"])
+    run.run()
+    close(run.model.original_scores(batch["pair"]), before)
+    learnt = run.model.train()(**batch).scores[-1]
+    assert (learnt - before).abs().max() > 1e-3
+    assert run.model.model.training
+
+
+def test_new_exits_start_as_the_deepest_and_come_to_rank_as_it_does(one_exit, lists, tmp_path):
+    options = {"compress_layers": [2], "compress_ratios": [1, 2], "learning_rate": 1e-2}
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, max_steps=40, **options)
+    heads = run.model.model.base_model.model.lm_head
+    assert len(heads) == 3
+    assert all(
+        torch.equal(head.linear_head.base_layer.weight, heads[-1].linear_head.base_layer.weight) for head in heads
+    )
+    run.run()
+    history = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    for layer in (2, 4):
+        losses = [entry[f"loss_layer_{layer}_original"] for entry in history]
+        assert sum(losses[-8:]) < sum(losses[:8])
+    assert all(entry[f"layer_{layer}_spread"] > 0 for entry in history for layer in (2, 4, 6))
+
+
+def test_what_is_written_brings_its_new_exits_along(one_exit, lists, tmp_path):
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 6], "save_merged_lora_model": True})
+    run.run()
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert loaded.config.exit_layers == [2, 6] and loaded.model.config.base_exits is None
+    batch = run.data_collator([run.train_dataset[0]])
+    pair = batch["pair"]
+    learnt = run.model.eval()(pair=pair).scores
+    close(torch.stack(loaded.model(**pair, cutoff_layers=[2, 6]).logits), learnt)
+    merged = MatryoshkaReranker(str(tmp_path / "out" / "merged_model"), dtype="float32", devices="cpu")
+    close(scores_of(merged), scores_of(loaded))
+    loaded.export(str(tmp_path / "whole"), cutoff_layers=[2, 6])
+    close(scores_of(MatryoshkaReranker(str(tmp_path / "whole"), dtype="float32", devices="cpu")), scores_of(loaded))
+    # A second stage on top of it finds the base's one head, too.
+    distil(tmp_path / "out", lists, tmp_path / "second").run()
+    second = MatryoshkaReranker(str(tmp_path / "second"), dtype="float32", devices="cpu")
+    assert second.config.exit_layers == [2, 6] and scores_of(second).isfinite().all()
+
+
+def test_exits_that_cannot_be_given_are_refused(one_exit, tiny_layerwise_path, lists, tmp_path):
+    for exits, message in (
+        ([2, 5], r"exits=\[2, 5\], but the deepest exit of .* is 6: it must be the last"),
+        ([], r"exits=\[\], but the deepest exit"),
+        ([4, 2, 6], r"exits \[4, 2, 6\] must be layers in ascending order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect_checkpoint(str(one_exit), exits=exits)
+    own = inspect_checkpoint(str(tiny_layerwise_path), exits=[2, 3, 4, 5, 6]).config
+    assert own.base_exits is None
+    distil(one_exit, lists, tmp_path / "out", {"exits": [2, 6]}).run()
+    with pytest.raises(ValueError, match=r"exits=\[3, 6\], but .* holds an adapter that was trained for \[2, 6\]"):
+        inspect_checkpoint(str(tmp_path / "out"), exits=[3, 6])
+    with pytest.raises(ValueError, match=r"max_layer=2: new exits of .* start as its deepest, 6"):
+        inspect_checkpoint(str(tmp_path / "out"), max_layer=2)
+
+
+def test_a_raw_model_keeps_the_scale_of_its_scores(tiny_raw_model_path, lists, tmp_path):
+    run = distil(tiny_raw_model_path, lists, tmp_path / "out", {"start_layer": 2, "layer_sep": 2})
+    pair = run.data_collator([run.train_dataset[0]])["pair"]
+    raw = MatryoshkaReranker(str(tiny_raw_model_path), start_layer=2, dtype="float32", devices="cpu")
+    close(run.model.original_scores(pair), raw.model(**pair, cutoff_layers=6).logits[0])
+
+
+@pytest.mark.parametrize("model_args", [{"use_lora": False}, {"from_peft": "somewhere"}])
+def test_without_adapters_to_switch_off_there_is_no_teacher(model_args, one_exit, lists, tmp_path):
+    with pytest.raises(ValueError, match="train_method self_distill learns from the model as it was loaded"):
+        distil(one_exit, lists, tmp_path / "out", model_args)
+
+
+def test_labelled_rows_and_random_passages_serve_as_well(one_exit, training_file, tmp_path):
+    run = distil(one_exit, training_file, tmp_path / "out", {"exits": [2, 6]}, {"random_negatives": 0.5})
+    run.run()
+    assert len(run.trainer.state.log_history) > 1
