@@ -141,6 +141,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             args.template,
             **hub,
         )
+        # What no exit reads does not learn, and need not be there.
+        checkpoint.config.cut(checkpoint.config.exit_layers[-1])
         checkpoint.config.template = self._template(checkpoint.config).to_json()
         if checkpoint.from_raw:
             checkpoint.config.head_scale = args.head_scale or (1.0 if self.method.original else 0.1)

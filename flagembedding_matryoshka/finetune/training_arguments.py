@@ -42,6 +42,9 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         default=None,
         metadata={"help": "What each exit's loss counts, from the shallowest to the deepest. Default: 1 for each."},
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for weights without a gradient; every exit learns in every step."}
+    )
     learning_rate: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
     )
