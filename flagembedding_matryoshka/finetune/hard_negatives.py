@@ -9,20 +9,15 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flagembedding_matryoshka.files import replacing
-from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.finetune.miners import Miner, add_miners, best_ranks, make_miners
 from flagembedding_matryoshka.text.collections import Collection, bm25_lists, read_collection
 
 logger = logging.getLogger(__name__)
-
-ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "use_bf16", "trust_remote_code")
-# Of (texts, queries, k): for each query places of at most k texts, best first.
-Miner = Callable[[Sequence[str], Sequence[str], int], Iterable[Sequence[int]]]
 
 
 def mine(
@@ -68,16 +63,6 @@ def mine(
     logger.info("%d passages, %d queries", len(texts), len(collection.relevant) - dropped)
 
 
-def best_ranks(lists: Sequence[Sequence[int]]) -> dict[int, int]:
-    """What is in any of the lists with its best rank, from 1: the lists interleaved, without what comes again."""
-    ranks: dict[int, int] = {}
-    for rank, places in enumerate(zip_longest(*lists), start=1):
-        for place in places:
-            if place is not None:
-                ranks.setdefault(place, rank)
-    return ranks
-
-
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSON Lines, all of them or no file, and return how many; the directory is made where it is missing.
 
@@ -104,27 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--last", type=int, default=100, help="rank up to which (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--miner", choices=["bm25", "bi_encoder", "both"], default="bm25", help="whose ranks")
-    parser.add_argument("--bi_encoder", help="name or path of a sentence-transformers model")
-    encoder = parser.add_argument_group("of the bi-encoder", argument_default=argparse.SUPPRESS)
-    encoder.add_argument("--batch_size", type=int, help="texts at once (default: 64)")
-    encoder.add_argument("--max_length", type=int, help="tokens of a text (default: the model's own limit)")
-    encoder.add_argument("--device", help="such as cpu or cuda:0; default: what sentence-transformers chooses")
-    encoder.add_argument("--use_fp16", action="store_true", help="encode in half precision, for GPUs")
-    encoder.add_argument("--use_bf16", action="store_true", help="encode in bfloat16, for what computes it fast")
-    encoder.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_miners(parser)
     options = parser.parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name in ENCODER_OPTIONS}
-    if options.miner != "bm25" and options.bi_encoder is None:
-        parser.error(f"--miner {options.miner} needs --bi_encoder")
-    if options.miner == "bm25" and (given or options.bi_encoder is not None):
-        parser.error(f"--{next(iter(given), 'bi_encoder')} is for --miner bi_encoder or both")
+    load_miners = make_miners(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     collection = read_collection(options.data, options.split)
-    miners: list[Miner] = [] if options.miner == "bi_encoder" else [bm25_lists]
-    if options.miner != "bm25":
-        miners.append(BiEncoder(options.bi_encoder, **given).lists)
-    rows = mine(collection, options.negatives, options.first, options.last, options.seed, miners)
+    rows = mine(collection, options.negatives, options.first, options.last, options.seed, load_miners())
     count = write_rows(options.output, rows)
     print(f"Wrote {count} rows to {options.output}.")
 

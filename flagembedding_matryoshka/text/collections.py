@@ -43,7 +43,7 @@ def read_collection(directory: Path, split: str) -> Collection:
     for path in (corpus, topics, qrels):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: BEIR's layout is corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
-    passages, queries = _read_texts(corpus), _read_texts(topics)
+    passages, queries = read_texts(corpus), read_texts(topics)
     relevant: dict[str, dict[str, int]] = {}
     for number, query, passage, score in _read_judgements(qrels):
         if score <= 0:
@@ -59,8 +59,13 @@ def read_collection(directory: Path, split: str) -> Collection:
     return Collection(passages, queries, relevant)
 
 
-def _read_texts(path: Path) -> dict[str, str]:
-    """Title and text by id; queries have no title."""
+def read_texts(path: Path) -> dict[str, str]:
+    """ "title text" by id of the lines of `corpus.jsonl` or `queries.jsonl`, of which the latter have no title.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line of what is malformed.
+    """
     texts: dict[str, str] = {}
 
     def fault(row: dict[str, Any]) -> str | None:
