@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
+from flagembedding_matryoshka.finetune.sharding import Shardable
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.setting import Setting
 
@@ -30,7 +31,7 @@ class MatryoshkaOutput(RerankerOutput):
     spreads: Tensor | None = None
 
 
-class MatryoshkaRerankerModel(AbsRerankerModel):
+class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
     """Scores groups of pairs at every exit and computes the loss of a training method.
 
     Args:

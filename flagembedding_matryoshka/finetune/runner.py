@@ -32,6 +32,7 @@ from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.finetune.rows import load_files
+from flagembedding_matryoshka.finetune.sharding import whole_while_loading
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
 from flagembedding_matryoshka.models.adapters import refuse_other_heads
@@ -158,7 +159,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
                 bnb_4bit_compute_dtype=self._weights_dtype(),
                 llm_int8_skip_modules=["lm_head"],
             )
-        model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **hub)
+        with whole_while_loading(self.training_args):
+            model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **hub)
         if args.load_in_4bit:
             model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
         if args.use_lora:
@@ -268,7 +270,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
             merged = Path(self.training_args.output_dir) / "merged_model"
             checkpoint = inspect_checkpoint(self.training_args.output_dir)
-            model = load_model(checkpoint, self.tokenizer, self._weights_dtype())
+            with whole_while_loading(self.training_args):
+                model = load_model(checkpoint, self.tokenizer, self._weights_dtype())
             model.config.raw_peft, model.config.base_exits = [], None
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)

@@ -18,6 +18,7 @@ from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.sampling import sample_setting
+from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
 
 
 class StartEpoch(TrainerCallback):
@@ -48,6 +49,8 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.accelerator.is_fsdp2:
+            keep_loss_in_float32(self.accelerator.state.fsdp_plugin)
         self.add_callback(StartEpoch())
         self.eval_collator = eval_collator
         self.compress_layers = compress_layers
@@ -119,12 +122,13 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return list(self.state.log_history)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Whole lists instead of training's groups."""
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        """Whole lists instead of training's groups, and all of them, whatever training drops."""
+        training = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = training_collator
+            self.data_collator, self.args.dataloader_drop_last = training
 
     def prediction_step(
         self,
@@ -150,15 +154,27 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.model if model is None else model)
 
     def _load_best_model(self) -> None:
-        # As above: the inherited method looks for the weights of the module around the model.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            # As above: the inherited method looks for the weights of the module around the model.
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # trainer_state.json comes next: no checkpoint that has it lacks a file of another process.
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; what a run leaves behind is whole, where its checkpoints may be shards."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Every process comes here, and the weights of shards have been gathered in the first alone.
+        if not self.args.should_save:
+            return
         directory = output_dir or self.args.output_dir
         self.model.save(directory, state_dict)
         self._save_processing_class(directory)

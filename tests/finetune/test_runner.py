@@ -335,6 +335,24 @@ def test_lists_of_different_lengths_are_evaluated_and_the_best_checkpoint_is_wha
     assert any(not torch.equal(written[name], last[name]) for name in last)
 
 
+def test_all_lists_are_evaluated_whatever_training_drops(tiny_raw_model_path, training_file, tmp_path):
+    found = []
+    for drop_last in (False, True):
+        run = runner(
+            tiny_raw_model_path,
+            training_file,
+            tmp_path / "out",
+            {"start_layer": 5},
+            {"eval_data": [str(training_file)]},
+            save_strategy="steps",
+            per_device_eval_batch_size=3,
+            dataloader_drop_last=drop_last,
+        )
+        found.append({name: value for name, value in run.trainer.evaluate().items() if "@10" in name})
+        assert run.training_args.dataloader_drop_last == drop_last
+    assert found[0] and found[0] == found[1]
+
+
 def test_evaluation_without_checkpoints_is_refused(tiny_raw_model_path, training_file, tmp_path):
     with pytest.raises(ValueError, match="nothing would be evaluated"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {}, {"eval_data": [str(training_file)]})
@@ -597,21 +615,6 @@ def test_a_killed_run_ends_in_the_same_weights_when_it_is_resumed(tiny_raw_model
     expected, resumed = trained_weights(tmp_path / "whole"), trained_weights(output_dir)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-
-
-@pytest.mark.slow
-def test_shards_train_save_and_load(tiny_raw_model_path, training_file, tmp_path):
-    options = (*WIDTH, "--save_strategy", "steps", "--save_steps", "12", "--lora_dropout", "0")
-    losses = []
-    for name, more in (("ddp", ()), ("fsdp", ("--fsdp", "full_shard"))):
-        output_dir = tmp_path / name
-        run_command(command_line(tiny_raw_model_path, training_file, output_dir, 2, *options, *more))
-        losses.append(history(output_dir))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    scores = [
-        scores_of(MatryoshkaReranker(str(tmp_path / name), dtype="float32", devices="cpu")) for name in ("ddp", "fsdp")
-    ]
-    torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
 
 
 def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path):
