@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,8 +154,4 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         # No vocabulary is changed; left to itself, peft asks the hub for the base to find that out.
         options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
         self.model.save_pretrained(output_dir, state_dict=weights, **options)
-        config = copy.deepcopy(self.config)
-        if hasattr(config, "quantization_config"):
-            # How the frozen weights were held while training is no property of what was trained.
-            del config.quantization_config
-        config.save_pretrained(output_dir)
+        self.config.save_pretrained(output_dir)

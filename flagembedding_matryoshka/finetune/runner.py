@@ -6,6 +6,7 @@ import copy
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import (
@@ -15,7 +16,7 @@ from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerTrainingArguments,
 )
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.checkpoints import resolve
@@ -40,6 +41,7 @@ from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.export import write_sentence_transformers_files
 from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.models.nf4 import use_nf4
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
@@ -121,12 +123,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaRerankerModel]:
         """The tokenizer, with a pad token, and the model that learns."""
         args = self.model_args
-        hub = {name: value for name, value in (("cache_dir", args.cache_dir), ("token", args.token)) if value}
         tokenizer = load_tokenizer(
             args.tokenizer_name or args.model_name_or_path,
             args.trust_remote_code,
             use_fast=args.use_fast_tokenizer,
-            **hub,
+            **self._hub,
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -140,7 +141,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             args.max_layer,
             args.exits,
             args.template,
-            **hub,
+            **self._hub,
         )
         # What no exit reads does not learn, and need not be there.
         checkpoint.config.cut(checkpoint.config.exit_layers[-1])
@@ -151,17 +152,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
             layers = self.training_args.compress_layers
             Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
         raw_peft = [locate(path) for path in args.raw_peft or []]
-        if args.load_in_4bit:
-            hub["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=self._weights_dtype(),
-                llm_int8_skip_modules=["lm_head"],
-            )
         with whole_while_loading(self.training_args):
-            model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **hub)
+            model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)
         if args.load_in_4bit:
+            use_nf4(model)
+            model.to(self.training_args.device)
             model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
         if args.use_lora:
             model.config.raw_peft = [*checkpoint.adapters, *raw_peft]
@@ -179,6 +174,12 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.training_args.gradient_checkpointing and args.use_lora:
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
+
+    @property
+    def _hub(self) -> dict[str, Any]:
+        """How names are found on the hub, by everything that reads a model, a tokenizer or an adapter."""
+        given = {"cache_dir": self.model_args.cache_dir, "token": self.model_args.token}
+        return {name: value for name, value in given.items() if value}
 
     def _template(self, config: CostWiseConfig) -> Template:
         """The checkpoint's, with what the arguments say: it is saved beside what is trained."""
@@ -210,8 +211,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
         args = self.model_args
         if args.from_peft is not None:
             adapter = locate(args.from_peft)
-            refuse_other_heads(adapter, model.config)
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            refuse_other_heads(adapter, model.config, **self._hub)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True, **self._hub)
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=args.lora_rank,
@@ -269,9 +270,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
             merged = Path(self.training_args.output_dir) / "merged_model"
-            checkpoint = inspect_checkpoint(self.training_args.output_dir)
+            checkpoint = inspect_checkpoint(self.training_args.output_dir, **self._hub)
             with whole_while_loading(self.training_args):
-                model = load_model(checkpoint, self.tokenizer, self._weights_dtype())
+                model = load_model(checkpoint, self.tokenizer, self._weights_dtype(), **self._hub)
             model.config.raw_peft, model.config.base_exits = [], None
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)

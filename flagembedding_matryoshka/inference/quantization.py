@@ -13,6 +13,7 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
 from flagembedding_matryoshka.models.adapters import token_adapter_ratios
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.nf4 import use_nf4
 
 Quantization = Literal["int8", "nf4"]
 
@@ -44,8 +45,7 @@ def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
 
     "int8" is PyTorch's dynamic quantization, with a scale for each output channel; inputs are rounded to int8 by the
     range of their batch. torchao's int8 products were 2 to 35 times slower than float32 on a CPU. "nf4" is
-    bitsandbytes' 4-bit format of QLoRA (arXiv 2305.14314, section 3): products are computed in the model's own
-    format. Its weights are rounded when the model next moves to a device.
+    [`~flagembedding_matryoshka.models.nf4.use_nf4`].
 
     Raises:
         ValueError: if token adapters are attached, which need the weights.
@@ -53,21 +53,9 @@ def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
     if token_adapter_ratios(model):
         raise ValueError(f"quantization={method!r} leaves no weights to switch token adapters on; merge one of them.")
     if method == "nf4":
-        for layer in model.model.layers:
-            _use_nf4(layer)
+        use_nf4(model)
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
         quantize_dynamic(model.model.layers, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
-
-
-def _use_nf4(layer: nn.Module) -> None:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    for name, linear in linears:
-        small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
-        small.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
-        small.bias = linear.bias
-        layer.set_submodule(name, small)

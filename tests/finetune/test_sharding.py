@@ -92,7 +92,7 @@ def check_against_one_process(output_dir, expected_dir):
     for (loss, norm), expected in zip(
         history(output_dir, "loss", "grad_norm"), history(expected_dir, "loss", "grad_norm"), strict=True
     ):
-        assert (loss, norm) == pytest.approx(expected, rel=1e-5)
+        assert (loss, norm) == pytest.approx(expected, rel=1e-4)
     # Adam divides by the gradient's size: where that is next to nothing, the order of a sum decides.
     close(written(output_dir), written(expected_dir))
     torch.testing.assert_close(scores(output_dir), scores(expected_dir), atol=1e-3, rtol=0)
