@@ -1,29 +1,22 @@
-"""Training rows: checked, cut into groups, joined into sequences."""
+"""Training rows: checked, cut into groups, joined into pairs."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from datasets import Dataset
-from FlagEmbedding.abc.finetune.reranker import (
-    AbsLLMRerankerCollator,
-    AbsLLMRerankerTrainDataset,
-    AbsRerankerDataArguments,
-)
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset, AbsRerankerDataArguments
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.losses import Reads
 from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, load_files, load_rows
-from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 RANDOM_MARGIN = 10.0
@@ -32,7 +25,7 @@ DRAWS = 100
 
 
 class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
-    """Rows of training files, memory-mapped by `datasets`, as sequences of a query and some of its passages.
+    """Rows of training files, memory-mapped by `datasets`, as pairs of a query with some of its passages.
 
     Args:
         args: where the rows are and how pairs are joined; `args.knowledge_distillation` says whether teacher scores
@@ -72,25 +65,16 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         self._file_sizes.append(len(rows))
         return rows
 
-    def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[dict[str, Any]]:
+    def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[TokenizedPair]:
         own = {name: row[column] for column, name in INSTRUCTIONS.items() if row.get(column)}
         template = replace(self.pair_tokenizer.template, **own)
-        joined = self.pair_tokenizer.build(
+        return self.pair_tokenizer.build(
             [(row["query"], passage) for passage in passages],
             self.args.query_max_len,
             self.args.passage_max_len + self.args.query_max_len // 2,
             self.max_length - self.pair_tokenizer.prompt_length(template),
             template,
         )
-        return [
-            {
-                "input_ids": pair.input_ids,
-                "attention_mask": [1] * len(pair.input_ids),
-                "query_length": pair.query_length,
-                "prompt_length": pair.prompt_length,
-            }
-            for pair in joined
-        ]
 
 
 class MatryoshkaTrainDataset(MatryoshkaDataset):
@@ -124,8 +108,8 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         """
         self.epoch.fill_(epoch)
 
-    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
-        """Sequences of the group with their part lengths, and their teacher scores."""
+    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
+        """The pairs of the group, and their teacher scores."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         positive = draw.randrange(len(row["pos"]))
@@ -180,8 +164,8 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
         """What of the rows."""
         return "passages"
 
-    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], None]:
-        """Sequences of the group with their part lengths; there are no teacher scores in the data."""
+    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], None]:
+        """The pairs of the group; there are no teacher scores in the data."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         own = row["passages"]
@@ -198,41 +182,7 @@ def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
 class MatryoshkaEvalDataset(MatryoshkaDataset):
     """Queries with all of their positives and negatives, to be ranked."""
 
-    def __getitem__(self, item: int) -> tuple[list[dict[str, Any]], list[float] | None]:
-        """Sequences of the list with their part lengths, and their labels, 1 on positives."""
+    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
+        """The pairs of the list, and their labels, 1 on positives."""
         row = self.dataset[item]
         return self._sequences(row, [*row["pos"], *row["neg"]]), [1.0] * len(row["pos"]) + [0.0] * len(row["neg"])
-
-
-@dataclass
-class MatryoshkaCollator(AbsLLMRerankerCollator):
-    """Right-pads the sequences of several groups and keeps their part lengths."""
-
-    def __call__(
-        self, features: list[tuple[list[dict[str, Any]], list[float] | None]], return_tensors: str = "pt"
-    ) -> dict[str, Any]:
-        """`pair` with input_ids and attention_mask (sequences, length) and the part lengths, and `teacher_scores`."""
-        sequences = [sequence for group, _ in features for sequence in group]
-        lengths = {
-            f"{part}_lengths": Tensor([sequence[f"{part}_length"] for sequence in sequences]).long()
-            for part in ("query", "prompt")
-        }
-        plain = [
-            ([{name: sequence[name] for name in ("input_ids", "attention_mask")} for sequence in group], scores)
-            for group, scores in features
-        ]
-        batch = super().__call__(plain, return_tensors)
-        return {"pair": {**batch["pair"], **lengths}, "teacher_scores": batch["teacher_scores"]}
-
-
-@dataclass
-class MatryoshkaEvalCollator(MatryoshkaCollator):
-    """Right-pads the sequences of several lists, which may differ in length."""
-
-    def __call__(
-        self, features: list[tuple[list[dict[str, Any]], list[float] | None]], return_tensors: str = "pt"
-    ) -> dict[str, Any]:
-        """`pair` as in training, and `labels` (lists, longest list) with PADDING behind the shorter ones."""
-        batch = super().__call__([(sequences, None) for sequences, _ in features], return_tensors)
-        labels = [torch.tensor(labels) for _, labels in features]
-        return {"pair": batch["pair"], "labels": pad_sequence(labels, batch_first=True, padding_value=PADDING)}

@@ -35,6 +35,9 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         metadata={"help": "Tokens of a passage; the whole sequence is cut to query_max_len + passage_max_len."},
     )
 
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "FlagEmbedding's argument; here no batch is padded, to no multiple either."}
+    )
     eval_data: list[str] | None = field(
         default=None,
         metadata={

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.models.packing import PackedBatch
 from flagembedding_matryoshka.setting import Setting
 
 COUNTED = ("lists", "tokens", "operations", "seconds")
@@ -35,15 +36,15 @@ class Effort:
         self.started = time.monotonic()
         self.lists = self.tokens = self.operations = 0
 
-    def add(self, pair: Mapping[str, Tensor], group: int, setting: Setting) -> None:
+    def add(self, packed: PackedBatch, group: int, setting: Setting) -> None:
         """Count a pass, forward and backward, over groups of `group` pairs; adapters are left out, which are small."""
-        total, query, prompt = (
-            values.cpu() for values in (pair["attention_mask"].sum(1), pair["query_lengths"], pair["prompt_lengths"])
-        )
-        parts = (query, total - query - prompt, prompt)
+        prompt = packed.prompt_lengths[packed.sequences]
+        passage = packed.passage_lengths[packed.sequences]
+        query = packed.sequence_lengths - passage - prompt
+        parts = (query, passage, prompt)
         shares_query = torch.arange(len(query)) % group > 0
         self.lists += len(query) // group
-        self.tokens += int(total.sum())
+        self.tokens += int(packed.sequence_lengths.sum())
         self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_query)
         if self.imitates:
             self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_query)

@@ -96,7 +96,9 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     head_type: Literal["simple"] = field(
         default="simple", metadata={"help": "FlagEmbedding's layer-wise argument: a head is one linear map."}
     )
-    padding_side: Literal["right"] = field(default="right", metadata={"help": "Side that batches are padded on."})
+    padding_side: Literal["right"] = field(
+        default="right", metadata={"help": "The reference's argument; here no batch is padded."}
+    )
     loss_type: Literal["only logits"] = field(
         default="only logits", metadata={"help": "Distillation is on scores alone."}
     )
@@ -107,7 +109,7 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
         if not self.layer_wise:
             raise ValueError("layer_wise=False: FlagEmbedding's own decoder-only fine-tuning trains a single head.")
         if self.padding_side != "right":
-            raise ValueError(f"padding_side is {self.padding_side!r}: batches are padded on the right.")
+            raise ValueError(f"padding_side is {self.padding_side!r}: here no batch is padded; leave it out.")
         if self.loss_type != "only logits":
             raise ValueError(f"loss_type is {self.loss_type!r}: 'only logits' is the only one.")
         if not self.head_multi:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerModel, RerankerOutput
@@ -11,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.finetune.collators import PackedPairs
 from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
 from flagembedding_matryoshka.finetune.sharding import Shardable
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -64,12 +66,11 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         self.exit_weights = [1.0] * len(exits) if exit_weights is None else list(exit_weights)
         if len(self.exit_weights) != len(exits):
             raise ValueError(f"exit_weights {self.exit_weights} must be one for each of the exits {list(exits)}.")
-
         if method.original and not isinstance(base_model, PeftModel):
             raise ValueError("the original model teaches, but without adapters nothing of it is left: use LoRA.")
 
     def encode(
-        self, features: dict[str, Tensor], setting: Setting | None = None, return_full_width: bool = False
+        self, features: PackedPairs, setting: Setting | None = None, return_full_width: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Scores of the pairs in `features` and, where asked for, those without compression and graph.
 
@@ -77,18 +78,14 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             (exits, pairs) float32 each; `setting` None is the full width at every exit.
         """
         setting = setting or self.full_width
-        outputs = self.model(
-            **features,
-            cutoff_layers=setting.cutoff_layers,
-            compress_layers=setting.compress_layers,
-            compress_ratio=setting.compress_ratio,
-            return_full_width=return_full_width,
-        )
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        states = model.model.embed(features.token_ids, features.packed)
+        outputs = model.forward_packed(states, setting, return_full_width)
         full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
         return torch.stack(outputs.logits), full_width
 
     @torch.no_grad()
-    def original_scores(self, features: dict[str, Tensor]) -> Tensor:
+    def original_scores(self, features: PackedPairs) -> Tensor:
         """(pairs,) float32: what the model scored, at its deepest exit and full width, before anything was learnt."""
         training = self.model.training
         self.model.eval()
@@ -99,16 +96,15 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
 
     def forward(
         self,
-        pair: dict[str, Tensor],
-        teacher_scores: list[float] | None = None,
+        pair: PackedPairs,
+        teacher_scores: Tensor | None = None,
         setting: Setting | None = None,
     ) -> MatryoshkaOutput:
         """Loss, when training, and (exits, pairs) scores of a batch.
 
         Args:
-            pair: input_ids and attention_mask (queries · group, length), query_lengths and prompt_lengths
-                (queries · group,). Groups may be of any size when not training.
-            teacher_scores: one per pair; needed by methods that learn from the data's scores.
+            pair: queries · group pairs. Groups may be of any size when not training.
+            teacher_scores: (queries · group,) float; needed by methods that learn from the data's scores.
             setting: what the learning pass runs; None is the full width at every exit. Where nothing has been
                 compressed yet the learning pass is its own teacher, under the dropout that it was drawn with.
         """
@@ -118,7 +114,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         groups = (len(scores), -1, self.train_group_size)
         data_scores = None
         if self.method.data_scores != "none" and teacher_scores is not None:
-            data_scores = torch.tensor(teacher_scores, device=scores.device).view(groups[1:])
+            data_scores = teacher_scores.view(groups[1:])
         exits = layer_wise_losses(
             self.method,
             scores.view(groups),
@@ -132,9 +128,12 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             for layer, losses in zip(self.full_width.cutoff_layers, exits, strict=True)
             for name, term in losses.items()
         }
-        per_exit = torch.stack([torch.stack(list(losses.values())).sum() for losses in exits])
+        per_exit = [
+            weight * torch.stack(list(losses.values())).sum()
+            for weight, losses in zip(self.exit_weights, exits, strict=True)
+        ]
         return MatryoshkaOutput(
-            loss=(per_exit * per_exit.new_tensor(self.exit_weights)).sum(),
+            loss=torch.stack(per_exit).sum(),
             scores=scores,
             terms={name: term.detach() for name, term in terms.items()},
             spreads=scores.detach().view(groups).std(-1).mean(-1),

@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.checkpoints import resolve
+from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.data import (
-    MatryoshkaCollator,
-    MatryoshkaEvalCollator,
     MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
     UnlabelledTrainDataset,
@@ -237,16 +236,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
         return MatryoshkaEvalDataset(args, self.tokenizer, template=Template.load(self.model.config.template))
 
     def load_data_collator(self) -> MatryoshkaCollator:
-        """Pads groups into a batch."""
-        return self._collator(MatryoshkaCollator)
-
-    def _collator(self, kind: type[MatryoshkaCollator]) -> MatryoshkaCollator:
-        return kind(
-            tokenizer=self.tokenizer,
-            query_max_len=self.data_args.query_max_len,
-            passage_max_len=self.data_args.passage_max_len,
-            pad_to_multiple_of=self.data_args.pad_to_multiple_of,
-        )
+        """Packs groups into a batch."""
+        return MatryoshkaCollator()
 
     def load_trainer(self) -> MatryoshkaTrainer:
         """The training loop."""
@@ -257,7 +248,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             data_collator=self.data_collator,
             processing_class=self.tokenizer,
             eval_dataset=self._load_eval_dataset(),
-            eval_collator=self._collator(MatryoshkaEvalCollator),
+            eval_collator=MatryoshkaEvalCollator(),
             compute_metrics=partial(ranking_metrics, exits=self.model.config.exit_layers),
             compress_layers=self.training_args.compress_layers,
             compress_ratios=self.training_args.compress_ratios,

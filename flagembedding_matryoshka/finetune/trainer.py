@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
-from flagembedding_matryoshka.finetune.data import MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.sampling import sample_setting
@@ -69,6 +70,15 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self._passes = (self.state.global_step, done)
         return self.state.global_step * self.args.gradient_accumulation_steps + done
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward pass, under autocast without peft's own cast of each adapter's input.
+
+        That one goes to the adapter's float32, from where autocast comes back: a second copy, kept for the gradient.
+        """
+        is_mixed = self.accelerator.mixed_precision in ("bf16", "fp16")
+        with disable_input_dtype_casting(self.model, active=is_mixed):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
@@ -80,7 +90,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self.args.seed,
             self._pass_number(),
         )
-        self._effort.add(inputs["pair"], self.model.train_group_size, setting)
+        self._effort.add(inputs["pair"].packed, self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
         spreads = zip(self.model.config.exit_layers, outputs.spreads, strict=True)
         self._terms.append(outputs.terms | {f"layer_{layer}_spread": spread for layer, spread in spreads})

@@ -88,6 +88,11 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         default=None, metadata={"help": "Share of the steps in which the learning rate rises; or give warmup_steps."}
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log, for which each step waits for the device."},
+    )
+
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None:
             if self.warmup_steps or not 0 <= self.warmup_ratio < 1:
@@ -105,7 +110,10 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             self.learning_rate = 2e-5 if compensates else 2e-4
         if self.compress_ratios is None:
             self.compress_ratios = {None: list(COMPRESS_RATIOS), "layer": [1], "token": [2]}.get(self.finetune_type, [])
+        has_own = self.accelerator_config is not None
         super().__post_init__()
+        if not has_own:
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.train_method not in TRAIN_METHODS:
             raise ValueError(f"train_method is {self.train_method!r}, but must be one of {list(TRAIN_METHODS)}.")
         if self.distill_loss not in DISTILL_LOSSES:
@@ -117,6 +125,11 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
         unknown = [ratio for ratio in self.compress_ratios if ratio not in COMPRESS_RATIOS]
         if unknown or not self.compress_ratios:
             raise ValueError(f"compress_ratios {self.compress_ratios} must be drawn from {list(COMPRESS_RATIOS)}.")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: start one for each, torchrun --nproc_per_node "
+                f"{self.n_gpu}, or show it a single one, CUDA_VISIBLE_DEVICES=0."
+            )
         if self.sub_batch_size is not None:
             raise ValueError(f"sub_batch_size={self.sub_batch_size}: use gradient_accumulation_steps instead.")
         if self.finetune_type == "layer" and max(self.compress_ratios) > 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 
 PACKED_ATTENTION = "cost_wise_packed"
 LONGEST_PRODUCT = 512
@@ -188,13 +188,13 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logi
     if packed.prefixes is None:
         segments = packed.segment_ids
     else:
-        segments = torch.repeat_interleave(packed.context_lengths).to(packed.device)
+        segments = on_device(torch.repeat_interleave(packed.context_lengths), packed.device)
         key = key[:, packed.context_tokens]
     last = query[:, packed.segment_ends].view(kv_heads, heads_per_key, -1, head_dim)
     # (kv_heads, heads_per_key, total): one product per token and head, nothing quadratic
     values = logits.of(torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float())
     if logits.window is not None:
-        out_of_sight = (packed.behind_in_context >= logits.window).to(packed.device)
+        out_of_sight = on_device(packed.behind_in_context >= logits.window, packed.device)
         values = values.masked_fill(out_of_sight, float("-inf"))
     values = values.reshape(-1, values.shape[-1])
 

@@ -230,19 +230,28 @@ class CostWiseForCausalLM(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_full_width=return_full_width,
         )
-        cutoffs = Setting.resolve(self.config, cutoff_layers).cutoff_layers
+        result = self._with_scores(outputs, Setting.resolve(self.config, cutoff_layers).cutoff_layers)
+        return result.to_tuple() if return_dict is False else result
+
+    def forward_packed(
+        self, states: PackedStates, setting: Setting, return_full_width: bool = False
+    ) -> CostWiseCausalLMOutputWithPast:
+        """`forward` of a batch that is packed already and has been embedded, see `CostWiseModel.embed`."""
+        outputs = self.model.forward_packed(states, setting, return_full_width)
+        return self._with_scores(outputs, setting.cutoff_layers)
+
+    def _with_scores(self, outputs: Any, cutoffs: Sequence[int]) -> CostWiseCausalLMOutputWithPast:
         logits = tuple(map(self.score, cutoffs, outputs.last_token_states))
         full_width_logits = None
-        if return_full_width:
+        if outputs.full_width_states is not None:
             with torch.no_grad():
                 full_width_logits = tuple(
                     own.detach() if states is None else self.score(layer, states)
                     for layer, own, states in zip(cutoffs, logits, outputs.full_width_states, strict=True)
                 )
-        result = CostWiseCausalLMOutputWithPast(
+        return CostWiseCausalLMOutputWithPast(
             logits=logits,
             hidden_states=outputs.hidden_states,
             attention_masks=outputs.attention_masks,
             full_width_logits=full_width_logits,
         )
-        return result.to_tuple() if return_dict is False else result

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 
 UNDERFLOW = 1e-30
 """A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""
@@ -74,4 +74,5 @@ def _slots(packed: PackedBatch, compressed: PackedBatch, ratio: int) -> tuple[Te
     )
     behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
     slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
-    return (slot + per_token(compressed.cu_seqlens[:-1])).to(packed.device), in_passage.to(packed.device)
+    slots = slot + per_token(compressed.cu_seqlens[:-1])
+    return on_device(slots, packed.device), on_device(in_passage, packed.device)

@@ -106,8 +106,8 @@ class CostWiseModel(PreTrainedModel):
         token_ids, packed = pack(input_ids, attention_mask, query_lengths, prompt_lengths)
         if not output_hidden_states:
             token_ids, packed = share_queries(token_ids, packed)
-        return self._forward_packed(
-            self.embed(token_ids, packed), setting, bool(output_hidden_states), return_full_width
+        return self.forward_packed(
+            self.embed(token_ids, packed), setting, return_full_width, bool(output_hidden_states)
         )
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
@@ -161,9 +161,14 @@ class CostWiseModel(PreTrainedModel):
             if depth in exits
         }
 
-    def _forward_packed(
-        self, states: PackedStates, setting: Setting, output_hidden_states: bool, return_full_width: bool
+    def forward_packed(
+        self,
+        states: PackedStates,
+        setting: Setting,
+        return_full_width: bool = False,
+        output_hidden_states: bool = False,
     ) -> CostWiseModelOutputWithPast:
+        """`forward` of a batch that is packed already; brings `states` to the end of `setting`."""
         exits = setting.cutoff_layers
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 
 class CostWiseHead(nn.Module):
@@ -18,5 +18,5 @@ class CostWiseHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(batch, hidden) to (batch,) float32."""
-        with torch.autocast(states.device.type, enabled=False):
+        with maybe_autocast(states.device.type, enabled=False):
             return self.linear_head(states.to(self.linear_head.weight.dtype)).squeeze(-1).float()

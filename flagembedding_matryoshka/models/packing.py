@@ -99,7 +99,7 @@ class PackedBatch:
     @cached_property
     def segment_ids(self) -> Tensor:
         """(total_tokens,) int64, on `device`: which segment each token belongs to."""
-        return torch.repeat_interleave(self.lengths).to(self.device)
+        return on_device(torch.repeat_interleave(self.lengths), self.device)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -109,17 +109,18 @@ class PackedBatch:
     @cached_property
     def position_ids(self) -> Tensor:
         """(1, total_tokens) int64, on `device`: position of each token in its sequence."""
-        return (self.offsets + self.prefix_lengths.repeat_interleave(self.lengths))[None].to(self.device)
+        positions = self.offsets + self.prefix_lengths.repeat_interleave(self.lengths)
+        return on_device(positions[None], self.device)
 
     @cached_property
     def segment_ends(self) -> Tensor:
         """(segments,) int64, on `device`: index of each segment's last token in the row."""
-        return (self.cu_seqlens[1:] - 1).to(self.device)
+        return on_device(self.cu_seqlens[1:] - 1, self.device)
 
     @cached_property
     def last_tokens(self) -> Tensor:
         """(sequences,) int64, on `device`: index of each sequence's last token in the row."""
-        return (self.cu_seqlens[1:] - 1)[self.sequences].to(self.device)
+        return on_device((self.cu_seqlens[1:] - 1)[self.sequences], self.device)
 
     @cached_property
     def context_tokens(self) -> Tensor:
@@ -128,7 +129,7 @@ class PackedBatch:
         prefix_starts = starts if self.prefixes is None else starts[self.prefixes]
         lengths = torch.stack([self.prefix_lengths, self.lengths], dim=1).flatten()
         firsts = torch.stack([prefix_starts, starts], dim=1).flatten()
-        return (_ranges(lengths) + firsts.repeat_interleave(lengths)).to(self.device)
+        return on_device(_ranges(lengths) + firsts.repeat_interleave(lengths), self.device)
 
     @cached_property
     def behind_in_context(self) -> Tensor:
@@ -139,7 +140,7 @@ class PackedBatch:
     def own_in_context(self) -> Tensor:
         """(total_tokens,) int64, on `device`: where each token of the row stands among `context_tokens`."""
         firsts = self.context_lengths.cumsum(0) - self.lengths
-        return (self.offsets + firsts.repeat_interleave(self.lengths)).to(self.device)
+        return on_device(self.offsets + firsts.repeat_interleave(self.lengths), self.device)
 
     @cached_property
     def context_groups(self) -> tuple[list[Tensor], Tensor]:
@@ -162,11 +163,11 @@ class PackedBatch:
             order = order[len(group) :]
             begins = ends[group] + 1 - self.context_lengths[group]
             places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])
-            groups.append(self.context_tokens[places.to(self.device)])
+            groups.append(self.context_tokens[on_device(places, self.device)])
             firsts[group] = size + torch.arange(len(group)) * width + self.prefix_lengths[group]
             size += len(group) * width
         own = self.offsets + firsts.repeat_interleave(self.lengths)
-        return groups, own.to(self.device)
+        return groups, on_device(own, self.device)
 
     def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
         """Some sequences, in the order given, with what they share.
@@ -190,7 +191,7 @@ class PackedBatch:
             prefixes,
         )
         tokens = selected.offsets + self.cu_seqlens[chosen].repeat_interleave(selected.lengths)
-        return selected, tokens.to(self.device)
+        return selected, on_device(tokens, self.device)
 
     def pad(self, row: Tensor) -> Tensor:
         """A packed row (total_tokens, hidden) as (sequences, max_seqlen, hidden), right-padded with zeros.
@@ -202,7 +203,7 @@ class PackedBatch:
 
     def padded_attention_mask(self) -> Tensor:
         """(sequences, max_seqlen) int64, on `device`: 1 on tokens, 0 on padding."""
-        return (torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long().to(self.device)
+        return on_device((torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long(), self.device)
 
 
 def pack(
@@ -252,6 +253,13 @@ def pack(
         )
     packed = PackedBatch(query, passage, prompt, input_ids.device)
     return input_ids[mask.to(input_ids.device)][None], packed
+
+
+def on_device(indices: Tensor, device: torch.device) -> Tensor:
+    """What was computed on the CPU, on `device`; a GPU is not waited for, as copies from memory not pinned would."""
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 def _ranges(lengths: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka import MatryoshkaReranker, Setting
 from tests.backbones import BACKBONES, write_raw
-from tests.finetune.test_runner import WIDTHS, close, runner, scores_of
+from tests.finetune.runs import WIDTHS, close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,8 +38,9 @@ def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_fil
     batch = run.data_collator([run.train_dataset[item] for item in range(4)])
     with torch.no_grad():
         expected = trained(pair=batch["pair"]).scores
-        model = reranker.model
-        actual = torch.stack(model(**batch["pair"], cutoff_layers=model.config.exit_layers).logits)
+        pair = batch["pair"]
+        states = reranker.model.model.embed(pair.token_ids, pair.packed)
+        actual = reranker.model.scores(states, Setting(tuple(reranker.config.exit_layers)))
     close(actual, expected)
     for width in WIDTHS:
         assert scores_of(reranker, **width).isfinite().all()

@@ -1,11 +1,7 @@
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.data import (
-    MatryoshkaCollator,
-    MatryoshkaTrainDataset,
-    UnlabelledTrainDataset,
-)
+from flagembedding_matryoshka.finetune.data import MatryoshkaTrainDataset, UnlabelledTrainDataset
 from flagembedding_matryoshka.text.templates import Template
 from tests.lines import ROW, write
 
@@ -25,7 +21,7 @@ def test_files_with_other_columns_and_number_types_are_joined(tmp_path, tiny_tok
 def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny_tokenizer):
     rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=3, knowledge_distillation=True)
     sequences, scores = rows[0]
-    texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+    texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
     assert f"A: q\nB: p\n{Template().prompt}" in texts[0]
     assert scores[0] == 1.0
     assert {text[text.index("B: ") + 3]: score for text, score in zip(texts, scores, strict=True)} == {
@@ -47,30 +43,18 @@ def test_lengths_are_cut_as_the_reference_cuts_them(tmp_path, tiny_tokenizer):
     rows = dataset(path, tiny_tokenizer, train_group_size=2, query_max_len=16, passage_max_len=96)
     first, short = rows[0][0]
     prompt = len(tiny_tokenizer(Template().prompt, add_special_tokens=False)["input_ids"])
-    assert first["query_length"] == 1 + 16 + 1
-    assert first["prompt_length"] == prompt + 1
+    assert first.query_length == 1 + 16 + 1
+    assert first.prompt_length == prompt + 1
     # bos, query, separator and passage hold query_max_len + passage_max_len - prompt - separator tokens
-    assert len(first["input_ids"]) - first["prompt_length"] == 16 + 96 - prompt - 1
-    assert len(short["input_ids"]) < len(first["input_ids"])
+    assert len(first.input_ids) - first.prompt_length == 16 + 96 - prompt - 1
+    assert len(short.input_ids) < len(first.input_ids)
 
 
 def test_a_row_brings_its_own_prompt(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.jsonl", {**ROW, "prompt": "Yes?"}, {**ROW, "prompt": None})
     rows = dataset(path, tiny_tokenizer, train_group_size=2)
-    assert tiny_tokenizer.decode(rows[0][0][0]["input_ids"]).endswith("\nYes?")
-    assert tiny_tokenizer.decode(rows[1][0][0]["input_ids"]).endswith(Template().prompt)
-
-
-def test_a_batch_keeps_part_lengths(tmp_path, tiny_tokenizer):
-    path = write(tmp_path / "a.jsonl", ROW, {**ROW, "query": "how does a wing lift"})
-    rows = dataset(path, tiny_tokenizer, train_group_size=2, knowledge_distillation=True)
-    batch = MatryoshkaCollator(tokenizer=tiny_tokenizer)([rows[0], rows[1]])
-    sequences = [sequence for item in (0, 1) for sequence in rows[item][0]]
-    pair = batch["pair"]
-    assert pair["input_ids"].shape[0] == 4 and len(batch["teacher_scores"]) == 4
-    assert pair["query_lengths"].tolist() == [sequence["query_length"] for sequence in sequences]
-    assert pair["prompt_lengths"].tolist() == [sequence["prompt_length"] for sequence in sequences]
-    assert (pair["attention_mask"].sum(1) > pair["query_lengths"] + pair["prompt_lengths"]).all()
+    assert tiny_tokenizer.decode(rows[0][0][0].input_ids).endswith("\nYes?")
+    assert tiny_tokenizer.decode(rows[1][0][0].input_ids).endswith(Template().prompt)
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_item_alone(tmp_path, tiny_tokenizer):
@@ -102,7 +86,7 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
     rows = dataset(tmp_path, tiny_tokenizer, train_group_size=5, random_negatives=0.5, knowledge_distillation=True)
     for item, (name, number) in enumerate((name, number) for name in "ab" for number in range(6)):
         sequences, scores = rows[item]
-        texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+        texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
         drawn = [text[text.index("B: ") + 3 : text.index(f"\n{Template().prompt}")] for text in texts]
         assert drawn[0] == f"pos {name} {number}"
         assert sorted(drawn[1:3]) == ["m", "n"]
@@ -129,7 +113,7 @@ def test_rows_without_labels_give_any_of_their_passages_and_rows_with_labels_all
     rows = UnlabelledTrainDataset(args, tiny_tokenizer)
     for item in (0, 1):
         sequences, scores = rows[item]
-        texts = [tiny_tokenizer.decode(sequence["input_ids"]) for sequence in sequences]
+        texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
         assert sorted(text[text.index("B: ") + 3] for text in texts) == ["a", "b", "c"] and scores is None
     assert rows[0] == UnlabelledTrainDataset(args, tiny_tokenizer)[0]
     epoch_0 = [rows[0]]

@@ -4,6 +4,7 @@ import torch
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.models.packing import PackedBatch
 
 CONFIG = CostWiseMistralConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -12,12 +13,16 @@ CONFIG = CostWiseMistralConfig(
 EXITS = tuple(CONFIG.exit_layers)
 WIDE, NARROW = Setting(EXITS), Setting(EXITS, (3,), 2)
 LENGTHS = torch.tensor([10, 12, 9, 14])
-PAIR = {
-    "attention_mask": (torch.arange(14) < LENGTHS[:, None]).long(),
-    "query_lengths": torch.tensor([3, 3, 4, 4]),
-    "prompt_lengths": torch.full((4,), 2),
-}
-PARTS = (PAIR["query_lengths"], LENGTHS - PAIR["query_lengths"] - 2, PAIR["prompt_lengths"])
+QUERY = torch.tensor([3, 3, 4, 4])
+PARTS = (QUERY, LENGTHS - QUERY - 2, torch.full((4,), 2))
+# the same with each query as a segment of its own in front of its two pairs
+PACKED = PackedBatch(
+    torch.tensor([3, 0, 0, 4, 0, 0]),
+    torch.tensor([0, 5, 7, 0, 3, 8]),
+    torch.tensor([0, 2, 2, 0, 2, 2]),
+    torch.device("cpu"),
+    torch.tensor([-1, 0, 0, -1, 3, 3]),
+)
 SHARED = torch.tensor([False, True, False, True])
 
 
@@ -28,8 +33,8 @@ def flops(setting, **options):
 @pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])
 def test_a_pass_and_its_gradients(all_weights, passes):
     effort = Effort(CONFIG, all_weights, teaches_itself=True)
-    effort.add(PAIR, 2, WIDE)
-    effort.add(PAIR, 2, WIDE)
+    effort.add(PACKED, 2, WIDE)
+    effort.add(PACKED, 2, WIDE)
     counts = effort.counts(torch.device("cpu"))
     assert counts.tolist() == [4, 2 * int(LENGTHS.sum()), 2 * passes * flops(WIDE)]
 
@@ -37,7 +42,7 @@ def test_a_pass_and_its_gradients(all_weights, passes):
 def test_the_teaching_pass_begins_where_the_passage_is_compressed():
     effort, plain = (Effort(CONFIG, False, teaches_itself=itself) for itself in (True, False))
     for counter in (effort, plain):
-        counter.add(PAIR, 2, NARROW)
+        counter.add(PACKED, 2, NARROW)
     heads = flops(WIDE) - flops(WIDE, depths=torch.full((4,), 3))
     assert plain.operations == 2 * flops(NARROW)
     assert effort.operations - plain.operations == heads
@@ -45,7 +50,7 @@ def test_the_teaching_pass_begins_where_the_passage_is_compressed():
 
 def test_a_resumed_run_counts_on():
     effort = Effort(CONFIG, False, teaches_itself=False)
-    effort.add(PAIR, 2, WIDE)
+    effort.add(PACKED, 2, WIDE)
     counts = effort.counts(torch.device("cpu"))
     history = [{"loss": 1.0, "lists": 7.0, "tokens": 100.0, "operations": 5.0, "seconds": 60.0}, {"eval_MRR@10": 0.5}]
     totals = effort.totals(history, counts)

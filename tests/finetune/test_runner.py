@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -164,6 +165,32 @@ def test_bfloat16_trains_adapters_in_float32_over_frozen_weights_in_bfloat16(
     plain.run()
     losses = [r.trainer.state.log_history[0]["loss"] for r in (run, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
+def test_autocast_keeps_no_second_copy_of_what_adapters_are_fed(
+    tiny_raw_model_path, training_file, tmp_path, monkeypatch
+):
+    from flagembedding_matryoshka.finetune import trainer
+
+    kept = []
+
+    def note(tensor):
+        kept[-1].append(tensor)
+        return tensor
+
+    for name in ("ours", "plain"):
+        kept.append([])
+        run = runner(tiny_raw_model_path, training_file, tmp_path / name, {"start_layer": 2}, bf16=True, max_steps=1)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            run.run()
+        monkeypatch.setattr(trainer, "disable_input_dtype_casting", lambda model, active: nullcontext())
+    storages = [
+        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors} for tensors in kept
+    ]
+    bytes_kept = [sum(storage.nbytes() for storage in each.values()) for each in storages]
+    assert bytes_kept[0] < 0.8 * bytes_kept[1]
+    ours, plain = (trained_weights(tmp_path / name) for name in ("ours", "plain"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -495,6 +522,12 @@ def test_deepspeed_is_named_where_it_is_missing(tiny_raw_model_path, training_fi
         runner(tiny_raw_model_path, training_file, tmp_path / "out", deepspeed="stage1.json")
 
 
+def test_a_process_with_several_gpus_is_refused(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(MatryoshkaTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible to one process: .* torchrun --nproc_per_node 2"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "out")
+
+
 def test_an_output_directory_can_be_protected(tiny_raw_model_path, training_file, tmp_path):
     (tmp_path / "out").mkdir()
     runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
@@ -650,7 +683,7 @@ def test_the_template_is_saved_with_what_was_trained(tiny_raw_model_path, traini
         head_tokens=("Yes", "no"),
     )
     assert Template.load(run.model.config.template) == expected
-    sequence = run.train_dataset[0][0][0]["input_ids"]
+    sequence = run.train_dataset[0][0][0].input_ids
     text = run.tokenizer.decode(sequence).removeprefix("<s>").strip()
     row = json.loads(training_file.read_text().splitlines()[0])
     assert text == f"Q: {row['query']} [B: {row['pos'][0]}] Yes?"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka import MatryoshkaReranker, Setting
 from flagembedding_matryoshka.models.loading import inspect_checkpoint
 from tests.finetune.runs import close, runner, scores_of
 
@@ -88,7 +88,9 @@ def test_what_is_written_brings_its_new_exits_along(one_exit, lists, tmp_path):
     batch = run.data_collator([run.train_dataset[0]])
     pair = batch["pair"]
     learnt = run.model.eval()(pair=pair).scores
-    close(torch.stack(loaded.model(**pair, cutoff_layers=[2, 6]).logits), learnt)
+    setting = Setting((2, 6))
+    states = loaded.model.model.embed(pair.token_ids, pair.packed)
+    close(loaded.model.scores(states, setting), learnt)
     merged = MatryoshkaReranker(str(tmp_path / "out" / "merged_model"), dtype="float32", devices="cpu")
     close(scores_of(merged), scores_of(loaded))
     loaded.export(str(tmp_path / "whole"), cutoff_layers=[2, 6])
@@ -120,7 +122,8 @@ def test_a_raw_model_keeps_the_scale_of_its_scores(tiny_raw_model_path, lists, t
     run = distil(tiny_raw_model_path, lists, tmp_path / "out", {"start_layer": 2, "layer_sep": 2})
     pair = run.data_collator([run.train_dataset[0]])["pair"]
     raw = MatryoshkaReranker(str(tiny_raw_model_path), start_layer=2, dtype="float32", devices="cpu")
-    close(run.model.original_scores(pair), raw.model(**pair, cutoff_layers=6).logits[0])
+    states = raw.model.model.embed(pair.token_ids, pair.packed)
+    close(run.model.original_scores(pair), raw.model.scores(states, Setting((6,)))[0])
 
 
 @pytest.mark.parametrize("model_args", [{"use_lora": False}, {"from_peft": "somewhere"}])
