@@ -19,10 +19,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 20) -> float:
-    """What a big product of square matrices reaches at its fastest."""
-    size = MATRIX_SIZE[torch.device(device).type]
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
+def matrix_flops_per_second(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int] | None = None, repeats: int = 20
+) -> float:
+    """What a product of matrices (rows, inner) and (inner, columns) reaches at its fastest.
+
+    Args:
+        shape: rows, inner and columns; None is a big square.
+    """
+    rows, inner, columns = shape or (MATRIX_SIZE[torch.device(device).type],) * 3
+    left, right = (
+        torch.randn(rows, inner, device=device).to(dtype),
+        torch.randn(inner, columns, device=device).to(dtype),
+    )
     seconds = []
     for _ in range(repeats):
         synchronize(device)
@@ -30,7 +39,7 @@ def matrix_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 20) 
         left @ right
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return 2 * rows * inner * columns / min(seconds)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerModel, RerankerOutput
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, MistralForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, eager_attention_forward
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
+from flagembedding_matryoshka.finetune.collators import Group
 from flagembedding_matryoshka.models.heads import CostWiseHead
 
 PADDED_ATTENTION = "padded_baseline"
@@ -122,6 +125,21 @@ def compress_padded(
     compressed[new_mask & ~new_passage] = hidden[mask & ~in_passage]
     compressed[new_passage] = merged[positions(groups) < kept].to(hidden.dtype)
     return compressed, new_mask
+
+
+def collate(groups: Sequence[Group]) -> dict[str, Any]:
+    """The pairs of all groups right-padded, with their part lengths."""
+    pairs = [pair for group, _ in groups for pair in group]
+    ids = [torch.tensor(pair.input_ids) for pair in pairs]
+    return {
+        "pair": {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "query_lengths": torch.tensor([pair.query_length for pair in pairs]),
+            "prompt_lengths": torch.tensor([pair.prompt_length for pair in pairs]),
+        },
+        "teacher_scores": [score for _, scores in groups for score in scores or ()],
+    }
 
 
 class PaddedCrossEncoder(AbsRerankerModel):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from benchmarks.training.jobs import Job, make_batch
+from benchmarks.training.jobs import Job, pair_lengths
 
 HEADER = (
-    f"{'':24}{'seconds per step: median (min–max)':^44}{'':9}{'MiB above the weights':^24}\n"
-    f"{'dtype, checkpointing':24}{'ours':>22}{'baseline':>22}{'ratio':>9}{'ours':>10}{'baseline':>12}{'ratio':>8}"
+    f"{'':38}{'seconds per step: median (min–max)':^44}{'':8}{'tokens/s':^16}{'of the peak':^16}"
+    f"{'MiB above weights':^24}\n"
+    f"{'against, dtype, checkpointing':38}{'ours':>22}{'baseline':>22}{'ratio':>8}"
+    + f"{'ours':>8}{'baseline':>8}" * 2
+    + f"{'ours':>8}{'baseline':>9}{'ratio':>7}"
 )
 
 
 def describe(job: Job) -> dict[str, Any]:
     """What was run."""
     config = job.config
-    lengths = make_batch(replace(job, device="cpu"))["pair"]["attention_mask"].sum(1)
     return {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
@@ -24,8 +25,8 @@ def describe(job: Job) -> dict[str, Any]:
         "compress_layers": job.compress_layers,
         "queries": job.queries,
         "group": job.group,
-        "lengths": lengths.tolist(),
-        "settings": [
+        "lengths": pair_lengths(job),
+        "sub_networks": [
             {"compress_layers": setting.compress_layers, "compress_ratio": setting.compress_ratio}
             for setting in job.settings
         ],
@@ -33,10 +34,21 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def table_row(result: dict[str, Any]) -> str:
-    ours, baseline = result["ours"], result["baseline"]
-    times = [f"{side['median_s']:.3f} ({side['min_s']:.3f}–{side['max_s']:.3f})" for side in (ours, baseline)]
-    setting = f"{result['dtype']}, {'on' if result['gradient_checkpointing'] else 'off'}"
+    sides = result["ours"], result["baseline"]
+    times = [f"{side['median_s']:.3f} ({side['min_s']:.3f}–{side['max_s']:.3f})" for side in sides]
+    speeds = [f"{side['tokens_per_s']:.0f}" for side in sides]
+    shares = [f"{side['share_of_matrix_peak']:.0%}" for side in sides]
+    memory = [f"{side['peak_above_mib']:.0f}" for side in sides]
+    setting = f"{result['compared']}, {result['dtype']}, {'on' if result['gradient_checkpointing'] else 'off'}"
     return (
-        f"{setting:24}{times[0]:>22}{times[1]:>22}{result['time_ratio']:>9.2f}"
-        f"{ours['peak_above_mib']:>10.0f}{baseline['peak_above_mib']:>12.0f}{result['memory_ratio']:>8.2f}"
+        f"{setting:38}{times[0]:>22}{times[1]:>22}{result['time_ratio']:>8.2f}"
+        f"{speeds[0]:>8}{speeds[1]:>8}{shares[0]:>8}{shares[1]:>8}"
+        f"{memory[0]:>8}{memory[1]:>9}{result['memory_ratio']:>7.2f}"
+    )
+
+
+def alone_row(name: str, result: dict[str, Any]) -> str:
+    return (
+        f"{name}: {result['median_s']:.3f} s a step, {result['tokens_per_s']:.0f} tokens/s, "
+        f"{result['share_of_matrix_peak']:.0%} of the matrix peak, {result['peak_mib']:.0f} MiB"
     )

@@ -101,6 +101,10 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         # Shared with the workers of a data loader, which may live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
+    def passages_of(self, row: dict[str, Any]) -> list[str]:
+        """All of them."""
+        return [*row["pos"], *row["neg"]]
+
     def start_epoch(self, epoch: int) -> None:
         """Draw other positives and negatives than in other epochs.
 
@@ -164,11 +168,15 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
         """What of the rows."""
         return "passages"
 
+    def passages_of(self, row: dict[str, Any]) -> list[str]:
+        """All of them."""
+        return row["passages"]
+
     def __getitem__(self, item: int) -> tuple[list[TokenizedPair], None]:
         """The pairs of the group; there are no teacher scores in the data."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
-        own = row["passages"]
+        own = self.passages_of(row)
         others = self._passages_of_others(item, {*own, row["query"]}, draw)
         drawn = _sample(len(own), args.train_group_size - len(others), draw)
         return self._sequences(row, [*(own[index] for index in drawn), *others]), None

@@ -11,9 +11,10 @@ from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flagembedding_matryoshka.finetune.balancing import BalancedSampler
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
@@ -69,6 +70,17 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         done = done + 1 if step == self.state.global_step else 0
         self._passes = (self.state.global_step, done)
         return self.state.global_step * self.args.gradient_accumulation_steps + done
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        # Where transformers would draw a random order for several processes; accelerate makes that one seedable.
+        sampler = super()._get_train_sampler(train_dataset)
+        args = self.args
+        if args.world_size == 1 or not isinstance(sampler, RandomSampler):
+            return sampler
+        seed = args.seed if args.data_seed is None else args.data_seed
+        batch_size, passes = args.train_batch_size, args.gradient_accumulation_steps
+        rows: Any = sampler.data_source
+        return BalancedSampler(rows, seed, batch_size, args.world_size, passes)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward pass, under autocast without peft's own cast of each adapter's input.

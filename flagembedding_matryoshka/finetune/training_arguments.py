@@ -130,6 +130,11 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start one for each, torchrun --nproc_per_node "
                 f"{self.n_gpu}, or show it a single one, CUDA_VISIBLE_DEVICES=0."
             )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}, which needs items of one known length: "
+                "use random, which deals the rows of a step out to the processes by length, or sequential."
+            )
         if self.sub_batch_size is not None:
             raise ValueError(f"sub_batch_size={self.sub_batch_size}: use gradient_accumulation_steps instead.")
         if self.finetune_type == "layer" and max(self.compress_ratios) > 1:
