@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -606,6 +607,16 @@ def test_the_command_line_of_the_reference(processes, tiny_raw_model_path, train
     assert sum(losses[-4:]) < sum(losses[:4])
     loaded = MatryoshkaReranker(str(output_dir), dtype="float32", devices="cpu")
     assert scores_of(loaded).isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_run_warns_of_nothing(tiny_raw_model_path, training_file, tmp_path):
+    command = command_line(tiny_raw_model_path, training_file, tmp_path / "out", 2, *WIDTH, "--load_in_4bit", "True")
+    at = command.index("--ddp_find_unused_parameters")
+    result = run_command(command[:at] + command[at + 2 :])
+    assert [
+        line for line in result.stderr.splitlines() if re.search(r"[Ww]arning:|WARNING|[Ff]ailed|deprecated", line)
+    ] == []
 
 
 @pytest.mark.slow
