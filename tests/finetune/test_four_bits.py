@@ -3,6 +3,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from peft import PeftModel
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.engine import Engine
@@ -46,6 +47,24 @@ def test_adapters_are_merged_before_weights_are_rounded(start, stage1, training_
     found = scores_in_memory(run, MatryoshkaReranker(str(stage1), dtype="float32", devices="cpu"))
     torch.testing.assert_close(found, small, atol=1e-6, rtol=0)
     assert 0 < (found - merged).abs().mean() < 0.2 * (base - merged).abs().mean()
+
+
+def test_adapters_are_looked_for_with_the_options_of_the_hub_alone(stage1, training_file, tmp_path, monkeypatch):
+    calls = []
+    load = PeftModel.from_pretrained.__func__
+
+    def recorded(cls, model, adapter, **options):
+        calls.append((str(adapter), options))
+        return load(cls, model, adapter, **options)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", classmethod(recorded))
+    model_args = {"load_in_4bit": True, "raw_peft": [str(stage1)], "from_peft": str(stage1)}
+    model_args |= {"start_layer": 2, "cache_dir": str(tmp_path / "hub"), "save_merged_lora_model": True}
+    output_dir = tmp_path / "out"
+    runner(TINY_BASE, training_file, output_dir, model_args, max_steps=1).run()
+    hub = {"cache_dir": str(tmp_path / "hub")}
+    merged, learning = (str(stage1), hub), (str(stage1), {"is_trainable": True, **hub})
+    assert calls == [merged, learning, merged, (str(output_dir), hub)]
 
 
 @pytest.mark.slow
