@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import flagembedding_matryoshka.quiet  # noqa: F401
 from flagembedding_matryoshka.models.deferred import register_deferred
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Fine-tuning on FlagEmbedding's runner: `torchrun --nproc_per_node N -m flagembedding_matryoshka.finetune …`."""
 
-import flagembedding_matryoshka.finetune.quiet  # noqa: F401
 from flagembedding_matryoshka.finetune.data_arguments import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel

@@ -1,4 +1,4 @@
-"""What other packages say at every start that is not about the run is not said: to be imported before they are."""
+"""What other packages say at every start, and is not about the user's data, is not said: imported before they are."""
 
 import logging
 import warnings
