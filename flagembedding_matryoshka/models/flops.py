@@ -51,15 +51,19 @@ def estimate_flops(
     has_segment = group.bincount() > 1
 
     total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in setting.cutoff_layers)
+    changed = {0, *depths.tolist()}  # layers behind which a layer costs something else than the one before
     for depth in range(1, setting.depth + 1):
-        running = depths >= depth
-        lengths = (fixed + passage)[running]
-        running_groups = group[running].unique()
-        queries = group_query[running_groups]
-        segments = queries[has_segment[running_groups]]
-        total += per_token * int(lengths.sum() - query_lengths[running].sum() + queries.sum())
-        total += 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
+        if depth - 1 in changed:
+            running = depths >= depth
+            lengths = (fixed + passage)[running]
+            running_groups = group[running].unique()
+            queries = group_query[running_groups]
+            segments = queries[has_segment[running_groups]]
+            layer = per_token * int(lengths.sum() - query_lengths[running].sum() + queries.sum())
+            layer += 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
+        total += layer
         if setting.compresses_after(depth):
             total += 2 * query_width * int(lengths.sum() + segments.sum())
             passage = torch.div(passage + setting.compress_ratio - 1, setting.compress_ratio, rounding_mode="floor")
+            changed.add(depth)
     return total
