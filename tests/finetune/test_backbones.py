@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flagembedding_matryoshka import MatryoshkaReranker, Setting
+from flagembedding_matryoshka import MatryoshkaReranker
 from tests.backbones import BACKBONES, write_raw
+from tests.batches import TokenSequence, collate
 from tests.finetune.runs import WIDTHS, close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,12 +36,14 @@ def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_fil
         adapted = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in before}
         assert adapted == set(reranker.model.linear_names)
     trained = run.model.eval()
-    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    groups = [run.train_dataset[item] for item in range(4)]
+    padded = collate(
+        [TokenSequence(p.input_ids, p.query_length, p.prompt_length) for pairs, _ in groups for p in pairs]
+    )
     with torch.no_grad():
-        expected = trained(pair=batch["pair"]).scores
-        pair = batch["pair"]
-        states = reranker.model.model.embed(pair.token_ids, pair.packed)
-        actual = reranker.model.scores(states, Setting(tuple(reranker.config.exit_layers)))
+        expected = trained(pair=run.data_collator(groups)["pair"]).scores
+        model = reranker.model
+        actual = torch.stack(model(**padded, cutoff_layers=model.config.exit_layers).logits)
     close(actual, expected)
     for width in WIDTHS:
         assert scores_of(reranker, **width).isfinite().all()
