@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 COMPRESS_RATIOS = (1, 2, 4, 8)
@@ -34,6 +35,15 @@ def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
         if not hasattr(value, "__index__") or isinstance(value, bool):
             raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
     return tuple(map(operator.index, values))
+
+
+def share_of(share: float, candidates: int) -> int:
+    """How many a share of so many candidates is, rounded up, as the share is written: 0.07 of 100 is 7.
+
+    >>> share_of(0.07, 100), math.ceil(0.07 * 100)
+    (7, 8)
+    """
+    return math.ceil(Fraction(str(float(share))) * candidates)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Setting:
 
     def kept(self, candidates: int) -> int:
         """How many of so many candidates reach the end of the cascade, at least one."""
-        return math.ceil(self.cascade[-1][1] * candidates) if self.cascade else candidates
+        return share_of(self.cascade[-1][1], candidates) if self.cascade else candidates
 
     @classmethod
     def resolve(

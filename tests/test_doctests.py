@@ -5,7 +5,14 @@ from importlib import import_module
 
 import pytest
 
-MODULES = ("models.attention", "models.compression", "models.packing")
+MODULES = (
+    "finetune.balancing",
+    "inference.tasks",
+    "models.attention",
+    "models.compression",
+    "models.packing",
+    "setting",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

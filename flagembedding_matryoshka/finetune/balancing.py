@@ -66,7 +66,7 @@ def deal(weights: Sequence[float], shares: int) -> list[list[int]]:
     """Places of `weights`, the heaviest first, in so many shares of one size, whose sums are close to each other.
 
     >>> deal([9.0, 5.0, 4.0, 3.0, 2.0, 1.0], 2)
-    [[0, 4, 5], [1, 2, 3]]
+    [[0, 3, 5], [1, 2, 4]]
     """
     size = len(weights) // shares
     dealt: list[list[int]] = [[] for _ in range(shares)]

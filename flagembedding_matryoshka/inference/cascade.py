@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
-from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.setting import Setting, share_of
 
 
 def run_cascade(
@@ -55,9 +54,14 @@ def run_cascade(
 
 def _best_of_each_query(scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:
     """(sequences,) bool: the running sequences that are among the best `share` of all of their query's."""
+    _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
+    going_on = torch.tensor([share_of(share, count) for count in candidates.tolist()])
+    places = running.nonzero()[:, 0]
+    places = places[scores[places].argsort(descending=True, stable=True)]
+    places = places[owner[places].argsort(stable=True)]
+    mine = owner[places]
+    left = mine.bincount(minlength=len(candidates))
+    rank = torch.arange(len(places)) - (left.cumsum(0) - left)[mine]
     chosen = torch.zeros(len(scores), dtype=torch.bool)
-    for query in owner.unique():
-        mine = torch.nonzero((owner == query) & running)[:, 0]
-        count = math.ceil(share * int((owner == query).sum()))
-        chosen[mine[scores[mine].argsort(descending=True, stable=True)[:count]]] = True
+    chosen[places[rank < going_on[mine]]] = True
     return chosen

@@ -219,7 +219,7 @@ class MatryoshkaReranker(HostedReranker):
             return_documents: also return each document's text.
             cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
                 8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
-                better. All of it is one pass, and all states lie in memory. None is the one that
+                better. All of it is one pass, and the states of a query's documents lie in memory. None is the one that
                 `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
             overrides: as in `compute_score`, with one cutoff layer.
 
@@ -257,7 +257,9 @@ class MatryoshkaReranker(HostedReranker):
             owner = [number for number, documents in enumerate(lists) for _ in documents]
             if top_k is not None and cascade is not None:
                 refuse_too_short(setting, owner, top_k)
-            found = score_cascade(self._run, pairs, owner, self._pair_tokenizer, options, setting, shares)
+            found = score_cascade(
+                self._run, pairs, owner, self._pair_tokenizer, options, setting, shares, show_progress_bar
+            )
         else:
             scores = score_pairs(self._run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
             found = [{"score": score} for score in scores[0].tolist()]

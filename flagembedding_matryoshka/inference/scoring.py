@@ -45,14 +45,7 @@ def score_pairs(
             batches.append(indices)
             yield ScoreBatch(inputs, indices, setting)
 
-    progress = tqdm(
-        total=len(pairs),
-        desc="scoring",
-        unit="pair",
-        delay=1.0 if show_progress_bar is None else 0.0,
-        disable=show_progress_bar is False,
-    )
-    with progress, closing(run(tasks())) as results:
+    with _progress(len(pairs), show_progress_bar) as progress, closing(run(tasks())) as results:
         for number, found in results:
             scores[:, batches[number]] = torch.tensor(found)
             progress.update(len(batches[number]))
@@ -67,16 +60,34 @@ def score_cascade(
     options: ScoringOptions,
     setting: Setting,
     shares: int,
+    show_progress_bar: bool | None,
 ) -> list[Hit]:
     """ "score" and "cutoff_layer" of each pair, where it was read; `owner` says whose candidate it is."""
-    inputs = options.tokenize(pairs, tokenizer)
-    tasks, order = cascade_tasks(inputs, owner, options, setting, shares)
+    order: list[list[int]] = []
     found: dict[int, Hit] = {}
-    with closing(run(iter(tasks))) as results:
+
+    def tasks() -> Iterator[Task]:
+        for indices, task in cascade_tasks(pairs, owner, tokenizer, options, setting, shares):
+            order.append(indices)
+            yield task
+
+    with _progress(len(pairs), show_progress_bar) as progress, closing(run(tasks())) as results:
         for number, share in results:
             for index, (score, layer) in zip(order[number], share, strict=True):
                 found[index] = {"score": score, "cutoff_layer": layer}
+            progress.update(len(share))
     return [found[index] for index in range(len(pairs))]
+
+
+def _progress(total: int, show_progress_bar: bool | None) -> Any:
+    """A bar; of None one that shows itself on work of more than a second."""
+    return tqdm(
+        total=total,
+        desc="scoring",
+        unit="pair",
+        delay=1.0 if show_progress_bar is None else 0.0,
+        disable=show_progress_bar is False,
+    )
 
 
 def refuse_too_short(setting: Setting, owner: Sequence[int], top_k: int) -> None:

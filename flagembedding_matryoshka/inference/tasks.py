@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, groupby
 from typing import TypeVar
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
@@ -17,6 +17,8 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 T = TypeVar("T")
 R = TypeVar("R")
 PAIRS_TOKENIZED_AHEAD = 8192
+BATCHES_AT_ONCE = 16
+"""Of a cascade, whose candidates must all wait for each other."""
 
 
 def batches_of(
@@ -39,40 +41,59 @@ def batches_of(
 
 
 def cascade_tasks(
-    inputs: Sequence[TokenizedPair],
+    pairs: Sequence[tuple[str, str]],
     owner: Sequence[int],
+    tokenizer: PairTokenizer,
     options: ScoringOptions,
     setting: Setting,
     shares: int,
-) -> tuple[list[RunCascade], list[list[int]]]:
-    """A task for each of up to `shares` devices, each with all candidates of its queries, and the order of its results.
+) -> Iterator[tuple[list[int], RunCascade]]:
+    """Tasks, each with all candidates of its queries, and the indices of its results, in their order.
+
+    The states of a task lie in memory at once: it has as many queries as fill BATCHES_AT_ONCE batches, or one.
 
     Args:
-        owner: the query of each input, as a number.
+        owner: the query of each pair, as a number; those of one query stand together.
+        shares: devices, for each of which there is work, if there are as many queries.
     """
-    of_device: list[list[int]] = [[] for _ in range(shares)]
-    for number, indices in enumerate(_grouped(owner)):
-        of_device[number % shares].extend(indices)
-    tasks, order = [], []
-    for share in filter(None, of_device):
-        own = [inputs[index] for index in share]
-        batches = [
-            [share[place] for place in batch]
-            for batch in cut_batches(own, options.batch_size, options.max_tokens_per_batch)
-        ]
-        order.append(list(chain(*batches)))
-        packs = [[inputs[index] for index in batch] for batch in batches]
-        owners = [[owner[index] for index in batch] for batch in batches]
-        tasks.append(RunCascade(packs, batches, owners, setting))
-    return tasks, order
+
+    def tokenize(part: range) -> tuple[range, list[TokenizedPair]]:
+        return part, options.tokenize(pairs[part.start : part.stop], tokenizer)
+
+    for part, inputs in _one_ahead(tokenize, whole_queries(owner, [1] * len(pairs), PAIRS_TOKENIZED_AHEAD)):
+        max_tokens = BATCHES_AT_ONCE * options.max_tokens_per_batch
+        if shares > 1:
+            max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / shares))
+        own, lengths = owner[part.start : part.stop], [len(pair.input_ids) for pair in inputs]
+        for window in whole_queries(own, lengths, max_tokens):
+            places = [
+                [window[place] for place in batch]
+                for batch in cut_batches(
+                    inputs[window.start : window.stop], options.batch_size, options.max_tokens_per_batch
+                )
+            ]
+            names = [[part[place] for place in batch] for batch in places]
+            packs = [[inputs[place] for place in batch] for batch in places]
+            owners = [[own[place] for place in batch] for batch in places]
+            yield list(chain(*names)), RunCascade(packs, names, owners, setting)
 
 
-def _grouped(owner: Sequence[int]) -> list[list[int]]:
-    """Indices of each owner's items."""
-    groups: dict[int, list[int]] = {}
-    for index, number in enumerate(owner):
-        groups.setdefault(number, []).append(index)
-    return list(groups.values())
+def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:
+    """Ranges of neighbours whose sizes sum to at most `limit`, unless a single query's do, and which cut no query.
+
+    >>> list(whole_queries([0, 0, 1, 2, 2], [4, 4, 1, 9, 9], limit=10))
+    [range(0, 3), range(3, 5)]
+    """
+    start = end = total = 0
+    for _, group in groupby(owner):
+        behind = end + sum(1 for _ in group)
+        size = sum(sizes[end:behind])
+        if end > start and total + size > limit:
+            yield range(start, end)
+            start, total = end, 0
+        end, total = behind, total + size
+    if end > start:
+        yield range(start, end)
 
 
 def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -2,8 +2,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.cascade import _best_of_each_query
+from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import close, out_of_memory_above
 
@@ -53,6 +57,53 @@ def test_many_queries_rank_as_each_alone(reranker):
         assert [item["corpus_id"] for item in ranked] == [item["corpus_id"] for item in alone]
         assert [item["text"] for item in ranked] == [documents[item["corpus_id"]] for item in ranked]
         torch.testing.assert_close(*(torch.tensor([i["score"] for i in r]) for r in (ranked, alone)), atol=1e-5, rtol=0)
+
+
+def test_queries_wait_for_each_other_in_windows_and_rank_the_same(reranker, monkeypatch):
+    candidates = [DOCUMENTS, DOCUMENTS[:5], DOCUMENTS[3:9], DOCUMENTS[:1], []]
+    arguments = ([*QUERIES, "plate", "cone"], candidates)
+    expected = reranker.rank_batch(*arguments, cascade={2: 0.5, 4: 0.4})
+    together = []
+    of_engine = Engine.cascade
+
+    def noting(self, batches, names, owners, setting):
+        together.append([owner for batch in owners for owner in batch])
+        return of_engine(self, batches, names, owners, setting)
+
+    monkeypatch.setattr(Engine, "cascade", noting)
+    monkeypatch.setattr("flagembedding_matryoshka.inference.tasks.BATCHES_AT_ONCE", 1)
+    found = reranker.rank_batch(*arguments, cascade={2: 0.5, 4: 0.4}, max_tokens_per_batch=300)
+    assert len(together) > 1 and sorted(owner for window in together for owner in window) == sorted(
+        number for number, documents in enumerate(candidates) for _ in documents
+    )
+    assert sum(len(set(window)) for window in together) == 4  # no query is in two of them
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [(hit["corpus_id"], hit["cutoff_layer"]) for hit in ours] == [
+            (hit["corpus_id"], hit["cutoff_layer"]) for hit in theirs
+        ]
+
+
+def test_a_cascade_shows_how_far_it_is(reranker, capsys):
+    reranker.rank_batch(QUERIES, [DOCUMENTS] * 3, cascade={2: 0.5}, show_progress_bar=True)
+    assert "60/60" in capsys.readouterr().err
+    reranker.rank_batch(QUERIES, [DOCUMENTS] * 3, cascade={2: 0.5}, show_progress_bar=False)
+    assert capsys.readouterr().err == ""
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.booleans()), min_size=1, max_size=25),
+    st.sampled_from([0.01, 0.07, 0.3, 0.5, 1.0]),
+)
+def test_the_best_of_each_query_are_those_that_a_sort_finds(candidates, share):
+    candidates.sort(key=lambda candidate: candidate[0])
+    owner, scores, running = map(torch.tensor, zip(*candidates, strict=True))
+    expected = set()
+    for query in set(owner.tolist()):
+        mine = [place for place, candidate in enumerate(candidates) if candidate[0] == query]
+        count = math.ceil(round(share * len(mine), 9))
+        expected |= set(sorted((place for place in mine if running[place]), key=lambda place: -scores[place])[:count])
+    found = _best_of_each_query(scores.float(), running, owner, share)
+    assert set(found.nonzero()[:, 0].tolist()) == expected
 
 
 @pytest.mark.parametrize("cascade", [None, {2: 0.6}])
