@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
 
-from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
+from flagembedding_matryoshka.inference.batching import next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
+from flagembedding_matryoshka.inference.fitting import OutOfMemory, TokenLimit, computed
 from flagembedding_matryoshka.models.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
-
-logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -65,7 +64,7 @@ class Engine:
         self.model = model
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
-        self._tokens_that_fit: float = float("inf")
+        self._limit = TokenLimit()
 
     def run(self, tasks: Iterable[Task]) -> Generator[tuple[int, Any], None, None]:
         """(number, result) of each task, one after the other."""
@@ -73,7 +72,7 @@ class Engine:
             yield number, task.run(self)
 
     def score(self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting) -> list[list[float]]:
-        """Scores of one batch. Out of memory, this and all later batches are computed in smaller ones.
+        """Scores of one batch. Out of memory, this and later batches are computed in smaller ones.
 
         Args:
             names: what an error calls the pairs.
@@ -88,12 +87,14 @@ class Engine:
         scores, start = [], 0
         while start < len(pairs):
             part = self._that_fits(pairs, start)
+            batch = [pairs[place] for place in part]
             try:
                 with self._adapted(setting.compress_ratio):
-                    scores.append(self._forward([pairs[place] for place in part], setting))
-            except torch.OutOfMemoryError as error:
-                self._halve([pairs[place] for place in part], names[start], error)
+                    scores.append(computed(partial(self._forward, batch, setting)))
+            except OutOfMemory as error:
+                self._limit.halve(batch, names[start], error)
                 continue
+            self._limit.fitted()
             start += len(part)
         found = torch.cat(scores, dim=1)
         self._refuse_nan(found, names)
@@ -112,17 +113,17 @@ class Engine:
         """
         while True:
             parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
+            packs = [[batches[number][place] for place in part] for number, part in parts]
+            of_packs = [[owners[number][place] for place in part] for number, part in parts]
             try:
-                scores, exits = self._cascade(
-                    [[batches[number][place] for place in part] for number, part in parts],
-                    [[owners[number][place] for place in part] for number, part in parts],
-                    setting,
-                )
-                self._refuse_nan(scores[None], list(chain(*names)))
-                return list(zip(scores.tolist(), exits.tolist(), strict=True))
-            except torch.OutOfMemoryError as error:
+                scores, exits = computed(partial(self._cascade, packs, of_packs, setting))
+            except OutOfMemory as error:
                 number, part = max(parts, key=lambda item: len(item[1]))
-                self._halve([batches[number][place] for place in part], names[number][part[0]], error)
+                self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
+                continue
+            self._limit.fitted()
+            self._refuse_nan(scores[None], list(chain(*names)))
+            return list(zip(scores.tolist(), exits.tolist(), strict=True))
 
     def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
         """Places of a batch, in parts that fit as far as is known."""
@@ -133,22 +134,7 @@ class Engine:
             start += len(part)
 
     def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> list[int]:
-        return next_batch(pairs, range(start, len(pairs)), self._tokens_that_fit)
-
-    def _halve(self, part: Sequence[TokenizedPair], name: int, error: torch.OutOfMemoryError) -> None:
-        """From here on, at most half as many tokens as in `part`.
-
-        Raises:
-            torch.OutOfMemoryError: if it is a single pair, which is called `name`.
-        """
-        tokens = count_tokens(part)
-        if len(part) == 1:
-            raise torch.OutOfMemoryError(
-                f"pair {name}, of {tokens} tokens, does not fit into memory alone. Lower max_length, or compress "
-                f"earlier. ({error})"
-            ) from error
-        self._tokens_that_fit = tokens // 2
-        logger.warning("Out of memory with %d tokens in a batch; from here on at most %d.", tokens, tokens // 2)
+        return next_batch(pairs, range(start, len(pairs)), self._limit.tokens)
 
     @torch.inference_mode()
     def _cascade(

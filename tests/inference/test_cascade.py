@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.cascade import _best_of_each_query
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.fitting import TokenLimit
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import close, out_of_memory_above
 
@@ -175,7 +176,7 @@ def test_an_empty_schedule_keeps_all(reranker):
 def test_out_of_memory_takes_smaller_batches(reranker, width, monkeypatch, caplog):
     options = {"cascade": {2: 0.5, 4: 0.2}} | width
     expected = reranker.rank(QUERIES[0], DOCUMENTS, **options)
-    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker._engine, "_limit", TokenLimit())
     monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 2))
     ranked = reranker.rank(QUERIES[0], DOCUMENTS, **options)
     assert "Out of memory" in caplog.text
@@ -185,7 +186,7 @@ def test_out_of_memory_takes_smaller_batches(reranker, width, monkeypatch, caplo
 
 
 def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
-    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker._engine, "_limit", TokenLimit())
     monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
     with pytest.raises(torch.OutOfMemoryError, match=r"pair 1, of \d+ tokens, does not fit"):
         reranker.rank(QUERIES[0], ["", " ".join(WORDS), "body"], cascade={2: 1.0})

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.batching import count_tokens
+from flagembedding_matryoshka.inference.fitting import TokenLimit
 from flagembedding_matryoshka.inference.inputs import as_pairs
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.text.pairs import PairTokenizer
@@ -174,17 +175,17 @@ def test_out_of_memory_halves_the_batch_down_to_one_pair(reranker, pairs_that_fi
     calls = []
     model = reranker.model.model
     limited = out_of_memory_above(model, pairs_that_fit)
-    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker._engine, "_limit", TokenLimit())
     monkeypatch.setattr(model, "embed", lambda *batch: calls.append(batch) or limited(*batch))
     close(reranker.compute_score(PAIRS), expected)
-    assert re.search(r"Out of memory with \d+ tokens in a batch; from here on at most \d+", caplog.text)
+    assert re.search(r"Out of memory with \d+ tokens in a batch; for now at most \d+", caplog.text)
     calls.clear()
     close(reranker.compute_score(PAIRS), expected)
     assert all(len(packed.sequences) <= pairs_that_fit for _, packed in calls), "it does not run out of memory again"
 
 
 def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):
-    monkeypatch.setattr(reranker._engine, "_tokens_that_fit", float("inf"))
+    monkeypatch.setattr(reranker._engine, "_limit", TokenLimit())
     monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
     with pytest.raises(torch.OutOfMemoryError, match=r"pair 3, of \d+ tokens, does not fit"):
         reranker.compute_score(PAIRS)

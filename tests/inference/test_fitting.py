@@ -1,0 +1,59 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.fitting import PATIENCE, OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+from tests.batches import close, out_of_memory_above
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRS = [("a wing", f"passage {number}") for number in range(4)]
+
+
+def pair(tokens):
+    return TokenizedPair(list(range(tokens)), 1, 1)
+
+
+def more_than_there_is():
+    return torch.empty(2**58)
+
+
+def test_a_shortage_of_a_cpu_is_one_too_and_nothing_else_is():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        more_than_there_is()
+    with pytest.raises(OutOfMemory, match="can't allocate memory"):
+        computed(more_than_there_is)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        computed(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    assert computed(lambda: 5) == 5
+
+
+def test_what_was_short_once_is_tried_again_and_ever_later_where_it_stays_short():
+    limit = TokenLimit()
+    limit.halve([pair(20), pair(20)], 0, OutOfMemory())
+    first = limit.tokens
+    tried = []
+    for batch in range(20 * PATIENCE):
+        limit.fitted()
+        if limit.tokens > first:
+            tried.append(batch)
+            limit.halve([pair(20), pair(20)], 0, OutOfMemory())
+    waits = [later - earlier for earlier, later in pairwise(tried)]
+    assert tried[0] == PATIENCE - 1 and waits == [PATIENCE * 2 ** (1 + n) for n in range(len(waits))] and len(waits) > 1
+
+
+def test_batches_grow_back_when_memory_is_free_again(tiny_layerwise_path, monkeypatch):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    expected = reranker.compute_score(PAIRS)
+    model = reranker.model.model
+    with monkeypatch.context() as short:
+        short.setattr(model, "embed", out_of_memory_above(model, 1))
+        close(reranker.compute_score(PAIRS), expected)
+    sizes = []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda ids, packed: sizes.append(len(packed.sequences)) or embed(ids, packed))
+    for _ in range(PATIENCE):
+        close(reranker.compute_score(PAIRS), expected)
+    assert sizes[0] == 1 and sizes[-1] == 4
