@@ -150,10 +150,12 @@ class PairTokenizer:
                 tokens as the prompt part has.
 
         Raises:
-            ValueError: if a query leaves no room for its passage.
+            ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
         """
         beside = len(self.fixed(template.before)) + self.prompt_length(template)
         query_max_length = query_max_length or max_length * 3 // 4
+        if not query_max_length:
+            raise ValueError(f"max_length={max_length} leaves no token of a query, which gets three quarters of it.")
         return self.build(pairs, query_max_length, max_length, max_length + beside, template)
 
     def join(

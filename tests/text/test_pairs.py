@@ -49,6 +49,13 @@ def test_a_query_longer_than_the_limit_is_refused_even_without_passage(pair_toke
     assert pair_tokenizer.join([5] * 9, [], 11).query_length == 11
 
 
+def test_a_query_of_which_nothing_would_be_left_is_refused(pair_tokenizer):
+    with pytest.raises(ValueError, match="max_length=1 leaves no token of a query"):
+        pair_tokenizer.build_within([("wing", "air")], None, 1, Template())
+    (pair,) = pair_tokenizer.build_within([("wing", "air")], 1, 1, Template())
+    assert pair.query_length > 1
+
+
 @pytest.mark.parametrize(
     ("bos", "pad", "kept"), [("<s>", "<pad>", True), ("<s>", "<s>", False), (None, "<pad>", False)]
 )
