@@ -32,20 +32,42 @@ class RemoteTraceback(Exception):
     """Where in a worker its exception was raised."""
 
 
+class TaskFailed(Exception):
+    """A worker has raised `error`, and lives.
+
+    Attributes:
+        error: what it raised; its cause holds the worker's traceback.
+    """
+
+    def __init__(self, error: Exception, where: str) -> None:
+        super().__init__(error, where)
+        self.error = error
+        error.__cause__ = RemoteTraceback(where)
+
+
 @dataclass(eq=False)
 class Worker:
     """The parent's side of a process.
 
     Attributes:
-        ready: whether it has loaded the model and answered all that it was sent.
+        loaded: whether it has the model.
+        ready: whether it has that and has answered all that it was sent.
         task: number of the task that it computes.
+        forgotten: whether nobody waits for the answer that it owes.
     """
 
     device: str
     process: SpawnProcess
     connection: Connection
+    loaded: bool = False
     ready: bool = False
     task: int | None = None
+    forgotten: bool = False
+
+    def forget(self) -> None:
+        """Go on computing; the answer will be thrown away."""
+        self.forgotten = self.task is not None
+        self.task = None
 
     def end(self) -> int | None:
         """Its exit code, once it has left by itself or been killed."""
@@ -77,7 +99,8 @@ class WorkerPool:
     def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
         """(number, result) of each task, as they finish; a worker that is free takes the next.
 
-        Calls from several threads take turns. What is not consumed to its end stops the workers at once.
+        Calls from several threads take turns. Workers outlive what their tasks raise; what is not consumed to its end,
+        or interrupted, stops them at once.
 
         Args:
             device: None is all of them.
@@ -90,6 +113,10 @@ class WorkerPool:
             self._start()
             try:
                 yield from self._run(tasks, [worker for worker in self._workers if device in (None, worker.device)])
+            except TaskFailed as failed:
+                for worker in self._workers:
+                    worker.forget()
+                raise failed.error from failed.error.__cause__
             except BaseException:
                 self._stop(kill=True)
                 raise
@@ -130,12 +157,17 @@ class WorkerPool:
                         raise RuntimeError(f"no worker is left; the last was {report}.") from None
                     logger.warning("A worker is lost, the others go on with its work: %s.", report)
                     continue
-                if error is not None:
-                    raise error[0] from RemoteTraceback(f"in the worker of {worker.device}\n{error[1]}")
-                finished, worker.task, worker.ready = worker.task, None, True
-                if finished is not None:
-                    del given[finished]
-                    yield finished, result
+                failed = error and TaskFailed(error[0], f"in the worker of {worker.device}\n{error[1]}")
+                if failed and not worker.loaded:
+                    raise failed.error
+                number, is_awaited = worker.task, worker.loaded and not worker.forgotten
+                worker.loaded = worker.ready = True
+                worker.task, worker.forgotten = None, False
+                if is_awaited and failed:
+                    raise failed
+                if is_awaited and number is not None:
+                    del given[number]
+                    yield number, result
 
     def close(self) -> None:
         """End the workers; the next task starts new ones."""
@@ -148,6 +180,11 @@ class WorkerPool:
             missing.remove(worker.device)
         if not missing:
             return
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError(
+                f"several devices, {self._devices}, take a process each, which a daemonic process such as "
+                f"{multiprocessing.current_process().name} may not start. Use one device here, or daemon=False there."
+            )
         self._share_weights()
         context = multiprocessing.get_context("spawn")
         on_cpu = sum(torch.device(device).type == "cpu" for device in self._devices)
@@ -194,22 +231,20 @@ def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threa
     """What a worker does until the other end of `connection` is closed: answer (result, None) or (None, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    try:
-        engine = Engine(model.to(device))  # type: ignore[arg-type]
-    except Exception as error:
-        connection.send((None, _portable(error)))
-        return
-    with suppress(BrokenPipeError):  # closed meanwhile, which reading from it tells
-        connection.send((None, None))
-    while True:
+    with suppress(EOFError, ConnectionError):  # closed, or its owner is gone
         try:
-            task: Task = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            connection.send((task.run(engine), None))
+            engine = Engine(model.to(device))  # type: ignore[arg-type]
         except Exception as error:
             connection.send((None, _portable(error)))
+            return
+        connection.send((None, None))
+        while True:
+            task: Task = connection.recv()
+            try:
+                answer: tuple[Any, Any] = task.run(engine), None
+            except Exception as error:
+                answer = None, _portable(error)
+            connection.send(answer)
 
 
 def _portable(error: Exception) -> tuple[Exception, str]:

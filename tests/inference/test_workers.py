@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.engine import ScoreBatch
+from flagembedding_matryoshka.inference.engine import Engine, ScoreBatch
 from flagembedding_matryoshka.inference.workers import SHARED_MEMORY
+from flagembedding_matryoshka.setting import Setting
 
 QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
 PASSAGES = ["", "a wing", "heat flux", "air flows over a wing. " * 6, "the flow of energy", "a blunt cone"]
@@ -132,7 +134,35 @@ def test_what_a_worker_raises_arrives_with_its_traceback(two):
         list(results)
     assert "in the worker of cpu" in str(raised.value.__cause__)
     assert "engine.py" in str(raised.value.__cause__)
-    two.compute_score(PAIRS)
+
+
+def test_workers_outlive_a_bad_task_and_what_they_owe_from_its_call_is_thrown_away(one, two):
+    score_until_all_are_ready(two)
+    before = processes(two)
+    good = Engine(one.model), ScoreBatch(one_pair(one), [0], Setting(6))
+    expected = good[1].run(good[0])
+    for place in range(3):
+        tasks = [good[1]] * 4
+        tasks[place] = ScoreBatch([], [], None)
+        with closing(two._engine.run(iter(tasks))) as results, pytest.raises(ValueError, match="non-empty"):
+            list(results)
+        found = dict(two._engine.run(iter([good[1]] * 5)))
+        assert sorted(found) == [0, 1, 2, 3, 4]
+        for scores in found.values():
+            close(scores, expected)
+    close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+    assert processes(two) == before and all(process.is_alive() for process in before)
+
+
+def one_pair(reranker):
+    return reranker._pair_tokenizer.build([("a wing", "lift")], 20, 20, 60)
+
+
+def test_a_daemonic_process_is_told_that_it_may_have_no_workers(two, monkeypatch):
+    two.close()
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
+    with pytest.raises(RuntimeError, match=r"several devices, \['cpu', 'cpu'\], take a process each, .*daemonic"):
+        two.compute_score(PAIRS)
 
 
 def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog):
@@ -210,10 +240,11 @@ def test_no_worker_outlives_its_parent(tiny_layerwise_path, tmp_path, end):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tiny_layerwise_path), "wait" if end == "killed" else "leave"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         workers = json.loads(parent.stdout.readline())
         assert len(workers) == 2
         if end == "killed":
             parent.kill()
         assert parent.wait(30) == (-9 if end == "killed" else 0)
+        assert "Error" not in parent.stderr.read()
     assert eventually(lambda: all(map(gone, workers)))
