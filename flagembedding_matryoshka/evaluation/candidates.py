@@ -88,13 +88,17 @@ def sample_queries(collection: Collection, count: int | None, seed: int) -> Coll
 
 
 def from_bm25(collection: Collection, top_k: int) -> Candidates:
-    """BM25's first `top_k`, where a query shares words with so many.
+    """BM25's first `top_k`, where a query shares words with so many, without the query itself.
 
     A query that shares a word with no passage has no candidates and counts with 0 in every measure.
     """
     ids, queries = list(collection.passages), list(collection.relevant)
-    found = bm25_lists(list(collection.passages.values()), [collection.queries[query] for query in queries], top_k)
-    passages = {query: [ids[place] for place in places] for query, places in zip(queries, found, strict=True)}
+    texts = [collection.queries[query] for query in queries]
+    found = bm25_lists(list(collection.passages.values()), texts, top_k + 1)
+    passages = {
+        query: [ids[place] for place in places if not collection.is_itself(query, ids[place])][:top_k]
+        for query, places in zip(queries, found, strict=True)
+    }
     without = [query for query, candidates in passages.items() if not candidates]
     if without:
         logger.warning("BM25 finds nothing for %d queries, which count with 0, such as %r", len(without), without[0])
@@ -103,6 +107,8 @@ def from_bm25(collection: Collection, top_k: int) -> Candidates:
 
 def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
     """The `top_k` of each query that a TREC run (query Q0 passage rank score tag) scores highest; ties as they stand.
+
+    The query itself is no candidate.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -121,7 +127,8 @@ def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
                 raise ValueError(f"{path}, line {number}: the collection has no {kind} {value!r}")
         if passage in scores[query]:
             raise ValueError(f"{path}, line {number}: passage {passage!r} is there twice for query {query!r}")
-        scores[query][passage] = score
+        if not collection.is_itself(query, passage):
+            scores[query][passage] = score
     without = [query for query in collection.relevant if not scores[query]]
     if without:
         raise ValueError(f"{path} has no candidates for {len(without)} judged queries, such as {without[0]!r}")

@@ -32,7 +32,8 @@ def mine(
         seed: of what is drawn; a query's draw depends on nothing else.
         miners: what finds candidates.
 
-    A relevant passage and the query itself, by their text, are no negatives.
+    A relevant passage and the query itself, by their text, are no negatives. A relevant passage that is not in the
+    corpus is left out, and so is a query without any other.
 
     Raises:
         ImportError: if bm25s or PyStemmer is not installed.
@@ -48,10 +49,11 @@ def mine(
     dropped = 0
     for (query, grades), lists in zip(collection.relevant.items(), found, strict=True):
         text = collection.queries[query]
-        relevant = list(dict.fromkeys(collection.passages[passage] for passage in grades))
+        relevant = list(dict.fromkeys(collection.passages[name] for name in grades if name in collection.passages))
+        own = collection.passages[query] if collection.is_itself(query, query) else text
         hits = dict.fromkeys(texts[place] for place, rank in best_ranks(lists).items() if rank >= first)
-        pool = [hit for hit in hits if hit != text and hit not in relevant]
-        if not pool:
+        pool = [hit for hit in hits if hit not in (text, own, *relevant)]
+        if not pool or not relevant:
             dropped += 1
             continue
         drawn = random.Random(f"{seed}-{query}").sample(pool, min(negatives, len(pool)))
@@ -59,7 +61,9 @@ def mine(
     if dropped == len(collection.relevant):
         raise ValueError(f"there is no negative in ranks {first} to {last} of {len(texts)} passages for any query")
     if dropped:
-        logger.warning("%d queries are left out: there is no negative in ranks %d to %d", dropped, first, last)
+        logger.warning(
+            "%d queries are left out: no relevant passage, or no negative in ranks %d to %d", dropped, first, last
+        )
     logger.info("%d passages, %d queries", len(texts), len(collection.relevant) - dropped)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flagembedding_matryoshka.text.lines import good_lines, good_rows
+
+logger = logging.getLogger(__name__)
 
 BATCH = 1024
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
@@ -24,12 +27,17 @@ class Collection:
     Attributes:
         passages: id to "title text".
         queries: id to text.
-        relevant: query id to {passage id: grade above 0}, in the order of the qrels; a query without any is left out.
+        relevant: query id to {passage id: grade above 0}, in the order of the qrels; a query without any is left out. A
+            passage may be missing: it counts in every measure, and nobody finds it.
     """
 
     passages: dict[str, str]
     queries: dict[str, str]
     relevant: dict[str, dict[str, int]]
+
+    def is_itself(self, query: str, passage: str) -> bool:
+        """Whether a passage is the query, as in ArguAna: under its id, with its text. An id alone may be chance."""
+        return passage == query and self.queries[query] in self.passages.get(passage, "")
 
 
 def read_collection(directory: Path, split: str) -> Collection:
@@ -37,7 +45,7 @@ def read_collection(directory: Path, split: str) -> Collection:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: naming file and line of what is malformed or unknown, or if no query has a relevant passage.
+        ValueError: naming file and line of what is malformed, or of an unknown query, or if no passage is relevant.
     """
     corpus, topics, qrels = (directory / name for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"))
     for path in (corpus, topics, qrels):
@@ -48,12 +56,17 @@ def read_collection(directory: Path, split: str) -> Collection:
     for number, query, passage, score in _read_judgements(qrels):
         if score <= 0:
             continue
-        for kind, value, known in (("query", query, queries), ("passage", passage, passages)):
-            if value not in known:
-                raise ValueError(f"{qrels}, line {number}: there is no {kind} {value!r}")
+        if query not in queries:
+            raise ValueError(f"{qrels}, line {number}: there is no query {query!r}")
         grade = relevant.setdefault(query, {}).setdefault(passage, score)
         if grade != score:
             raise ValueError(f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above")
+    judged = {passage: None for grades in relevant.values() for passage in grades}
+    if missing := [passage for passage in judged if passage not in passages]:
+        logger.warning(
+            "%s: %d of %d relevant passages are not in the corpus, such as %r; they count as not found",
+            *(qrels, len(missing), len(judged), missing[0]),
+        )
     if not relevant:
         raise ValueError(f"{qrels} names no relevant passage: no score is above 0")
     return Collection(passages, queries, relevant)
@@ -100,6 +113,7 @@ def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator
 
     Raises:
         ImportError: if bm25s or PyStemmer is not installed.
+        ValueError: if no text has a word to index.
     """
     index, tokenize = _bm25(texts)
     for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
@@ -115,6 +129,7 @@ def bm25_scorer(texts: Sequence[str]) -> Callable[[str], np.ndarray]:
 
     Raises:
         ImportError: if bm25s or PyStemmer is not installed.
+        ValueError: if no text has a word to index.
     """
     index, tokenize = _bm25(texts)
 
@@ -134,5 +149,8 @@ def _bm25(texts: Sequence[str]) -> tuple[Any, Callable[..., Any]]:
         raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
     stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
     tokenize = partial(bm25s.tokenize, stopwords="en", stemmer=stemmer, show_progress=False)
-    index.index(tokenize(texts), show_progress=False)
+    words = tokenize(texts)
+    if not any(words.ids):
+        raise ValueError(f"BM25 finds no word to index in {len(texts)} passages: they hold English stop words at most")
+    index.index(words, show_progress=False)
     return index, tokenize

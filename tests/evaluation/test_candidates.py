@@ -29,6 +29,16 @@ def test_a_query_that_bm25_misses_has_no_candidates_and_is_named(beir, caplog):
     assert "BM25 finds nothing for 1 queries, which count with 0, such as 'q2'" in caplog.text
 
 
+def test_a_query_that_is_a_passage_is_no_candidate_of_its_own(collection, run):
+    corpus = [*CORPUS, {"_id": "q1", "title": "", "text": "wing"}, {"_id": "q3", "text": "heat of another kind"}]
+    read = read_collection(collection(corpus=corpus, judgements=[("q1", "p2", 1), ("q3", "p4", 1)]), "train")
+    found = from_bm25(read, 3)
+    assert "q1" not in found.passages["q1"] and len(found.passages["q1"]) == 3
+    assert "q3" in found.passages["q3"]  # the same id by chance
+    lines = [f"{query} Q0 {passage} 1 {score} x" for query in ("q1", "q3") for passage, score in (("q1", 3), ("q3", 2))]
+    assert from_run(read, run(lines), 3).passages == {"q1": ["q3"], "q3": ["q1", "q3"]}
+
+
 def test_a_run_is_ordered_by_score(beir, run):
     candidates = from_run(read_collection(beir, "test"), run(LINES), top_k=2)
     assert candidates.passages == {"q1": ["p1", "p3"], "q3": ["p4"], "q2": ["p7"]}

@@ -1,6 +1,6 @@
 import pytest
 
-from flagembedding_matryoshka.text.collections import read_collection
+from flagembedding_matryoshka.text.collections import bm25_lists, read_collection
 from tests.collection import CORPUS
 
 
@@ -25,7 +25,7 @@ from tests.collection import CORPUS
         ({"judgements": [("q1", "p2")]}, r"train\.tsv, line 2: query-id, corpus-id and .* wanted, got \['q1', 'p2'\]"),
         ({"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]}, r"train\.tsv, line 3: query-id, .*a whole score.*²"),
         ({"judgements": [("q9", "p2", 1)]}, r"train\.tsv, line 2: there is no query 'q9'"),
-        ({"judgements": [("q1", "p2", 1), ("", ""), ("q1", "p9", 1)]}, r"train\.tsv, line 4: there is no passage 'p9'"),
+        ({"judgements": [("q1", "p2", 1), ("", ""), ("q9", "p1", 1)]}, r"train\.tsv, line 4: there is no query 'q9'"),
         (
             {"judgements": [("q1", "p2", 1), ("q1", "p2", 2)]},
             r"train\.tsv, line 3: 'p2' has grade 2 for 'q1', and 1 above",
@@ -66,3 +66,23 @@ def test_marks_and_line_ends_of_other_systems_are_no_fault(collection):
         text = (directory / name).read_text(encoding="utf-8")
         (directory / name).write_bytes(text.replace("\n", "\r\n").encode("utf-16"))
     assert read_collection(directory, "train") == expected
+
+
+def test_a_judged_passage_that_is_missing_is_counted_and_stays(collection, caplog):
+    read = read_collection(collection(judgements=[("q1", "p2", 1), ("q1", "p9", 2), ("q3", "p9", 1)]), "train")
+    assert read.relevant == {"q1": {"p2": 1, "p9": 2}, "q3": {"p9": 1}}
+    assert "1 of 2 relevant passages are not in the corpus, such as 'p9'" in caplog.text
+
+
+def test_a_query_is_itself_by_id_and_text(collection):
+    corpus = [{"_id": "q1", "title": "On wings", "text": "wing"}, {"_id": "q3", "text": "a cone"}]
+    read = read_collection(collection(corpus=corpus, judgements=[("q1", "q3", 1)]), "train")
+    assert [read.is_itself(*names) for names in (("q1", "q1"), ("q3", "q3"), ("q1", "q3"), ("q2", "q2"))] == [
+        True, False, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts", [["the", "a", ""], [""], []])
+def test_passages_without_a_word_are_named(texts):
+    with pytest.raises(ValueError, match=f"BM25 finds no word to index in {len(texts)} passages"):
+        list(bm25_lists(texts, ["wing"], 3))
