@@ -22,6 +22,8 @@ from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.schemas import BODY_SCHEMA, AnyRequest, Scored, parse
 from flagembedding_matryoshka.serve.scoring import Scorer
 
+LONGEST_MESSAGE = 1000
+"""Characters of an error: what it says may be of the client's making."""
 RETRY_AFTER = {"Retry-After": "1"}
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 T = TypeVar("T")
@@ -76,6 +78,12 @@ class Service:
             self._in_flight -= 1
 
     async def _read(self, request: Request) -> AnyRequest:
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise HTTPException(415, f"a body with Content-Encoding {encoding!r:.40} is not read; send it as it is")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.limits.body_bytes:
+            raise HTTPException(413, f"the body is larger than {self.limits.body_bytes} bytes")
         body = bytearray()
         try:
             async for chunk in request.stream():
@@ -85,7 +93,7 @@ class Service:
         except ClientDisconnect as error:
             raise CLIENT_CLOSED_REQUEST from error
         try:
-            parsed = parse(bytes(body))
+            parsed = await asyncio.to_thread(parse, bytes(body))
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         if len(parsed.texts) > self.limits.documents:
@@ -176,7 +184,7 @@ def create_app(
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         app.post(path, openapi_extra=body)(rerank)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
         if not await service.healthy():
             raise HTTPException(503, "the model fails", RETRY_AFTER)
@@ -191,13 +199,14 @@ def create_app(
 
 def _authorize(request: Request, api_key: str) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), api_key.encode()):
+    # The bytes of a header arrive as Latin-1, whatever they are.
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
         raise HTTPException(401, "a valid bearer token is wanted", {"WWW-Authenticate": "Bearer"})
 
 
 async def _explain(request: Request, error: Any) -> Response:
     """The message under the names that clients of Cohere, TEI and Jina look for."""
-    content = dict.fromkeys(("message", "error", "detail"), error.detail)
+    content = dict.fromkeys(("message", "error", "detail"), f"{error.detail:.{LONGEST_MESSAGE}}")
     return JSONResponse(content, error.status_code, error.headers)
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,19 @@ class Request(BaseModel):
 
 
 def _with_text(document: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(document, dict) and not isinstance(document.get("text"), str):
-        raise ValueError(f"a document is a string or an object with a string 'text', got the keys {[*document][:5]}")
+    if isinstance(document, str):
+        return document
+    if not isinstance(document.get("text"), str):
+        keys = [*document][:5]
+        raise ValueError(f"a document is a string or an object with a string 'text', got the keys {keys!s:.200}")
+    json.dumps(document, allow_nan=False)  # it may be sent back, and 1e999 is no number there
     return document
 
 
 class DocumentsRequest(Request):
     """Cohere's and Jina's form. What "does nothing" is accepted because clients send it."""
 
-    documents: list[Annotated[str | dict[str, Any], AfterValidator(_with_text)]]
+    documents: Annotated[list[Annotated[str | dict[str, Any], AfterValidator(_with_text)]], FailFast()]
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
     return_documents: bool | None = Field(None, description="false if missing")
     model: str | None = Field(None, description="does nothing")
@@ -98,7 +113,7 @@ class DocumentsRequest(Request):
 class TextsRequest(Request):
     """TEI's form."""
 
-    texts: list[str]
+    texts: Annotated[list[str], FailFast()]
     raw_scores: bool = Field(False, description="scores instead of their sigmoid")
     return_text: bool = False
     truncate: bool | None = Field(None, description="false refuses texts that would be cut; else they are cut")

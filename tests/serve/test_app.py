@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flagembedding_matryoshka.serve import Limits
-from tests.serve.conftest import client_of
+from flagembedding_matryoshka.serve import Limits, create_app
+from tests.serve.conftest import client_of, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUERY = "how does a wing lift"
@@ -205,6 +205,8 @@ def test_health_asks_a_model_that_failed(reranker, monkeypatch):
         ({"query": "q", "texts": ["t"], "cascade": {"6": 0.5}}, "cascade drops candidates after layer 6"),
         ({"query": "q", "texts": ["t"], "cascade": {"3": 1.5}}, r"cascade keeps 1.5 of all .* in \(0, 1\]"),
         (["q"], "Unable to extract tag"),
+        ({"query": "q", "documents": [{"k" * 10_000: 1}]}, r"got the keys \['kkk.{1,200}$"),
+        ({"query": "q", "texts": ["t"], "cutoff_layers": [*range(100_000)]}, r"^.{1,1000}$"),
     ],
 )
 def test_bad_requests_are_explained(client, body, message):
@@ -221,6 +223,50 @@ def test_what_is_not_json_is_explained(client):
     assert "Invalid JSON" in answer.json()["message"]
     assert client.get("/rerank").status_code == 405
     assert client.post("/embed").json()["message"] == "Not Found"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_explained(client, number):
+    for body in (
+        f'{{"query": "q", "return_documents": true, "documents": [{{"text": "t", "price": {number}}}]}}',
+        f'{{"query": "q", "texts": ["t"], "cascade": {{"3": {number}}}}}',
+    ):
+        answer = client.post("/rerank", content=body.encode())
+        assert answer.status_code == 422 and answer.json()["message"]
+
+
+def test_many_faults_cost_no_more_than_one(client):
+    start = time.monotonic()
+    for name in ("documents", "texts"):
+        answer = client.post("/rerank", json={"query": "q", name: [[]] * 500_000})
+        assert answer.status_code == 422 and len(answer.json()["message"]) < 500
+    assert time.monotonic() - start < 5
+
+
+def test_a_body_is_read_as_it_is(client):
+    answer = client.post("/rerank", content=b"x", headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 415 and "Content-Encoding 'gzip' is not read" in answer.json()["message"]
+
+
+def test_a_declared_length_is_refused_before_the_body_comes(reranker):
+    with serving(create_app(reranker, "tiny", limits=Limits(body_bytes=200))) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 201\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_health_answers_a_head(client):
+    answer = client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_key_may_be_of_any_letters(reranker):
+    with client_of(reranker, api_key="schlüssel") as client:
+        body = {"query": "q", "texts": ["t"]}
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert client.post("/rerank", json=body, headers=headers).status_code == status
 
 
 def test_limits_of_documents_and_bytes(reranker):
