@@ -72,10 +72,11 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return self.state.global_step * self.args.gradient_accumulation_steps + done
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        # Where transformers would draw a random order for several processes; accelerate makes that one seedable.
+        # Where transformers would draw a random order. One process that accumulates passes takes it, too: which rows
+        # meet in a pass, and so under a sub-network, is then the same in any number of processes.
         sampler = super()._get_train_sampler(train_dataset)
         args = self.args
-        if args.world_size == 1 or not isinstance(sampler, RandomSampler):
+        if args.world_size * args.gradient_accumulation_steps == 1 or not isinstance(sampler, RandomSampler):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed
         batch_size, passes = args.train_batch_size, args.gradient_accumulation_steps
