@@ -4,9 +4,7 @@
 
 from dataclasses import dataclass, field
 
-from FlagEmbedding.abc.finetune.reranker import (
-    AbsRerankerDataArguments,
-)
+from FlagEmbedding.abc.finetune.reranker import AbsRerankerDataArguments
 
 from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
 from flagembedding_matryoshka.finetune.rows import training_files

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
-from FlagEmbedding.abc.finetune.reranker import (
-    AbsRerankerModelArguments,
-)
+from FlagEmbedding.abc.finetune.reranker import AbsRerankerModelArguments
 
 
 @dataclass

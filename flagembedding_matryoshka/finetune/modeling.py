@@ -108,6 +108,8 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             setting: what the learning pass runs; None is the full width at every exit. Where nothing has been
                 compressed yet the learning pass is its own teacher, under the dropout that it was drawn with.
         """
+        # Before the learning pass, whose graph would fill the memory beside it.
+        original = self.original_scores(pair) if self.training and self.method.original else None
         scores, full_width = self.encode(pair, setting, self.training and self.method.deeper_exit != "none")
         if not self.training:
             return MatryoshkaOutput(scores=scores)
@@ -121,7 +123,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             None if full_width is None else full_width.view(groups),
             data_scores,
             self.distill_loss,
-            self.original_scores(pair).view(groups[1:]) if self.method.original else None,
+            None if original is None else original.view(groups[1:]),
         )
         terms = {
             f"layer_{layer}_{name}": term

@@ -32,7 +32,8 @@ COLUMNS: dict[Reads, dict[str, Any]] = {
     "scores": {**LABELS, "pos_scores": NUMBERS, "neg_scores": NUMBERS},
     "passages": {"passages": TEXTS},
 }
-LAYOUT = 1
+NO_ROW = "no row"
+LAYOUT = 2
 """Of what the cache holds and which rows are right: what an older version has written is not read."""
 
 
@@ -72,8 +73,6 @@ def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bo
     """
     columns = {"query": Value("string"), **COLUMNS[reads], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
     features = Features({**columns, "fault": Value("string")})
-    if next(_arrow_rows(path, reads), None) is None:
-        return Dataset.from_dict({name: [] for name in columns}, Features(columns))
     stat = os.stat(path)
     key = [LAYOUT, reads, os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
     try:
@@ -87,6 +86,8 @@ def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bo
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
     faults = rows.data.column("fault")
+    if faults[0].as_py() == NO_ROW:
+        return rows.select([]).select_columns(list(columns))
     bad = len(rows) - faults.null_count
     if bad:
         first = pc.drop_null(faults)[0].as_py()
@@ -113,8 +114,9 @@ def load_files(
 
 
 def _arrow_rows(path: str, reads: Reads) -> Iterator[dict[str, Any]]:
-    """Every row, or what is wrong with it under `fault`."""
+    """Every row, or what is wrong with it under `fault`; `NO_ROW` of a file without any, which cannot be cached."""
     names = ("query", *COLUMNS[reads], *INSTRUCTIONS)
+    number = 0
     for number, row, fault in read_rows(Path(path), partial(row_fault, reads=reads)):
         if row is None:
             yield {**dict.fromkeys(names), "fault": f"line {number}: {fault}"}
@@ -122,6 +124,8 @@ def _arrow_rows(path: str, reads: Reads) -> Iterator[dict[str, Any]]:
         if reads == "passages":
             row.setdefault("passages", [*row.get("pos", ()), *row.get("neg", ())])
         yield {**{name: row.get(name) for name in names}, "fault": None}
+    if number == 0:
+        yield {**dict.fromkeys(names), "fault": NO_ROW}
 
 
 def row_fault(row: dict[str, Any], reads: Reads) -> str | None:

@@ -58,7 +58,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
-        self._terms: list[dict[str, Tensor]] = []
+        self._noted: list[dict[str, Tensor]] = []
         self._guard: CollapseGuard | None = None
         trains_all_weights = not isinstance(self.model.model, PeftModel)
         method = self.model.method
@@ -106,18 +106,21 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self._effort.add(inputs["pair"].packed, self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
         spreads = zip(self.model.config.exit_layers, outputs.spreads, strict=True)
-        self._terms.append(outputs.terms | {f"layer_{layer}_spread": spread for layer, spread in spreads})
+        self._noted.append(
+            {f"loss_{name}": term for name, term in outputs.terms.items()}
+            | {f"layer_{layer}_spread": spread for layer, spread in spreads}
+        )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, beside the loss, what it is the sum of: means over the passes since the last time, of all processes."""
-        if "loss" in logs and self._terms:
-            names = list(self._terms[0])
-            means = torch.stack([torch.stack([terms[name] for terms in self._terms]).mean() for name in names])
+        if "loss" in logs and self._noted:
+            names = list(self._noted[0])
+            means = torch.stack([torch.stack([noted[name] for noted in self._noted]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
             found = dict(zip(names, means.tolist(), strict=True))
-            logs |= {name if name.endswith("spread") else f"loss_{name}": value for name, value in found.items()}
-            self._terms.clear()
+            logs |= found
+            self._noted.clear()
             self._look_for_collapse(found, logs.get("grad_norm"))
         if "loss" in logs or "train_runtime" in logs:
             counts = self.accelerator.reduce(self._effort.counts(self.args.device), reduction="sum")
@@ -133,10 +136,9 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         is_share = not self.model.method.original or self.model.distill_loss == "ce"
         exits = {}
         for layer in self.model.config.exit_layers:
-            terms = {name: value for name, value in found.items() if name.startswith(f"layer_{layer}_")}
-            spread = terms.pop(f"layer_{layer}_spread")
-            chance = terms[f"layer_{layer}_{compares_shares}"] if is_share else None
-            exits[layer] = ExitState(sum(terms.values()), spread, chance)
+            terms = [value for name, value in found.items() if name.startswith(f"loss_layer_{layer}_")]
+            chance = found[f"loss_layer_{layer}_{compares_shares}"] if is_share else None
+            exits[layer] = ExitState(sum(terms), found[f"layer_{layer}_spread"], chance)
         self._guard.check(self.state.global_step, exits, gradient_norm)
 
     @cached_property

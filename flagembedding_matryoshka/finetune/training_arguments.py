@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
-from FlagEmbedding.abc.finetune.reranker import (
-    AbsRerankerTrainingArguments,
-)
+from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainingArguments
 
 from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints
 from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName

@@ -16,7 +16,7 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 16
-"""Batches that must fit before twice as many tokens are tried; doubled each time that memory runs out again."""
+"""Batches that must fit before twice as many tokens are tried; doubled each time that those were too many."""
 
 
 class OutOfMemory(Exception):
@@ -47,12 +47,13 @@ class TokenLimit:
         self.tokens: float = math.inf
         self._patience = PATIENCE
         self._fitted = 0
+        self._has_grown = False
 
     def fitted(self) -> None:
         """A batch within the limit did. What was short for a while need not be short for ever."""
         self._fitted += 1
         if self._fitted >= self._patience:
-            self.tokens, self._fitted = 2 * self.tokens, 0
+            self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, True
 
     def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory) -> None:
         """From here on, at most half as many tokens as in `part`, which did not fit.
@@ -66,7 +67,7 @@ class TokenLimit:
                 f"pair {name}, of {tokens} tokens, does not fit into memory alone. Lower max_length, or compress "
                 f"earlier. ({error})"
             ) from error
-        if math.isfinite(self.tokens):
+        if self._has_grown:
             self._patience *= 2
-        self.tokens, self._fitted = tokens // 2, 0
+        self.tokens, self._fitted, self._has_grown = tokens // 2, 0, False
         logger.warning("Out of memory with %d tokens in a batch; for now at most %d.", tokens, tokens // 2)

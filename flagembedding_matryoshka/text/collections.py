@@ -36,8 +36,12 @@ class Collection:
     relevant: dict[str, dict[str, int]]
 
     def is_itself(self, query: str, passage: str) -> bool:
-        """Whether a passage is the query, as in ArguAna: under its id, with its text. An id alone may be chance."""
-        return passage == query and self.queries[query] in self.passages.get(passage, "")
+        """Whether a passage is the query, as in ArguAna: under its id, with its text, and not judged relevant.
+
+        An id alone may be chance.
+        """
+        is_relevant = passage in self.relevant.get(query, ())
+        return passage == query and not is_relevant and self.queries[query] in self.passages.get(passage, "")
 
 
 def read_collection(directory: Path, split: str) -> Collection:

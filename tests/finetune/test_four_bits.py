@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.engine import Engine
-from tests.finetune.test_runner import runner, scores_of
+from tests.finetune.runs import runner, scores_of
 from tests.tiny_base import TINY_BASE
 
 pytestmark = [

@@ -25,7 +25,7 @@ SHARDED = str(Path(__file__).with_name("sharded.py"))
 PRODUCT = ("-m", "flagembedding_matryoshka.finetune")
 PAIRS = [("what about the wing", "this text is about a wing"), ("what about the flow", "air")]
 ADAPTERS, ALL_WEIGHTS = ("--lora_rank", "4"), ("--use_lora", "False")
-STEPS, LEARNING_RATE = 6, 5e-3
+STEPS = 6
 
 
 def torchrun(processes, *program):
@@ -49,16 +49,9 @@ def train(tiny_raw_model_path, training_file, tmp_path_factory):
             *("--train_data", str(training_file), "--train_group_size", "4", "--query_max_len", "64"),
             *("--output_dir", str(output_dir), "--cache_path", str(output_dir / "cache"), "--use_cpu", "True"),
             *("--train_method", "distill_fix_layer_teacher", "--compress_layers", "2", "4"),
-            *(
-                "--compress_ratios",
-                "1",
-                "2",
-                "4",
-                "--learning_rate",
-                str(LEARNING_RATE),
-                "--lr_scheduler_type",
-                "constant",
-            ),
+            *("--compress_ratios", "1", "2", "4", "--learning_rate", "5e-3", "--lr_scheduler_type", "constant"),
+            # Adam divides by the gradient's size: where that is next to nothing, the order of a sum would decide.
+            *("--adam_epsilon", "1e-3"),
             *("--max_steps", str(STEPS), "--save_steps", "3", "--logging_steps", "1", "--report_to", "none"),
             *("--per_device_train_batch_size", str(2 // processes), "--gradient_accumulation_steps", "2", *options),
         ]
@@ -91,7 +84,7 @@ def scores(output_dir):
     return torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=[2, 4, 6], compress_layers=[2], compress_ratio=2))
 
 
-def close(actual, expected, tolerance=1e-4):
+def close(actual, expected, tolerance=1e-5):
     assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=0)
@@ -102,12 +95,8 @@ def check_against_one_process(output_dir, expected_dir):
         history(output_dir, "loss", "grad_norm"), history(expected_dir, "loss", "grad_norm"), strict=True
     ):
         assert (loss, norm) == pytest.approx(expected, rel=1e-4)
-    actual, expected = written(output_dir), written(expected_dir)
-    assert actual.keys() == expected.keys()
-    differences = torch.cat([(actual[name] - expected[name]).abs().flatten() for name in expected])
-    # Adam divides by the gradient's size: where that is next to nothing, the order of a sum decides.
-    assert (differences < 1e-4).float().mean() > 0.99 and differences.max() < LEARNING_RATE
-    torch.testing.assert_close(scores(output_dir), scores(expected_dir), atol=1e-3, rtol=0)
+    close(written(output_dir), written(expected_dir))
+    torch.testing.assert_close(scores(output_dir), scores(expected_dir), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -126,6 +115,13 @@ def check_against_one_process(output_dir, expected_dir):
 )
 def test_shards_learn_what_one_process_learns(launcher, options, train, alone):
     check_against_one_process(train(launcher, 2, *options), alone[options[:2]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [torchrun(2, *PRODUCT), accelerate("no")], ids=["torchrun", "fsdp"])
+def test_two_processes_teach_themselves_what_one_does(launcher, train):
+    options = (*ADAPTERS, "--train_method", "self_distill")
+    check_against_one_process(train(launcher, 2, *options), train(torchrun(1, *PRODUCT), 1, *options))
 
 
 @pytest.mark.slow

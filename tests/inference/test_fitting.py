@@ -32,7 +32,8 @@ def test_a_shortage_of_a_cpu_is_one_too_and_nothing_else_is():
 
 def test_what_was_short_once_is_tried_again_and_ever_later_where_it_stays_short():
     limit = TokenLimit()
-    limit.halve([pair(20), pair(20)], 0, OutOfMemory())
+    for _ in range(5):  # several halvings of one shortage
+        limit.halve([pair(20), pair(20)], 0, OutOfMemory())
     first = limit.tokens
     tried = []
     for batch in range(20 * PATIENCE):

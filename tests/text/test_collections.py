@@ -82,6 +82,12 @@ def test_a_query_is_itself_by_id_and_text(collection):
     ]  # fmt: skip
 
 
+def test_a_passage_that_is_judged_relevant_is_never_the_query_itself(collection):
+    corpus = [{"_id": "q1", "text": "wing"}, {"_id": "q3", "text": "the heat"}]
+    read = read_collection(collection(corpus=corpus, judgements=[("q1", "q1", 1), ("q3", "q1", 1)]), "train")
+    assert not read.is_itself("q1", "q1") and read.is_itself("q3", "q3")
+
+
 @pytest.mark.parametrize("texts", [["the", "a", ""], [""], []])
 def test_passages_without_a_word_are_named(texts):
     with pytest.raises(ValueError, match=f"BM25 finds no word to index in {len(texts)} passages"):
