@@ -28,6 +28,9 @@ from benchmarks.scoring.agreement import agreement
 from benchmarks.scoring.checkpoints import SHAPES
 from benchmarks.scoring.measurements import measure_shape
 from benchmarks.scoring.report import plot, print_table
+from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
+
+ON_A_CPU = ["4x128", "16x512", "24x1024"]
 
 
 def main() -> None:
@@ -36,7 +39,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=ON_A_CPU, help="default: %(default)s")
+    parser.add_argument("--tokenizer", default=SMOLLM2_BASE_NAME, help="default: the shipped re-ranker's base's")
     parser.add_argument("--pairs", type=int, default=100, help="scored per call; default: %(default)s")
     parser.add_argument("--pairs_only", action="store_true", help="leave out lists of candidates for one query")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")

@@ -2,39 +2,83 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
-from flagembedding_matryoshka.models.loading import load_tokenizer
-from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
+from flagembedding_matryoshka.models.backbones import (
+    CostWiseLlamaConfig,
+    CostWiseMistralConfig,
+    CostWiseQwen3Config,
+    causal_lm_class,
+)
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 
-SHAPES = {"4x128": (4, 128), "16x512": (16, 512), "24x1024": (24, 1024)}
+
+def mistral_like(layers: int, hidden: int) -> dict[str, Any]:
+    """Mistral's proportions."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 7 // 2,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 256),
+        "sliding_window": None,
+    }
 
 
-def config_of(layers: int, hidden: int) -> CostWiseMistralConfig:
-    """Mistral's proportions, an exit at every quarter of the depth, the vocabulary of the shipped re-ranker's base."""
-    return CostWiseMistralConfig(
+def shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **others,
+    }
+
+
+SHAPES: dict[str, tuple[type[CostWiseConfig], dict[str, Any]]] = {
+    "4x128": (CostWiseMistralConfig, mistral_like(4, 128)),
+    "16x512": (CostWiseMistralConfig, mistral_like(16, 512)),
+    "24x1024": (CostWiseMistralConfig, mistral_like(24, 1024)),
+    "smollm2-135m": (CostWiseLlamaConfig, shape(30, 576, 1536, 9, 3)),
+    "qwen3-0.6b": (CostWiseQwen3Config, shape(28, 1024, 3072, 16, 8, head_dim=128)),
+    "qwen3-4b": (CostWiseQwen3Config, shape(36, 2560, 9728, 32, 8, head_dim=128)),
+    "mistral-7b": (CostWiseMistralConfig, shape(32, 4096, 14336, 32, 8, sliding_window=None)),
+}
+"""What their configurations, those of the published models, say of a decoder."""
+
+
+def config_of(name: str, vocabulary: int) -> CostWiseConfig:
+    """One of `SHAPES`, with an exit at every quarter of the depth."""
+    kind, decoder = SHAPES[name]
+    quarter = decoder["num_hidden_layers"] // 4
+    return kind(
+        **decoder,
         layer_wise=True,
-        start_layer=layers // 4,
-        layer_sep=layers // 4,
-        vocab_size=len(load_tokenizer(SMOLLM2_BASE_NAME)),
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=hidden * 7 // 2,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
+        exits=[quarter, 2 * quarter, 3 * quarter, decoder["num_hidden_layers"]],
+        vocab_size=vocabulary,
         max_position_embeddings=2048,
-        sliding_window=None,
+        tie_word_embeddings=False,
     )
 
 
-def write_checkpoint(config: CostWiseMistralConfig, path: str) -> None:
+def write_checkpoint(
+    config: CostWiseConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
     """Random weights that tell passages apart; the last head is the one that the plain cross-encoder has."""
     torch.manual_seed(0)
-    model = CostWiseMistralForCausalLM(config)
+    with torch.device(device):
+        model = causal_lm_class(config)._from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "embed" not in name:
                 weight.normal_(std=weight.shape[1] ** -0.5)
     model.save_pretrained(path)
-    load_tokenizer(SMOLLM2_BASE_NAME).save_pretrained(path)
+    tokenizer.save_pretrained(path)

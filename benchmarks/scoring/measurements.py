@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import matrix_flops_per_second
-from benchmarks.scoring.checkpoints import SHAPES, config_of, write_checkpoint
+from benchmarks.scoring.checkpoints import config_of, write_checkpoint
 from benchmarks.scoring.settings import CANDIDATES, Timed, quantizations, settings_of
 from benchmarks.scoring.texts import random_lists, random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.models.loading import load_tokenizer
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 MAX_LENGTH = 512
@@ -25,8 +26,10 @@ MAX_LENGTH = 512
 
 def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker]]:
     """The re-ranker of a shape, and by the name of the setting the same with fewer bits."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as path:
-        write_checkpoint(config_of(*SHAPES[shape]), path)
+        write_checkpoint(config_of(shape, len(tokenizer)), tokenizer, path, dtype, args.device)
         options = {"dtype": args.dtype, "devices": args.device, "max_length": MAX_LENGTH, "batch_size": 1024}
         ours = MatryoshkaReranker(path, **options)
         quantized = {

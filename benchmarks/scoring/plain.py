@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import MistralModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
-from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
+from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 
@@ -16,14 +16,16 @@ BATCH_SIZE = 32
 
 
 class PlainCrossEncoder(nn.Module):
-    """transformers' Mistral under one linear output, on padded batches."""
+    """transformers' decoder under one linear output, on padded batches."""
 
     def __init__(self, ours: MatryoshkaReranker) -> None:
         super().__init__()
-        config = CostWiseMistralConfig(**ours.config.to_dict() | {"layer_wise": False})
-        self.mistral = MistralModel(config).to(ours.model.device, ours.model.dtype).eval()
-        self.mistral.set_attn_implementation("sdpa")
-        self.mistral.load_state_dict(ours.model.model.state_dict())
+        (kind,) = ours.config.made_from
+        shape = {name: value for name, value in ours.config.to_dict().items() if name != "model_type"}
+        config = AutoConfig.for_model(kind, **shape)
+        with ours.model.device:
+            self.decoder = AutoModel.from_config(config, dtype=ours.model.dtype, attn_implementation="sdpa").eval()
+        self.decoder.load_state_dict(ours.model.model.state_dict())
         self.head = ours.model.lm_head[-1].linear_head
         self.ours = ours
 
@@ -37,8 +39,8 @@ class PlainCrossEncoder(nn.Module):
         for start in range(0, len(order), BATCH_SIZE):
             places = order[start : start + BATCH_SIZE]
             rows = {"input_ids": [inputs[index].input_ids for index in places]}
-            batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.mistral.device)
-            hidden = self.mistral(**batch, use_cache=False).last_hidden_state
+            batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.decoder.device)
+            hidden = self.decoder(**batch, use_cache=False).last_hidden_state
             last = batch["attention_mask"].sum(1) - 1
             scores[places] = self.head(hidden[torch.arange(len(places)), last])[:, 0].float().cpu()
         return scores.tolist()

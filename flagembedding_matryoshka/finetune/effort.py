@@ -51,9 +51,7 @@ class Effort:
         first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
         if self.teaches_itself and first is not None:
             full = Setting(setting.cutoff_layers)
-            shared = torch.full_like(query, first)
-            self.operations += estimate_flops(self.config, full, *parts, shares_query)
-            self.operations -= estimate_flops(self.config, full, *parts, shares_query, shared)
+            self.operations += estimate_flops(self.config, full, *parts, shares_query, layers_run=first)
 
     def totals(self, history: Sequence[Mapping[str, Any]], counts: Tensor) -> dict[str, float]:
         """Lists, tokens, floating-point operations and seconds from the first step of the run on.

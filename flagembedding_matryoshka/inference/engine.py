@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,19 +26,21 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 class Task(Protocol):
     """What an engine computes for somebody."""
 
-    def run(self, engine: Engine) -> Any: ...
+    def start(self, engine: Engine) -> Callable[[], Any]:
+        """Give the device what it shall do, and return what waits for the result."""
+        ...
 
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """The arguments of `Engine.score`."""
+    """The arguments of `Engine.start_scoring`."""
 
     pairs: Sequence[TokenizedPair]
     names: Sequence[int]
     setting: Setting
 
-    def run(self, engine: Engine) -> list[list[float]]:
-        return engine.score(self.pairs, self.names, self.setting)
+    def start(self, engine: Engine) -> Callable[[], list[list[float]]]:
+        return engine.start_scoring(self.pairs, self.names, self.setting)
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class RunCascade:
     owners: Sequence[Sequence[int]]
     setting: Setting
 
-    def run(self, engine: Engine) -> list[tuple[float, int]]:
-        return engine.cascade(self.batches, self.names, self.owners, self.setting)
+    def start(self, engine: Engine) -> Callable[[], list[tuple[float, int]]]:
+        return partial(engine.cascade, self.batches, self.names, self.owners, self.setting)
 
 
 class Engine:
@@ -67,21 +70,30 @@ class Engine:
         self._limit = TokenLimit()
 
     def run(self, tasks: Iterable[Task]) -> Generator[tuple[int, Any], None, None]:
-        """(number, result) of each task, one after the other."""
+        """(number, result) of each task, one after the other; a GPU has the next one before it is waited for."""
+        ahead = 1 if self.model.device.type == "cuda" else 0
+        started: deque[tuple[int, Callable[[], Any]]] = deque()
         for number, task in enumerate(tasks):
-            yield number, task.run(self)
+            started.append((number, task.start(self)))
+            if len(started) > ahead:
+                earlier, result = started.popleft()
+                yield earlier, result()
+        for number, result in started:
+            yield number, result()
 
-    def score(self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting) -> list[list[float]]:
-        """Scores of one batch. Out of memory, this and later batches are computed in smaller ones.
+    def start_scoring(
+        self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting
+    ) -> Callable[[], list[list[float]]]:
+        """Score one batch. Out of memory, this and later batches are computed in smaller ones.
 
         Args:
             names: what an error calls the pairs.
 
         Returns:
-            for each cutoff layer, in the order asked for, a score for each pair.
+            what waits for the scores: for each cutoff layer, in the order asked for, a score for each pair.
 
         Raises:
-            ArithmeticError: if a score is not a number.
+            ArithmeticError: when waiting, if a score is not a number.
             torch.OutOfMemoryError: if a single pair does not fit.
         """
         scores, start = [], 0
@@ -96,9 +108,13 @@ class Engine:
                 continue
             self._limit.fitted()
             start += len(part)
-        found = torch.cat(scores, dim=1)
-        self._refuse_nan(found, names)
-        return found.tolist()
+
+        def wait() -> list[list[float]]:
+            found = torch.cat(scores, dim=1).cpu()
+            self._refuse_nan(found, names)
+            return found.tolist()
+
+        return wait
 
     def cascade(
         self,
@@ -159,9 +175,9 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[TokenizedPair], setting: Setting) -> torch.Tensor:
-        """(cutoff layers, pairs) float32 scores, on the CPU."""
+        """(cutoff layers, pairs) float32 scores, on the model's device."""
         states = self.model.model.embed(*pack_pairs(list(pairs), self.model.device))
-        return self.model.scores(states, setting).cpu()
+        return self.model.scores(states, setting)
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:

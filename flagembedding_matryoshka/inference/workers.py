@@ -241,7 +241,7 @@ def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threa
         while True:
             task: Task = connection.recv()
             try:
-                answer: tuple[Any, Any] = task.run(engine), None
+                answer: tuple[Any, Any] = task.start(engine)(), None
             except Exception as error:
                 answer = None, _portable(error)
             connection.send(answer)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from flagembedding_matryoshka.models.packing import PackedBatch, on_device
+from flagembedding_matryoshka.models.unpadded import runs_unpadded, unpadded_attention
 
 PACKED_ATTENTION = "cost_wise_packed"
 LONGEST_PRODUCT = 512
@@ -59,6 +60,7 @@ def packed_attention(
     scaling: float,
     packed: PackedBatch,
     last_rows: list[Tensor] | None = None,
+    only_last: bool = False,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -71,7 +73,8 @@ def packed_attention(
 
     Args:
         module: whose attention it is; None is any causal one.
-        query: (1, heads, total_tokens, head_dim), after rotary embedding.
+        query: (1, heads, total_tokens, head_dim), after rotary embedding; with `only_last` (1, heads, segments,
+            head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
         attention_mask, position_ids, use_cache: not used by this form; `packed` says what belongs together.
         packed: where the sequences lie.
@@ -79,7 +82,7 @@ def packed_attention(
         scaling, softcap, sliding_window: see `Logits`.
 
     Returns:
-        (1, total_tokens, heads, head_dim), and None for the attention map, which never exists.
+        (1, tokens of the query, heads, head_dim), and None for the attention map, which never exists.
 
     Raises:
         ValueError: if attention in `module` is not causal.
@@ -87,8 +90,12 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
     logits = Logits(scaling, softcap, sliding_window)
+    if only_last:
+        return _of_last_tokens(query[0], key[0], value[0], packed, logits, dropout)[None], None
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, logits))
+    if runs_unpadded(query) and softcap is None and not dropout:
+        return unpadded_attention(query, key, value, packed, scaling, sliding_window), None
     if query.device.type != "cpu":
         return _in_groups(query, key, value, packed, logits, dropout), None
     if query.requires_grad and packed.context_lengths.max() <= LONGEST_PRODUCT and not dropout:
@@ -183,28 +190,52 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logi
     Returns:
         (total_tokens,) float32; with those of the query that it shares, a sequence's values sum to the number of heads.
     """
-    kv_heads, _, head_dim = key.shape
-    heads_per_key = query.shape[0] // kv_heads
-    if packed.prefixes is None:
-        segments = packed.segment_ids
-    else:
-        segments = on_device(torch.repeat_interleave(packed.context_lengths), packed.device)
+    row = _last_token_maps(query[:, packed.segment_ends], key, packed, logits).sum((0, 1))
+    return row if packed.prefixes is None else row[packed.own_in_context]
+
+
+def _of_last_tokens(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float
+) -> Tensor:
+    """(segments, heads, head_dim): attention of each segment's last token, `query`, to its context."""
+    maps = F.dropout(_last_token_maps(query, key, packed, logits), dropout)
+    if packed.prefixes is not None:
+        value = value[:, packed.context_tokens]
+    # (kv_heads, heads per kv_head, sum of context_lengths, head_dim) float32
+    weighted = maps[..., None] * value[:, None]
+    attended = weighted.new_zeros(*maps.shape[:2], query.shape[1], value.shape[2])
+    attended = attended.index_add(2, packed.context_segments, weighted)
+    return attended.flatten(0, 1).transpose(0, 1).to(value.dtype)
+
+
+def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
+    """How much each token of a segment's context is attended to by its last token.
+
+    Args:
+        last: (heads, segments, head_dim), queries.
+        key: (kv_heads, total_tokens, head_dim).
+
+    Returns:
+        (kv_heads, heads per kv_head, sum of context_lengths) float32; over a context it sums to 1.
+    """
+    segments = packed.context_segments
+    if packed.prefixes is not None:
         key = key[:, packed.context_tokens]
-    last = query[:, packed.segment_ends].view(kv_heads, heads_per_key, -1, head_dim)
-    # (kv_heads, heads_per_key, total): one product per token and head, nothing quadratic
+    last = last.unflatten(0, (len(key), -1))
+    # one product per token and head, nothing quadratic
     values = logits.of(torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float())
     if logits.window is not None:
         out_of_sight = on_device(packed.behind_in_context >= logits.window, packed.device)
         values = values.masked_fill(out_of_sight, float("-inf"))
-    values = values.reshape(-1, values.shape[-1])
+    shape = values.shape
+    values = values.reshape(-1, shape[-1])
 
     index = segments.expand_as(values)
     per_segment = values.new_zeros(values.shape[0], len(packed.lengths))
     peak = per_segment.scatter_reduce(1, index, values.detach(), "amax", include_self=False)
     weights = (values - peak.gather(1, index)).exp()
     norm = per_segment.scatter_add(1, index, weights)
-    row = (weights / norm.gather(1, index)).sum(0)
-    return row if packed.prefixes is None else row[packed.own_in_context]
+    return (weights / norm.gather(1, index)).view(shape)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

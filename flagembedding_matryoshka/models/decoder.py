@@ -7,6 +7,7 @@ is different about a decoder is in [`~flagembedding_matryoshka.models.backbones`
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
-from flagembedding_matryoshka.models.packing import PackedBatch, pack
+from flagembedding_matryoshka.models.packing import PackedBatch, on_device, pack
 from flagembedding_matryoshka.models.query_sharing import share_queries
 from flagembedding_matryoshka.setting import Layers, Setting
 
@@ -46,17 +47,62 @@ class PackedStates:
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
 
+class ContextKnown(Exception):
+    """A layer has computed the keys and values of its row: where nothing else of it is wanted, it ends here."""
+
+
+class Context:
+    """Keys and values of a whole row for the last tokens alone: what a layer takes for its `transformers.Cache`.
+
+    The first time that a layer brings keys and values they are kept, and `ContextKnown` is raised; from then on they
+    are what it gets, whatever it brings.
+    """
+
+    def __init__(self) -> None:
+        self.states: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values, (1, kv_heads, total_tokens, head_dim) each."""
+        if self.states is None:
+            self.states = keys, values
+            raise ContextKnown
+        return self.states
+
+
 class CostWiseLayer(GradientCheckpointingLayer):
     """In front of a decoder layer: it runs on a packed row."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, last_row: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, last_row: bool = False, only_last: bool = False, **kwargs: Any
+    ) -> Any:
         """The layer's output and, where `last_row`, the last tokens' attention row; else None.
 
         The row is a second output rather than a side effect so that gradient checkpointing sees it.
+
+        Args:
+            only_last: the output is (1, segments, hidden), that of each segment's last token, and of the others
+                nothing but keys and values is computed.
         """
+        if only_last:
+            return self._last_tokens(hidden_states, **kwargs), None
         rows: list[Tensor] | None = [] if last_row else None
         output = super().forward(hidden_states, *args, last_rows=rows, **kwargs)
         return output, rows[0] if rows else None
+
+    def _last_tokens(self, hidden: Tensor, position_embeddings: tuple[Tensor, ...], packed: PackedBatch) -> Tensor:
+        context, ends = Context(), packed.segment_ends
+        with suppress(ContextKnown):
+            whole = super().forward(
+                hidden, position_embeddings=position_embeddings, packed=packed, past_key_values=context
+            )
+            return whole[:, ends]  # of a layer that keeps no keys and values
+        return super().forward(
+            hidden[:, ends],
+            position_embeddings=tuple(part[:, ends] for part in position_embeddings),
+            packed=packed,
+            past_key_values=context,
+            only_last=True,
+        )
 
 
 class CostWiseModel(PreTrainedModel):
@@ -153,13 +199,27 @@ class CostWiseModel(PreTrainedModel):
                 position_embeddings = self.rotary_emb(hidden, states.packed.position_ids)
             states.hidden, states.layers_run = hidden, depth
 
+    def read(self, states: PackedStates) -> Tensor:
+        """(sequences, hidden), not normalised: what the next layer gives for the last tokens; `states` stay."""
+        packed = states.packed
+        ends, _ = self.layers[states.layers_run](
+            states.hidden,
+            packed=packed,
+            only_last=True,
+            position_embeddings=self.rotary_emb(states.hidden, packed.position_ids),
+        )
+        return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
+
     def last_token_states(self, states: PackedStates, setting: Setting, exits: Collection[int]) -> dict[int, Tensor]:
-        """Exit to (sequences, hidden), normalised, of those in `exits`; brings `states` to the deepest of them."""
-        return {
-            depth: self.norm(hidden[0, packed.last_tokens])
-            for depth, hidden, packed in self.run(states, setting, max(exits))
+        """Exit to (sequences, hidden), normalised, of those in `exits`; brings `states` in front of the deepest."""
+        deepest = max(exits)
+        found = {
+            depth: hidden[0, packed.last_tokens]
+            for depth, hidden, packed in self.run(states, setting, deepest - 1)
             if depth in exits
         }
+        found[deepest] = self.read(states)
+        return {depth: self.norm(last) for depth, last in found.items()}
 
     def forward_packed(
         self,
@@ -168,13 +228,14 @@ class CostWiseModel(PreTrainedModel):
         return_full_width: bool = False,
         output_hidden_states: bool = False,
     ) -> CostWiseModelOutputWithPast:
-        """`forward` of a batch that is packed already; brings `states` to the end of `setting`."""
+        """`forward` of a batch that is packed already; brings `states` in front of the last layer of `setting`, or,
+        with `output_hidden_states`, behind it."""
         exits = setting.cutoff_layers
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}
         attention_masks: dict[int, Tensor] = {}
-        for depth, hidden, packed in self.run(states, setting, setting.depth):
+        for depth, hidden, packed in self.run(states, setting, setting.depth - (not output_hidden_states)):
             if depth in exits:
                 last_token_states[depth] = self.norm(hidden[0, packed.last_tokens])
                 if output_hidden_states:
@@ -185,6 +246,8 @@ class CostWiseModel(PreTrainedModel):
                 with torch.no_grad():
                     branch = PackedStates(hidden, packed, depth)
                     full_width_states = self.last_token_states(branch, Setting(exits), deeper)
+        if setting.depth not in last_token_states:
+            last_token_states[setting.depth] = self.norm(self.read(states))
 
         def in_order(values: dict[int, Tensor]) -> tuple[Tensor, ...] | None:
             return tuple(values[layer] for layer in exits) if values else None

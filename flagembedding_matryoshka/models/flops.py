@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +12,15 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 
 
-def _weights_of_a_layer(config: CostWiseConfig) -> int:
-    """Weights of all matrices that a token is multiplied with in a decoder layer."""
+def _weights_of_a_layer(config: CostWiseConfig) -> tuple[int, int]:
+    """Weights of the matrices that a token is multiplied with in a decoder layer: of all, and of those up to its
+    query, key and value."""
     with torch.device("meta"):
-        layer = causal_lm_class(config).model_class.layer_class(config, 0)
-    return sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, nn.Linear))
+        layer: Any = causal_lm_class(config).model_class.layer_class(config, 0)
+    whole = sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, nn.Linear))
+    attention = layer.self_attn.named_modules()
+    before = sum(part.weight.numel() for name, part in attention if isinstance(part, nn.Linear) and name != "o_proj")
+    return whole, before
 
 
 def estimate_flops(
@@ -25,22 +31,28 @@ def estimate_flops(
     prompt_lengths: Tensor,
     shares_query: Tensor | None = None,
     depths: Tensor | None = None,
+    layers_run: int = 0,
 ) -> int:
     """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
 
     Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations and
-    rotary embedding are left out.
+    rotary embedding are left out. In the layer at which a sequence is read for good, all tokens but the last give keys
+    and values alone.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
         shares_query: (batch,) bool, whether a sequence has its query part from the one before it; None is nowhere.
+        depths: (batch,) int64, the exit at which each sequence of a cascade stops, whose stages are the cutoff layers
+            of `setting`; None is no cascade.
+        layers_run: full-width layers that the pass finds done.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query_width = config.num_attention_heads * head_dim
-    per_token = 2 * _weights_of_a_layer(config)
+    per_token, before_attention = (2 * weights for weights in _weights_of_a_layer(config))
 
     fixed = query_lengths + prompt_lengths
     passage = passage_lengths
+    stages = setting.cutoff_layers if depths is not None else (setting.depth,)
     if depths is None:
         depths = torch.full_like(fixed, setting.depth)
     if shares_query is None:
@@ -50,17 +62,24 @@ def estimate_flops(
     group_query = query_lengths[~shares_query]
     has_segment = group.bincount() > 1
 
+    def running(depth: int) -> tuple[Tensor, Tensor, int]:
+        """Lengths of the sequences, and of the segments that they share, which reach a layer, and their tokens."""
+        reach = depths >= depth
+        groups = group[reach].unique()
+        queries = group_query[groups]
+        lengths = (fixed + passage)[reach]
+        return lengths, queries[has_segment[groups]], int((lengths - query_lengths[reach]).sum() + queries.sum())
+
     total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in setting.cutoff_layers)
-    changed = {0, *depths.tolist()}  # layers behind which a layer costs something else than the one before
-    for depth in range(1, setting.depth + 1):
+    changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # behind them, a layer costs something else
+    for depth in range(layers_run + 1, setting.depth + 1):
+        if depth in stages:
+            lengths, segments, tokens = running(depth)
+            total += before_attention * tokens + per_token * (len(lengths) + len(segments))
+            total += 2 * query_width * int(lengths.sum() + segments.sum())
         if depth - 1 in changed:
-            running = depths >= depth
-            lengths = (fixed + passage)[running]
-            running_groups = group[running].unique()
-            queries = group_query[running_groups]
-            segments = queries[has_segment[running_groups]]
-            layer = per_token * int(lengths.sum() - query_lengths[running].sum() + queries.sum())
-            layer += 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
+            lengths, segments, tokens = running(depth + 1)
+            layer = per_token * tokens + 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
         total += layer
         if setting.compresses_after(depth):
             total += 2 * query_width * int(lengths.sum() + segments.sum())

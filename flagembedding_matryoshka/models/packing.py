@@ -132,6 +132,11 @@ class PackedBatch:
         return on_device(_ranges(lengths) + firsts.repeat_interleave(lengths), self.device)
 
     @cached_property
+    def context_segments(self) -> Tensor:
+        """(sum of context_lengths,) int64, on `device`: whose context each of `context_tokens` belongs to."""
+        return on_device(torch.repeat_interleave(self.context_lengths), self.device)
+
+    @cached_property
     def behind_in_context(self) -> Tensor:
         """(sum of context_lengths,) int64, CPU: tokens of its context behind each of `context_tokens`."""
         return self.context_lengths.repeat_interleave(self.context_lengths) - 1 - _ranges(self.context_lengths)
@@ -141,6 +146,17 @@ class PackedBatch:
         """(total_tokens,) int64, on `device`: where each token of the row stands among `context_tokens`."""
         firsts = self.context_lengths.cumsum(0) - self.lengths
         return on_device(self.offsets + firsts.repeat_interleave(self.lengths), self.device)
+
+    @cached_property
+    def cu_seqlens_q(self) -> Tensor:
+        """(segments + 1,) int32, on `device`: `cu_seqlens`, in flash attention's form."""
+        return on_device(self.cu_seqlens.int(), self.device)
+
+    @cached_property
+    def cu_seqlens_k(self) -> Tensor:
+        """(segments + 1,) int32, on `device`: where each segment's context starts in `context_tokens`."""
+        starts = torch.cat([self.lengths.new_zeros(1), self.context_lengths.cumsum(0)])
+        return on_device(starts.int(), self.device)
 
     @cached_property
     def context_groups(self) -> tuple[list[Tensor], Tensor]:

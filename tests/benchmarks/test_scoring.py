@@ -9,6 +9,8 @@ from benchmarks.scoring.checkpoints import config_of, write_checkpoint
 from benchmarks.scoring.plain import PlainCrossEncoder
 from benchmarks.scoring.settings import settings_of
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.models.loading import load_tokenizer
+from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
 from tests.shipped import needs_base, needs_smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +30,16 @@ def test_every_setting_is_measured(tmp_path):
     rows = {row["setting"]: row for row in report["shapes"][0]["settings"]}
     assert all(row["pairs_per_s"] > 0 and row["speedup"] > 0 for row in rows.values())
     assert rows["full depth"]["flops_share"] == rows["full depth"]["time_share"] == 1
-    assert rows["half depth"]["flops_share"] == pytest.approx(0.5, abs=0.01)
+    # a layer and what the keys and values of another cost, of three and such a one
+    assert 1 / 3 < rows["half depth"]["flops_share"] < 0.4
     assert rows["full depth, int8"]["correlation_with_full_depth"] > 0.9
     assert report["agreement"][0]["overlap_of_top_10"] == 1
 
 
 @needs_base
 def test_nothing_is_timed_where_the_scores_disagree(tmp_path, monkeypatch):
-    write_checkpoint(config_of(4, 64), str(tmp_path))
+    tokenizer = load_tokenizer(SMOLLM2_BASE_NAME)
+    write_checkpoint(config_of("4x128", len(tokenizer)), tokenizer, str(tmp_path))
     ours = MatryoshkaReranker(str(tmp_path), devices="cpu", dtype="float32")
     monkeypatch.setattr(PlainCrossEncoder, "compute_score", lambda *_: [0.0])
     with pytest.raises(RuntimeError, match="differ by up to"):

@@ -43,9 +43,10 @@ def test_the_teaching_pass_begins_where_the_passage_is_compressed():
     effort, plain = (Effort(CONFIG, False, teaches_itself=itself) for itself in (True, False))
     for counter in (effort, plain):
         counter.add(PACKED, 2, NARROW)
-    heads = flops(WIDE) - flops(WIDE, depths=torch.full((4,), 3))
+    # What is left is as many layers as a re-ranker of half the depth has, and all heads.
+    heads = 2 * CONFIG.hidden_size * len(LENGTHS) * (len(EXITS) - 1)
     assert plain.operations == 2 * flops(NARROW)
-    assert effort.operations - plain.operations == heads
+    assert effort.operations - plain.operations == flops(Setting((3,))) + heads
 
 
 def test_a_resumed_run_counts_on():

@@ -140,7 +140,7 @@ def test_workers_outlive_a_bad_task_and_what_they_owe_from_its_call_is_thrown_aw
     score_until_all_are_ready(two)
     before = processes(two)
     good = Engine(one.model), ScoreBatch(one_pair(one), [0], Setting(6))
-    expected = good[1].run(good[0])
+    expected = good[1].start(good[0])()
     for place in range(3):
         tasks = [good[1]] * 4
         tasks[place] = ScoreBatch([], [], None)

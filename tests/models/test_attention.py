@@ -5,11 +5,13 @@ from flagembedding_matryoshka.models.attention import (
     Logits,
     _in_groups,
     _in_products,
+    _of_last_tokens,
     _segment_by_segment,
     last_token_row,
     packed_attention,
 )
 from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.unpadded import runs_unpadded
 from tests.batches import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +153,37 @@ def test_a_window_counts_tokens_of_the_shared_query_too(window):
         expected, _ = packed_attention(None, *apart, None, SCALING, whole, whole_rows, sliding_window=window)
     close(own, torch.cat([expected[:, :9], expected[:, 14:]], 1), 1e-6)
     close(shared_rows[0][5:], torch.cat([whole_rows[0][5:9], whole_rows[0][14:]]), 1e-6)
+
+
+@HEADS
+@KINDS
+@pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
+def test_the_last_tokens_alone_see_what_they_see_among_all(heads, prefixes, kind):
+    packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
+    query, key, value = inputs = states(heads)
+    alone = _of_last_tokens(query[0][:, packed.segment_ends], key[0], value[0], packed, Logits(SCALING, **kind), 0.0)
+    among_all = _segment_by_segment(*inputs, packed, Logits(SCALING, **kind))[0, packed.segment_ends]
+    close(alone, among_all, 1e-6)
+    for actual, expected in zip(gradients(alone, inputs), gradients(among_all, inputs), strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["all_heads", "grouped", "one_key"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
+def test_one_call_on_a_gpu_equals_each_segment_alone(heads, window, prefixes):
+    inputs = states(heads)
+    packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
+    expected = _segment_by_segment(*inputs, packed, Logits(SCALING, window=window))
+    there = [part.detach().cuda().bfloat16().requires_grad_() for part in inputs]
+    packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cuda"), prefixes)
+    assert runs_unpadded(there[0])
+    output, _ = packed_attention(None, *there, None, SCALING, packed, sliding_window=window)
+    close(output.float().cpu(), expected, 0.02)
+    for actual, wanted in zip(gradients(output.float().cpu(), there), gradients(expected, inputs), strict=True):
+        close(actual.float().cpu(), wanted, 0.05)
 
 
 class NotCausal(torch.nn.Module):

@@ -1,0 +1,77 @@
+"""Attention of a whole packed row in one kernel call, where a GPU has one: flash attention of unequal lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.models.packing import PackedBatch
+
+FORMATS = (torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+FIRST_CAPABILITY = (8, 0)
+
+
+def _flash() -> Callable[..., Any] | None:
+    """torch's, if this release has one that knows windows and keys that several heads share."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return None
+    flash = import_module("torch.nn.attention.varlen").varlen_attn
+    return flash if {"scale", "window_size", "enable_gqa"} <= signature(flash).parameters.keys() else None
+
+
+FLASH = _flash()
+
+
+def runs_unpadded(query: Tensor) -> bool:
+    """Whether `unpadded_attention` can compute with queries like (…, head_dim)."""
+    return (
+        FLASH is not None
+        and query.device.type == "cuda"
+        and torch.version.hip is None
+        and _format(query) in FORMATS
+        and query.shape[-1] <= LARGEST_HEAD
+        and torch.cuda.get_device_capability(query.device) >= FIRST_CAPABILITY
+    )
+
+
+def _format(query: Tensor) -> torch.dtype:
+    """What it is computed in."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+
+
+def unpadded_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float, window: int | None
+) -> Tensor:
+    """Causal attention of each segment's tokens to its context, whose last tokens are its own.
+
+    Args:
+        query: (1, heads, total_tokens, head_dim), in one of `FORMATS`, or under autocast to one.
+        key, value: (1, kv_heads, total_tokens, head_dim).
+        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+
+    Returns:
+        (1, total_tokens, heads, head_dim), in the format that it is computed in.
+    """
+    assert FLASH is not None
+    queries, keys, values = (part[0].transpose(0, 1).to(_format(query)) for part in (query, key, value))
+    if packed.prefixes is not None:
+        keys, values = keys[packed.context_tokens], values[packed.context_tokens]
+    return FLASH(
+        queries,
+        keys,
+        values,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_k,
+        int(packed.lengths.max()),
+        int(packed.context_lengths.max()),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=keys.shape[1] != queries.shape[1],
+    )[None]
