@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -19,11 +20,15 @@ FIRST_CAPABILITY = (8, 0)
 
 
 def _flash() -> Callable[..., Any] | None:
-    """torch's, if this release has one that knows windows and keys that several heads share."""
+    """torch's, of the releases whose kernel knows scales and windows."""
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     flash = import_module("torch.nn.attention.varlen").varlen_attn
-    return flash if {"scale", "window_size", "enable_gqa"} <= signature(flash).parameters.keys() else None
+    known = signature(flash).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+    # Keys that several heads share: torch 2.11 takes them unasked.
+    return partial(flash, enable_gqa=True) if "enable_gqa" in known else flash
 
 
 FLASH = _flash()
@@ -73,5 +78,4 @@ def unpadded_attention(
         int(packed.context_lengths.max()),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=keys.shape[1] != queries.shape[1],
     )[None]
