@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, fast_dtype, resolve_dtype
+from tests.batches import WIDTHS
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,20 @@ def test_unknown_dtype_is_refused(dtype):
 
 def test_batches_on_a_cpu_fit_its_caches():
     assert fast_batch_tokens("cpu") < fast_batch_tokens("cuda:1") == fast_batch_tokens(torch.device("mps"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_gpu_scores_what_a_cpu_does_batch_after_batch(dtype, tolerance, width, tiny_layerwise_path):
+    here = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    there = MatryoshkaReranker(str(tiny_layerwise_path), dtype=dtype, devices="cuda", batch_size=3)
+    pairs = [("a wing", "air flows over a wing " * (number % 5)) for number in range(11)]
+    found, expected = (
+        each.compute_score(pairs, cutoff_layers=each.config.exit_layers, **width) for each in (there, here)
+    )
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=tolerance, rtol=0)
+    cascade = {3: 0.5}
+    ranked, wanted = (each.rank("a wing", [text for _, text in pairs], cascade=cascade) for each in (there, here))
+    assert sorted(item["cutoff_layer"] for item in ranked) == sorted(item["cutoff_layer"] for item in wanted)
