@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10, help="of the agreement; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="fuse the layers' token-wise parts")
     parser.add_argument("--output", type=Path, help="file to write the JSON to as well")
     parser.add_argument("--figure", type=Path, help="file to draw the speedups into")
     args = parser.parse_args()

@@ -25,23 +25,25 @@ MAX_LENGTH = 512
 
 
 def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker]]:
-    """The re-ranker of a shape, and by the name of the setting the same with fewer bits."""
+    """The re-ranker of a shape, and by the name of the setting the same with fewer bits, or not compiled."""
     tokenizer = load_tokenizer(args.tokenizer)
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as path:
         write_checkpoint(config_of(shape, len(tokenizer)), tokenizer, path, dtype, args.device)
         options = {"dtype": args.dtype, "devices": args.device, "max_length": MAX_LENGTH, "batch_size": 1024}
-        ours = MatryoshkaReranker(path, **options)
-        quantized = {
+        ours = MatryoshkaReranker(path, **options, compile=args.compile)
+        others = {
             f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
             for method in quantizations(ours)
         }
-    return ours, quantized
+        if args.compile:
+            others["full depth, not compiled"] = MatryoshkaReranker(path, **options)
+    return ours, others
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """All settings of one shape, timed side by side."""
-    ours, quantized = load(shape, args)
+    ours, others = load(shape, args)
     draw = random.Random(0)
     words = words_of(ours.tokenizer)
     pairs = random_pairs(words, args.pairs, draw)
@@ -51,7 +53,7 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(ours, pairs, lists)
     reference = torch.tensor(ours.compute_score(pairs, show_progress_bar=False))
     correlations = {}
-    for place, (name, model) in enumerate(quantized.items(), start=2):
+    for place, (name, model) in enumerate(others.items(), start=2):
         score = partial(model.compute_score, pairs, show_progress_bar=False)
         correlations[name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
         settings.insert(place, Timed(name, score, len(pairs), None))

@@ -42,5 +42,7 @@ class PlainCrossEncoder(nn.Module):
             batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.decoder.device)
             hidden = self.decoder(**batch, use_cache=False).last_hidden_state
             last = batch["attention_mask"].sum(1) - 1
-            scores[places] = self.head(hidden[torch.arange(len(places)), last])[:, 0].float().cpu()
+            scores[places] = (
+                self.head(hidden[torch.arange(len(places)), last].to(self.head.weight.dtype))[:, 0].float().cpu()
+            )
         return scores.tolist()

@@ -61,10 +61,13 @@ class Engine:
 
     Args:
         model: may hold token adapters; each call uses the one of its ratio.
+        compile: fuse the layers' token-wise parts.
     """
 
-    def __init__(self, model: CostWiseForCausalLM) -> None:
+    def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
         self.model = model
+        if compile:
+            model.model.compile_layers()
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
         self._limit = TokenLimit()

@@ -22,14 +22,14 @@ class HostedReranker(AbsReranker):
 
     target_devices: list[str]
 
-    def _host(self, model: CostWiseForCausalLM) -> None:
+    def _host(self, model: CostWiseForCausalLM, compile: bool) -> None:
         self.model = model
         self._engine: Engine | WorkerPool
         if len(self.target_devices) == 1:
             model.to(self.target_devices[0])  # type: ignore[arg-type]
-            self._engine = Engine(model)
+            self._engine = Engine(model, compile)
         else:
-            self._engine = WorkerPool(model, self.target_devices)
+            self._engine = WorkerPool(model, self.target_devices, compile)
 
     def _run(self, tasks: Iterator[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
         """(number, result) of each task, on `device` or all of them."""

@@ -62,6 +62,8 @@ class MatryoshkaReranker(HostedReranker):
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
         normalize: sigmoid of the scores instead of the scores; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.
+        compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes a minute or two in the
+            first passes. For accelerators, where these take longer than the products.
         cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
 
     Raises:
@@ -104,6 +106,7 @@ class MatryoshkaReranker(HostedReranker):
         max_length: int = 512,
         normalize: bool = False,
         devices: str | int | list[str] | list[int] | None = None,
+        compile: bool = False,
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -161,7 +164,7 @@ class MatryoshkaReranker(HostedReranker):
         model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         if quantization is not None:
             quantize(model, quantization)
-        self._host(model)
+        self._host(model, compile)
 
     def compute_score(
         self,

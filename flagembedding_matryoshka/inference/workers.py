@@ -88,10 +88,12 @@ class WorkerPool:
 
     Args:
         devices: may name one several times.
+        compile: see `Engine`.
     """
 
-    def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str]) -> None:
+    def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str], compile: bool = False) -> None:
         self._model = model
+        self._compile = compile
         self._devices = list(devices)
         self._workers: list[Worker] = []
         self._lock = threading.Lock()
@@ -192,7 +194,10 @@ class WorkerPool:
         for device in missing:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, self._model, device, threads), name=f"worker {device}", daemon=True
+                target=_work,
+                args=(theirs, self._model, device, threads, self._compile),
+                name=f"worker {device}",
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -227,13 +232,13 @@ def _send(worker: Worker, task: Task) -> None:
         worker.connection.send(task)
 
 
-def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int) -> None:
+def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int, compile: bool) -> None:
     """What a worker does until the other end of `connection` is closed: answer (result, None) or (None, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError):  # closed, or its owner is gone
         try:
-            engine = Engine(model.to(device))  # type: ignore[arg-type]
+            engine = Engine(model.to(device), compile)  # type: ignore[arg-type]
         except Exception as error:
             connection.send((None, _portable(error)))
             return

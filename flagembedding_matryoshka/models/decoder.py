@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
+from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, packed_attention
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
@@ -130,6 +130,13 @@ class CostWiseModel(PreTrainedModel):
             layer.__class__ = self.layer_class
         self._no_split_modules = {self.layer_class.__name__}
         self.set_attn_implementation(PACKED_ATTENTION)
+
+    def compile_layers(self) -> None:
+        """Let torch fuse what each layer does before and behind its attention. The first passes compile."""
+        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
+        for layer in self.layers:
+            layer._last_tokens = torch.compiler.disable(layer._last_tokens)
+            layer.compile(dynamic=True)
 
     def forward(
         self,

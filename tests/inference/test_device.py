@@ -54,7 +54,7 @@ def test_batches_on_a_cpu_fit_its_caches():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.2)])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_gpu_scores_what_a_cpu_does_batch_after_batch(dtype, tolerance, width, tiny_layerwise_path):
     here = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
