@@ -16,6 +16,7 @@ from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCa
 from flagembedding_matryoshka.text.pairs import find_head_token_id
 from flagembedding_matryoshka.text.templates import Template
 from tests.collection import write_collection
+from tests.hub import running
 
 # The first example of a test may load or compile; how long it takes says nothing.
 settings.register_profile("quick", max_examples=30, deadline=None)
@@ -158,3 +159,16 @@ def restored_mapping():
     yield
     AUTO_RERANKER_MAPPING.clear()
     AUTO_RERANKER_MAPPING.update(before)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, the only one that is asked; what it is asked for is cached beside the test."""
+    with running() as found:
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", found.url)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.url)
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # what is made at the first call knows the endpoint
+        yield found

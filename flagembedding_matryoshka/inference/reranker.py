@@ -18,7 +18,7 @@ from flagembedding_matryoshka.inference.plan import load_plan
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
 from flagembedding_matryoshka.models.export import export_exits
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.models.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import FLAT, Template
@@ -64,7 +64,8 @@ class MatryoshkaReranker(HostedReranker):
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes a minute or two in the
             first passes. For accelerators, where these take longer than the products.
-        cache_dir, trust_remote_code: as in transformers, the latter for the tokenizer alone: the model's code is ours.
+        cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` alone.
+        trust_remote_code: as in transformers, for the tokenizer alone: the model's code is ours.
 
     Raises:
         FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
@@ -109,8 +110,11 @@ class MatryoshkaReranker(HostedReranker):
         compile: bool = False,
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
     ) -> None:
-        hub: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
+        hub = hub_options(cache_dir, token, revision, local_files_only)
         checkpoint = inspect_checkpoint(
             model_name_or_path, from_raw, start_layer, layer_sep, max_layer, template=template, **hub
         )
@@ -136,18 +140,17 @@ class MatryoshkaReranker(HostedReranker):
         )
         available = self.get_target_devices(devices)
         self.target_devices = available[:1] if devices is None else available
+        first = self.target_devices[0]
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.max_layer = max_layer
-        if max_tokens_per_batch is None:
-            max_tokens_per_batch = fast_batch_tokens(self.target_devices[0])
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.max_tokens_per_batch = fast_batch_tokens(first) if max_tokens_per_batch is None else max_tokens_per_batch
         self.quantization = quantization
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
-        resolved = resolve_dtype(dtype, use_fp16, use_bf16, self.target_devices[0])
+        resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
         check_quantization(quantization, self.target_devices, resolved)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils import cached_file
 
 from flagembedding_matryoshka.models.backbones import read_config
@@ -17,20 +18,36 @@ from flagembedding_matryoshka.models.shipped import checked
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 
-def base_of(adapter: str, **hub: Any) -> str:
-    """What an adapter notes as its base.
+def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
+    """What an adapter notes as its base, and the base's revision if it notes one.
 
     Raises:
         FileNotFoundError: if that is a path which is no longer there.
     """
-    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+    noted = PeftConfig.from_pretrained(adapter, **hub)
+    base = noted.base_model_name_or_path
     try:
-        return checked(base)
+        return checked(base), noted.revision
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
             f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
         ) from error
+
+
+def fetched(adapter: str, **hub: Any) -> str:
+    """The directory of an adapter: peft itself asks the hub for weights, even of those that `local_files_only` forbids.
+
+    Raises:
+        FileNotFoundError: if it has no weights.
+    """
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        file = cached_file(adapter, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is not None:
+            return str(Path(file).parent)
+    raise FileNotFoundError(
+        f"the adapter {adapter} has no weights: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}."
+    )
 
 
 def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:

@@ -16,6 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.models.adapters import (
     base_of,
+    fetched,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
@@ -40,6 +41,7 @@ class Checkpoint:
         adapters: LoRA adapters to merge, in order.
         config: the layer-wise model to build.
         from_raw: whether `base` is a raw language model, whose heads are made while loading.
+        revisions: of what on the hub which revision is to be read; the newest of anything else.
     """
 
     path: str
@@ -47,6 +49,22 @@ class Checkpoint:
     config: CostWiseConfig
     from_raw: bool
     adapters: list[str] = field(default_factory=list)
+    revisions: dict[str, str] = field(default_factory=dict)
+
+    def hub_of(self, place: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of `hub` for the base or an adapter: a revision belongs to the one that it was asked for."""
+        return hub_options(**{**hub, "revision": self.revisions.get(place)})
+
+
+def hub_options(
+    cache_dir: str | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Any]:
+    """How names are found on the hub, as keywords of transformers and peft, without those that say nothing."""
+    given = {"cache_dir": cache_dir, "token": token, "revision": revision, "local_files_only": local_files_only or None}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def inspect_checkpoint(
@@ -72,23 +90,27 @@ def inspect_checkpoint(
             start as that exit's.
         template: what stands around query and passage, see
             [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
-        hub: `cache_dir`, `token`, … as in transformers.
+        hub: as of `hub_options`; `revision` is that of `path`. Of a base it is the one that adapters note.
 
     Raises:
         FileNotFoundError: if `path` is neither there nor a name that the hub knows, the base that adapters at `path`
             note is gone, or there is no such template.
         ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
             stands for.
-        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, or a GGUF file
-            that cannot be converted.
+        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, a GGUF file
+            that cannot be converted, or a revision of a local path.
     """
     adapters: list[str] = []
     given = checked(path)
     base, path = given, locate(given)
+    revisions = {given: hub.get("revision")}
     readable = resolve(path, hub.get("cache_dir"))
+    if hub.get("revision") is not None and Path(readable).exists():
+        raise ValueError(f"revision={hub['revision']!r}, but {readable} is a path: only names on the hub have one.")
     if find_adapter_config_file(readable, **hub) is not None:
-        base = base_of(readable, **hub)
+        base, revision = base_of(readable, **hub)
         adapters.append(path)
+        revisions = {path: hub.get("revision"), base: revision}
     try:
         config = read_config(readable, **hub)
     except OSError as error:
@@ -127,7 +149,8 @@ def inspect_checkpoint(
                 "would be left out. Write the model whole first, with MatryoshkaReranker.export."
             )
         _cut(config, max_layer)
-    return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters])
+    pinned = {place: revision for place, revision in revisions.items() if revision is not None}
+    return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters], pinned)
 
 
 def _refuse_other_exits(path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None) -> None:
@@ -175,7 +198,8 @@ def load_tokenizer(
         find_adapter_config_file(readable, **hub) is not None
         and cached_file(readable, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None
     ):
-        return load_tokenizer(base_of(readable, **hub), trust_remote_code, use_fast, **hub)
+        base, revision = base_of(readable, **hub)
+        return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
     return AutoTokenizer.from_pretrained(
         readable, trust_remote_code=trust_remote_code, use_fast=use_fast, padding_side="right", **hub
     )
@@ -192,6 +216,7 @@ def load_model(
     """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
 
     Args:
+        hub: as of `hub_options`, but for a revision, which the checkpoint knows.
         attach_token_adapters: keep adapters that make up for a compression ratio apart, switched off, so that
             `use_token_adapter` can choose among them; False merges them as all others.
 
@@ -203,15 +228,16 @@ def load_model(
     adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
     _refuse_other_vocabulary(checkpoint, tokenizer)
     for adapter in adapters:
-        if find_adapter_config_file(adapter, **hub) is None:
+        if find_adapter_config_file(adapter, **checkpoint.hub_of(adapter, hub)) is None:
             raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
-        refuse_other_heads(adapter, checkpoint.config, **hub)
+        refuse_other_heads(adapter, checkpoint.config, **checkpoint.hub_of(adapter, hub))
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
-    model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **hub)
+    of_base = checkpoint.hub_of(checkpoint.base, hub)
+    model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **of_base)
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
     # on any machine, not the cache that a GGUF was converted into.
     if located != checkpoint.base:
@@ -220,16 +246,19 @@ def load_model(
         model.name_or_path = str(Path(located).absolute())
     attached: dict[int, str] = {}
     for adapter in adapters:
-        ratio = token_adapter_ratio(adapter, **hub) if attach_token_adapters else None
+        of_adapter = checkpoint.hub_of(adapter, hub)
+        ratio = token_adapter_ratio(adapter, **of_adapter) if attach_token_adapters else None
         if ratio is None:
-            model = PeftModel.from_pretrained(model, adapter, **hub).merge_and_unload()
+            model = PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), **of_adapter).merge_and_unload()
         elif ratio in attached:
             raise ValueError(f"{attached[ratio]} and {adapter} are both token adapters for compress_ratio={ratio}.")
         else:
             attached[ratio] = adapter
     for ratio, adapter in attached.items():
         # Adapters go into the model's own layers; the wrapper around it is not needed.
-        PeftModel.from_pretrained(model, adapter, adapter_name=token_adapter_name(ratio), **hub)
+        of_adapter = checkpoint.hub_of(adapter, hub)
+        name = token_adapter_name(ratio)
+        PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), adapter_name=name, **of_adapter)
     if attached:
         use_token_adapter(model, 1)
     return model.eval()

@@ -1,0 +1,138 @@
+"""Names on the hub: the revision that was asked for, with the token that was given, or what the cache has."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.setting import Setting
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRS = [("how does a wing lift", "air flows over the upper side"), ("heat", "a wing")]
+
+
+def scores(path, **arguments):
+    return MatryoshkaReranker(path, dtype="float32", devices="cpu", **arguments).compute_score(PAIRS)
+
+
+@pytest.fixture(scope="module")
+def versions(tiny_layerwise_path, tmp_path_factory):
+    """Three checkpoints whose scores differ, each as large as the other."""
+    found = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        model = CostWiseMistralForCausalLM.from_pretrained(tiny_layerwise_path)
+        with torch.no_grad():
+            for head in model.lm_head:
+                head.linear_head.weight += torch.randn_like(head.linear_head.weight)
+        path = shutil.copytree(tiny_layerwise_path, tmp_path_factory.mktemp("version") / str(seed))
+        model.save_pretrained(path)
+        found.append(path)
+    return found
+
+
+@pytest.fixture(scope="module")
+def adapter(versions, tmp_path_factory):
+    """Trained on the second revision of somebody/base."""
+    torch.manual_seed(4)
+    path = str(versions[1])
+    model = load_model(inspect_checkpoint(path), load_tokenizer(path), torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "somebody/base"
+    adapted.peft_config["default"].revision = "v2"
+    written = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(written, save_embedding_layers=False)
+    return written
+
+
+def cached(cache, name, revisions):
+    """Lays directories out as huggingface_hub does: a snapshot per commit, a file per name of one."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    for number, (revision, directory) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        shutil.copytree(directory, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+
+
+@pytest.fixture
+def offline(hub):
+    """The hub hears of no model."""
+    yield
+    assert not [path for path, _ in hub.asked if "somebody" in path]
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_revision_asked_for_is_what_the_cache_gives(versions, tmp_path):
+    cached(tmp_path, "somebody/reranker", {"main": versions[0], "v1": versions[1], "v2": versions[2]})
+    local = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert scores("somebody/reranker", **local) == scores(versions[0])
+    assert scores("somebody/reranker", revision="v1", **local) == scores(versions[1])
+    assert scores("somebody/reranker", revision=f"{2:040x}", **local) == scores(versions[2])
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at somebody/reranker"):
+        scores("somebody/reranker", revision="v3", **local)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_revision_is_of_the_adapter_and_not_of_its_base(versions, adapter, tmp_path):
+    cached(tmp_path, "somebody/base", {"main": versions[0], "v2": versions[1]})
+    cached(tmp_path, "somebody/adapter", {"main": versions[0], "stage1": with_config(adapter, versions[1], tmp_path)})
+    local = {"cache_dir": str(tmp_path), "local_files_only": True}
+    expected = scores(versions[1], peft_path=adapter)
+    assert expected != pytest.approx(scores(versions[1]), abs=1e-4)
+    assert scores("somebody/adapter", revision="stage1", **local) == expected
+
+
+def with_config(adapter, base, tmp_path):
+    """As fine-tuning leaves it: the model's configuration beside the adapter."""
+    path = shutil.copytree(adapter, tmp_path / "with_config")
+    shutil.copy(base / "config.json", path)
+    return path
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_revision_is_of_the_model_and_not_of_adapters_on_top(versions, adapter, tmp_path):
+    cached(tmp_path, "somebody/base", {"main": versions[0], "v2": versions[1]})
+    cached(tmp_path, "somebody/adapter", {"main": adapter})
+    found = scores(
+        "somebody/base", peft_path="somebody/adapter", revision="v2", cache_dir=str(tmp_path), local_files_only=True
+    )
+    assert found == scores(versions[1], peft_path=adapter)
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_plan_is_that_of_the_revision(versions, tmp_path):
+    directories = {}
+    for layer in (3, 4):
+        directories[f"v{layer}"] = shutil.copytree(versions[0], tmp_path / f"v{layer}")
+        measured = (Measured(Setting((layer,)), 0.5, 1.0),)
+        Plan((2, 3, 4, 5, 6), (), "data", 1, "bm25", measured).write(directories[f"v{layer}"] / PLAN_NAME)
+    cached(tmp_path, "somebody/reranker", directories)
+    for layer in (3, 4):
+        reranker = MatryoshkaReranker(
+            "somebody/reranker", revision=f"v{layer}", cache_dir=str(tmp_path), local_files_only=True, budget=1.0
+        )
+        assert reranker.planned.cutoff_layers == (layer,)
+
+
+def test_a_revision_of_a_path_is_refused(versions):
+    with pytest.raises(ValueError, match=r"revision='v1', but .* is a path: only names on the hub have one"):
+        MatryoshkaReranker(versions[0], revision="v1")
+
+
+def test_every_file_is_asked_for_with_the_token(hub, versions, adapter, tmp_path):
+    hub.add("somebody/base", "v2", versions[1])
+    hub.add("somebody/adapter", "stage1", with_config(adapter, versions[1], tmp_path))
+    assert scores("somebody/adapter", token="hf_secret", revision="stage1") == scores(versions[1], peft_path=adapter)
+    # transformers and huggingface_hub ask for some more, without a token.
+    of_files = {path: token for path, token in hub.asked if "/resolve/" in path}
+    for wanted in ("adapter_model.safetensors", "model.safetensors", "tokenizer.json", "config.json"):
+        assert any(path.endswith(wanted) for path in of_files), wanted
+    assert set(of_files.values()) == {"Bearer hf_secret"}
+    hub.asked.clear()
+    assert scores("somebody/base", token=False, revision="v2") == scores(versions[1])
+    assert {token for _, token in hub.asked} == {None}
