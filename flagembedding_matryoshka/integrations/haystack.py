@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
+from os import PathLike
 from typing import Any
 
-from haystack import Document, component, default_to_dict
+from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.utils import ComponentDevice, Secret
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
@@ -15,18 +18,41 @@ from flagembedding_matryoshka.integrations.ranking import Ranking
 class MatryoshkaRanker:
     """Keeps the best documents, the best first, with our score instead of the retriever's.
 
+    As with Haystack's own rankers, documents of one id are ranked once, and one without content by its metadata.
+
     Args:
         reranker: or the path of one, which `warm_up` loads. Pipelines with paths alone can be saved;
             `Pipeline.loads` wants this module in its `allowed_modules`.
-        top_k: how many documents to keep; None is all.
+        top_k: how many documents to keep, at most; None is all.
+        device: a `ComponentDevice`, or as in torch; with a path.
+        token: of the hub, a `Secret` where the pipeline is to be saved.
+        scale_score: Haystack's name for `normalize`.
         options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
+
+    Raises:
+        TypeError, ValueError: if an option is unknown or contradicts another.
     """
 
-    def __init__(self, reranker: MatryoshkaReranker | str, top_k: int | None = None, **options: Any) -> None:
-        self.reranker = reranker
+    def __init__(
+        self,
+        reranker: MatryoshkaReranker | str | PathLike[str],
+        top_k: int | None = None,
+        device: ComponentDevice | str | None = None,
+        token: Secret | str | None = None,
+        scale_score: bool | None = None,
+        **options: Any,
+    ) -> None:
+        if scale_score is not None:
+            if options.get("normalize") is not None:
+                raise ValueError(f"scale_score={scale_score} and normalize={options['normalize']}: give one of them.")
+            options = options | {"normalize": scale_score}
         self.top_k = top_k
-        self.options = options
-        self._ranking: Ranking | None = None
+        self._ranking = Ranking(
+            reranker,
+            device=device.to_torch_str() if isinstance(device, ComponentDevice) else device,
+            token=token,
+            **options,
+        )
 
     def warm_up(self) -> None:
         """Load the model and check the options; the first `run` does so if nobody has.
@@ -34,36 +60,54 @@ class MatryoshkaRanker:
         Raises:
             TypeError, ValueError: if the options do not fit the model.
         """
-        if self._ranking is None:
-            self._ranking = Ranking(self.reranker, self.top_k, self.options)
+        self._ranking.check(self.top_k)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments, for a saved pipeline.
 
         Raises:
-            ValueError: if the ranker was made from a re-ranker, of which the path alone would not say enough.
+            ValueError: if the ranker was made from a re-ranker, of which the path alone would not say enough, or with a
+                token that everybody could read in what is saved.
         """
-        if not isinstance(self.reranker, str):
-            raise ValueError("a ranker made from a MatryoshkaReranker cannot be saved: make it from a path.")
-        options = self.options
-        if options.get("cascade") is not None:
+        arguments = self._ranking.arguments()
+        if isinstance(arguments.get("token"), str):
+            raise ValueError("token is a text, which would be saved as it is: give a haystack.utils.Secret.")
+        if "cascade" in arguments:
             # Saved pipelines have strings as keys alone.
-            options = options | {"cascade": {str(layer): share for layer, share in options["cascade"].items()}}
-        return default_to_dict(self, reranker=self.reranker, top_k=self.top_k, **options)
+            arguments["cascade"] = {str(layer): share for layer, share in arguments["cascade"].items()}
+        return default_to_dict(self, **arguments, top_k=self.top_k)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MatryoshkaRanker:
         """The ranker that `to_dict` wrote."""
-        arguments = dict(data["init_parameters"])
-        if arguments.get("cascade") is not None:
-            arguments["cascade"] = {int(layer): share for layer, share in arguments["cascade"].items()}
-        return cls(**arguments)
+        return default_from_dict(cls, data)
 
     @component.output_types(documents=list[Document])
-    def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
-        """Copies of the best documents; `top_k` overrides the ranker's own."""
-        self.warm_up()
-        assert self._ranking is not None
-        texts: list[Any] = [document.content for document in documents]
-        found = self._ranking(query, texts, top_k)
+    def run(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        scale_score: bool | None = None,
+        score_threshold: float | None = None,
+    ) -> dict[str, list[Document]]:
+        """Copies of the best documents; `top_k` and the others override the ranker's own."""
+        best: dict[str, Document] = {}
+        for document in documents:
+            known = best.get(document.id)
+            if known is None or _retrieved(document) > _retrieved(known):
+                best[document.id] = document
+        documents = list(best.values())
+        found = self._ranking(
+            query,
+            [document.content for document in documents],
+            [document.meta for document in documents],
+            self.top_k if top_k is None else top_k,
+            score_threshold,
+            normalize=scale_score,
+        )
         return {"documents": [replace(documents[index], score=score) for index, score in found]}
+
+
+def _retrieved(document: Document) -> float:
+    return -inf if document.score is None else document.score

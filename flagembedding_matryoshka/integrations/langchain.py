@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -18,21 +19,26 @@ class MatryoshkaCompressor(BaseDocumentCompressor):
 
     Args:
         reranker: or the path of one.
-        top_n: how many documents to keep; None is all.
+        top_n: how many documents to keep, at most; None is all. It can be set later, too.
         options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
     """
 
+    top_n: int | None = None
     _ranking: Ranking = PrivateAttr()
 
-    def __init__(self, reranker: MatryoshkaReranker | str, top_n: int | None = None, **options: Any) -> None:
-        super().__init__()
-        self._ranking = Ranking(reranker, top_n, options)
+    def __init__(
+        self, reranker: MatryoshkaReranker | str | PathLike[str], top_n: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(**{"top_n": top_n})
+        self._ranking = Ranking(reranker, **options)
+        self._ranking.check(top_n)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """Copies of the best documents."""
+        contents, metadata = [doc.page_content for doc in documents], [doc.metadata for doc in documents]
         return [
             documents[index].model_copy(update={"metadata": documents[index].metadata | {"relevance_score": score}})
-            for index, score in self._ranking(query, [document.page_content for document in documents])
+            for index, score in self._ranking(query, contents, metadata, self.top_n)
         ]

@@ -17,6 +17,12 @@ def reranker(tiny_layerwise_path):
     return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
 
 
+@pytest.fixture(scope="session")
+def other_path(tiny_layerwise_path):
+    """Arguments of a ranking that loads: a path, and what its constructor and its rankings take."""
+    return {"reranker": str(tiny_layerwise_path), "device": "cpu", "dtype": "bfloat16", "cutoff_layers": 4}
+
+
 def expected(reranker, top_k=None, **options):
     """(text, score) as the re-ranker itself ranks."""
     hits = reranker.rank(QUERY, TEXTS, top_k, return_documents=True, **options)

@@ -1,7 +1,13 @@
+import asyncio
+import pickle
+from dataclasses import replace
+
 import pytest
+import torch
 
 pytest.importorskip("haystack")
 from haystack import Document, Pipeline
+from haystack.utils import ComponentDevice, Secret
 
 from flagembedding_matryoshka.integrations.haystack import MatryoshkaRanker
 from tests.integrations.conftest import OPTIONS, QUERY, TEXTS, expected
@@ -46,6 +52,64 @@ def test_warm_up_checks_the_options(reranker):
         MatryoshkaRanker(reranker, cutoff_layers=9).warm_up()
 
 
-def test_a_document_without_text_is_named(reranker):
-    with pytest.raises(TypeError, match="document 1 of query 0 must be a string, got None"):
-        MatryoshkaRanker(reranker).run(QUERY, [DOCUMENTS[0], Document(meta={"a": 1})])
+def test_a_document_without_content_is_ranked_by_its_metadata(reranker):
+    documents = [DOCUMENTS[0], Document(meta={"title": "wing"}), Document(content="lift", meta={"title": None})]
+    found = MatryoshkaRanker(reranker, meta_fields_to_embed=["title"], embedding_separator=": ").run(QUERY, documents)
+    hits = reranker.rank(QUERY, [TEXTS[0], "wing: ", "lift"])
+    assert scored(found["documents"]) == [
+        (documents[hit["corpus_id"]].content, pytest.approx(hit["score"], abs=1e-5)) for hit in hits
+    ]
+
+
+def test_scores_are_scaled_and_cut(reranker):
+    ranker = MatryoshkaRanker(reranker, scale_score=True, score_threshold=0.0)
+    scaled = ranker.run(QUERY, DOCUMENTS)["documents"]
+    assert scored(scaled) == expected(reranker, normalize=True)
+    assert scored(ranker.run(QUERY, DOCUMENTS, scale_score=False, score_threshold=-1e9)["documents"]) == expected(
+        reranker
+    )
+    least = scaled[1].score
+    assert ranker.run(QUERY, DOCUMENTS, score_threshold=least)["documents"] == scaled[:2]
+    assert ranker.run(QUERY, DOCUMENTS, score_threshold=1.5)["documents"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale_score": True, "normalize": False}, ValueError, "scale_score=True and normalize=False: give one"),
+        ({"score_threshold": float("nan")}, ValueError, "score_threshold is nan, but must be a number"),
+        ({"document_prefix": "x"}, TypeError, r"unknown arguments \['document_prefix'\]; there are \['batch_size'"),
+        ({"meta_fields_to_embed": "title"}, TypeError, "must be a list of names, got the string 'title'"),
+        ({"device": "cpu", "devices": ["cpu"]}, ValueError, r"device='cpu' and devices=\['cpu'\]: give one of them"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(options, error, message):
+    with pytest.raises(error, match=message):
+        MatryoshkaRanker("nothing/is/there", **options)
+
+
+def test_documents_of_one_id_are_ranked_once(reranker):
+    again = [replace(DOCUMENTS[1], score=0.9, meta={"source": "better"}), replace(DOCUMENTS[1], score=0.1)]
+    found = MatryoshkaRanker(reranker).run(QUERY, [*DOCUMENTS, *again])["documents"]
+    assert len(found) == len(DOCUMENTS)
+    (kept,) = (document for document in found if document.id == DOCUMENTS[1].id)
+    assert kept.meta == {"source": "better"}
+
+
+def test_a_pipeline_is_saved_with_what_it_loads(other_path, monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_A_TEST", "hf_secret")
+    given = other_path | {"device": ComponentDevice.from_str("cpu"), "dtype": torch.float32}
+    ranker = MatryoshkaRanker(**given, token=Secret.from_env_var("TOKEN_OF_A_TEST"), score_threshold=-5.0, top_k=2)
+    pipeline = Pipeline()
+    pipeline.add_component("ranker", ranker)
+    written = pipeline.dumps()
+    assert "hf_secret" not in written and "hf_secret" not in str(pickle.dumps(ranker))
+    inputs = {"ranker": {"query": QUERY, "documents": DOCUMENTS}}
+    found = pipeline.run(inputs)
+    assert len(found["ranker"]["documents"]) == 2
+    again = Pipeline.loads(written, allowed_modules=[MatryoshkaRanker.__module__])
+    assert again.run(inputs) == found
+    assert pickle.loads(pickle.dumps(ranker)).run(QUERY, DOCUMENTS) == found["ranker"]
+    assert asyncio.run(again.run_async(inputs)) == found
+    with pytest.raises(ValueError, match="would be saved as it is"):
+        MatryoshkaRanker(**other_path, token="hf_secret").to_dict()

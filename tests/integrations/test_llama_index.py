@@ -1,8 +1,10 @@
 import asyncio
+import pickle
 
 import pytest
 
 pytest.importorskip("llama_index.core")
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from flagembedding_matryoshka.integrations.llama_index import MatryoshkaRerank
@@ -46,3 +48,50 @@ def test_behind_a_retriever(reranker):
     retrieved = index.as_retriever(similarity_top_k=4).retrieve(QUERY)
     found = MatryoshkaRerank(reranker, top_n=3).postprocess_nodes(retrieved, query_str=QUERY)
     assert [(node.text, node.score) for node in found] == expected(reranker, 3)
+
+
+def test_a_path_takes_what_the_constructor_takes(other_path, nodes):
+    postprocessor = MatryoshkaRerank(**other_path, top_n=3, cascade={3: 1.0}, meta_fields_to_embed=["title"])
+    found = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    assert [(node.text, node.score) for node in found] == expected(
+        postprocessor._ranking.load(), 3, cutoff_layers=4, cascade={3: 1.0}
+    )
+    for again in (
+        pickle.loads(pickle.dumps(postprocessor)),
+        MatryoshkaRerank.from_json(postprocessor.to_json()),
+    ):
+        assert again.to_dict() == postprocessor.to_dict()
+        assert again.postprocess_nodes(nodes, query_str=QUERY) == found
+
+
+def test_a_postprocessor_of_an_object_is_not_pickled(reranker):
+    for write in (pickle.dumps, MatryoshkaRerank.to_json):
+        with pytest.raises(ValueError, match="cannot be saved or pickled: make it from a path"):
+            write(MatryoshkaRerank(reranker))
+
+
+def test_named_metadata_alone(reranker):
+    node = TextNode(text="lift", metadata={"title": "wing", "id": "7"})
+    postprocessor = MatryoshkaRerank(reranker, meta_fields_to_embed=["title"], keep_retrieval_score=True)
+    (found,) = postprocessor.postprocess_nodes([NodeWithScore(node=node, score=0.5)], query_str=QUERY)
+    (hit,) = reranker.rank(QUERY, ["wing\nlift"])
+    assert found.score == pytest.approx(hit["score"], abs=1e-5)
+    assert found.node.metadata == {"title": "wing", "id": "7", "retrieval_score": 0.5}
+    assert node.metadata == {"title": "wing", "id": "7"}
+
+
+def test_a_node_without_text_and_scores_below_the_threshold(reranker, nodes):
+    nodes.append(NodeWithScore(node=TextNode(text="")))
+    found = MatryoshkaRerank(reranker).postprocess_nodes(nodes, query_str=QUERY)
+    assert len(found) == 5
+    above = MatryoshkaRerank(reranker, score_threshold=found[2].score).postprocess_nodes(nodes, query_str=QUERY)
+    assert [node.text for node in above] == [node.text for node in found[:3]]
+
+
+def test_callbacks_hear_of_it(reranker, nodes):
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    postprocessor = MatryoshkaRerank(reranker, top_n=1)
+    postprocessor.callback_manager = CallbackManager([handler])
+    postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    ((start, end),) = handler.get_event_pairs(CBEventType.RERANKING)
+    assert start.payload["query_str"] == QUERY and len(end.payload["nodes"]) == 1
