@@ -56,6 +56,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"url": f"{self.server.url}/{name}"})
         elif path == ["api", "validate-yaml"]:
             self._send_json({"errors": [], "warnings": []})
+        elif path[4:5] == ["branch"]:
+            self.server.models["/".join(path[2:4])].setdefault(path[5], {})
+            self._send_json({})
         elif path[4:5] == ["preupload"]:
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import InputModule
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.inference.device import resolve_dtype
-from flagembedding_matryoshka.inference.inputs import as_lists
+from flagembedding_matryoshka.inference.inputs import as_pairs
+from flagembedding_matryoshka.integrations.model_card import use_our_card
 from flagembedding_matryoshka.models.adapters import token_adapter_ratio
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.models.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template
 
-HUB = ("token", "cache_folder", "revision", "local_files_only")
 KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
 
 
@@ -60,6 +58,16 @@ class MatryoshkaModule(InputModule):
         self.prompt = template.prompt
         self.query_max_length = query_max_length
         self.max_length = max_length
+        self.base: str | None = None
+
+    def on_model_ready(self, model: Any) -> None:
+        """sentence-transformers' last step of construction."""
+        use_our_card(model, self.base)
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """sentence-transformers' name for `tokenizer`."""
+        return self.tokenizer
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,7 +88,18 @@ class MatryoshkaModule(InputModule):
         self.max_length = value
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Pairs of strings as {"pairs": a list of TokenizedPair}; `prompt` stands behind the passage."""
+        """Pairs of strings as {"pairs": a list of TokenizedPair}; `prompt` stands behind the passage.
+
+        Raises:
+            TypeError: on other arguments than those of `forward`, and if something is no pair of strings.
+        """
+        unknown = sorted(
+            name for name, value in kwargs.items() if name not in self.forward_kwargs and value is not None
+        )
+        if unknown:
+            raise TypeError(
+                f"unknown arguments {unknown}; beside CrossEncoder's own there are {sorted(self.forward_kwargs)}."
+            )
         if any(isinstance(text, str) for text in inputs):
             # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
             return {"texts": inputs}
@@ -90,7 +109,8 @@ class MatryoshkaModule(InputModule):
             passage_instruction=self.passage_instruction,
             prompt=self.prompt if prompt is None else prompt,
         )
-        return {"pairs": self.pair_tokenizer.build_within(inputs, self.query_max_length, self.max_length, template)}
+        pairs = as_pairs(inputs)
+        return {"pairs": self.pair_tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)}
 
     def forward(  # type: ignore[override]
         self,
@@ -125,36 +145,38 @@ class MatryoshkaModule(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        backend: str = "torch",
         **kwargs: Any,
     ) -> MatryoshkaModule:
         """A layer-wise checkpoint or a directory that fine-tuning wrote, in float32; adapters are merged.
 
         Args:
-            kwargs: what CrossEncoder gives to all modules: of `model_kwargs` "dtype" (or "torch_dtype"), of
-                `processor_kwargs` "model_max_length", which is its `max_length`, and of `config_kwargs` "num_labels".
+            trust_remote_code: as in transformers, for the tokenizer alone.
+            backend: "torch".
+            kwargs: what CrossEncoder gives to all modules: of `model_kwargs` "dtype" (or "torch_dtype"; "auto" is the
+                checkpoint's), of `processor_kwargs` "model_max_length", which is its `max_length`, and of
+                `config_kwargs` "num_labels".
 
         Raises:
             ValueError: on others, and if the directory is an adapter for one compression ratio alone, which cannot be
                 merged.
         """
+        if backend != "torch":
+            raise ValueError(f"backend={backend!r}, but a MatryoshkaModule is computed by 'torch' alone.")
         dtype, max_length = _options_of_loading(subfolder, **{name: kwargs.get(name) for name in KWARGS})
-        hub: dict[str, Any] = {
-            "token": token,
-            "cache_dir": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        hub = {name: value for name, value in hub.items() if value}
+        hub = hub_options(cache_folder, token, revision, local_files_only)
         checkpoint = inspect_checkpoint(model_name_or_path, **hub)
         for adapter in checkpoint.adapters:
-            ratio = token_adapter_ratio(adapter, **hub)
+            ratio = token_adapter_ratio(adapter, **checkpoint.hub_of(adapter, hub))
             if ratio is not None:
                 raise ValueError(
                     f"{adapter} is an adapter for compress_ratio={ratio} alone and cannot be merged; score with "
                     "MatryoshkaReranker."
                 )
-        tokenizer = load_tokenizer(model_name_or_path, **hub)
-        model = load_model(checkpoint, tokenizer, dtype, **hub)
+        tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
+        stored: Any = checkpoint.config.dtype or torch.float32
+        model = load_model(checkpoint, tokenizer, dtype or stored, **hub)
         model.config.raw_peft = []
         config = cls.load_config(
             resolve(locate(model_name_or_path), cache_folder),
@@ -165,70 +187,21 @@ class MatryoshkaModule(InputModule):
         )
         if max_length is not None:
             config["max_length"] = max_length
-        return cls(model, tokenizer, **config)
+        module = cls(model, tokenizer, **config)
+        module.base = checkpoint.base
+        return module
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write a checkpoint that `MatryoshkaReranker` loads too."""
+        """Write a checkpoint that `MatryoshkaReranker` loads too.
+
+        Raises:
+            ValueError: if the weights are not to be in safetensors.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: weights are written in safetensors alone.")
         self.model.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)
-
-
-class MatryoshkaCrossEncoder(CrossEncoder):
-    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes."""
-
-    def rank(  # type: ignore[override]
-        self,
-        query: str,
-        documents: Iterable[str],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        **options: Any,
-    ) -> list[dict[str, int | float | str]]:
-        """As `CrossEncoder.rank`, by the scores before the activation, which may make some equal.
-
-        Args:
-            options: of `predict`, as `cutoff_layers`, `compress_layers`, `compress_ratio` and `batch_size`.
-
-        Raises:
-            TypeError: if `documents` is no list of strings.
-        """
-        (query,), (documents,) = as_lists([query], [documents])
-        if not documents:
-            return []
-        activation = options.pop("activation_fn", None) or self.activation_fn or nn.Identity()
-        options |= {"activation_fn": nn.Identity(), "convert_to_tensor": True}
-        raw = self.predict([(query, document) for document in documents], **options).float().cpu()
-        scores = activation(raw).tolist()
-        return [
-            {"corpus_id": index, "score": scores[index]} | ({"text": documents[index]} if return_documents else {})
-            for index in raw.argsort(descending=True, stable=True)[:top_k].tolist()
-        ]
-
-
-def load_cross_encoder(
-    path: str, *, max_length: int | None = None, num_labels: int | None = None, **kwargs: Any
-) -> MatryoshkaCrossEncoder:
-    """A CrossEncoder of "smollm2" or any checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
-
-    What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
-    imports modules of other packages only then. This needs none.
-
-    Args:
-        max_length: tokens of bos, query, separator and passage; None is the checkpoint's own.
-        num_labels: 1 or None.
-        kwargs: others of CrossEncoder, as `device`, `model_kwargs={"dtype": …}`, `revision` and `token`.
-
-    Raises:
-        ValueError: as `MatryoshkaModule.load`.
-    """
-    of_loading = {name: kwargs.pop(name) for name in (*HUB, *KWARGS) if name in kwargs}
-    if max_length is not None:
-        of_loading["processor_kwargs"] = {**of_loading.get("processor_kwargs", {}), "model_max_length": max_length}
-    if num_labels is not None:
-        of_loading["config_kwargs"] = {**of_loading.get("config_kwargs", {}), "num_labels": num_labels}
-    module = MatryoshkaModule.load(path, **of_loading)
-    return MatryoshkaCrossEncoder(modules=[module], **{"activation_fn": nn.Identity(), **kwargs})
 
 
 def _options_of_loading(
@@ -236,8 +209,8 @@ def _options_of_loading(
     model_kwargs: dict[str, Any] | None,
     processor_kwargs: dict[str, Any] | None,
     config_kwargs: dict[str, Any] | None,
-) -> tuple[torch.dtype, int | None]:
-    """The dtype and the maximal length that CrossEncoder's arguments ask for.
+) -> tuple[torch.dtype | None, int | None]:
+    """The dtype, None for the checkpoint's, and the maximal length that CrossEncoder's arguments ask for.
 
     Raises:
         ValueError: on any other argument.
@@ -247,11 +220,11 @@ def _options_of_loading(
     max_length, labels = processor.pop("model_max_length", None), config.pop("num_labels", 1)
     if labels != 1:
         raise ValueError(f"num_labels={labels}, but a re-ranker has one score for a pair.")
-    if dtype == "auto":
-        raise ValueError("model_kwargs={'dtype': 'auto'}: name a dtype; without one it is float32.")
     if subfolder or model or processor or config:
         raise ValueError(
             f"subfolder={subfolder!r}, model_kwargs={model}, processor_kwargs={processor}, config_kwargs={config}: a "
             "MatryoshkaModule is loaded without these; of them it takes a dtype, model_max_length and num_labels=1."
         )
+    if dtype == "auto":
+        return None, max_length
     return resolve_dtype(dtype, use_fp16=False, use_bf16=False, device="cpu"), max_length

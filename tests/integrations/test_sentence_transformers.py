@@ -1,12 +1,20 @@
 """Our checkpoints in sentence-transformers' CrossEncoder."""
 
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from sentence_transformers import CrossEncoder
-from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import (
+    CrossEncoderModelCardData,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+)
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
@@ -33,6 +41,114 @@ def test_scores_are_those_of_the_reranker(options, tiny_layerwise_path):
     )
     model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
     assert model.predict(PAIRS, **options).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tiny_layerwise_path):
+    """Tests leave it as it is."""
+    return load_cross_encoder(tiny_layerwise_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modules": []}, r"\['modules'\]: a checkpoint of ours has its own modules"),
+        ({"classifier_dropout": 0.1}, r"\['classifier_dropout'\]: a checkpoint of ours"),
+        ({"max_lenght": 3}, "unexpected keyword argument 'max_lenght'"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(arguments, message, tiny_layerwise_path):
+    with pytest.raises(TypeError, match=message):
+        load_cross_encoder(str(tiny_layerwise_path), device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("call", ["predict", "rank"])
+@pytest.mark.parametrize("wrong", [{"cutof_layers": [3]}, {"processing_kwargs": {"text": {}}}, {"task": "rerank"}])
+def test_no_keyword_of_a_call_is_ignored(call, wrong, cross_encoder):
+    given = (PAIRS,) if call == "predict" else ("heat", ["air"])
+    message = rf"unknown arguments \['{next(iter(wrong))}'\]; .* there are \['compress_layers', 'compress_ratio', 'cut"
+    with pytest.raises(TypeError, match=message):
+        getattr(cross_encoder, call)(*given, **wrong)
+
+
+def test_pairs_of_any_iterable(cross_encoder):
+    expected = cross_encoder.predict(PAIRS).tolist()
+    for pairs in (iter(PAIRS), np.array(PAIRS), tuple(map(list, PAIRS))):
+        assert cross_encoder.predict(pairs).tolist() == pytest.approx(expected, abs=1e-5)
+    assert cross_encoder.predict(PAIRS[0]) == pytest.approx(expected[0], abs=1e-5)
+    with pytest.raises(TypeError, match="pair 0 must be a query and a passage"):
+        cross_encoder.predict(pandas.DataFrame(PAIRS, columns=["query", "passage"]))
+    with pytest.raises(ValueError, match="top_k is 0"):
+        cross_encoder.rank("heat", ["air"], 0)
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_prompts_stand_behind_the_passage_and_are_saved(load, tiny_layerwise_path, cross_encoder, tmp_path):
+    prompts = {"heat": "Is B about heat?", "none": ""}
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu", prompts=prompts, default_prompt_name="heat")
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", prompt=prompts["heat"])
+    expected = reranker.compute_score(PAIRS)
+    assert model.predict(PAIRS).tolist() == pytest.approx(expected, abs=1e-5)
+    assert cross_encoder.predict(PAIRS, prompt=prompts["heat"]).tolist() == pytest.approx(expected, abs=1e-5)
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    again = load(str(tmp_path), device="cpu")
+    assert (again.prompts, again.default_prompt_name) == (prompts, "heat")
+    assert again.predict(PAIRS).tolist() == pytest.approx(expected, abs=1e-5)
+    found = again.rank("heat", [PAIRS[1][1]], prompt_name="none")
+    (hit,) = reranker.rank("heat", [PAIRS[1][1]], prompt="")
+    assert found[0]["score"] == pytest.approx(hit["score"], abs=1e-5)
+
+
+def blocks(card):
+    return [block.removeprefix("python\n") for block in card.split("```")[1::2] if block.startswith("python\n")]
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_the_model_card_says_how_the_model_is_used(load, tiny_layerwise_path, tmp_path):
+    exported, saved = str(tmp_path / "exported"), str(tmp_path / "saved")
+    MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").export(exported, cutoff_layers=[3, 5])
+    data = CrossEncoderModelCardData(language="en", license="mit", local_files_only=True)
+    model = load(exported, device="cpu", model_card_data=data)
+    model.model_card_data.model_id = "somebody/reranker"
+    model.save_pretrained(saved)
+    card = Path(saved, "README.md").read_text()
+    header = ModelCard(card).data
+    assert (header.language, header.license, header.pipeline_tag) == (["en"], "mit", "text-ranking")
+    assert {"sentence-transformers", "cross-encoder", "reranker", "matryoshka"} <= set(header.tags)
+    assert "`mistral` decoder of\n5 layers, 32 wide" in card and "| 3, 5 | 5 |" in card
+    assert exported not in card and str(tiny_layerwise_path) not in card
+    # What it shows runs: of the pushed model, here that directory.
+    names = {}
+    for block in blocks(card):
+        exec(block.replace("somebody/reranker", saved), names)
+    assert len(names["scores"]) == len(names["pairs"])
+    assert names["reranker"].config.exit_layers == [3, 5]
+
+
+def test_weights_that_are_no_safetensors_are_not_written(cross_encoder, tmp_path):
+    with pytest.raises(ValueError, match="weights are written in safetensors alone"):
+        cross_encoder.save_pretrained(str(tmp_path), safe_serialization=False)
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_what_is_pushed_to_the_hub_is_found_there(load, hub, cross_encoder):
+    expected = cross_encoder.predict(PAIRS).tolist()
+    for revision, length in (("v1", 40), ("v2", 16)):
+        model = load_cross_encoder(cross_encoder[0].base, device="cpu", local_files_only=True, max_length=length)
+        url = model.push_to_hub("somebody/reranker", token="hf_secret", revision=revision, exist_ok=True)
+        assert url.startswith(f"{hub.url}/somebody/reranker/commit/")
+    files = hub.models["somebody/reranker"]["v1"]
+    assert {"model.safetensors", "tokenizer.json", "modules.json", "README.md"} <= files.keys()
+    assert b'load_cross_encoder("somebody/reranker")' in files["README.md"]
+    hub.asked.clear()
+    again = load("somebody/reranker", revision="v2", token="hf_secret", device="cpu")
+    assert {token for path, token in hub.asked if "/resolve/" in path} == {"Bearer hf_secret"}
+    assert again.max_seq_length == 16
+    assert again.model_card_data.base_model == "somebody/reranker"
+    for place in ({"revision": "v1", "token": "hf_secret"}, {"revision": "v1", "local_files_only": True}):
+        assert load("somebody/reranker", device="cpu", **place).predict(PAIRS).tolist() == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_several_cutoff_layers_are_refused(tiny_layerwise_path):
@@ -127,10 +243,16 @@ def test_the_arguments_of_a_cross_encoder_do_what_they_say(load, tiny_layerwise_
     assert whole.predict(long).tolist() == pytest.approx(expected, abs=1e-5)
     half = load(path, device="cpu", model_kwargs={"dtype": "bfloat16"}, local_files_only=True)
     assert {value.dtype for name, value in half.named_parameters() if "linear_head" not in name} == {torch.bfloat16}
+    half.save_pretrained(path, create_model_card=False)
+    for dtype, expected in (("auto", torch.bfloat16), (None, torch.float32)):
+        stored = load(path, device="cpu", model_kwargs={"dtype": dtype}, cache_folder=str(tmp_path), token=False)
+        assert stored[0].model.dtype == expected
     for refused, message in (
         ({"num_labels": 3}, "num_labels=3, but a re-ranker has one score"),
         ({"model_kwargs": {"device_map": "auto"}}, r"model_kwargs=\{'device_map': 'auto'\}, processor_kwargs=\{\}"),
-        ({"model_kwargs": {"dtype": "auto"}}, "'auto'}: name a dtype"),
+        ({"tokenizer_kwargs": {"padding": 1}}, r"processor_kwargs=\{'padding': 1\}"),
+        ({"backend": "onnx"}, "backend='onnx', but a MatryoshkaModule is computed by 'torch' alone"),
+        ({"revision": "v1"}, "revision='v1', but .* is a path"),
         (
             {"model_kwargs": {"dtype": "float32", "torch_dtype": "float16"}},
             r"model_kwargs=\{'torch_dtype': 'float16'\}",

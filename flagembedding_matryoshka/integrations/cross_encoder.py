@@ -1,0 +1,148 @@
+"""sentence-transformers' CrossEncoder with a Matryoshka re-ranker in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import CrossEncoder
+from torch import nn
+from transformers.utils import cached_file
+
+from flagembedding_matryoshka.inference.inputs import as_lists
+from flagembedding_matryoshka.integrations.sentence_transformers import KWARGS, MatryoshkaModule
+from flagembedding_matryoshka.models.gguf import resolve
+from flagembedding_matryoshka.models.loading import hub_options
+from flagembedding_matryoshka.models.shipped import locate
+
+HUB = ("token", "cache_folder", "revision", "local_files_only", "trust_remote_code")
+FIRST_NAMES = {
+    "automodel_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "tokenizer_kwargs": "processor_kwargs",
+    "config_args": "config_kwargs",
+    "cache_dir": "cache_folder",
+}
+"""Arguments of CrossEncoder that have been renamed, and are read under both names."""
+
+
+class MatryoshkaCrossEncoder(CrossEncoder):
+    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes."""
+
+    def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `CrossEncoder.predict`, of any iterable of pairs."""
+        return super().predict(list(inputs) if isinstance(inputs, Iterator) else inputs, *args, **kwargs)
+
+    def rank(  # type: ignore[override]
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable | None = None,
+        device: str | list[str | torch.device] | None = None,
+        pool: dict[str, Any] | None = None,
+        chunk_size: int | None = None,
+        **depth_and_width: Any,
+    ) -> list[dict[str, int | float | str]]:
+        """As `CrossEncoder.rank`, by the scores before the activation, which may make some equal.
+
+        Args:
+            depth_and_width: `cutoff_layers`, `compress_layers` and `compress_ratio`.
+
+        Raises:
+            TypeError: if `documents` is no list of strings, or an argument is unknown.
+            ValueError: if `top_k` is less than 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        (query,), (documents,) = as_lists([query], [documents])
+        if not documents:
+            return []
+        raw = self.predict(
+            [(query, document) for document in documents],
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            activation_fn=nn.Identity(),
+            convert_to_tensor=True,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+            **depth_and_width,
+        )
+        raw = raw.float().cpu()
+        scores = (activation_fn or self.activation_fn or nn.Identity())(raw).tolist()
+        return [
+            {"corpus_id": index, "score": scores[index]} | ({"text": documents[index]} if return_documents else {})
+            for index in raw.argsort(descending=True, stable=True)[:top_k].tolist()
+        ]
+
+
+def load_cross_encoder(
+    path: str | os.PathLike[str],
+    *,
+    max_length: int | None = None,
+    num_labels: int | None = None,
+    backend: str = "torch",
+    prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    activation_fn: Callable | None = None,
+    **kwargs: Any,
+) -> MatryoshkaCrossEncoder:
+    """A CrossEncoder of "smollm2" or any checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
+
+    What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
+    imports modules of other packages only then. This needs none.
+
+    Args:
+        max_length: tokens of bos, query, separator and passage; None is the checkpoint's own.
+        num_labels: 1 or None.
+        backend: "torch".
+        prompts, default_prompt_name: what stands behind a passage, by names, beside those saved with the checkpoint.
+        activation_fn: of the scores; None is none.
+        kwargs: others of CrossEncoder, as `device`, `model_kwargs={"dtype": …}`, `revision` and `token`.
+
+    Raises:
+        TypeError: on arguments that CrossEncoder has not, or that would do nothing here.
+        ValueError: as `MatryoshkaModule.load`.
+    """
+    kwargs = {FIRST_NAMES.get(name, name): value for name, value in kwargs.items()}
+    if refused := sorted({"modules", "classifier_dropout", "keep_in_fp32_modules"} & kwargs.keys()):
+        raise TypeError(f"{refused}: a checkpoint of ours has its own modules, and no dropout or format in its heads.")
+    of_loading = {name: kwargs.pop(name) for name in (*HUB, *KWARGS) if kwargs.get(name) is not None}
+    of_loading.setdefault("cache_folder", os.getenv("SENTENCE_TRANSFORMERS_HOME"))
+    if max_length is not None:
+        of_loading["processor_kwargs"] = {**of_loading.get("processor_kwargs", {}), "model_max_length": max_length}
+    if num_labels is not None:
+        of_loading["config_kwargs"] = {**of_loading.get("config_kwargs", {}), "num_labels": num_labels}
+    module = MatryoshkaModule.load(str(path), backend=backend, **of_loading)
+    saved = _saved_config(str(path), of_loading)
+    return MatryoshkaCrossEncoder(
+        modules=[module],
+        activation_fn=activation_fn or nn.Identity(),
+        prompts={**saved.get("prompts", {}), **(prompts or {})},
+        default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
+        local_files_only=of_loading.get("local_files_only", False),
+        trust_remote_code=of_loading.get("trust_remote_code", False),
+        **kwargs,
+    )
+
+
+def _saved_config(path: str, of_loading: dict[str, Any]) -> dict[str, Any]:
+    """What sentence-transformers saved of a CrossEncoder beside its module, if it did."""
+    given = {name: of_loading.get(name) for name in ("token", "revision", "local_files_only")}
+    hub = hub_options(of_loading["cache_folder"], **given)  # type: ignore[arg-type]
+    place = resolve(locate(path), of_loading["cache_folder"])
+    name = "config_sentence_transformers.json"
+    file = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
