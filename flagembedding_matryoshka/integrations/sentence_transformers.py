@@ -93,6 +93,9 @@ class MatryoshkaModule(InputModule):
         Raises:
             TypeError: on other arguments than those of `forward`, and if something is no pair of strings.
         """
+        if any(isinstance(text, str) for text in inputs):
+            # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
+            return {"texts": inputs}
         unknown = sorted(
             name for name, value in kwargs.items() if name not in self.forward_kwargs and value is not None
         )
@@ -100,9 +103,6 @@ class MatryoshkaModule(InputModule):
             raise TypeError(
                 f"unknown arguments {unknown}; beside CrossEncoder's own there are {sorted(self.forward_kwargs)}."
             )
-        if any(isinstance(text, str) for text in inputs):
-            # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
-            return {"texts": inputs}
         template = replace(
             self.pair_tokenizer.template,
             query_instruction=self.query_instruction,
