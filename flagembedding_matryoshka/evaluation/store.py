@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.machine import machine
 from flagembedding_matryoshka.evaluation.metrics import Run, from_trec, mean, to_trec
 from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import Setting
@@ -101,6 +98,7 @@ def conditions(
     """All that results of `evaluate` depend on but the setting."""
     return {
         "model": model_fingerprint(reranker),
+        "options": {field.name: getattr(reranker, field.name) for field in fields(ScoringOptions)},
         "candidates": candidates.fingerprint(),
         "machine": about(reranker),
         "timed_pairs": timed_pairs,
@@ -118,27 +116,3 @@ def slug(setting: Setting) -> str:
 def about(reranker: MatryoshkaReranker) -> dict[str, Any]:
     """On what the re-ranker runs, and in which format."""
     return {"dtype": str(reranker.model.dtype).removeprefix("torch.")} | machine(reranker.target_devices)
-
-
-def model_fingerprint(reranker: MatryoshkaReranker) -> str:
-    """SHA-256 of all that scores depend on: configuration, weights as loaded, merged and quantized, tokenizer, what is
-    put around texts and where they are cut."""
-    digest = hashlib.sha256()
-    config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
-    names = [*(field.name for field in fields(ScoringOptions)), "quantization"]
-    options = [(name, getattr(reranker, name)) for name in names]
-    digest.update(json.dumps([config, options], sort_keys=True, default=str).encode())
-    for name, weight in reranker.model.state_dict().items():
-        if isinstance(weight, torch.Tensor):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:  # what PyTorch packs for products in int8
-            packed = BytesIO()
-            torch.save(weight, packed)
-            digest.update(name.encode() + packed.getvalue())
-    with tempfile.TemporaryDirectory() as folder:
-        reranker.tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()

@@ -2,7 +2,8 @@ import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.metrics import in_order
-from flagembedding_matryoshka.evaluation.store import Result, Store, conditions, model_fingerprint
+from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
+from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,187 @@
+import json
+
+import pytest
+
+pytest.importorskip("mteb", reason="needs mteb, which wants Python 3.11")
+import mteb
+from mteb.mocks.mock_tasks import (
+    MockInstructionReranking,
+    MockMultilingualInstructionReranking,
+    MockMultilingualRerankingTask,
+    MockRerankingTask,
+    MockRetrievalTask,
+)
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.integrations.mteb import MatryoshkaSearch
+from flagembedding_matryoshka.setting import Setting
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CASCADE = {"compress_layers": [2], "compress_ratio": 2, "cascade": {3: 0.5}}
+SETTINGS = [{"cutoff_layers": 3}, {}, CASCADE]
+
+
+def run(model, task, predictions, **options):
+    """What mteb measured, and its predictions by subset and split."""
+    result = mteb.evaluate(
+        model, task, cache=None, prediction_folder=predictions, show_progress_bar=False, co2_tracker=False, **options
+    )
+    (path,) = predictions.glob("*_predictions.json")
+    return result.task_results[0], json.loads(path.read_text())
+
+
+def ranked(scores):
+    return sorted(scores, key=lambda name: -scores[name])
+
+
+def texts_of(rows):
+    """Texts by id, as mteb's documentation says that they are put together."""
+    return {
+        row["id"]: " ".join(filter(None, [row.get("title"), row["text"], row.get("instruction")])).strip()
+        for row in rows
+    }
+
+
+@pytest.mark.parametrize(
+    ("task_class", "options"),
+    [
+        (MockRerankingTask, {"cutoff_layers": 3}),
+        (MockMultilingualRerankingTask, CASCADE),
+        (MockInstructionReranking, CASCADE),
+        (MockMultilingualInstructionReranking, {}),
+    ],
+)
+def test_the_order_is_the_re_rankers_own(reranker, task_class, options, tmp_path):
+    task = task_class()
+    task.load_data()
+    _, predictions = run(MatryoshkaSearch(reranker, **options), task, tmp_path)
+    for subset, splits in task.dataset.items():
+        for split in task.eval_splits:
+            data = splits[split]
+            queries, passages = texts_of(data["queries"]), texts_of(data["corpus"])
+            assert set(predictions[subset][split]) == set(queries)
+            for query, scores in predictions[subset][split].items():
+                names = data["top_ranked"][query]
+                hits = reranker.rank(queries[query], [passages[name] for name in names], **options)
+                assert ranked(scores) == [names[hit["corpus_id"]] for hit in hits]
+                if "cascade" in options:
+                    assert sorted(scores.values(), reverse=True) == [-1.0, -2.0]
+                else:
+                    assert list(scores.values()) == pytest.approx([hit["score"] for hit in hits], abs=1e-5)
+
+
+def test_an_instruction_is_read(reranker, tmp_path):
+    scores = []
+    for folder, task in (("plain", MockRerankingTask()), ("instructed", MockInstructionReranking())):
+        _, predictions = run(MatryoshkaSearch(reranker), task, tmp_path / folder)
+        scores.append(predictions["default"]["test"]["q1"])
+    assert scores[0].keys() == scores[1].keys() and scores[0] != scores[1]
+
+
+def test_the_second_stage_of_a_retrieval(reranker, tmp_path):
+    first = mteb.get_model("mteb/baseline-random-encoder")
+    _, before = run(first, MockRetrievalTask(), tmp_path / "first")
+    task = MockRetrievalTask().convert_to_reranking(tmp_path / "first", top_k=1)
+    result, after = run(MatryoshkaSearch(reranker, cutoff_layers=4), task, tmp_path / "second")
+    for split, queries in before["default"].items():
+        for query, scores in queries.items():
+            assert list(after["default"][split][query]) == ranked(scores)[:1]
+    assert result.scores["test"][0]["main_score"] is not None
+    with pytest.raises(ValueError, match=r"MockRetrievalTask has no candidates.*convert_to_reranking"):
+        run(MatryoshkaSearch(reranker), MockRetrievalTask(), tmp_path / "third")
+
+
+def test_each_setting_has_a_cache_of_its_own(reranker, tmp_path, monkeypatch):
+    cache = mteb.ResultCache(tmp_path)
+    ranked_with = []
+    plain = MatryoshkaReranker.rank_batch
+
+    def rank_batch(self, *arguments, **options):
+        ranked_with.append(options)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(MatryoshkaReranker, "rank_batch", rank_batch)
+    models = [MatryoshkaSearch(reranker, **options) for options in SETTINGS]
+    ranked_with.clear()
+    for _ in range(2):
+        for model in models:
+            mteb.evaluate(model, MockRerankingTask(), cache=cache, show_progress_bar=False, co2_tracker=False)
+    assert len(ranked_with) == len(models)
+    assert len(list(tmp_path.rglob("MockRerankingTask.json"))) == len(models)
+
+
+def test_what_is_the_same_shares_one(reranker):
+    same = [
+        MatryoshkaSearch(reranker),
+        MatryoshkaSearch(reranker, cutoff_layers=6),
+        MatryoshkaSearch(reranker, batch_size=3),
+    ]
+    assert len({model.mteb_model_meta for model in same}) == 1
+
+
+def test_other_weights_are_another_revision(reranker, tiny_layerwise_path):
+    def revision(**options):
+        path = str(tiny_layerwise_path)
+        return MatryoshkaSearch(MatryoshkaReranker(path, devices="cpu", **options)).mteb_model_meta.revision
+
+    own = MatryoshkaSearch(reranker).mteb_model_meta.revision
+    assert revision(dtype="float32", batch_size=7) == own
+    assert len({own, revision(dtype="bfloat16"), revision(quantization="int8")}) == 3
+    assert MatryoshkaSearch(reranker, revision="mine").mteb_model_meta.revision == "mine"
+
+
+def test_the_name(reranker, tiny_layerwise_path):
+    assert MatryoshkaSearch(reranker).mteb_model_meta.name == f"matryoshka/{tiny_layerwise_path.name}"
+    assert MatryoshkaSearch(reranker, name="me/mine").mteb_model_meta.name == "me/mine"
+
+
+def test_what_a_plan_chooses_is_what_is_measured(tiny_layerwise_path, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_layerwise_path.iterdir():
+        (model / file.name).symlink_to(file)
+    chosen = Setting(6, cascade=((3, 0.5),))
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measured(chosen, 0.75, 1.0),)).write(model / PLAN_NAME)
+    with pytest.raises(ValueError, match="without a cascade"):
+        MatryoshkaReranker(str(model), devices="cpu", budget=0.8)
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "x", (Measured(chosen, 0.75, 1.0), Measured(Setting(3), 0.5, 0.9))).write(
+        model / PLAN_NAME
+    )
+    search = MatryoshkaSearch(MatryoshkaReranker(str(model), devices="cpu", budget=0.8))
+    assert search.mteb_model_meta.experiment_kwargs["cascade"] == chosen.cascade
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cutoff_layers": 9}, ValueError, r"cutoff_layers \[9\] have no head"),
+        ({"cutof_layers": 3}, TypeError, r"unknown arguments \['cutof_layers'\]"),
+        ({"normalize": True}, ValueError, r"\['normalize'\] would change nothing"),
+    ],
+)
+def test_options_are_checked_at_once(reranker, options, error, message):
+    with pytest.raises(error, match=message):
+        MatryoshkaSearch(reranker, **options)
+
+
+def test_options_that_mteb_would_not_tell_apart_are_refused(reranker, tmp_path):
+    with pytest.raises(ValueError, match=r"encode_kwargs \['cutoff_layers'\]: .*give them to MatryoshkaSearch"):
+        run(MatryoshkaSearch(reranker), MockRerankingTask(), tmp_path, encode_kwargs={"cutoff_layers": 3})
+
+
+def test_a_candidate_that_is_nowhere_is_named(reranker, tmp_path):
+    task = MockRerankingTask()
+    task.load_data()
+    task.dataset["default"]["test"]["top_ranked"]["q1"] = ["d1", "d9"]
+    with pytest.raises(ValueError, match=r"'d9' of query 'q1' is not in the corpus"):
+        run(MatryoshkaSearch(reranker), task, tmp_path)
+
+
+def test_a_query_without_candidates_finds_nothing_and_is_named(reranker, tmp_path, caplog):
+    task = MockRerankingTask()
+    task.load_data()
+    del task.dataset["default"]["test"]["top_ranked"]["q2"]
+    _, predictions = run(MatryoshkaSearch(reranker), task, tmp_path)
+    assert predictions["default"]["test"]["q2"] == {} and predictions["default"]["test"]["q1"]
+    assert "1 queries have no candidates and find nothing, such as 'q2'" in caplog.text
