@@ -9,6 +9,8 @@ from typing import Any
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
+CALIBRATED = "calibrated"
+"""The value of `normalize` that asks for probabilities as an evaluation calibrated them."""
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 
 
@@ -25,7 +27,7 @@ class ScoringOptions:
     max_tokens_per_batch: int
     query_max_length: int | None
     max_length: int
-    normalize: bool
+    normalize: bool | str
 
     @classmethod
     def resolve(cls, defaults: object, overrides: Mapping[str, Any]) -> ScoringOptions:
@@ -33,7 +35,7 @@ class ScoringOptions:
 
         Raises:
             TypeError: if an override is unknown.
-            ValueError: if a size is less than 1.
+            ValueError: if a size is less than 1, or `normalize` is a word that asks for nothing.
         """
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(overrides) - set(names))
@@ -45,6 +47,8 @@ class ScoringOptions:
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
+        if isinstance(options.normalize, str) and options.normalize != CALIBRATED:
+            raise ValueError(f"normalize is {options.normalize!r}, but must be True, False or {CALIBRATED!r}.")
         return options
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
 from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
@@ -24,6 +25,12 @@ COMMAND = "python -m flagembedding_matryoshka.evaluation --model {} --data DIR -
 class Measured:
     """A setting with what it costs and gives, as shares of the full network: deepest exit, full width, no cascade.
 
+    Attributes:
+        flops_share: of its operations.
+        ndcg_share: of its nDCG@10, on the queries that the plan chooses by.
+        held_out_ndcg_share: the same on the others, by which nothing is chosen; None where that was not measured.
+        calibration: from its scores to the probability of relevance, where one was fitted.
+
     Raises:
         TypeError: if a share is not a number.
         ValueError: if it is not finite, the cost is not above 0, or the quality is negative.
@@ -32,10 +39,13 @@ class Measured:
     setting: Setting
     flops_share: float
     ndcg_share: float
+    held_out_ndcg_share: float | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.flops_share < math.inf or not 0 <= self.ndcg_share < math.inf:
-            raise ValueError(f"{self.setting} has flops_share {self.flops_share} and ndcg_share {self.ndcg_share}")
+        qualities = {"ndcg_share": self.ndcg_share, "held_out_ndcg_share": self.held_out_ndcg_share or 0.0}
+        if not 0 < self.flops_share < math.inf or not all(0 <= value < math.inf for value in qualities.values()):
+            raise ValueError(f"{self.setting} has flops_share {self.flops_share} and {qualities}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class Plan:
         adapters: names of the adapters that were merged into it or attached beside its own, in order.
         data, queries, candidates: on what it was measured: the collection, how many queries, whose lists.
         settings: everything measured.
+        held_out_queries: how many others of the collection `held_out_ndcg_share` is of.
+        scored_with: words around the texts and the format of the weights, on which calibrations depend; see
+            [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
     """
 
     exit_layers: tuple[int, ...]
@@ -55,6 +68,8 @@ class Plan:
     queries: int
     candidates: str
     settings: tuple[Measured, ...]
+    held_out_queries: int = 0
+    scored_with: Mapping[str, Any] = field(default_factory=dict)
 
     def choose(self, budget: float | None = None, quality: float | None = None, cascades: bool = True) -> Setting:
         """The best setting within `budget`, or the cheapest that reaches `quality`; give one of them.
@@ -88,9 +103,46 @@ class Plan:
         for item in self.settings:
             item.setting.check(config)
 
+    def calibration(self, setting: Setting, layer: int) -> Calibration:
+        """From scores that `setting` reads at exit `layer` to the probability of relevance.
+
+        Raises:
+            ValueError: if none was fitted; the error names those that were.
+        """
+        wanted = _as_read(setting, layer)
+        fitted = {
+            _as_read(item.setting, item.setting.depth): item.calibration
+            for item in self.settings
+            if item.calibration is not None and not item.setting.cascade
+        }
+        if wanted not in fitted:
+            raise ValueError(
+                f"normalize='calibrated': the plan of {self.data} has no calibration of {wanted}; it has "
+                f"{'; '.join(map(str, fitted)) or 'none at all'}. An evaluation with --calibrate --write_plan fits one "
+                "for each setting that it measures."
+            )
+        return fitted[wanted]
+
+    def check_conditions(self, scored_with: Mapping[str, Any]) -> None:
+        """Raise ValueError unless scores come about as those did that the calibrations were fitted to."""
+        others = {
+            name: (value, scored_with[name]) for name, value in self.scored_with.items() if value != scored_with[name]
+        }
+        if others:
+            said = ", ".join(f"{name} {measured!r}, and not {given!r}" for name, (measured, given) in others.items())
+            raise ValueError(f"normalize='calibrated': the plan of {self.data} was measured with {said}.")
+
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        settings = [asdict(item) | {"calibration": to_json(item.calibration)} for item in self.settings]
+        stored = asdict(self) | {"settings": settings}
+        write_text(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+
+
+def _as_read(setting: Setting, layer: int) -> Setting:
+    """What a score read at an exit depends on: of the layers that compress, those before it."""
+    before = tuple(after for after in setting.compress_layers if after < layer)
+    return Setting((layer,), before or setting.compress_layers, setting.compress_ratio)
 
 
 def _best_within(budget: float, settings: Sequence[Measured], among: str) -> Setting:
@@ -158,7 +210,10 @@ def load_plan(model: str, config: CostWiseConfig, adapters: Sequence[str] = (), 
 
 def _from_json(stored: Mapping[str, Any]) -> Plan:
     settings = [
-        Measured(Setting(**item["setting"]), item["flops_share"], item["ndcg_share"]) for item in stored["settings"]
+        Measured(
+            **item | {"setting": Setting(**item["setting"]), "calibration": from_json(item.get("calibration"))},
+        )
+        for item in stored["settings"]
     ]
     lists = {"exit_layers": tuple(stored["exit_layers"]), "adapters": tuple(stored["adapters"])}
     return Plan(**{**stored, **lists, "settings": tuple(settings)})

@@ -11,10 +11,10 @@ import torch
 
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
-from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
-from flagembedding_matryoshka.inference.options import refuse_beside_plan, resolve_call, resolve_ranking
+from flagembedding_matryoshka.inference.options import resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.plan import load_plan
+from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
 from flagembedding_matryoshka.models.export import export_exits
@@ -24,7 +24,7 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
-class MatryoshkaReranker(HostedReranker):
+class MatryoshkaReranker(PlannedReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
@@ -60,7 +60,8 @@ class MatryoshkaReranker(HostedReranker):
             1,024 on a CPU, whose caches then hold a layer's activations, and 16,384 elsewhere.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
-        normalize: sigmoid of the scores instead of the scores; rankings are by the scores themselves.
+        normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
+            by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes a minute or two in the
             first passes. For accelerators, where these take longer than the products.
@@ -68,10 +69,10 @@ class MatryoshkaReranker(HostedReranker):
         trust_remote_code: as in transformers, for the tokenizer alone: the model's code is ours.
 
     Raises:
-        FileNotFoundError: if a checkpoint or adapter is not there, or the plan that `budget` or `quality` needs.
+        FileNotFoundError: if a checkpoint or adapter is not there, or the plan that is needed.
         ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
         ValueError: if there is no backbone for the checkpoint, arguments contradict it or each other, or nothing
-            measured is within `budget` or reaches `quality`.
+            measured is within `budget` or reaches `quality`, or no calibration is in the plan.
 
     With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
     width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
@@ -105,7 +106,7 @@ class MatryoshkaReranker(HostedReranker):
         max_tokens_per_batch: int | None = None,
         query_max_length: int | None = None,
         max_length: int = 512,
-        normalize: bool = False,
+        normalize: bool | str = False,
         devices: str | int | list[str] | list[int] | None = None,
         compile: bool = False,
         cache_dir: str | None = None,
@@ -154,14 +155,9 @@ class MatryoshkaReranker(HostedReranker):
         check_quantization(quantization, self.target_devices, resolved)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
-        self.planned: Setting | None = None
-        if budget is not None or quality is not None:
-            refuse_beside_plan(self)
-            plan = load_plan(str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
-            self.planned = plan.choose(budget, quality)
-            for name, value in plan.choose(budget, quality, cascades=False).arguments.items():
-                setattr(self, name, value)
-        resolve_call(self, {})
+        self._load_plan = partial(load_plan, str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
+        self._follow_plan(budget, quality)
+        self._normalizer(*resolve_call(self, {}))
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
         model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
@@ -200,13 +196,16 @@ class MatryoshkaReranker(HostedReranker):
         if device is not None and device not in self.target_devices:
             raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
         options, setting = resolve_call(self, overrides)
+        normalize = self._normalizer(options, setting)
         pairs = as_pairs(sentence_pairs)
         if not pairs:
             return []
         shares = 1 if device else len(self.target_devices)
         run = partial(self._run, device=device)
         scores = score_pairs(run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
-        per_layer = (scores.sigmoid() if options.normalize else scores).tolist()
+        if normalize is not None:
+            scores = torch.stack(list(map(normalize, scores, setting.cutoff_layers)))
+        per_layer = scores.tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
 
     def rank(
@@ -258,6 +257,7 @@ class MatryoshkaReranker(HostedReranker):
         pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
         show_progress_bar = overrides.pop("show_progress_bar", None)
         options, setting = resolve_ranking(self, overrides, cascade)
+        normalize = self._normalizer(options, setting)
         shares = len(self.target_devices)
         if setting.cascade or cascade is not None:
             owner = [number for number, documents in enumerate(lists) for _ in documents]
@@ -269,7 +269,7 @@ class MatryoshkaReranker(HostedReranker):
         else:
             scores = score_pairs(self._run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
             found = [{"score": score} for score in scores[0].tolist()]
-        return rankings_of(lists, found, top_k, return_documents, options.normalize)
+        return rankings_of(lists, found, top_k, return_documents, normalize, setting.depth)
 
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
         """What `rank` runs with these arguments of it; errors as there."""

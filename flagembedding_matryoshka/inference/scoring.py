@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flagembedding_matryoshka.inference.engine import ScoreBatch, Task
+from flagembedding_matryoshka.inference.normalizing import Normalizer
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.tasks import batches_of, cascade_tasks
 from flagembedding_matryoshka.setting import Setting
@@ -101,13 +102,19 @@ def refuse_too_short(setting: Setting, owner: Sequence[int], top_k: int) -> None
 
 
 def rankings_of(
-    lists: Sequence[Sequence[str]], found: Sequence[Hit], top_k: int | None, return_documents: bool, normalize: bool
+    lists: Sequence[Sequence[str]],
+    found: Sequence[Hit],
+    top_k: int | None,
+    return_documents: bool,
+    normalize: Normalizer | None,
+    depth: int,
 ) -> list[list[Hit]]:
     """Each list's hits, the best first; with a cascade those that came further go before the others.
 
     Args:
         found: for all documents, list after list.
-        normalize: sigmoid of the scores, taken of what is returned: in float32 it makes scores equal that are not.
+        normalize: applied to what is returned: it makes scores equal that are not.
+        depth: where scores were read that do not say so themselves.
     """
     rankings: list[list[Hit]] = []
     rest = iter(found)
@@ -118,7 +125,7 @@ def rankings_of(
         ]
         ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
         rankings.append(ranked[:top_k])
-    if normalize:
+    if normalize is not None:
         for hit in chain(*rankings):
-            hit["score"] = torch.tensor(hit["score"]).sigmoid().item()
+            hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
     return rankings

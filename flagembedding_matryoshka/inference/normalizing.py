@@ -1,0 +1,47 @@
+"""What is made of scores at the very end of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions
+from flagembedding_matryoshka.inference.plan import Plan
+from flagembedding_matryoshka.setting import Setting
+
+Normalizer = Callable[[Tensor, int], Tensor]
+"""Scores that were read at an exit to what is returned in their place; it never changes their order."""
+
+
+def normalizer(
+    options: ScoringOptions, setting: Setting, plan: Callable[[], Plan], quantization: str | None
+) -> Normalizer | None:
+    """By `normalize`: the sigmoid, what the plan has for each exit at which scores are read, or None for none.
+
+    Args:
+        plan: gives the model's, if it is asked for.
+
+    Raises:
+        FileNotFoundError: if there is no plan.
+        ValueError: if it has nothing for an exit, or was measured with other words or weights.
+    """
+    if options.normalize == CALIBRATED:
+        found = plan()
+        found.check_conditions(scored_with(options, quantization))
+        maps = {layer: found.calibration(setting, layer) for layer in (*dict(setting.cascade), *setting.cutoff_layers)}
+        return lambda scores, layer: maps[layer](scores)
+    return (lambda scores, layer: scores.sigmoid()) if options.normalize else None
+
+
+def scored_with(options: ScoringOptions, quantization: str | None) -> dict[str, Any]:
+    """What makes scores of the same model others, beside depth, width and where texts are cut."""
+    return {
+        "query_instruction": options.query_instruction_for_rerank,
+        "query_format": options.query_instruction_format,
+        "passage_instruction": options.passage_instruction_for_rerank,
+        "passage_format": options.passage_instruction_format,
+        "prompt": options.prompt,
+        "quantization": quantization,
+    }

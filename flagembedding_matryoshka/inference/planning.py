@@ -1,0 +1,42 @@
+"""A re-ranker that asks the plan beside its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+from flagembedding_matryoshka.inference.hosting import HostedReranker
+from flagembedding_matryoshka.inference.normalizing import Normalizer, normalizer
+from flagembedding_matryoshka.inference.options import ScoringOptions, refuse_beside_plan
+from flagembedding_matryoshka.inference.plan import Plan
+from flagembedding_matryoshka.setting import Setting
+
+
+class PlannedReranker(HostedReranker):
+    """Takes depth, width and cascade, and what scores mean, from a plan where it is told to.
+
+    Attributes:
+        planned: what `rank` runs by `budget` or `quality`; None without them.
+        quantization: the format of the weights, if they are quantized.
+    """
+
+    planned: Setting | None = None
+    quantization: str | None
+    _load_plan: Callable[[], Plan]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What an evaluation measured of this model; FileNotFoundError or ValueError if there is none, or another's."""
+        return self._load_plan()
+
+    def _follow_plan(self, budget: float | None, quality: float | None) -> None:
+        """Make what the plan chooses the defaults; one of both may be given, or neither."""
+        if budget is None and quality is None:
+            return
+        refuse_beside_plan(self)
+        self.planned = self.plan.choose(budget, quality)
+        for name, value in self.plan.choose(budget, quality, cascades=False).arguments.items():
+            setattr(self, name, value)
+
+    def _normalizer(self, options: ScoringOptions, setting: Setting) -> Normalizer | None:
+        return normalizer(options, setting, lambda: self.plan, self.quantization)
