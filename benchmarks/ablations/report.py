@@ -13,8 +13,8 @@ from benchmarks.ablations.ranking import Collections, given_quality
 from benchmarks.ablations.statistics import Arm, Compared, compare
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.metrics import QUALITY
-from flagembedding_matryoshka.evaluation.report import markdown_table
 from flagembedding_matryoshka.evaluation.store import about
+from flagembedding_matryoshka.evaluation.table import markdown_table
 from flagembedding_matryoshka.files import write_text
 
 DEVIATION = "± seeds"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.baselines import Baseline
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
-from flagembedding_matryoshka.evaluation.report import Compared
+from flagembedding_matryoshka.evaluation.report import Compared, milliseconds
 from flagembedding_matryoshka.files import replacing
 
 try:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("the plot needs matplotlib: pip install flagembedding_matryoshka[evaluation]") from error
@@ -19,18 +20,45 @@ MARKERS = "osD^"
 
 
 def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str, path: Path) -> None:
-    """A line for each width, a point for each exit with its number, a star for each cascade, the Pareto front behind.
+    """nDCG@10 against operations, and against time as measured: a line for each width, a point for each exit with its
+    number, a star for each cascade, the Pareto front behind.
 
     A baseline is a cross where it has a cost, and else a level.
 
     Args:
         path: the PNG to write.
     """
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
-    places = {item.result.setting: (item.result.flops_per_pair / 1e9, item.result.mean(QUALITY)) for item in compared}
-    front = sorted(places[item.result.setting] for item in compared if item.on_front)
-    axes.step(*zip(*front, strict=True), where="post", color="gold", lw=5, alpha=0.5, zorder=1, label="Pareto front")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    by_operations, by_time = figure.subplots(1, 2, sharey=True)
+    _draw(
+        *(by_operations, compared, baselines),
+        cost=lambda item: None if item.flops_per_pair is None else item.flops_per_pair / 1e9,
+        front=[item.on_front for item in compared],
+    )
+    _draw(
+        *(by_time, compared, baselines),
+        cost=lambda item: milliseconds(item.pairs_per_second),
+        front=[item.on_time_front for item in compared],
+    )
+    by_operations.set(xlabel="GFLOP per pair", ylabel=QUALITY)
+    by_time.set(xlabel="milliseconds per pair, as measured")
+    by_operations.legend(fontsize=8, loc="best")
+    figure.suptitle(title)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def _draw(
+    axes: Axes,
+    compared: Sequence[Compared],
+    baselines: Sequence[Baseline],
+    cost: Callable[..., float | None],
+    front: Sequence[bool],
+) -> None:
+    """One panel, by what `cost` gives for a result or a baseline."""
+    places = {item.result.setting: (cost(item.result), item.result.mean(QUALITY)) for item in compared}
+    best = sorted(places[item.result.setting] for item, on_front in zip(compared, front, strict=True) if on_front)
+    axes.step(*zip(*best, strict=True), where="post", color="gold", lw=5, alpha=0.5, zorder=1, label="Pareto front")
     widths = dict.fromkeys((setting.compress_layers, setting.compress_ratio) for setting in places)
     for number, (after, ratio) in enumerate(widths):
         mine = [setting for setting in places if (setting.compress_layers, setting.compress_ratio) == (after, ratio)]
@@ -58,17 +86,13 @@ def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str
                 fontsize=7,
             )
     for baseline in baselines:
-        quality, flops = mean(baseline.per_query[QUALITY]), baseline.flops_per_pair
-        if flops is None:
+        quality, place = mean(baseline.per_query[QUALITY]), cost(baseline)
+        if place is None:
             axes.axhline(quality, color="grey", lw=0.8, ls="--")
             axes.annotate(
                 baseline.name, (1, quality), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
             )
         else:
-            axes.plot(flops / 1e9, quality, "X", color="grey", ms=8, label=baseline.name)
-    axes.set(xlabel="GFLOP per pair", ylabel=QUALITY, title=title)
+            axes.plot(place, quality, "X", color="grey", ms=8, label=baseline.name)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
-    axes.legend(fontsize=8, loc="best")
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""Results compared with the full network: as a table, as JSON, and as the plan of a model."""
+"""Results compared with the full network."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 from flagembedding_matryoshka.evaluation.baselines import Baseline
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.pareto import pareto_front
-from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
+from flagembedding_matryoshka.evaluation.significance import holm, paired_interval, paired_p_value
 from flagembedding_matryoshka.evaluation.store import Result
-from flagembedding_matryoshka.inference.plan import Measured
 from flagembedding_matryoshka.setting import Setting
 
 
@@ -21,28 +20,35 @@ class Compared:
 
     Attributes:
         change: of nDCG@10, absolute.
+        interval: of that change, 95 % confidence; None for the full network itself, and of a single query.
         p_value: of that change, corrected for the number of settings and baselines; None for the full network itself.
         flops_share: of the full network's operations.
         on_front: whether no other setting has at least its nDCG@10 for at most its operations, and one of them better.
+        on_time_front: the same for the time of the sample that was timed.
     """
 
     result: Result
     change: float
+    interval: tuple[float, float] | None
     p_value: float | None
     flops_share: float
     on_front: bool
+    on_time_front: bool
 
     def as_json(self) -> dict[str, Any]:
         """All but the values of single queries."""
         costs = ("flops_per_pair", "pairs_per_second", "peak_memory")
         return {
             **asdict(self.result.setting),
-            **_means(self.result.per_query),
+            **means(self.result.per_query),
             f"{QUALITY}_change": self.change,
+            f"{QUALITY}_change_95": self.interval,
             "p_value": self.p_value,
             "flops_share": self.flops_share,
             **{name: getattr(self.result, name) for name in costs},
+            "milliseconds_per_pair": milliseconds(self.result.pairs_per_second),
             "on_front": self.on_front,
+            "on_time_front": self.on_time_front,
         }
 
 
@@ -52,6 +58,7 @@ class ComparedBaseline:
 
     baseline: Baseline
     change: float
+    interval: tuple[float, float] | None
     p_value: float
     flops_share: float | None
 
@@ -59,12 +66,14 @@ class ComparedBaseline:
         """All but the values of single queries."""
         return {
             "name": self.baseline.name,
-            **_means(self.baseline.per_query),
+            **means(self.baseline.per_query),
             f"{QUALITY}_change": self.change,
+            f"{QUALITY}_change_95": self.interval,
             "p_value": self.p_value,
             "flops_share": self.flops_share,
             "flops_per_pair": self.baseline.flops_per_pair,
             "pairs_per_second": self.baseline.pairs_per_second,
+            "milliseconds_per_pair": milliseconds(self.baseline.pairs_per_second),
         }
 
 
@@ -73,7 +82,7 @@ def compare(
 ) -> tuple[list[Compared], list[ComparedBaseline]]:
     """Results and baselines beside the full network's result, in order.
 
-    p-values are of a paired randomisation test, after Holm for all of them together.
+    p-values are of a paired randomisation test, after Holm for all of them together; intervals of a paired bootstrap.
     """
     (reference,) = (result for result in results if result.setting == full)
     others = [result for result in results if result is not reference]
@@ -82,20 +91,24 @@ def compare(
     tested = holm([paired_p_value(values[QUALITY], reached) for values in per_query])
     p_values = {result.setting: p_value for result, p_value in zip(others, tested, strict=False)}
     front = pareto_front([(result.flops_per_pair, result.mean(QUALITY)) for result in results])
+    time_front = pareto_front([(1 / result.pairs_per_second, result.mean(QUALITY)) for result in results])
     compared = [
         Compared(
             result,
             result.mean(QUALITY) - mean(reached),
+            None if result is reference else paired_interval(result.per_query[QUALITY], reached),
             p_values.get(result.setting),
             result.flops_per_pair / reference.flops_per_pair,
             on_front,
+            on_time_front,
         )
-        for result, on_front in zip(results, front, strict=True)
+        for result, on_front, on_time_front in zip(results, front, time_front, strict=True)
     ]
     beside = [
         ComparedBaseline(
             baseline,
             mean(baseline.per_query[QUALITY]) - mean(reached),
+            paired_interval(baseline.per_query[QUALITY], reached),
             p_value,
             None if baseline.flops_per_pair is None else baseline.flops_per_pair / reference.flops_per_pair,
         )
@@ -104,74 +117,11 @@ def compare(
     return compared, beside
 
 
-def measured(compared: Sequence[Compared], full: Setting) -> tuple[Measured, ...]:
-    """Settings as a plan holds them.
-
-    Raises:
-        ValueError: if the full network finds nothing, so that there is no share of what it finds.
-    """
-    (reference,) = (item.result.mean(QUALITY) for item in compared if item.result.setting == full)
-    if not reference:
-        raise ValueError(f"the full network's {QUALITY} is 0 on this data: a plan holds shares of it")
-    return tuple(
-        Measured(item.result.setting, item.flops_share, item.result.mean(QUALITY) / reference) for item in compared
-    )
-
-
-def table(
-    compared: Sequence[Compared], baselines: Sequence[ComparedBaseline], chosen: Mapping[float, Setting] | None = None
-) -> str:
-    """A Markdown table, legible as it is.
-
-    Args:
-        chosen: budgets, and what a plan chose for each: a column of its own.
-    """
-    measures = list(compared[0].result.per_query)
-    rows = [["setting", *measures, "change", "p", "GFLOP/pair", "share", "pairs/s", "peak MB", "front", "budget"]]
-    for beside in baselines:
-        baseline = beside.baseline
-        name, cost = baseline.name, [baseline.flops_per_pair, beside.flops_share, baseline.pairs_per_second]
-        rows.append([name, *_quality(baseline.per_query, beside.change, beside.p_value), *_cost(*cost), "", "", ""])
-    for item in compared:
-        result = item.result
-        budgets = [f"{budget:g}" for budget, setting in (chosen or {}).items() if setting == result.setting]
-        rows.append(
-            [
-                str(result.setting),
-                *_quality(result.per_query, item.change, item.p_value),
-                *_cost(result.flops_per_pair, item.flops_share, result.pairs_per_second),
-                "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
-                "yes" if item.on_front else "",
-                ", ".join(budgets),
-            ]
-        )
-    if not chosen:
-        rows = [row[:-1] for row in rows]
-    return markdown_table(rows)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, in columns of even width: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(row)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of each measure, over queries."""
     return {measure: mean(of_queries) for measure, of_queries in values.items()}
 
 
-def _quality(values: Mapping[str, Sequence[float]], change: float, p_value: float | None) -> list[str]:
-    """Cells of the measures and of the change, which is that of another than the full network if it has a p-value."""
-    differs = ["", ""] if p_value is None else [f"{change:+.4f}", f"{p_value:.3f}"]
-    return [*(f"{value:.4f}" for value in _means(values).values()), *differs]
-
-
-def _cost(flops_per_pair: float | None, share: float | None, pairs_per_second: float | None) -> list[str]:
-    if flops_per_pair is None:
-        return ["", "", ""]
-    return [f"{flops_per_pair / 1e9:.4g}", f"{share:.3f}", f"{pairs_per_second:.4g}"]
+def milliseconds(pairs_per_second: float | None) -> float | None:
+    """Of a pair, as measured; None of what costs nothing."""
+    return None if pairs_per_second is None else 1000 / pairs_per_second

@@ -4,9 +4,10 @@ from sentence_transformers import SentenceTransformer
 
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
 from flagembedding_matryoshka.evaluation.metrics import per_query
-from flagembedding_matryoshka.evaluation.report import compare, table
+from flagembedding_matryoshka.evaluation.report import compare
 from flagembedding_matryoshka.evaluation.settings import by_width
 from flagembedding_matryoshka.evaluation.store import Result
+from flagembedding_matryoshka.evaluation.table import table
 from flagembedding_matryoshka.setting import Setting
 from tests.encoders import save_bi_encoder
 

@@ -1,0 +1,117 @@
+"""A report as one file of HTML: no script or style of elsewhere, for a browser that is offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from flagembedding_matryoshka.evaluation.chart import Point, chart
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
+from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, milliseconds
+from flagembedding_matryoshka.evaluation.stage import Stage
+from flagembedding_matryoshka.evaluation.table import difference
+from flagembedding_matryoshka.setting import Setting
+
+TEMPLATE = "page.html"
+
+
+def page(name: str, stages: Sequence[Stage], beside: str | None, chosen: Mapping[float, Setting]) -> str:
+    """The whole file.
+
+    Args:
+        name: of the collection.
+        beside: a Markdown table of all first stages, where there are several.
+        chosen: what the model's own plan chooses, by budget.
+    """
+    body = [] if beside is None else [html_table(beside)]
+    body += [_section(stage, f"s{number}", chosen) for number, stage in enumerate(stages)]
+    template = files("flagembedding_matryoshka.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return Template(template).substitute(title=escape(f"Quality and cost: {name}"), body="\n".join(body))
+
+
+def html_table(markdown: str, rows: Sequence[str] = ()) -> str:
+    """A table of `markdown_table`.
+
+    Args:
+        rows: ids, by which lines are marked with points of a chart.
+    """
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
+    marks = [f' data-row="{row}"' for row in rows] or [""] * len(lines[2:])
+    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines[2:]]
+    body = [f"<tr{mark}>{row}</tr>" for mark, row in zip(marks, cells, strict=True)]
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
+    widths = list(dict.fromkeys(_width(item.result.setting) for item in stage.compared))
+    rows = [f"{prefix}r{number}" for number in range(len(stage.baselines) + len(stage.compared))]
+    own, others = rows[: len(stage.baselines)], rows[len(stage.baselines) :]
+    levels = [
+        (item.baseline.name, mean(item.baseline.per_query[QUALITY]))
+        for item in stage.baselines
+        if item.baseline.flops_per_pair is None
+    ]
+
+    def points(cost: Callable[..., float | None], on_front: Callable[[Compared], bool]) -> list[Point]:
+        found = []
+        for row, beside in zip(own, stage.baselines, strict=True):
+            if (value := cost(beside.baseline)) is not None:
+                quality = mean(beside.baseline.per_query[QUALITY])
+                found.append(Point(row, value, quality, _said(beside.baseline.name, quality, beside), None))
+        for row, item in zip(others, stage.compared, strict=True):
+            setting, quality = item.result.setting, item.result.mean(QUALITY)
+            value = cost(item.result)
+            assert value is not None
+            text = _said(str(setting), quality, item)
+            group = widths.index(_width(setting))
+            found.append(Point(row, value, quality, text, group, bool(setting.cascade), on_front(item)))
+        return found
+
+    by_operations = points(
+        lambda item: None if item.flops_per_pair is None else item.flops_per_pair / 1e9, lambda item: item.on_front
+    )
+    by_time = points(lambda item: milliseconds(item.pairs_per_second), lambda item: item.on_time_front)
+    legend = "".join(
+        f'<span class="group{number % 6}">{escape(_width_in_words(*width))}</span>'
+        for number, width in enumerate(widths)
+    )
+    tables = [
+        f"<h3>{escape(said)}</h3>{html_table(markdown, rows if number == 0 else ())}"
+        for number, (said, markdown) in enumerate(stage.parts(chosen))
+    ]
+    charts = [
+        chart(by_operations, levels, "GFLOP per pair", QUALITY),
+        chart(by_time, levels, "milliseconds per pair, as measured", QUALITY),
+    ]
+    return "\n".join(
+        [
+            f"<section><h2>{escape(stage.about)}</h2>",
+            '<p class="details" aria-live="polite">Hover over a point, or go from one to the next with Tab and the '
+            "arrow keys. The broad line is the Pareto front; diamonds are cascades, squares baselines.</p>",
+            f'<div class="charts">{"".join(charts)}</div><p class="legend">{legend}</p>',
+            *tables,
+            "</section>",
+        ]
+    )
+
+
+def _said(name: str, quality: float, item: Compared | ComparedBaseline) -> str:
+    """What stands beside the charts once a point is pointed at."""
+    of = item.result if isinstance(item, Compared) else item.baseline
+    change, interval, p_value = difference(item)
+    cost = f"{(of.flops_per_pair or 0) / 1e9:.4g} GFLOP and {milliseconds(of.pairs_per_second):.4g} ms per pair"
+    against = ""
+    if change:
+        against = f"; {change} against the full network ({f'95 %: {interval}, ' if interval else ''}p = {p_value})"
+    return f"{name}: {QUALITY} {quality:.4f}{against}; {cost}, {item.flops_share:.0%} of its operations"
+
+
+def _width(setting: Setting) -> tuple[tuple[int, ...], int]:
+    return setting.compress_layers, setting.compress_ratio
+
+
+def _width_in_words(after: tuple[int, ...], ratio: int) -> str:
+    return "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, after))}"

@@ -1,0 +1,109 @@
+"""All that is said of one first stage's candidates, and how reports say it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flagembedding_matryoshka.evaluation.baselines import Baseline
+from flagembedding_matryoshka.evaluation.calibration import Calibrated
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.choice import Chosen, chosen_and_held_out
+from flagembedding_matryoshka.evaluation.halves import Halves
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
+from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, compare
+from flagembedding_matryoshka.evaluation.store import Result
+from flagembedding_matryoshka.evaluation.table import calibration_table, choice_table, markdown_table, table
+from flagembedding_matryoshka.setting import Setting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What was measured on a first stage's candidates.
+
+    Attributes:
+        compared, baselines: on all queries, the candidates' own order first.
+        halves: which queries choose, and which are held out.
+        chosen: what the first half chooses, reported on the other; empty where that says nothing.
+        calibrated: maps fitted to the first half, if they were asked for.
+    """
+
+    candidates: Candidates
+    compared: Sequence[Compared]
+    baselines: Sequence[ComparedBaseline]
+    halves: Halves
+    chosen: Sequence[Chosen]
+    calibrated: Sequence[Calibrated] = field(default=())
+
+    @classmethod
+    def of(
+        cls,
+        candidates: Candidates,
+        results: Sequence[Result],
+        baselines: Sequence[Baseline],
+        full: Setting,
+        calibrated: Sequence[Calibrated] = (),
+    ) -> Stage:
+        """Compare results and baselines with the full network, `full`."""
+        halves = Halves.of(candidates.passages)
+        compared, beside = compare(results, full, baselines)
+        chosen: list[Chosen] = []
+        try:
+            chosen = chosen_and_held_out(results, full, halves) if halves.are_two else []
+        except ValueError as error:
+            logger.warning("nothing is chosen: %s", error)
+        return cls(candidates, compared, beside, halves, chosen, calibrated)
+
+    @property
+    def about(self) -> str:
+        """What was ranked, in a line."""
+        passages = self.candidates.passages
+        return f"{len(passages)} queries, {len(self.candidates)} pairs, {self.candidates.source}"
+
+    def parts(self, chosen: Mapping[float, Setting]) -> list[tuple[str, str]]:
+        """What is said in words, and the table below it, in order.
+
+        Args:
+            chosen: what the model's own plan chooses, by budget.
+        """
+        sides = f"{len(self.halves.choosing)} queries chosen by the hash of their ids"
+        others = f"the {len(self.halves.held_out)} others"
+        parts = [("All queries, changes against the full network", table(self.compared, self.baselines, chosen))]
+        if self.chosen:
+            said = f"What a plan would choose by {sides}, in shares of the full network, and what {others} say of it"
+            parts.append((said, choice_table(self.chosen)))
+        if self.calibrated:
+            said = f"Expected calibration error on {others} of maps fitted to {sides}"
+            parts.append((said, calibration_table(self.calibrated)))
+        return parts
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the values of single queries."""
+        return {
+            "queries": len(self.candidates.passages),
+            "pairs": len(self.candidates),
+            "candidates": self.candidates.source,
+            "baselines": [item.as_json() for item in self.baselines],
+            "settings": [item.as_json() for item in self.compared],
+            "halves": {name: len(places) for name, places in asdict(self.halves).items()},
+            "held_out": [item.as_json() for item in self.chosen],
+            "calibrated": [item.as_json() for item in self.calibrated],
+        }
+
+
+def side_by_side(stages: Mapping[str, Stage]) -> str:
+    """nDCG@10 of the same orders over several first stages, by their names."""
+    (first, *_) = stages.values()
+    rows = [[QUALITY, *stages]]
+    for number, beside in enumerate(first.baselines):
+        orders = [mean(stage.baselines[number].baseline.per_query[QUALITY]) for stage in stages.values()]
+        name = "as given" if number == 0 else beside.baseline.name
+        rows.append([name, *(f"{quality:.4f}" for quality in orders)])
+    for number, item in enumerate(first.compared):
+        results = [stage.compared[number].result for stage in stages.values()]
+        rows.append([str(item.result.setting), *(f"{result.mean(QUALITY):.4f}" for result in results)])
+    return markdown_table(rows)

@@ -1,0 +1,102 @@
+"""A report as Markdown tables, legible as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flagembedding_matryoshka.evaluation.calibration import Calibrated
+from flagembedding_matryoshka.evaluation.choice import Chosen
+from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, means, milliseconds
+from flagembedding_matryoshka.setting import Setting
+
+
+def table(
+    compared: Sequence[Compared], baselines: Sequence[ComparedBaseline], chosen: Mapping[float, Setting] | None = None
+) -> str:
+    """Baselines and settings beside the full network.
+
+    Args:
+        chosen: budgets, and what a plan chose for each: a column of its own.
+    """
+    measures = list(compared[0].result.per_query)
+    costs = ["GFLOP/pair", "share", "ms/pair", "pairs/s"]
+    rows = [["setting", *measures, "change", "95 %", "p", *costs, "peak MB", "front of", "budget"]]
+    for beside in baselines:
+        baseline = beside.baseline
+        name, cost = baseline.name, [baseline.flops_per_pair, beside.flops_share, baseline.pairs_per_second]
+        rows.append([name, *_quality(baseline.per_query), *difference(beside), *_cost(*cost), "", "", ""])
+    for item in compared:
+        result = item.result
+        budgets = [f"{budget:g}" for budget, setting in (chosen or {}).items() if setting == result.setting]
+        rows.append(
+            [
+                str(result.setting),
+                *_quality(result.per_query),
+                *difference(item),
+                *_cost(result.flops_per_pair, item.flops_share, result.pairs_per_second),
+                "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
+                fronts(item),
+                ", ".join(budgets),
+            ]
+        )
+    if not chosen:
+        rows = [row[:-1] for row in rows]
+    return markdown_table(rows)
+
+
+def choice_table(chosen: Sequence[Chosen]) -> str:
+    """What one half of the queries chooses, reported on the other."""
+    rows = [["chosen", "operations", "nDCG@10 where chosen", "held out", "change", "95 %", "p"]]
+    rows += [
+        [
+            str(item.setting),
+            *(f"{share:.3f}" for share in (item.flops_share, item.ndcg_share, item.held_out_share)),
+            *difference(item),
+        ]
+        for item in chosen
+    ]
+    return markdown_table(rows)
+
+
+def calibration_table(calibrated: Sequence[Calibrated]) -> str:
+    """Expected calibration error of each setting on the held-out half."""
+    rows = [["setting", "sigmoid", "calibrated", "method"]]
+    rows += [
+        [str(item.setting), f"{item.before:.4f}", f"{item.after:.4f}", item.calibration.method] for item in calibrated
+    ]
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, in columns of even width: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(row)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def difference(item: Compared | ComparedBaseline | Chosen) -> list[str]:
+    """Cells of the change, its interval and p-value; empty for the full network itself."""
+    if item.p_value is None:
+        return ["", "", ""]
+    interval = "" if item.interval is None else "{:+.4f} to {:+.4f}".format(*item.interval)
+    return [f"{item.change:+.4f}", interval, f"{item.p_value:.3f}"]
+
+
+def fronts(item: Compared) -> str:
+    """Of which Pareto fronts a setting is."""
+    return ", ".join(name for name, on in (("operations", item.on_front), ("time", item.on_time_front)) if on)
+
+
+def _quality(values: Mapping[str, Sequence[float]]) -> list[str]:
+    return [f"{value:.4f}" for value in means(values).values()]
+
+
+def _cost(flops_per_pair: float | None, share: float | None, pairs_per_second: float | None) -> list[str]:
+    if flops_per_pair is None:
+        return ["", "", "", ""]
+    time = milliseconds(pairs_per_second)
+    return [f"{flops_per_pair / 1e9:.4g}", f"{share:.3f}", f"{time:.4g}", f"{pairs_per_second:.4g}"]
