@@ -41,6 +41,12 @@ class Chosen:
         return asdict(self.setting) | {name: value for name, value in vars(self).items() if name != "setting"}
 
 
+def finds_in_both(results: Sequence[Result], full: Setting, halves: Halves) -> bool:
+    """Whether the full network finds anything in each half, so that there are shares of it."""
+    (reference,) = (result for result in results if result.setting == full)
+    return all(any(at(reference.per_query[QUALITY], places)) for places in (halves.choosing, halves.held_out))
+
+
 def measured(
     results: Sequence[Result], full: Setting, halves: Halves, calibrations: Mapping[Setting, Calibration] | None = None
 ) -> tuple[Measured, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 from flagembedding_matryoshka.evaluation.baselines import Baseline
 from flagembedding_matryoshka.evaluation.calibration import Calibrated
 from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.choice import Chosen, chosen_and_held_out
+from flagembedding_matryoshka.evaluation.choice import Chosen, chosen_and_held_out, finds_in_both
 from flagembedding_matryoshka.evaluation.halves import Halves
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, compare
 from flagembedding_matryoshka.evaluation.store import Result
 from flagembedding_matryoshka.evaluation.table import calibration_table, choice_table, markdown_table, table
 from flagembedding_matryoshka.setting import Setting
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,8 @@ class Stage:
         """Compare results and baselines with the full network, `full`."""
         halves = Halves.of(candidates.passages)
         compared, beside = compare(results, full, baselines)
-        chosen: list[Chosen] = []
-        try:
-            chosen = chosen_and_held_out(results, full, halves) if halves.are_two else []
-        except ValueError as error:
-            logger.warning("nothing is chosen: %s", error)
+        says_something = halves.are_two and finds_in_both(results, full, halves)
+        chosen = chosen_and_held_out(results, full, halves) if says_something else []
         return cls(candidates, compared, beside, halves, chosen, calibrated)
 
     @property

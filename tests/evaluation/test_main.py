@@ -1,11 +1,13 @@
 import json
 
 import pytest
+import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.evaluation import measuring
+from flagembedding_matryoshka.evaluation import halves, measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.calibration import from_json
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
 from tests.collection import write_collection
 from tests.encoders import save_bi_encoder
@@ -50,7 +52,19 @@ def test_what_is_written(evaluate, capsys):
     results = json.loads((output / "results.json").read_text())
     assert len(results["settings"]) == len(names)
     assert (output / "quality_cost.png").read_bytes().startswith(b"\x89PNG")
-    assert (output / "table.md").read_text() in capsys.readouterr().out
+    text = (output / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert all(measure in text for measure in ("change", "95 %", "GFLOP/pair", "ms/pair"))
+    full = {"cutoff_layers": [6], "compress_layers": [], "cascade": []}
+    for item in results["settings"]:
+        assert item["milliseconds_per_pair"] == pytest.approx(1000 / item["pairs_per_second"])
+        if full.items() <= item.items():
+            assert item["nDCG@10_change_95"] is None
+        else:
+            low, high = item["nDCG@10_change_95"]
+            assert low <= item["nDCG@10_change"] <= high
+    assert any(item["on_time_front"] for item in results["settings"])
+    assert (output / "report.html").read_text().count('class="point') == 2 * len(names)
 
 
 def test_runs_hold_the_re_rankers_scores(evaluate, model, tmp_path):
@@ -138,3 +152,83 @@ def test_settings_that_the_model_does_not_have_are_refused_at_once(evaluate):
         evaluate("--cutoff_layers", "7")
     with pytest.raises(SystemExit):
         evaluate("--cascade", "3:0.5", "3:0.2")
+
+
+def lines_of(path, passages):
+    rows = [(query, number, 9 - rank) for query in ("q1", "q2", "q3") for rank, number in enumerate(passages)]
+    path.write_text("".join(f"{query} Q0 p{number} 1 {score} x\n" for query, number, score in rows))
+    return str(path)
+
+
+def test_several_first_stages_stand_side_by_side(evaluate, tmp_path):
+    runs = [lines_of(tmp_path / f"{name}.trec", order) for name, order in (("dense", [0, 2, 7]), ("sparse", [7, 5]))]
+    output = evaluate("--run", runs[0], "--run", runs[1], "--run", "bm25")
+    results = json.loads((output / "results.json").read_text())
+    stages = [results, *results["other_first_stages"]]
+    sources = ["the first 100 of dense.trec", "the first 100 of sparse.trec", "BM25's first 100"]
+    assert [stage["candidates"] for stage in stages] == sources
+    assert [stage["baselines"][0]["name"] for stage in stages] == [f"{source}, as given" for source in sources]
+    assert [stage["pairs"] for stage in stages[:2]] == [9, 6]
+    for name in ("dense", "sparse", "bm25"):
+        assert len(list((output / name / "runs").iterdir())) == len(results["settings"])
+    first, *_ = (output / "table.md").read_text().split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    assert rows[0] == ["nDCG@10", "dense", "sparse", "bm25"] and rows[2][0] == "as given"
+    by_name = {row[0]: row[1:] for row in rows[2:]}
+    for number, stage in enumerate(stages):
+        (full,) = (item for item in stage["settings"] if item["nDCG@10_change_95"] is None)
+        assert by_name["6 layers"][number] == f"{full['nDCG@10']:.4f}"
+    assert {path.name for path in output.glob("*.png")} == {
+        *("quality_cost.png", "quality_cost_sparse.png", "quality_cost_bm25.png")
+    }
+
+
+def test_first_stages_of_one_name_are_refused(evaluate, tmp_path, capsys):
+    run = lines_of(tmp_path / "dense.trec", [0, 2])
+    with pytest.raises(SystemExit):
+        evaluate("--run", run, "--run", run)
+    assert "--run names files by what they are called, and dense is there twice" in capsys.readouterr().err
+
+
+def test_the_plan_says_which_queries_chose_and_what_the_others_say(evaluate, model):
+    output = evaluate("--write_plan")
+    results = json.loads((output / "results.json").read_text())
+    plan = load_plan(str(model), MatryoshkaReranker(str(model), devices="cpu").config)
+    assert {"choosing": plan.queries, "held_out": plan.held_out_queries} == results["halves"]
+    assert plan.queries + plan.held_out_queries == 3
+    assert all(item.held_out_ndcg_share is not None and item.calibration is None for item in plan.settings)
+    front = {item["cutoff_layers"][0]: item for item in results["held_out"]}
+    assert front and all(item["flops_share"] <= 1 for item in front.values())
+
+
+def test_a_half_without_queries_is_refused_before_anything_is_measured(evaluate, model, monkeypatch):
+    monkeypatch.setattr(halves, "chooses", lambda query: True)
+    with pytest.raises(ValueError, match="3 queries choose and 0 are held out"):
+        evaluate("--write_plan")
+    assert not (model / PLAN_NAME).exists()
+
+
+def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, tmp_path):
+    output = evaluate("--write_plan", "--calibrate", "--run", lines_of(tmp_path / "all.trec", range(8)))
+    results = json.loads((output / "results.json").read_text())
+    plain = MatryoshkaReranker(str(model), devices="cpu", dtype="float32")
+    calibrated = MatryoshkaReranker(str(model), devices="cpu", dtype="float32", normalize="calibrated")
+    pairs = [("wing", "wing lift drag"), ("the heat", "wing")]
+    assert len(results["calibrated"]) == 4
+    for item in results["calibrated"]:
+        assert {"before", "after"} == set(item["expected_calibration_error"])
+        options = {name: item[name] for name in ("cutoff_layers", "compress_layers", "compress_ratio")}
+        scores = torch.tensor(plain.compute_score(pairs, **options))
+        expected = from_json(item["calibration"])(scores)
+        assert calibrated.compute_score(pairs, **options) == pytest.approx(expected.tolist(), abs=1e-6)
+    calibrated.rank("wing", ["wing lift", "heat"], cascade={3: 0.5})
+    with pytest.raises(ValueError, match="no calibration of 5 layers"):
+        calibrated.compute_score(pairs, cutoff_layers=5)
+    assert "Expected calibration error" in (output / "table.md").read_text()
+
+
+def test_candidates_without_a_relevant_one_are_refused_before_anything_is_measured(evaluate, tmp_path):
+    run = lines_of(tmp_path / "poor.trec", [4, 6])
+    with pytest.raises(ValueError, match="none are relevant: there is nothing to calibrate by"):
+        evaluate("--calibrate", "--run", run)
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,111 @@
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given
+from flagembedding_matryoshka.evaluation.chart import Point, chart, ticks
+from flagembedding_matryoshka.evaluation.page import page
+from flagembedding_matryoshka.evaluation.stage import Stage
+from flagembedding_matryoshka.evaluation.store import Result
+from flagembedding_matryoshka.setting import Setting
+
+FULL = Setting(6)
+NAME = 'a <b>"bold"</b> encoder & co'
+VOID = {"meta", "path", "circle"}
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and whether all are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def text(candidates):
+    def result(setting, flops, speed, *values):
+        return Result(setting, flops, speed, None, {"nDCG@10": list(values), "MRR@10": list(values)})
+
+    results = [
+        result(Setting(3), 5e8, 200.0, 0.4, 0.2, 0.1),
+        result(FULL, 1e9, 100.0, 0.5, 0.5, 0.1),
+        result(Setting(6, (2,), 2), 7e8, 90.0, 0.5, 0.4, 0.1),
+        result(Setting(6, cascade=((3, 0.5),)), 8e8, 120.0, 0.5, 0.45, 0.1),
+    ]
+    values = {"nDCG@10": [0.1, 0.2, 0.3], "MRR@10": [0.1, 0.2, 0.3]}
+    baselines = [as_given(candidates, 10), Baseline(NAME, values, 2e8, 900.0)]
+    baselines[0] = Baseline(baselines[0].name, values)
+    return page("c & d/test", [Stage.of(candidates, results, baselines, FULL)], None, {})
+
+
+def test_it_is_well_formed_and_asks_for_nothing_of_elsewhere(text):
+    elements = Elements(text)
+    assert not elements.open
+    for name, attributes in elements.found:
+        assert name not in ("link", "img", "iframe", "object") and not {"src", "href"} & set(attributes)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(", text)
+
+
+def test_names_are_text_and_no_markup(text):
+    assert "<b>" not in text and "c &amp; d/test" in text
+    found = [attributes for _, attributes in Elements(text).found]
+    (label,) = {attributes["aria-label"] for attributes in found if attributes.get("class") == "point baseline"}
+    assert label.startswith(f"{NAME}: nDCG@10 0.2000") and "0.2 GFLOP and 1.111 ms per pair" in label
+
+
+def test_points_are_reached_by_the_keyboard_and_belong_to_a_row(text):
+    found = Elements(text).found
+    points = [attributes for tag, attributes in found if tag == "g"]
+    rows = [attributes["data-row"] for tag, attributes in found if tag == "tr" and "data-row" in attributes]
+    assert len(points) == 2 * 5 and len(rows) == len(set(rows)) == 6
+    assert all(point["tabindex"] == "0" and point["data-row"] in rows for point in points)
+    assert sum(point["data-row"] == rows[0] for point in points) == 0  # the candidates' own order costs nothing
+    assert ("p", {"class": "details", "aria-live": "polite"}) in found
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_script_is_javascript(text, tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    script = tmp_path / "script.js"
+    script.write_text(re.search(r"<script>(.*)</script>", text, re.DOTALL)[1])
+    subprocess.run([node, "--check", str(script)], check=True)
+
+
+def test_a_chart_stands_each_point_in_its_place():
+    points = [Point("a", 1.0, 0.2, "low", 0), Point("b", 4.0, 0.6, "high", 1, on_front=True)]
+    svg = chart(points, [("level", 0.4)], "cost", "quality")
+    (low, high) = [tuple(map(float, place)) for place in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert low[0] < high[0] and low[1] > high[1]
+    (level,) = re.findall(r'class="level" d="M\d+ ([\d.]+)H', svg)
+    assert high[1] < float(level) < low[1]
+    assert float(level) == pytest.approx((high[1] + low[1]) / 2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.47, 0.56, [0.48, 0.5, 0.52, 0.54, 0.56]), (0, 13.5, [0, 5, 10])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_settings_that_are_all_equal_have_a_chart():
+    assert "<svg" in chart([Point("a", 1.0, 0.0, "x", 0), Point("b", 1.0, 0.0, "y", 0)], [], "cost", "quality")
