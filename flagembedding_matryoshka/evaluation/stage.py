@@ -64,11 +64,12 @@ class Stage:
         Args:
             chosen: what the model's own plan chooses, by budget.
         """
-        sides = f"{len(self.halves.choosing)} queries chosen by the hash of their ids"
+        sides = f"{len(self.halves.choosing)} queries, drawn by the hashes of their ids"
         others = f"the {len(self.halves.held_out)} others"
-        parts = [("All queries, changes against the full network", table(self.compared, self.baselines, chosen))]
+        compared = "All queries; changes are against the full network, with 95 % intervals, p-values after Holm for all"
+        parts = [(compared, table(self.compared, self.baselines, chosen))]
         if self.chosen:
-            said = f"What a plan would choose by {sides}, in shares of the full network, and what {others} say of it"
+            said = f"What a plan chooses by {sides}, in shares of the full network, and what {others} say of it"
             parts.append((said, choice_table(self.chosen)))
         if self.calibrated:
             said = f"Expected calibration error on {others} of maps fitted to {sides}"
