@@ -55,7 +55,7 @@ class Plan:
     Attributes:
         exit_layers: the model's exits, all of them.
         adapters: names of the adapters that were merged into it or attached beside its own, in order.
-        data, queries, candidates: on what it was measured: the collection, how many queries, whose lists.
+        data, queries, candidates: on what it was measured: the collection, how many queries choose, whose lists.
         settings: everything measured.
         held_out_queries: how many others of the collection `held_out_ndcg_share` is of.
         scored_with: words around the texts and the format of the weights, on which calibrations depend; see
