@@ -20,7 +20,7 @@ def normalizer(
 ) -> Normalizer | None:
     """By `normalize`: the sigmoid, what the plan has for each exit at which scores are read, or None for none.
 
-    In a cascade each exit has its own map, which was fitted to all candidates: of those that came so far a few more are
+    In a cascade each exit has its own map, which was fitted to all candidates: of those that came so far more may be
     relevant than it says.
 
     Args:
