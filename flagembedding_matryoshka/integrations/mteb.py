@@ -80,7 +80,7 @@ class MatryoshkaSearch:
         **kwargs: Any,
     ) -> None:
         """Keep the passages for the next `search`, title and text of each as mteb puts them together."""
-        self._passages = dict(_texts(corpus, task_metadata, PromptType.document, num_proc))
+        self._passages = dict(_texts(corpus, task_metadata, PromptType("document"), num_proc))
 
     def search(
         self,
@@ -116,7 +116,7 @@ class MatryoshkaSearch:
             )
         if self._passages is None:
             raise ValueError("search comes after index, which has the passages.")
-        texts = dict(_texts(queries, task_metadata, PromptType.query, num_proc))
+        texts = dict(_texts(queries, task_metadata, PromptType("query"), num_proc))
         without = [query for query in texts if not top_ranked.get(query)]
         if without:
             logger.warning("%d queries have no candidates and find nothing, such as %r", len(without), without[0])
