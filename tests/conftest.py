@@ -172,3 +172,13 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # what is made at the first call knows the endpoint
         yield found
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Four CPUs of this machine as a Ray cluster, whose workers find the examples."""
+    ray = pytest.importorskip("ray", reason="needs ray[data,serve]")
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1] / "examples")}}
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield ray
+    ray.shutdown()

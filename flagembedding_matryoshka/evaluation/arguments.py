@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from flagembedding_matryoshka.inference.arguments import stage
+
 
 def add_candidates(group: argparse._ArgumentGroup) -> None:
     """What says which lists are ranked, but for `--data`."""
@@ -37,7 +39,7 @@ def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None
     """Cascades, each a list of stages; `as_cascades` makes dicts of them."""
     group.add_argument(
         "--cascade",
-        type=_stage,
+        type=stage,
         nargs="+",
         action="append",
         required=required,
@@ -67,11 +69,3 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
-
-
-def _stage(text: str) -> tuple[int, float]:
-    layer, _, share = text.partition(":")
-    try:
-        return int(layer), float(share)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be EXIT:SHARE, such as 8:0.5") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+STANDARD_INPUT = Path("-")
 BLANK = re.compile(r"\s*")
 BETWEEN = re.compile(r"\s*([,\]])\s*")
 
@@ -40,6 +42,8 @@ class Row(NamedTuple):
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank, in UTF-8, or UTF-16 or UTF-32 with its mark in front.
+
+    A pipe is read once, from its start, and so is standard input, whose path is `STANDARD_INPUT`.
 
     Bytes that are not UTF-8 become half surrogate pairs, which `encoding_fault` finds.
 
@@ -88,8 +92,10 @@ def read_rows(path: Path, check: Check) -> Iterator[Row]:
     Raises:
         ValueError: if an array is no JSON, behind which nothing can be read.
     """
-    for number, text in _array(path) if _is_array(path) else read_lines(path):
-        value, fault = _parse(text)
+    for number, text in read_items(path):
+        value, fault = parse(text)
+        if fault is None and not isinstance(value, dict):
+            fault = f"an object is wanted, got {text.strip():.80}"
         fault = fault or check(value)
         yield Row(number, None if fault else value, fault)
 
@@ -106,15 +112,17 @@ def good_rows(path: Path, check: Check) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _open(path: Path) -> Any:
-    with path.open("rb") as file:
-        start = file.read(4)
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
-    # Not every line break of Unicode ends a line of JSON, nor does that of old Macs.
-    return path.open(encoding=encoding, newline="\n", errors="surrogateescape" if "8" in encoding else "surrogatepass")
+def read_items(path: Path) -> Iterator[tuple[int, str]]:
+    """Number of the first line and text of each value of a file, JSON Lines or, if it is called .json, an array.
+
+    Raises:
+        ValueError: as `read_lines`, and if an array is no JSON.
+    """
+    return _array(path) if _is_array(path) else read_lines(path)
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
+def parse(text: str) -> tuple[Any, str | None]:
+    """A value in JSON, and what is wrong with it; None if nothing is."""
     if not text.isascii() and (fault := encoding_fault(text)):
         return None, fault
     try:
@@ -122,10 +130,18 @@ def _parse(text: str) -> tuple[Any, str | None]:
     except (ValueError, RecursionError) as error:
         hint = ". Is it UTF-16 without a mark in front?" if "\0" in text else ""
         return None, f"not JSON ({error}){hint}"
-    if not isinstance(value, dict):
-        return None, f"an object is wanted, got {text.strip():.80}"
     # Only an escape can hide what is no character in a text that is UTF-8.
     return value, encoding_fault(json.dumps(value, ensure_ascii=False)) if "\\u" in text else None
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    is_pipe = path == STANDARD_INPUT
+    file = io.BufferedReader(io.FileIO(0 if is_pipe else path, closefd=not is_pipe))
+    start = file.peek(4)
+    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+    # Not every line break of Unicode ends a line of JSON, nor does that of old Macs.
+    errors = "surrogateescape" if "8" in encoding else "surrogatepass"
+    return io.TextIOWrapper(file, encoding=encoding, newline="\n", errors=errors)
 
 
 def _is_array(path: Path) -> bool:

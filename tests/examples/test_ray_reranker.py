@@ -1,12 +1,8 @@
 import json
-from pathlib import Path
+from importlib import import_module
 
-import pytest
-
-pytest.importorskip("ray", reason="the example needs ray[data,serve]")
 import httpx
-import ray
-import ray_reranker
+import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
 
@@ -14,13 +10,9 @@ PAIRS = [{"query": "wing", "passage": f"a wing {number}"} for number in range(40
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Two workers on this machine."""
-    environment = {"env_vars": {"PYTHONPATH": str(Path(ray_reranker.__file__).parent)}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield
-    ray.serve.shutdown()
-    ray.shutdown()
+def example(ray_cluster):
+    yield import_module("ray_reranker")
+    ray_cluster.serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +21,10 @@ def reranker(tiny_layerwise_path):
 
 
 @pytest.mark.slow
-def test_a_batch_job_scores_every_pair(cluster, reranker, tiny_layerwise_path, tmp_path):
+def test_a_batch_job_scores_every_pair(example, reranker, tiny_layerwise_path, tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    ray_reranker.score(str(tiny_layerwise_path), str(source), str(tmp_path / "scored"), workers=2)
+    example.score(str(tiny_layerwise_path), str(source), str(tmp_path / "scored"), workers=2)
     rows = [json.loads(line) for path in (tmp_path / "scored").iterdir() for line in path.read_text().splitlines()]
     expected = reranker.compute_score([(row["query"], row["passage"]) for row in rows])
     assert sorted(row["passage"] for row in rows) == sorted(row["passage"] for row in PAIRS)
@@ -40,8 +32,8 @@ def test_a_batch_job_scores_every_pair(cluster, reranker, tiny_layerwise_path, t
 
 
 @pytest.mark.slow
-def test_a_deployment_of_two_workers_ranks(cluster, reranker, tiny_layerwise_path):
-    ray_reranker.start(str(tiny_layerwise_path), workers=2)
+def test_a_deployment_of_two_workers_ranks(example, reranker, tiny_layerwise_path):
+    example.start(str(tiny_layerwise_path), workers=2)
     documents = ["heat", "a wing", "the flow"]
     request = {"query": "wing", "documents": documents, "top_k": 2, "cutoff_layers": 3}
     for _ in range(4):

@@ -1,5 +1,6 @@
 import codecs
 import json
+import os
 
 import pytest
 
@@ -114,3 +115,16 @@ def test_lines_of_tables(tmp_path):
     path.write_bytes("a\nGröße\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"table\.tsv, line 2: not UTF-8: byte 0xF6 behind 'Gr'"):
         list(good_lines(path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_is_read_from_its_start(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writes = os.open(path, os.O_RDWR)
+    lines = "".join(f"line {number}\n" for number in range(3000)).encode("utf-16")
+    assert os.write(writes, lines) == len(lines)
+    found = good_lines(path)
+    first = next(found)
+    os.close(writes)
+    assert [first, *found] == [(number + 1, f"line {number}\n") for number in range(3000)]

@@ -1,0 +1,6 @@
+"""One command: python -m flagembedding_matryoshka."""
+
+from flagembedding_matryoshka.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Write the exits that are asked for, with the layers below them, as a checkpoint of its own.
+
+flagembedding-matryoshka export --model smollm2 --cutoff_layers 9 12 --output part
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+
+READ = ("cutoff_layers", "peft_path", "from_raw", "start_layer", "layer_sep", "max_layer", "template")
+"""What a checkpoint depends on, beside its dtype."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a directory that is not there, or is empty")
+    parser.add_argument("--dtype", default="float32", help="of the weights that are written (default: %(default)s)")
+    add_reranker(parser, (*READ, "cache_dir", "trust_remote_code"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        parser.error(f"--output {options.output} is there and not empty")
+    MatryoshkaReranker(options.model, devices="cpu", **given_options(options)).export(str(options.output))
+    print(f"Wrote {options.output}.")

@@ -1,0 +1,112 @@
+"""Rows of a file or of standard input: objects or arrays in JSON Lines, or texts between tabs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from flagembedding_matryoshka.inference.inputs import excerpt
+from flagembedding_matryoshka.text.lines import encoding_fault, parse, read_items
+
+Row = dict[str, Any]
+
+
+def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
+    """The rows of a file, one at a time.
+
+    A file is of tab-separated texts if it is called .tsv, or neither .json nor .jsonl and does not begin with { or [.
+
+    Args:
+        path: `STANDARD_INPUT` is standard input.
+        as_row: makes a row of an object or a list, or raises ValueError.
+
+    Raises:
+        ValueError: naming file and line of the first that is wrong.
+    """
+    items = read_items(path)
+    first = next(items, None)
+    if first is None:
+        return
+    is_json = path.suffix in (".json", ".jsonl") or (path.suffix != ".tsv" and first[1].lstrip()[0] in "{[")
+    split = parse if is_json else _between_tabs
+    for number, text in chain([first], items):
+        value, fault = split(text)
+        try:
+            row = {} if fault else as_row(value)
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise ValueError(f"{path}, line {number}: {fault}")
+        yield row
+
+
+def as_pair(value: Any) -> Row:
+    """A row with `query` and either `passage` or `document`, strings, of an object or of a list of the two.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, list):
+        if len(value) != 2:
+            raise ValueError(f"a query and a passage are wanted, got {len(value)} values: {excerpt(value)}")
+        value = {"query": value[0], "passage": value[1]}
+    row = _with_query(value)
+    name = name_of(row, PASSAGE)
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} must be a string, got {excerpt(row[name])}")
+    return row
+
+
+def as_list(value: Any) -> Row:
+    """A row with `query` and either `documents` or `passages`, each of them a string or an object with a string `text`,
+    of an object or of a list of a query and its documents.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("a query and its documents are wanted, got an empty array")
+        value = {"query": value[0], "documents": value[1:]}
+    row = _with_query(value)
+    name = name_of(row, DOCUMENTS)
+    if not isinstance(row[name], list):
+        raise ValueError(f"{name} must be a list, got {excerpt(row[name])}")
+    for index, document in enumerate(row[name]):
+        if not isinstance(text_of(document), str):
+            raise ValueError(f"document {index} must be a string or an object with a text, got {excerpt(document)}")
+    return row
+
+
+PASSAGE, DOCUMENTS = ("passage", "document"), ("documents", "passages")
+
+
+def name_of(row: Row, names: Sequence[str]) -> str:
+    """Which of two names a row has.
+
+    Raises:
+        ValueError: if it has none or both.
+    """
+    found = [name for name in names if name in row]
+    if len(found) != 1:
+        raise ValueError(f"one of {' and '.join(names)} is wanted, got the names {excerpt([*row])}")
+    return found[0]
+
+
+def text_of(document: Any) -> Any:
+    """The text of a document that is an object, or the document itself."""
+    return document.get("text") if isinstance(document, dict) else document
+
+
+def _with_query(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"an object or an array is wanted, got {excerpt(value)}")
+    if not isinstance(value.get("query"), str):
+        raise ValueError(f"query must be a string, got {excerpt(value.get('query'))}")
+    return value
+
+
+def _between_tabs(text: str) -> tuple[list[str], str | None]:
+    return text.rstrip("\r\n").split("\t"), encoding_fault(text)

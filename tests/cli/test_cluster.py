@@ -1,0 +1,45 @@
+"""The same commands on a Ray cluster."""
+
+import pytest
+
+from flagembedding_matryoshka.cli import job, rank, score
+from tests.cli.conftest import TEXTS
+
+pytestmark = pytest.mark.slow
+
+PAIRS = [{"id": number, "query": "wing", "passage": f"{TEXTS[number % 6]} {number}"} for number in range(60)]
+LISTS = [{"query": "wing", "documents": [f"{text} {number}" for text in TEXTS]} for number in range(9)]
+
+
+@pytest.mark.parametrize(("command", "rows"), [(score, PAIRS), (rank, LISTS)], ids=["score", "rank"])
+def test_lines_are_those_of_one_process_in_their_order(command, rows, ray_cluster, desk, monkeypatch):
+    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    desk.write(rows)
+    command.main(desk.words())
+    alone = desk.output.read_bytes()
+    desk.output.write_bytes(alone[: len(alone) // 3])
+    command.main(desk.words("--ray", "2"))
+    assert desk.output.read_bytes() == alone
+
+
+def test_what_a_worker_refuses_reaches_the_user(ray_cluster, desk):
+    desk.write(PAIRS)
+    with pytest.raises(ValueError, match=r"exits are \[2, 3, 4, 5, 6\]"):
+        score.main(desk.words("--max_length", "64", "--prompt", "p", "--cutoff_layers", "99", "--ray", "1"))
+
+
+def test_more_workers_than_there_is_room_for_are_refused(ray_cluster, desk):
+    desk.write(PAIRS)
+    with pytest.raises(ValueError, match="99 workers need a CPU each, and the Ray cluster has 4"):
+        score.main(desk.words("--ray", "99"))
+
+
+def test_the_file_is_read_no_further_than_the_workers_need(ray_cluster, desk, monkeypatch):
+    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
+    read = []
+    rows = (read.append(number) or row for number, row in enumerate(PAIRS * 10))
+    options = {"dtype": "float32", "devices": "cpu"}
+    found = job.compute(score.Score, (desk.model, options, {}), job.windows(score.Score, rows), 2)
+    for place in range(3):
+        window, results = next(found)
+        assert window == [PAIRS[place]] and len(results) == 1 and len(read) <= place + 6

@@ -1,0 +1,22 @@
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.cli.export import main
+
+
+def test_what_is_exported_scores_as_the_whole(tiny_layerwise_path, reranker, tmp_path, capsys):
+    main(["--model", str(tiny_layerwise_path), "--cutoff_layers", "3", "4", "--output", str(tmp_path / "part")])
+    part = MatryoshkaReranker(str(tmp_path / "part"), dtype="float32", devices="cpu")
+    assert part.config.exit_layers == [3, 4] and part.config.dtype == torch.float32
+    pair = ("wing", "a wing and a lift")
+    assert part.compute_score(pair, cutoff_layers=[3, 4]) == reranker.compute_score(pair, cutoff_layers=[3, 4])
+    assert "Wrote" in capsys.readouterr().out
+
+
+def test_a_directory_that_holds_something_is_left_alone(tiny_layerwise_path, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path, tmp_path / "file"):
+        with pytest.raises(SystemExit):
+            main(["--model", str(tiny_layerwise_path), "--output", str(output)])
+        assert f"--output {output} is there and not empty" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+import json
+import os
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flagembedding_matryoshka.cli.output import FileOutput, StandardOutput
+
+SETTINGS = {"command": "score", "model": "m", "cutoff_layers": [3]}
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=5), st.data())
+def test_a_file_that_is_cut_anywhere_is_continued_behind_its_last_whole_line(tmp_path_factory, lines, data):
+    path = tmp_path_factory.mktemp("output") / "deep" / "out.jsonl"
+    FileOutput(path, SETTINGS).append(lines)
+    whole = path.read_bytes()
+    assert whole == "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    again = FileOutput(path, SETTINGS)
+    done = len(list(again.lines()))
+    assert [line.rstrip("\n") for line in again.lines()] == lines[:done]
+    again.append(lines[done:])
+    assert path.read_bytes() == whole
+
+
+def test_a_line_that_is_longer_than_what_is_read_at_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    FileOutput(path, SETTINGS).append(["a"])
+    with path.open("a") as file:
+        file.write("x" * (2**21 + 3))
+    assert list(FileOutput(path, SETTINGS).lines()) == ["a\n"]
+    path.write_text("x" * (2**21 + 3))
+    assert list(FileOutput(path, SETTINGS).lines()) == [] and path.read_bytes() == b""
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    path = tmp_path / "out.jsonl"
+    FileOutput(path, SETTINGS).append(["a"])
+    for other, said in (
+        ({**SETTINGS, "cutoff_layers": [4]}, r"cutoff_layers was \[3\] and is \[4\]"),
+        ({"command": "score", "model": "m"}, r"cutoff_layers was \[3\] and is None"),
+        ({**SETTINGS, "top_k": 1}, "top_k was None and is 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FileOutput(path, other)
+    assert path.read_text() == "a\n"
+    path.unlink()
+    FileOutput(path, other)
+    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == other
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("not ours")
+    with pytest.raises(ValueError, match=r"out\.jsonl is there, and is not of a run"):
+        FileOutput(path, SETTINGS)
+    assert path.read_text() == "not ours"
+
+
+def test_two_that_write_one_file_are_noticed(tmp_path):
+    one, other = (FileOutput(tmp_path / "out.jsonl", SETTINGS) for _ in range(2))
+    one.append(["a"])
+    with pytest.raises(ValueError, match="has been written to meanwhile: 2 bytes, not 0"):
+        other.append(["a"])
+
+
+def test_where_nobody_reads_on_the_process_ends_without_a_fault(monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            StandardOutput().append(["x"])
+        assert ended.value.code == 1

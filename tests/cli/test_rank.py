@@ -1,0 +1,55 @@
+import pytest
+
+from flagembedding_matryoshka.cli import job
+from flagembedding_matryoshka.cli.rank import main
+from tests.cli.conftest import TEXTS
+
+LISTS = [
+    {"id": number, "query": query, "documents": [f"{text} {number}" for text in TEXTS[number:]]}
+    for number, query in enumerate(("wing", "lift", "air"))
+]
+
+
+def test_lines_have_what_rank_returns_to_the_last_bit(desk, reranker):
+    rows = desk.write(LISTS)
+    main(desk.words("--top_k", "2", "--return_documents", "--cascade", "3:0.9", "4:0.5", "--compress_layers", "2"))
+    for row, line in zip(rows, desk.read(), strict=True):
+        ranking = reranker.rank(
+            row["query"],
+            row["documents"],
+            top_k=2,
+            return_documents=True,
+            cascade={3: 0.9, 4: 0.5},
+            compress_layers=[2],
+        )
+        for hit, expected in zip(line.pop("ranking"), ranking, strict=True):
+            assert hit == expected | {"score": pytest.approx(expected["score"], abs=1e-5)}
+        assert line == {"id": row["id"], "query": row["query"]}
+
+
+def test_a_window_ends_with_the_list_that_fills_it(desk, reranker, monkeypatch):
+    rows = desk.write([*LISTS, {"query": "side", "documents": []}, *LISTS])
+    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    main(desk.words())
+    lines = desk.read()
+    assert [line["query"] for line in lines] == [row["query"] for row in rows] and lines[3]["ranking"] == []
+    for row, line in zip(rows, lines, strict=True):
+        expected = [hit["corpus_id"] for hit in reranker.rank(row["query"], row["documents"])]
+        assert [hit["corpus_id"] for hit in line["ranking"]] == expected
+
+
+def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
+    documents = [{"id": f"d{number}", "text": text, "score": "first stage's"} for number, text in enumerate(TEXTS)]
+    desk.write([{"query": "wing", "passages": documents}, ["wing", *TEXTS]])
+    main(desk.words())
+    objects, strings = (line["ranking"] for line in desk.read())
+    assert [hit["id"] for hit in objects] == [f"d{hit['corpus_id']}" for hit in objects]
+    assert [{name: hit[name] for name in ("corpus_id", "score")} for hit in objects] == strings
+    assert [hit["corpus_id"] for hit in strings] == [hit["corpus_id"] for hit in reranker.rank("wing", TEXTS)]
+
+
+def test_what_the_ranking_refuses_is_not_written(desk):
+    desk.write(LISTS)
+    with pytest.raises(ValueError, match=r"exits are \[2, 3, 4, 5, 6\]"):
+        main(desk.words("--cutoff_layers", "99"))
+    assert desk.output.read_text() == ""

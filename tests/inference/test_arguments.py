@@ -1,0 +1,101 @@
+"""The options of a command line against the signatures that they are read off."""
+
+import argparse
+import inspect
+
+import pytest
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.arguments import (
+    add_ranking,
+    add_reranker,
+    explanations,
+    given_options,
+    given_ranking,
+)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    parser = argparse.ArgumentParser()
+    add_reranker(parser)
+    add_ranking(parser)
+    return parser
+
+
+def test_every_parameter_is_an_option_and_is_explained(parser):
+    parameters = set(inspect.signature(MatryoshkaReranker).parameters) - {"model_name_or_path"}
+    parameters |= set(inspect.signature(MatryoshkaReranker.rank).parameters)
+    parameters -= {"self", "query", "documents", "overrides"}
+    actions = {action.dest: action for action in parser._actions}
+    assert set(actions) == {"help", "model", *parameters}
+    assert all(action.help for action in actions.values())
+    parser.format_help()
+
+
+def test_what_is_not_given_is_left_to_the_class(parser):
+    options = parser.parse_args(["--model", "m"])
+    assert given_options(options) == given_ranking(options) == {}
+
+
+def test_values_have_the_kinds_that_the_class_takes(parser):
+    line = "--model m --peft_path a b --cutoff_layers 9 12 --compress_layers 3 --compress_ratio 2 --budget 0.5"
+    line += " --no-from_raw --normalize --quantization int8 --devices cpu --dtype float32 --template qwen3-reranker"
+    line += " --top_k 2 --return_documents --cascade 9:0.5 12:0.25"
+    options = parser.parse_args(line.split())
+    assert given_options(options) == {
+        "peft_path": ["a", "b"],
+        "cutoff_layers": [9, 12],
+        "compress_layers": [3],
+        "compress_ratio": 2,
+        "budget": 0.5,
+        "from_raw": False,
+        "normalize": True,
+        "quantization": "int8",
+        "devices": ["cpu"],
+        "dtype": "float32",
+        "template": "qwen3-reranker",
+    }
+    assert given_ranking(options) == {"top_k": 2, "return_documents": True, "cascade": {9: 0.5, 12: 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("--cutoff_layers nine", "invalid int value: 'nine'"),
+        ("--quantization int4", "invalid choice: 'int4'"),
+        ("--cascade 9", "'9' must be EXIT:SHARE"),
+        ("--cascade 9:0.5 9:0.2", "--cascade names an exit twice"),
+    ],
+)
+def test_what_is_no_value(line, fault, parser, capsys):
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "m", *line.split()])
+    assert fault in capsys.readouterr().err
+
+
+def test_a_parameter_that_no_word_can_say_is_refused():
+    from flagembedding_matryoshka.inference.arguments import _kind
+
+    with pytest.raises(TypeError, match="no word of a command line is"):
+        _kind(dict[str, int], None)
+
+
+def test_names_that_share_an_explanation():
+    found = explanations(test_documented)
+    assert found == {"one": "First: of all.", "other": "First: of all.", "third": "goes on in its next line."}
+
+
+def test_documented():
+    """What is read of a docstring.
+
+    Args:
+        one, other: First: of all.
+        third: goes on
+            in its next line.
+
+    Returns:
+        none: of these.
+    """
+    with pytest.raises(ValueError, match="explains no arguments"):
+        explanations(test_names_that_share_an_explanation)
