@@ -174,7 +174,7 @@ def hub(monkeypatch, tmp_path):
         yield found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster():
     """Four CPUs of this machine as a Ray cluster, whose workers find the examples."""
     ray = pytest.importorskip("ray", reason="needs ray[data,serve]")

@@ -1,8 +1,10 @@
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from flagembedding_matryoshka.cli.main import COMMANDS, PACKAGE
 from tests.shipped import needs_smollm2
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -34,6 +36,17 @@ def test_the_evaluation_command_parses():
 
     (command,) = re.findall(r"-m flagembedding_matryoshka\.evaluation((?: .*\\\n)*.*)", README)
     assert build_parser().parse_args(command.replace("\\\n", " ").split()).write_plan
+
+
+@pytest.mark.parametrize("line", re.findall(r"^flagembedding-matryoshka (.+)$", README, re.MULTILINE))
+def test_the_commands_parse(line):
+    name, *words = line.split()
+    parser = import_module(f"{PACKAGE}.{COMMANDS[name][0]}").build_parser()
+    assert parser.parse_args(words).model == "smollm2"
+
+
+def test_all_commands_are_named():
+    assert all(f"`{name}`" in README for name in COMMANDS)
 
 
 def test_links_and_figures_are_there():

@@ -14,6 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from flagembedding_matryoshka import MatryoshkaReranker
 from tests.collection import QUERIES, write_collection
 from tests.encoders import save_bi_encoder, save_cross_encoder
+from tests.shipped import needs_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -58,6 +59,19 @@ def workplace(tmp_path, tiny_tokenizer, monkeypatch):
     for split in ("train", "test"):
         write_collection(tmp_path / "DIR", judgements=judgements, split=split)
     return tmp_path
+
+
+@needs_smollm2
+def test_rank_and_score(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents = ["Sort the items of the list in place.", "Open a file and return a stream."]
+    Path("lists.jsonl").write_text(json.dumps({"query": "how to sort a list", "documents": documents}))
+    Path("pairs.tsv").write_text("".join(f"how to sort a list\t{document}\n" for document in documents))
+    run(*commands_of("flagembedding-matryoshka ", 2))
+    (ranked,) = (json.loads(line) for line in Path("ranked.jsonl").read_text().splitlines())
+    assert [hit["corpus_id"] for hit in ranked["ranking"]] == [0, 1]
+    scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
+    assert all(better > worse for better, worse in zip(*scored, strict=True))
 
 
 def test_from_a_collection_to_a_plan(workplace):

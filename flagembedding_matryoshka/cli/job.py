@@ -6,7 +6,7 @@ import argparse
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,8 +38,14 @@ class Job(ABC):
     """What the result of a row is called in its line of the output."""
 
     def __init__(self, model: str, options: dict[str, Any], call: dict[str, Any]) -> None:
-        self.reranker = MatryoshkaReranker(model, **options)
+        self.model = model
+        self.options = options
         self.call = call
+
+    @cached_property
+    def reranker(self) -> MatryoshkaReranker:
+        """Made when it is first used: its errors are then those of the work, which Ray hands on as they are."""
+        return MatryoshkaReranker(self.model, **self.options)
 
     @staticmethod
     @abstractmethod
