@@ -64,14 +64,14 @@ def workplace(tmp_path, tiny_tokenizer, monkeypatch):
 @needs_smollm2
 def test_rank_and_score(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    documents = ["Sort the items of the list in place.", "Open a file and return a stream."]
+    documents = ["Sort the items of the list in place.", *(f"Open file {number}." for number in range(39))]
     Path("lists.jsonl").write_text(json.dumps({"query": "how to sort a list", "documents": documents}))
     Path("pairs.tsv").write_text("".join(f"how to sort a list\t{document}\n" for document in documents))
     run(*commands_of("flagembedding-matryoshka ", 2))
     (ranked,) = (json.loads(line) for line in Path("ranked.jsonl").read_text().splitlines())
-    assert [hit["corpus_id"] for hit in ranked["ranking"]] == [0, 1]
+    assert ranked["ranking"][0]["corpus_id"] == 0 and len(ranked["ranking"]) == 10
     scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
-    assert all(better > worse for better, worse in zip(*scored, strict=True))
+    assert all(max(of_exit) == of_exit[0] for of_exit in zip(*scored, strict=True))
 
 
 def test_from_a_collection_to_a_plan(workplace):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from tqdm import tqdm
 
@@ -23,7 +23,13 @@ PAIRS_AT_ONCE = 4096
 """Of a window, which ends with the row that has the last of them."""
 SPEED_ALONE = ("batch_size", "max_tokens_per_batch", "devices", "cache_dir")
 """Options that another part of the same output may be written with."""
-Window = list[Row]
+
+
+class Window(NamedTuple):
+    """Rows of the input, and how many are before them."""
+
+    start: int
+    rows: list[Row]
 
 
 class Job(ABC):
@@ -63,8 +69,20 @@ class Job(ABC):
         """What a row's line of the output begins with."""
 
     @abstractmethod
-    def run(self, window: Window) -> list[Any]:
+    def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
         """The result of each row."""
+
+    def run(self, window: Window) -> list[Any]:
+        """The same of a window.
+
+        Raises:
+            ValueError: if the re-ranker refuses a row, or gives something that is no number.
+        """
+        reranker = self.reranker  # what is wrong with its options is no row's fault
+        try:
+            return self.results(reranker, window.rows)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"among the rows behind row {window.start}, counted from 0 there: {error}") from error
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
@@ -110,25 +128,25 @@ def run_job(
     done = _pass_over(kind, output, left, options.output)
     first = next(left, None)
     if first is not None:
-        waiting = windows(kind, chain([first], left))
+        waiting = windows(kind, chain([first], left), done)
         with tqdm(total=total, initial=done, desc=settings["command"], unit="row", disable=None) as progress:
             for window, results in compute(kind, (options.model, given, call), waiting, options.ray):
-                output.append(map(partial(_line, kind), window, results))
-                progress.update(len(window))
+                output.append(map(partial(_line, kind), window.rows, results))
+                progress.update(len(window.rows))
 
 
-def windows(kind: type[Job], rows: Iterable[Row]) -> Iterator[Window]:
-    """Rows in lists of about `PAIRS_AT_ONCE` pairs."""
-    window: Window = []
+def windows(kind: type[Job], rows: Iterable[Row], start: int = 0) -> Iterator[Window]:
+    """Rows, before which so many are, in windows of about `PAIRS_AT_ONCE` pairs."""
+    found: list[Row] = []
     pairs = 0
     for row in rows:
-        window.append(row)
+        found.append(row)
         pairs += max(1, kind.pairs(row))
         if pairs >= PAIRS_AT_ONCE:
-            yield window
-            window, pairs = [], 0
-    if window:
-        yield window
+            yield Window(start, found)
+            start, found, pairs = start + len(found), [], 0
+    if found:
+        yield Window(start, found)
 
 
 def compute(

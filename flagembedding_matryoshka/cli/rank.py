@@ -15,9 +15,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from flagembedding_matryoshka.cli.job import Job, Window, add_files, run_job
+from flagembedding_matryoshka.cli.job import Job, add_files, run_job
 from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, name_of, text_of
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 
 class Rank(Job):
@@ -34,11 +35,11 @@ class Rank(Job):
     def kept(row: Row) -> Row:
         return {name: value for name, value in row.items() if name not in DOCUMENTS}
 
-    def run(self, window: Window) -> list[Any]:
-        lists = [row[name_of(row, DOCUMENTS)] for row in window]
+    def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
+        lists = [row[name_of(row, DOCUMENTS)] for row in rows]
         texts = [[text_of(document) for document in documents] for documents in lists]
-        queries = [row["query"] for row in window]
-        rankings = self.reranker.rank_batch(queries, texts, show_progress_bar=False, **self.call)
+        queries = [row["query"] for row in rows]
+        rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **self.call)
         return [
             [hit | _beside(documents[hit["corpus_id"]], hit) for hit in ranking]
             for documents, ranking in zip(lists, rankings, strict=True)

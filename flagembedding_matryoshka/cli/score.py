@@ -13,8 +13,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from flagembedding_matryoshka.cli.job import Job, Window, add_files, run_job
+from flagembedding_matryoshka.cli.job import Job, add_files, run_job
 from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 
 class Score(Job):
@@ -31,9 +32,9 @@ class Score(Job):
     def kept(row: Row) -> Row:
         return row
 
-    def run(self, window: Window) -> list[Any]:
-        pairs = [(row["query"], row[name_of(row, PASSAGE)]) for row in window]
-        scores: list[Any] = self.reranker.compute_score(pairs, show_progress_bar=False, **self.call)
+    def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
+        pairs = [(row["query"], row[name_of(row, PASSAGE)]) for row in rows]
+        scores: list[Any] = reranker.compute_score(pairs, show_progress_bar=False, **self.call)
         return [list(of_pair) for of_pair in zip(*scores, strict=True)] if isinstance(scores[0], list) else scores
 
 

@@ -46,4 +46,4 @@ def test_the_file_is_read_no_further_than_the_workers_need(ray_cluster, desk, mo
     found = job.compute(score.Score, (desk.model, options, {}), job.windows(score.Score, rows), 1)
     for place in range(3):
         window, results = next(found)
-        assert window == [PAIRS[place]] and len(results) == 1 and len(read) <= place + 3
+        assert window == (place, [PAIRS[place]]) and len(results) == 1 and len(read) <= place + 3

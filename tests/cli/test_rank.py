@@ -48,6 +48,15 @@ def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
     assert [hit["corpus_id"] for hit in strings] == [hit["corpus_id"] for hit in reranker.rank("wing", TEXTS)]
 
 
+def test_a_list_that_is_refused_is_named_and_those_before_it_are_there(desk, monkeypatch):
+    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
+    desk.write([LISTS[0], LISTS[0], LISTS[2]])
+    fault = "among the rows behind row 2, counted from 0 there: cascade .* keeps 2 of the 4 candidates of query 0"
+    with pytest.raises(ValueError, match=fault):
+        main(desk.words("--top_k", "3", "--cascade", "3:0.5"))
+    assert len(desk.read()) == 2
+
+
 def test_what_the_ranking_refuses_is_not_written(desk):
     desk.write(LISTS)
     with pytest.raises(ValueError, match=r"exits are \[2, 3, 4, 5, 6\]"):

@@ -46,7 +46,8 @@ def test_a_pipe_is_read_from_its_start_and_no_further_than_is_needed(monkeypatch
     read = []
     rows = (read.append(number) or {"query": "q", "passage": "p"} for number in range(1000))
     windows = job.windows(Score, rows)
-    assert len(next(windows)) == 3 and read == [0, 1, 2]
+    assert len(next(windows).rows) == 3 and read == [0, 1, 2]
+    assert next(windows).start == 3
 
 
 @pytest.fixture
