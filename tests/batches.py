@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
 
 VOCABULARY = 300
 EXITS = (2, 3, 4, 5, 6)
@@ -23,6 +26,13 @@ class TokenSequence:
     ids: list[int]
     query_length: int
     prompt_length: int
+
+
+def tokenized_pair(ids, query_length, prompt_length) -> TokenizedPair:
+    """Lists of tokens as the package holds them."""
+    ids = np.array(ids, dtype=np.int32)
+    passage_end = len(ids) - prompt_length
+    return TokenizedPair(QueryPart(ids[:query_length]), ids[query_length:passage_end], ids[passage_end:])
 
 
 def random_sequences(lengths, seed=0) -> list[TokenSequence]:

@@ -17,9 +17,7 @@ from benchmarks.scoring.settings import CANDIDATES, Timed, quantizations, settin
 from benchmarks.scoring.texts import random_lists, random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.models.loading import load_tokenizer
-from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 MAX_LENGTH = 512
 
@@ -48,8 +46,7 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     words = words_of(ours.tokenizer)
     pairs = random_pairs(words, args.pairs, draw)
     lists = {} if args.pairs_only else random_lists(words, max(1, args.pairs // CANDIDATES), CANDIDATES, draw)
-    inputs = ScoringOptions.resolve(ours, {}).tokenize(pairs, PairTokenizer(ours.tokenizer))
-    lengths = sorted(len(pair.input_ids) for pair in inputs)
+    lengths = sorted(map(len, ours.tokenize(pairs)))
     settings = settings_of(ours, pairs, lists)
     reference = torch.tensor(ours.compute_score(pairs, show_progress_bar=False))
     correlations = {}

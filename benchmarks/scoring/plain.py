@@ -9,8 +9,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 BATCH_SIZE = 32
 
@@ -32,13 +30,13 @@ class PlainCrossEncoder(nn.Module):
     @torch.inference_mode()
     def compute_score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Scores in the order given. The texts become tokens as ours do."""
-        inputs = ScoringOptions.resolve(self.ours, {}).tokenize(pairs, PairTokenizer(self.ours.tokenizer))
-        order = sorted(range(len(pairs)), key=lambda index: -len(inputs[index].input_ids))
+        inputs = self.ours.tokenize(pairs)
+        order = sorted(range(len(pairs)), key=lambda index: -len(inputs[index]))
         scores = torch.empty(len(pairs))
         tokenizer: PreTrainedTokenizerBase = self.ours.tokenizer
         for start in range(0, len(order), BATCH_SIZE):
             places = order[start : start + BATCH_SIZE]
-            rows = {"input_ids": [inputs[index].input_ids for index in places]}
+            rows = {"input_ids": [inputs[index].input_ids.tolist() for index in places]}
             batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.decoder.device)
             hidden = self.decoder(**batch, use_cache=False).last_hidden_state
             last = batch["attention_mask"].sum(1) - 1

@@ -51,7 +51,7 @@ class CrossDecoder(CrossDecoderModel):
 def collate(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The groups left-padded, as its runner pads them."""
     features = [
-        ([{"input_ids": pair.input_ids, "attention_mask": [1] * len(pair.input_ids)} for pair in pairs], scores)
+        ([{"input_ids": pair.input_ids.tolist(), "attention_mask": [1] * len(pair)} for pair in pairs], scores)
         for pairs, scores in groups
     ]
     return AbsLLMRerankerCollator(tokenizer)(features)

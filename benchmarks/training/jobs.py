@@ -11,7 +11,8 @@ from flagembedding_matryoshka import Setting
 from flagembedding_matryoshka.finetune.collators import Group
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from flagembedding_matryoshka.text.encoding import Ids
+from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
 
 RATIOS = (1, 2, 4, 8)
 QUERY_LENGTH, PASSAGE_LENGTHS, PROMPT_LENGTH = 32, (64, 192), 14
@@ -57,21 +58,19 @@ def make_groups(job: Job) -> list[Group]:
     """Random tokens and teacher scores, as a dataset gives them: the pairs of a group share their query."""
     generator = torch.Generator().manual_seed(0)
 
-    def tokens(count: int) -> list[int]:
-        return torch.randint(1, job.config.vocab_size, (count,), generator=generator).tolist()
+    def tokens(count: int) -> Ids:
+        return torch.randint(1, job.config.vocab_size, (count,), generator=generator, dtype=torch.int32).numpy()
 
     shortest, longest = PASSAGE_LENGTHS
     groups: list[Group] = []
     for _ in range(job.queries):
-        query = tokens(QUERY_LENGTH)
+        query = QueryPart(tokens(QUERY_LENGTH))
         lengths = torch.randint(shortest, longest + 1, (job.group,), generator=generator).tolist()
-        pairs = [
-            TokenizedPair(query + tokens(length + PROMPT_LENGTH), QUERY_LENGTH, PROMPT_LENGTH) for length in lengths
-        ]
+        pairs = [TokenizedPair(query, tokens(length), tokens(PROMPT_LENGTH)) for length in lengths]
         groups.append((pairs, torch.randn(job.group, generator=generator).tolist()))
     return groups
 
 
 def pair_lengths(job: Job) -> list[int]:
     """Tokens of each pair, with its query."""
-    return [len(pair.input_ids) for pairs, _ in make_groups(job) for pair in pairs]
+    return [len(pair) for pairs, _ in make_groups(job) for pair in pairs]

@@ -130,7 +130,7 @@ def compress_padded(
 def collate(groups: Sequence[Group]) -> dict[str, Any]:
     """The pairs of all groups right-padded, with their part lengths."""
     pairs = [pair for group, _ in groups for pair in group]
-    ids = [torch.tensor(pair.input_ids) for pair in pairs]
+    ids = [torch.tensor(pair.input_ids).long() for pair in pairs]
     return {
         "pair": {
             "input_ids": pad_sequence(ids, batch_first=True),

@@ -72,7 +72,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
             [(row["query"], passage) for passage in passages],
             self.args.query_max_len,
             self.args.passage_max_len + self.args.query_max_len // 2,
-            self.max_length - self.pair_tokenizer.prompt_length(template),
+            self.max_length - len(self.pair_tokenizer.prompt_ids(template)),
             template,
         )
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
 
 
 def by_query(pairs: Sequence[TokenizedPair]) -> list[int]:
     """Indices of all pairs: those of one query together and the longest first, and so the queries."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[QueryPart, list[int]] = {}
     for index, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.query_ids), []).append(index)
+        groups.setdefault(pair.query, []).append(index)
     for group in groups.values():
-        group.sort(key=lambda index: -len(pairs[index].input_ids))
-    longest_first = sorted(groups.values(), key=lambda group: -len(pairs[group[0]].input_ids))
+        group.sort(key=lambda index: -len(pairs[index]))
+    longest_first = sorted(groups.values(), key=lambda group: -len(pairs[group[0]]))
     return list(chain.from_iterable(longest_first))
 
 
 def _new_tokens(pair: TokenizedPair, before: TokenizedPair | None) -> int:
     """Tokens that `pair` adds to a batch which ends with `before`."""
-    shared = pair.query_length if before is not None and before.query_ids == pair.query_ids else 0
-    return len(pair.input_ids) - shared
+    shared = before is not None and before.query == pair.query
+    return pair.own_length if shared else len(pair)
 
 
 def count_tokens(pairs: Sequence[TokenizedPair]) -> int:

@@ -36,7 +36,7 @@ def count_operations(
             query_lengths=torch.tensor([pair.query_length for pair in pairs]),
             passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
             prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
-            shares_query=torch.tensor([False, *(a.query_ids == b.query_ids for a, b in pairwise(pairs))]),
+            shares_query=torch.tensor([False, *(a.query == b.query for a, b in pairwise(pairs))]),
             depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
         )
     return total
@@ -45,4 +45,4 @@ def count_operations(
 def count_input_tokens(inputs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
     """Of pairs with one query: the tokens of the query part, which a batch holds once, and each document's own."""
     shared = inputs[0].query_length if inputs else 0
-    return shared, [len(pair.input_ids) - shared for pair in inputs]
+    return shared, [pair.own_length for pair in inputs]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import zip_longest
 from typing import Any
 
+from typing_extensions import TypeIs
+
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
 Pair = Sequence[str]
+Inputs = Sequence[TokenizedPair]
+Pairs = Sequence[tuple[str, str]] | Inputs
+_MISSING = object()
 
 
-def as_pairs(sentence_pairs: Iterable[Pair] | Pair) -> list[tuple[str, str]]:
-    """Pairs of strings of any iterable, which is read once; a single pair becomes a list of one.
+def are_tokenized(pairs: Pairs) -> TypeIs[Inputs]:
+    """Whether pairs are not texts any more; those of a call are all of a kind."""
+    return bool(pairs) and isinstance(pairs[0], TokenizedPair)
+
+
+def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) -> Pairs:
+    """Pairs of strings of any iterable, which is read once; a single pair becomes a list of one, and what is tokenised
+    stays as it is.
 
     Raises:
         TypeError: naming the first thing that is not a pair of strings, and where it stands.
@@ -17,6 +31,8 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair) -> list[tuple[str, str]]:
     pairs = _as_list("pairs of query and passage", sentence_pairs)
     if len(pairs) == 2 and isinstance(pairs[0], str):
         pairs = [pairs]
+    if pairs and all(isinstance(pair, TokenizedPair) for pair in pairs):
+        return pairs
     found = []
     for index, pair in enumerate(pairs):
         try:
@@ -30,6 +46,19 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair) -> list[tuple[str, str]]:
     return found
 
 
+def as_tokenized(number: int, pairs: Iterable[TokenizedPair]) -> list[TokenizedPair]:
+    """The tokenised pairs of one list.
+
+    Raises:
+        TypeError: naming the first thing that is none.
+    """
+    values = _as_list(f"list {number}", pairs)
+    for place, value in enumerate(values):
+        if not isinstance(value, TokenizedPair):
+            raise TypeError(f"pair {place} of list {number} must be one that tokenize made, got {excerpt(value)}.")
+    return values
+
+
 def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tuple[list[str], list[list[str]]]:
     """Queries with a list of documents each, from any iterables, which are read once.
 
@@ -38,19 +67,41 @@ def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tup
         ValueError: if there are not as many lists as queries.
     """
     queries = _as_list("queries", queries)
-    lists = [
-        _as_list(f"the documents of query {number}", documents)
-        for number, documents in enumerate(_as_list("candidates", candidates))
-    ]
+    lists = _as_list("candidates", candidates)
     if len(queries) != len(lists):
         raise ValueError(f"{len(lists)} lists of candidates need a list of as many queries, got {len(queries)}.")
-    for number, (query, documents) in enumerate(zip(queries, lists, strict=True)):
-        if not isinstance(query, str):
-            raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
-        for index, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise TypeError(f"document {index} of query {number} must be a string, got {excerpt(document)}.")
-    return queries, lists
+    return queries, [
+        _as_documents(number, query, documents)
+        for number, (query, documents) in enumerate(zip(queries, lists, strict=True))
+    ]
+
+
+def read_lists(
+    queries: Iterable[str] | Iterable[tuple[str, Iterable[str]]], candidates: Iterable[Iterable[str]] | None
+) -> Iterator[tuple[str, list[str]]]:
+    """As `as_lists`, each query with its documents as they come; without `candidates` of (query, documents).
+
+    Raises:
+        TypeError, ValueError: as `as_lists`, some of it at once, and what is wrong with a list when it is read.
+    """
+    if candidates is None:
+        return _read(_as_iterable("lists", queries))
+    pairs = _as_iterable("queries", queries), _as_iterable("candidates", candidates)
+    return _read(zip_longest(*pairs, fillvalue=_MISSING))
+
+
+def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
+    for number, row in enumerate(rows):
+        try:
+            query, documents = row
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"list {number} must be a query and its documents, got {excerpt(row)}.") from error
+        for name, value in (("query", query), ("list of candidates", documents)):
+            if value is _MISSING:
+                raise ValueError(
+                    f"there must be as many queries as lists of candidates, but {name} {number} is missing."
+                )
+        yield query, _as_documents(number, query, documents)
 
 
 def excerpt(value: object) -> str:
@@ -59,8 +110,23 @@ def excerpt(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
+    """The documents of one query, both checked."""
+    documents = _as_list(f"the documents of query {number}", documents)
+    if not isinstance(query, str):
+        raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
+    for index, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise TypeError(f"document {index} of query {number} must be a string, got {excerpt(document)}.")
+    return documents
+
+
 def _as_list(name: str, values: Any) -> list[Any]:
-    """The items of an iterable whose order means something; a table's or a dict's are the names of what it holds.
+    return list(_as_iterable(name, values))
+
+
+def _as_iterable(name: str, values: Any) -> Iterable[Any]:
+    """An iterable whose order means something; a table's or a dict's items are the names of what it holds.
 
     Raises:
         TypeError: if it is a string, a mapping, a set, a table of columns or no iterable.
@@ -69,4 +135,4 @@ def _as_list(name: str, values: Any) -> list[Any]:
     if isinstance(values, str | bytes | Mapping | Set) or is_table or not isinstance(values, Iterable):
         kind = "the string" if isinstance(values, str) else f"the {type(values).__name__}"
         raise TypeError(f"{name} must be a list, got {kind} {excerpt(values)}.")
-    return list(values)
+    return values

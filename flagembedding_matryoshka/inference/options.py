@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
 CALIBRATED = "calibrated"
 """The value of `normalize` that asks for probabilities as an evaluation calibrated them."""
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
+OF_TEXTS = (
+    "query_instruction_for_rerank",
+    "query_instruction_format",
+    "passage_instruction_for_rerank",
+    "passage_instruction_format",
+    "prompt",
+    "query_max_length",
+    "max_length",
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,13 @@ class ScoringOptions:
             prompt=self.prompt,
         )
         return tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)
+
+
+def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:
+    """Raise TypeError if a call says how texts become tokens and gives no texts."""
+    given = {name: overrides[name] for name in OF_TEXTS if overrides.get(name) is not None}
+    if given and are_tokenized(pairs):
+        raise TypeError(f"the pairs are tokenised already; {given} goes to tokenize.")
 
 
 def refuse_beside_plan(given: Any) -> None:

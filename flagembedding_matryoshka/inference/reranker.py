@@ -12,19 +12,20 @@ import torch
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import fast_batch_tokens, resolve_dtype
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
-from flagembedding_matryoshka.inference.options import resolve_call, resolve_ranking
+from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call
 from flagembedding_matryoshka.inference.plan import load_plan
-from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
-from flagembedding_matryoshka.inference.scoring import rankings_of, refuse_too_short, score_cascade, score_pairs
+from flagembedding_matryoshka.inference.ranking import RankingReranker
+from flagembedding_matryoshka.inference.scoring import score_pairs
+from flagembedding_matryoshka.inference.tasks import Call
 from flagembedding_matryoshka.models.export import export_exits
 from flagembedding_matryoshka.models.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
-from flagembedding_matryoshka.setting import Layers, Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.setting import Layers
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
-class MatryoshkaReranker(PlannedReranker):
+class MatryoshkaReranker(RankingReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
@@ -167,7 +168,7 @@ class MatryoshkaReranker(PlannedReranker):
 
     def compute_score(
         self,
-        sentence_pairs: Iterable[Pair] | Pair,
+        sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair],
         *,
         device: str | None = None,
         show_progress_bar: bool | None = None,
@@ -176,7 +177,7 @@ class MatryoshkaReranker(PlannedReranker):
         """Score pairs of query and passage.
 
         Args:
-            sentence_pairs: (query, passage) pairs, or a single pair.
+            sentence_pairs: (query, passage) pairs, or a single pair; or what `tokenize` made of them.
             device: one of the re-ranker's `devices`; None spreads the work over all of them.
             show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
@@ -189,7 +190,8 @@ class MatryoshkaReranker(PlannedReranker):
 
         Raises:
             ArithmeticError: if a score is not a number.
-            TypeError: if a text is not a string, a pair is not a pair, or a keyword is unknown.
+            TypeError: if a text is not a string, a pair is not a pair, a keyword is unknown, or one that says how texts
+                become tokens is given beside pairs that are tokenised.
             ValueError: if the layers, ratio or lengths asked for do not fit the model, or there is no such device.
             torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
         """
@@ -198,82 +200,15 @@ class MatryoshkaReranker(PlannedReranker):
         options, setting = resolve_call(self, overrides)
         normalize = self._normalizer(options, setting)
         pairs = as_pairs(sentence_pairs)
+        refuse_beside_tokens(pairs, overrides)
         if not pairs:
             return []
-        shares = 1 if device else len(self.target_devices)
-        run = partial(self._run, device=device)
-        scores = score_pairs(run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
+        call = Call(self._pair_tokenizer, options, setting, shares=1 if device else len(self.target_devices))
+        scores = score_pairs(partial(self._run, device=device), pairs, call, show_progress_bar)
         if normalize is not None:
             scores = torch.stack(list(map(normalize, scores, setting.cutoff_layers)))
         per_layer = scores.tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
-
-    def rank(
-        self,
-        query: str,
-        documents: Iterable[str],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        cascade: Mapping[int, float] | None = None,
-        **overrides: Any,
-    ) -> list[dict[str, int | float | str]]:
-        """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
-
-        Args:
-            top_k: how many to return; None is all.
-            return_documents: also return each document's text.
-            cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
-                8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
-                better. All of it is one pass, and the states of a query's documents lie in memory. None is the one that
-                `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
-            overrides: as in `compute_score`, with one cutoff layer.
-
-        Returns:
-            A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
-            the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
-
-        Raises:
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given, or
-                the cascade does not fit the model or keeps fewer than `top_k`.
-        """
-        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **overrides)[0]
-
-    def rank_batch(
-        self,
-        queries: Iterable[str],
-        candidates: Iterable[Iterable[str]],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        cascade: Mapping[int, float] | None = None,
-        **overrides: Any,
-    ) -> list[list[dict[str, int | float | str]]]:
-        """`rank` for many queries, in common batches; `candidates` are the documents of each query.
-
-        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
-        """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
-        queries, lists = as_lists(queries, candidates)
-        pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
-        show_progress_bar = overrides.pop("show_progress_bar", None)
-        options, setting = resolve_ranking(self, overrides, cascade)
-        normalize = self._normalizer(options, setting)
-        shares = len(self.target_devices)
-        if setting.cascade or cascade is not None:
-            owner = [number for number, documents in enumerate(lists) for _ in documents]
-            if top_k is not None and cascade is not None:
-                refuse_too_short(setting, owner, top_k)
-            found = score_cascade(
-                self._run, pairs, owner, self._pair_tokenizer, options, setting, shares, show_progress_bar
-            )
-        else:
-            scores = score_pairs(self._run, pairs, self._pair_tokenizer, options, setting, shares, show_progress_bar)
-            found = [{"score": score} for score in scores[0].tolist()]
-        return rankings_of(lists, found, top_k, return_documents, normalize, setting.depth)
-
-    def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
-        """What `rank` runs with these arguments of it; errors as there."""
-        return resolve_ranking(self, overrides, cascade)[1]
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
@@ -286,17 +221,38 @@ class MatryoshkaReranker(PlannedReranker):
         export_exits(self.model, setting.cutoff_layers, output_dir)
         self.tokenizer.save_pretrained(output_dir)
 
+    def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
+        """Pairs as `compute_score`, `score_lists` and `estimate_flops` take them at any depth and width, so that texts
+        are tokenised once for all of these. Tokens are held as arrays, 4 bytes each.
+
+        Args:
+            overrides: of `compute_score`, those that say how texts become tokens: `prompt`, `query_max_length`,
+                `max_length` and instructions.
+
+        Returns:
+            a value for each pair; its `is_cut` says whether a text was longer than is allowed.
+
+        Raises:
+            TypeError, ValueError: as in `compute_score`.
+        """
+        call = Call(self._pair_tokenizer, *resolve_call(self, overrides), shares=1)
+        return list(call.tokenize(as_pairs(sentence_pairs)))
+
     def count_tokens(self, query: str, documents: Iterable[str], **overrides: Any) -> tuple[int, list[int]]:
         """Tokens that scoring reads: the query part's, which a batch holds once, and each document's and prompt's."""
         (query,), (documents,) = as_lists([query], [documents])
-        pairs = [(query, document) for document in documents]
-        return count_input_tokens(resolve_call(self, overrides)[0].tokenize(pairs, self._pair_tokenizer))
+        return count_input_tokens(self.tokenize([(query, document) for document in documents], **overrides))
 
     def estimate_flops(
-        self, sentence_pairs: Iterable[Pair] | Pair, depths: Sequence[int] | None = None, **overrides: Any
+        self,
+        sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair],
+        depths: Sequence[int] | None = None,
+        **overrides: Any,
     ) -> int:
         """Floating-point operations that `compute_score` spends on all of these pairs, by the model's own count; with
         `depths` a cascade: the "cutoff_layer" that it gave each pair, with all its exits as `cutoff_layers`."""
         options, setting = resolve_call(self, overrides)
-        inputs = options.tokenize(as_pairs(sentence_pairs), self._pair_tokenizer)
+        pairs = as_pairs(sentence_pairs)
+        refuse_beside_tokens(pairs, overrides)
+        inputs = Call(self._pair_tokenizer, options, setting, shares=1).tokenize(pairs)
         return count_operations(self.config, inputs, options, setting, depths)

@@ -2,85 +2,93 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flagembedding_matryoshka.inference.engine import ScoreBatch, Task
+from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.inputs import Pairs
 from flagembedding_matryoshka.inference.normalizing import Normalizer
-from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.inference.tasks import batches_of, cascade_tasks
+from flagembedding_matryoshka.inference.tasks import Call, Window, Work, batches_of, tasks_of, windows_of
 from flagembedding_matryoshka.setting import Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 Run = Callable[[Iterator[Task]], Generator[tuple[int, Any], None, None]]
 """Computes tasks, and yields the number and the result of each."""
 Hit = dict[str, Any]
 
 
-def score_pairs(
-    run: Run,
-    pairs: Sequence[tuple[str, str]],
-    tokenizer: PairTokenizer,
-    options: ScoringOptions,
-    setting: Setting,
-    shares: int,
-    show_progress_bar: bool | None,
-) -> Tensor:
-    """(cutoff layers, pairs) float32 scores, each batch on one of so many devices.
+def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | None) -> Tensor:
+    """(cutoff layers, pairs) float32 scores.
 
     Args:
         show_progress_bar: None shows one on work of more than a second.
     """
-    scores = torch.empty(len(setting.cutoff_layers), len(pairs))
-    batches: list[list[int]] = []
-
-    def tasks() -> Iterator[Task]:
-        for indices, inputs in batches_of(pairs, tokenizer, options, shares):
-            batches.append(indices)
-            yield ScoreBatch(inputs, indices, setting)
-
-    with _progress(len(pairs), show_progress_bar) as progress, closing(run(tasks())) as results:
-        for number, found in results:
-            scores[:, batches[number]] = torch.tensor(found)
-            progress.update(len(batches[number]))
+    scores = torch.empty(len(call.setting.cutoff_layers), len(pairs))
+    results = _results(run, batches_of(pairs, call))
+    with _progress(len(pairs), show_progress_bar) as progress, closing(results):
+        for places, found in results:
+            scores[:, places] = torch.tensor(found)
+            progress.update(len(places))
     return scores
 
 
-def score_cascade(
-    run: Run,
-    pairs: Sequence[tuple[str, str]],
-    owner: Sequence[int],
-    tokenizer: PairTokenizer,
-    options: ScoringOptions,
-    setting: Setting,
-    shares: int,
-    show_progress_bar: bool | None,
-) -> list[Hit]:
-    """ "score" and "cutoff_layer" of each pair, where it was read; `owner` says whose candidate it is."""
-    order: list[list[int]] = []
-    found: dict[int, Hit] = {}
+def score_lists(
+    run: Run, lists: Iterable[Pairs], call: Call, total: int | None, show_progress_bar: bool | None
+) -> Generator[list[Hit], None, None]:
+    """For each list "score" of its pairs and in a cascade "cutoff_layer", where it was read. No more of them are read
+    than are scored in one go, and those that are tokenised meanwhile.
+
+    Args:
+        total: pairs of all lists, if that is known.
+        show_progress_bar: as in `score_pairs`.
+    """
+    hits: list[Hit] = []
+    with _progress(total, show_progress_bar) as progress, closing(windows_of(lists, call)) as windows:
+        for window in windows:
+            # Whoever takes the rankings may score something else in between: no task is left unfinished.
+            found = iter(_hits(run, window, call, progress))
+            for portion in window.portions:
+                hits += islice(found, len(portion.pairs))
+                if portion.is_last:
+                    yield hits
+                    hits = []
+
+
+def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
+    hits: list[Hit] = [{} for _ in window.inputs]
+    with closing(_results(run, tasks_of(window, call))) as results:
+        for places, found in results:
+            if call.is_cascade:
+                of_task = [{"score": score, "cutoff_layer": layer} for score, layer in found]
+            else:
+                of_task = [{"score": score} for score in found[0]]
+            for place, hit in zip(places, of_task, strict=True):
+                hits[place] = hit
+            progress.update(len(places))
+    return hits
+
+
+def _results(run: Run, works: Iterable[Work]) -> Generator[tuple[Sequence[int], Any], None, None]:
+    """The places and the result of each task, as they are done."""
+    given: dict[int, Sequence[int]] = {}
 
     def tasks() -> Iterator[Task]:
-        for indices, task in cascade_tasks(pairs, owner, tokenizer, options, setting, shares):
-            order.append(indices)
+        for number, (places, task) in enumerate(works):
+            given[number] = places
             yield task
 
-    with _progress(len(pairs), show_progress_bar) as progress, closing(run(tasks())) as results:
-        for number, share in results:
-            for index, (score, layer) in zip(order[number], share, strict=True):
-                found[index] = {"score": score, "cutoff_layer": layer}
-            progress.update(len(share))
-    return [found[index] for index in range(len(pairs))]
+    with closing(run(tasks())) as results:
+        for number, found in results:
+            yield given.pop(number), found
 
 
-def _progress(total: int, show_progress_bar: bool | None) -> Any:
+def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
     """A bar; of None one that shows itself on work of more than a second."""
     return tqdm(
         total=total,
@@ -91,41 +99,60 @@ def _progress(total: int, show_progress_bar: bool | None) -> Any:
     )
 
 
-def refuse_too_short(setting: Setting, owner: Sequence[int], top_k: int) -> None:
-    """Raise ValueError if a cascade keeps fewer than `top_k` of a query's candidates that has as many."""
-    for query, count in Counter(owner).items():
-        if setting.kept(count) < min(top_k, count):
-            raise ValueError(
-                f"cascade {dict(setting.cascade)} keeps {setting.kept(count)} of the {count} candidates of query "
-                f"{query}, fewer than top_k={top_k}."
-            )
-
-
-def rankings_of(
-    lists: Sequence[Sequence[str]],
-    found: Sequence[Hit],
+def rank_lists(
+    run: Run,
+    lists: Iterable[tuple[str, Sequence[str]]],
+    call: Call,
     top_k: int | None,
     return_documents: bool,
     normalize: Normalizer | None,
-    depth: int,
-) -> list[list[Hit]]:
-    """Each list's hits, the best first; with a cascade those that came further go before the others.
+    total: int | None,
+    show_progress_bar: bool | None,
+) -> Generator[list[Hit], None, None]:
+    """The ranking of each query's documents, as soon as it and those before it are known; arguments as `score_lists`
+    and `ranking_of`."""
+    waiting: deque[Sequence[str]] = deque()
+
+    def pairs() -> Iterator[Pairs]:
+        for query, documents in lists:
+            waiting.append(documents)
+            yield [(query, document) for document in documents]
+
+    with closing(score_lists(run, pairs(), call, total, show_progress_bar)) as scored:
+        for hits in scored:
+            documents = waiting.popleft()
+            texts = documents if return_documents else None
+            yield ranking_of(hits, texts, top_k, normalize, call.setting.depth)
+
+
+def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
+    """Raise ValueError if a cascade keeps fewer than `top_k` of a query's candidates that has as many."""
+    if setting.kept(count) < min(top_k, count):
+        raise ValueError(
+            f"cascade {dict(setting.cascade)} keeps {setting.kept(count)} of the {count} candidates of query "
+            f"{query}, fewer than top_k={top_k}."
+        )
+
+
+def best_first(hits: Sequence[Hit]) -> list[int]:
+    """Places of a list's hits in their order; with a cascade those that came further go before the others."""
+    return sorted(range(len(hits)), key=lambda place: (-hits[place].get("cutoff_layer", 0), -hits[place]["score"]))
+
+
+def ranking_of(
+    hits: Sequence[Hit], documents: Sequence[str] | None, top_k: int | None, normalize: Normalizer | None, depth: int
+) -> list[Hit]:
+    """A list's hits, the best first.
 
     Args:
-        found: for all documents, list after list.
+        documents: texts to put beside them.
         normalize: applied to what is returned: it makes scores equal that are not.
         depth: where scores were read that do not say so themselves.
     """
-    rankings: list[list[Hit]] = []
-    rest = iter(found)
-    for documents in lists:
-        ranked: list[Hit] = [
-            {"corpus_id": index} | next(rest) | ({"text": text} if return_documents else {})
-            for index, text in enumerate(documents)
-        ]
-        ranked.sort(key=lambda document: (-document.get("cutoff_layer", 0), -document["score"]))
-        rankings.append(ranked[:top_k])
-    if normalize is not None:
-        for hit in chain(*rankings):
+    ranking: list[Hit] = []
+    for place in best_first(hits)[:top_k]:
+        hit: Hit = {"corpus_id": place} | hits[place] | ({} if documents is None else {"text": documents[place]})
+        if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
-    return rankings
+        ranking.append(hit)
+    return ranking

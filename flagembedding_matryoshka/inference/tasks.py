@@ -3,79 +3,165 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
-from flagembedding_matryoshka.inference.engine import RunCascade
+from flagembedding_matryoshka.inference.engine import RunCascade, ScoreBatch, Task
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.setting import Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 T = TypeVar("T")
 R = TypeVar("R")
 PAIRS_TOKENIZED_AHEAD = 8192
 BATCHES_AT_ONCE = 16
 """Of a cascade, whose candidates must all wait for each other."""
+BATCHES_TOKENIZED_AHEAD = 64
+"""Of lists, on each device: the first ranking waits for so many, and each device at their end for the others."""
+TOKENS_OF_A_PAIR = 256
+"""As far as can be told before it is tokenised."""
 
 
-def batches_of(
-    pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer, options: ScoringOptions, shares: int
-) -> Iterator[tuple[list[int], list[TokenizedPair]]]:
-    """Indices and inputs of batches, at least `shares` of about equal size. Pairs are tokenised while those before
-    them are computed."""
+@dataclass(frozen=True)
+class Call:
+    """What is done with the pairs of a call.
 
-    def tokenize(start: int) -> list[TokenizedPair]:
-        return options.tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD], tokenizer)
-
-    for window, inputs in enumerate(_one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD))):
-        max_tokens = options.max_tokens_per_batch
-        if shares > 1:
-            together = count_tokens([inputs[index] for index in by_query(inputs)])
-            max_tokens = min(max_tokens, math.ceil(together / shares))
-        for batch in cut_batches(inputs, options.batch_size, max_tokens):
-            first = window * PAIRS_TOKENIZED_AHEAD
-            yield [first + index for index in batch], [inputs[index] for index in batch]
-
-
-def cascade_tasks(
-    pairs: Sequence[tuple[str, str]],
-    owner: Sequence[int],
-    tokenizer: PairTokenizer,
-    options: ScoringOptions,
-    setting: Setting,
-    shares: int,
-) -> Iterator[tuple[list[int], RunCascade]]:
-    """Tasks, each with all candidates of its queries, and the indices of its results, in their order.
-
-    The states of a task lie in memory at once: it has as many queries as fill BATCHES_AT_ONCE batches, or one.
-
-    Args:
-        owner: the query of each pair, as a number; those of one query stand together.
-        shares: devices, for each of which there is work, if there are as many queries.
+    Attributes:
+        shares: devices, for each of which there is work, if there is enough of it.
+        is_cascade: whether candidates of a list wait for each other.
     """
 
-    def tokenize(part: range) -> tuple[range, list[TokenizedPair]]:
-        return part, options.tokenize(pairs[part.start : part.stop], tokenizer)
+    tokenizer: PairTokenizer
+    options: ScoringOptions
+    setting: Setting
+    shares: int
+    is_cascade: bool = False
 
-    for part, inputs in _one_ahead(tokenize, whole_queries(owner, [1] * len(pairs), PAIRS_TOKENIZED_AHEAD)):
-        max_tokens = BATCHES_AT_ONCE * options.max_tokens_per_batch
-        if shares > 1:
-            max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / shares))
-        own, lengths = owner[part.start : part.stop], [len(pair.input_ids) for pair in inputs]
-        for window in whole_queries(own, lengths, max_tokens):
-            places = [
-                [window[place] for place in batch]
-                for batch in cut_batches(
-                    inputs[window.start : window.stop], options.batch_size, options.max_tokens_per_batch
-                )
-            ]
-            names = [[part[place] for place in batch] for batch in places]
-            packs = [[inputs[place] for place in batch] for batch in places]
-            owners = [[own[place] for place in batch] for batch in places]
-            yield list(chain(*names)), RunCascade(packs, names, owners, setting)
+    def tokenize(self, pairs: Pairs) -> Inputs:
+        """Pairs that are tokenised already stay as they are."""
+        return pairs if are_tokenized(pairs) else self.options.tokenize(pairs, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Candidates of one query that are scored in one go: all of them, or of very many some.
+
+    Attributes:
+        number: of their list.
+        is_last: whether it has no more of them.
+    """
+
+    number: int
+    pairs: Pairs
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring portions, tokenised.
+
+    Attributes:
+        first: number of the first pair in the whole call.
+        inputs: the pairs of all portions.
+    """
+
+    portions: Sequence[Portion]
+    first: int
+    inputs: Inputs
+
+
+Work = tuple[Sequence[int], Task]
+"""A task, and the places of the pairs that it has results for, in their order."""
+
+
+def batches_of(pairs: Pairs, call: Call) -> Iterator[Work]:
+    """All pairs in batches, at least one for each share, of about equal size. Pairs are tokenised while those before
+    them are computed."""
+
+    def tokenize(start: int) -> tuple[int, Inputs]:
+        return start, call.tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD])
+
+    for start, inputs in _one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD)):
+        for batch in _cut(inputs, call):
+            names = [start + place for place in batch]
+            yield names, ScoreBatch([inputs[place] for place in batch], names, call.setting)
+
+
+def windows_of(lists: Iterable[Pairs], call: Call) -> Generator[Window, None, None]:
+    """Neighbouring lists, as many as are scored in one go, each window read and tokenised while the one before it is
+    computed. A list that is longer has several windows, unless it is a cascade's."""
+    tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
+    size = min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD)
+
+    def filled() -> Iterator[list[Portion]]:
+        portions: list[Portion] = []
+        count = 0
+        for number, pairs in enumerate(lists):
+            step = len(pairs) if call.is_cascade else size
+            for start in range(0, max(1, len(pairs)), max(1, step)):
+                portion = Portion(number, pairs[start : start + step], start + step >= len(pairs))
+                if portions and count + len(portion.pairs) > size:
+                    yield portions
+                    portions, count = [], 0
+                portions.append(portion)
+                count += len(portion.pairs)
+        if portions:
+            yield portions
+
+    def numbered() -> Iterator[tuple[int, list[Portion]]]:
+        first = 0
+        for portions in filled():
+            yield first, portions
+            first += sum(len(portion.pairs) for portion in portions)
+
+    def tokenize(work: tuple[int, list[Portion]]) -> Window:
+        first, portions = work
+        pairs: Any = [pair for portion in portions for pair in portion.pairs]
+        return Window(portions, first, call.tokenize(pairs))
+
+    return _one_ahead(tokenize, numbered())
+
+
+def tasks_of(window: Window, call: Call) -> Iterator[Work]:
+    """What computes all pairs of a window.
+
+    The states of a cascade's task lie in memory at once: it has as many queries as fill BATCHES_AT_ONCE batches, or
+    one, and there is one for each share, if there are as many queries.
+    """
+    inputs = window.inputs
+    if not call.is_cascade:
+        for places in _cut(inputs, call):
+            pairs = [inputs[place] for place in places]
+            yield places, ScoreBatch(pairs, [window.first + place for place in places], call.setting)
+        return
+    owner = [portion.number for portion in window.portions for _ in portion.pairs]
+    max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
+    if call.shares > 1:
+        max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / call.shares))
+    for part in whole_queries(owner, list(map(len, inputs)), max_tokens):
+        own = inputs[part.start : part.stop]
+        batches = [
+            [part[place] for place in batch]
+            for batch in cut_batches(own, call.options.batch_size, call.options.max_tokens_per_batch)
+        ]
+        packs = [[inputs[place] for place in batch] for batch in batches]
+        names = [[window.first + place for place in batch] for batch in batches]
+        owners = [[owner[place] for place in batch] for batch in batches]
+        yield list(chain(*batches)), RunCascade(packs, names, owners, call.setting)
+
+
+def _cut(inputs: Inputs, call: Call) -> Iterator[list[int]]:
+    """All places in batches, at least one for each share."""
+    max_tokens = call.options.max_tokens_per_batch
+    if call.shares > 1:
+        together = count_tokens([inputs[place] for place in by_query(inputs)])
+        max_tokens = min(max_tokens, math.ceil(together / call.shares))
+    return cut_batches(inputs, call.options.batch_size, max_tokens)
 
 
 def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:
@@ -96,7 +182,7 @@ def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> I
         yield range(start, end)
 
 
-def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """Results of `function`, each computed in a thread while its predecessor is used."""
     with ThreadPoolExecutor(1) as thread:
         following: Future[R] | None = None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
@@ -24,55 +27,58 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
         token ids (1, fewer_tokens) on the same device and where the segments lie among them; what was given, where
         there is nothing to share.
     """
-    ids = token_ids[0].tolist()
+    ids = token_ids[0].cpu().numpy()
     queries = packed.query_lengths.tolist()
     starts = [
         (start, start + query) if start + query < end else (start, start)
         for (start, end), query in zip(packed.segments, queries, strict=True)
     ]
-    kept: list[int] = []
+    kept: list[NDArray[np.int64]] = []
     segments: list[tuple[int, int, int, int]] = []
-    for query_ids, group in groupby(range(len(starts)), key=lambda place: tuple(ids[slice(*starts[place])])):
+    for _, group in groupby(range(len(starts)), key=lambda place: ids[slice(*starts[place])].tobytes()):
         members = list(group)
-        shared = len(members) > 1 and len(query_ids) > 0
-        prefix = len(segments) if shared else -1
-        if shared:
-            kept += range(*starts[members[0]])
-            segments.append((len(query_ids), 0, 0, -1))
+        first, behind = starts[members[0]]
+        size = behind - first if len(members) > 1 else 0
+        prefix = len(segments) if size else -1
+        if size:
+            kept.append(np.arange(first, behind))
+            segments.append((size, 0, 0, -1))
         for place in members:
             start, end = packed.segments[place]
-            kept += range(start + len(query_ids) if shared else start, end)
-            query = 0 if shared else queries[place]
+            kept.append(np.arange(start + size, end))
+            query = 0 if size else queries[place]
             segments.append((query, int(packed.passage_lengths[place]), int(packed.prompt_lengths[place]), prefix))
-    if len(kept) == len(ids):
+    tokens = torch.from_numpy(np.concatenate(kept))
+    if len(tokens) == len(ids):
         return token_ids, packed
     query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
-    tokens = torch.tensor(kept).to(token_ids.device)
-    return token_ids[:, tokens], PackedBatch(query_lengths, passage_lengths, prompt_lengths, packed.device, prefixes)
+    shared = PackedBatch(query_lengths, passage_lengths, prompt_lengths, packed.device, prefixes)
+    return token_ids[:, tokens.to(token_ids.device)], shared
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Tensor, PackedBatch]:
     """Tokenised pairs as one row; neighbours with the same query part share it.
 
     Returns:
-        token ids (1, total_tokens) on `device` and where the segments lie among them.
+        token ids (1, total_tokens) int64 on `device` and where the segments lie among them.
     """
-    token_ids: list[int] = []
+    parts: list[Ids] = []
     segments: list[tuple[int, int, int, int]] = []
-    for query_ids, group in groupby(pairs, key=lambda pair: pair.query_ids):
+    for query, group in groupby(pairs, key=lambda pair: pair.query):
         members = list(group)
         shared = len(members) > 1
         prefix = len(segments) if shared else -1
         if shared:
-            token_ids += query_ids
-            segments.append((len(query_ids), 0, 0, -1))
+            parts.append(query.ids)
+            segments.append((len(query), 0, 0, -1))
         for pair in members:
-            own = pair.input_ids[len(query_ids) :] if shared else pair.input_ids
-            token_ids += own
-            query = 0 if shared else len(query_ids)
-            segments.append((query, len(own) - query - pair.prompt_length, pair.prompt_length, prefix))
+            if not shared:
+                parts.append(query.ids)
+            parts += [pair.passage_ids, pair.prompt_ids]
+            segments.append((0 if shared else len(query), pair.passage_length, pair.prompt_length, prefix))
     query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
     packed = PackedBatch(
         query_lengths, passage_lengths, prompt_lengths, device, prefixes if (prefixes >= 0).any() else None
     )
-    return torch.tensor(token_ids)[None].to(device), packed
+    token_ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+    return token_ids[None].to(device), packed

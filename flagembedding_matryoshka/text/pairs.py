@@ -6,47 +6,88 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.text.encoding import Ids, TextEncoder
 from flagembedding_matryoshka.text.templates import Template
 
-SURROGATES = re.compile("[\ud800-\udfff]")
+
+class Encoded(NamedTuple):
+    """(tokens,) int32 ids of a text, and whether they are of its beginning alone."""
+
+    ids: Ids
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
-class TokenizedPair:
-    """One input sequence; tokens between query part and prompt part are the passage, which compression may merge."""
+class QueryPart:
+    """What the candidates of a query have in common. Equal ids are equal parts, whichever call made them.
 
-    input_ids: list[int]
-    query_length: int
-    prompt_length: int
+    Attributes:
+        ids: (tokens,) int32.
+        is_cut: whether the query is longer than what is left of it.
+    """
+
+    ids: Ids = field(compare=False)
+    is_cut: bool = field(default=False, compare=False)
+    _key: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_key", self.ids.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedPair:
+    """One input sequence in its three parts, of which compression may merge the passage.
+
+    Attributes:
+        query: of all pairs of a query that were built together the same object.
+        passage_ids, prompt_ids: (tokens,) int32.
+        is_cut: whether query or passage is longer than what is left of it.
+    """
+
+    query: QueryPart
+    passage_ids: Ids
+    prompt_ids: Ids
+    is_cut: bool = False
+
+    @property
+    def input_ids(self) -> Ids:
+        """(tokens,) int32: the whole sequence."""
+        return np.concatenate([self.query.ids, self.passage_ids, self.prompt_ids])
+
+    @property
+    def query_length(self) -> int:
+        return len(self.query)
 
     @property
     def passage_length(self) -> int:
-        return len(self.input_ids) - self.query_length - self.prompt_length
+        return len(self.passage_ids)
 
     @property
-    def query_ids(self) -> list[int]:
-        """The query part, which candidates of one query have in common."""
-        return self.input_ids[: self.query_length]
+    def prompt_length(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def own_length(self) -> int:
+        """Tokens behind the query part."""
+        return len(self.passage_ids) + len(self.prompt_ids)
+
+    def __len__(self) -> int:
+        return len(self.query) + self.own_length
 
 
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
     """The first token of `text`: the vocabulary row that scoring heads start from."""
     return tokenizer(text, add_special_tokens=False)["input_ids"][0]
-
-
-def whole_characters(text: str) -> str:
-    """`text` with its surrogate pairs joined and halves of them replaced by U+FFFD: JSON can spell what no tokenizer
-    reads."""
-    if text.isascii() or not SURROGATES.search(text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
@@ -72,42 +113,41 @@ class PairTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> None:
         self.template = Template() if template is None else template
         self.tokenizer = tokenizer
-        # A copy: which texts may hold control tokens is a tokenizer's state, which threads would share.
-        self._of_users = copy.deepcopy(tokenizer)
-        self._of_users.split_special_tokens = True
+        self._encoder = TextEncoder(tokenizer)
         has_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.pad_token_id
-        self.bos_ids = [tokenizer.bos_token_id] if has_bos else []
-        self._fixed: dict[str, list[int]] = {}
+        self.bos_ids = _as_ids([tokenizer.bos_token_id] if has_bos else [])
+        self._fixed: dict[str, Ids] = {}
+        self._prompts: dict[tuple[str, str], Ids] = {}
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None, end: str = "") -> list[list[int]]:
-        """Token ids of each text; control tokens that it spells are text.
+    def encode(self, texts: Sequence[str], max_length: int, end: str = "") -> dict[str, Encoded]:
+        """Token ids of each text; one that occurs several times is tokenised once.
 
         Args:
             max_length: tokens that a text is cut to, its end excepted.
             end: what all texts end with.
         """
-        if not texts:
-            return []
-        # The tokenizer's own truncation is state, too, and its warning of long input is moot here.
-        texts = [whole_characters(text) for text in texts]
-        encoded = self._of_users(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        if max_length is None:
-            return encoded["input_ids"]
-        end_ids = self.fixed(end)
-        return [
-            ids if len(ids) <= max_length else ids[: max(0, max_length - len(end_ids))] + end_ids
-            for ids in encoded["input_ids"]
-        ]
+        different = list(dict.fromkeys(texts))
+        kept = max(0, max_length - len(self.fixed(end)))
+        found = self._encoder.beginnings(different, max_length + 1)
+        return {
+            text: Encoded(ids)
+            if len(ids) <= max_length
+            else Encoded(np.concatenate([ids[:kept], self.fixed(end)]), True)
+            for text, ids in zip(different, found, strict=True)
+        }
 
-    def fixed(self, text: str) -> list[int]:
-        """Token ids of a template's text, in which control tokens are control tokens."""
+    def fixed(self, text: str) -> Ids:
+        """(tokens,) int32 ids of a template's text, in which control tokens are control tokens."""
         if text not in self._fixed:
-            self._fixed[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            self._fixed[text] = _as_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [])
         return self._fixed[text]
 
-    def prompt_length(self, template: Template) -> int:
-        """Tokens of the prompt part."""
-        return len(self.fixed(template.behind)) + len(self.fixed(template.prompt))
+    def prompt_ids(self, template: Template) -> Ids:
+        """(tokens,) int32: the prompt part, of which all pairs hold the same array."""
+        words = (template.behind, template.prompt)
+        if words not in self._prompts:
+            self._prompts[words] = np.concatenate(list(map(self.fixed, words)))
+        return self._prompts[words]
 
     def build(
         self,
@@ -117,7 +157,7 @@ class PairTokenizer:
         max_length: int,
         template: Template | None = None,
     ) -> list[TokenizedPair]:
-        """Input sequences of query and passage; a query that several share is tokenised once.
+        """Input sequences of query and passage; a text that several have is tokenised once.
 
         Args:
             query_max_length, passage_max_length: tokens that query and passage, with their instructions, are cut to.
@@ -128,15 +168,14 @@ class PairTokenizer:
             ValueError: if a query leaves no room for its passage.
         """
         template = self.template if template is None else template
-        texts = list(dict.fromkeys(query for query, _ in pairs))
-        query_ids = self.encode(list(map(template.query, texts)), query_max_length, template.query_end)
-        queries = dict(zip(texts, query_ids, strict=True))
-        passages = self.encode(
-            [template.passage(passage) for _, passage in pairs], passage_max_length, template.passage_end
-        )
+        queries = [template.query(query) for query, _ in pairs]
+        passages = [template.passage(passage) for _, passage in pairs]
+        encoded_queries = self.encode(queries, query_max_length, template.query_end)
+        encoded = self.encode(passages, passage_max_length, template.passage_end)
+        parts = {text: self.query_part(query, template) for text, query in encoded_queries.items()}
         return [
-            self.join(queries[query], passage, max_length, template)
-            for (query, _), passage in zip(pairs, passages, strict=True)
+            self.join(parts[query], encoded[passage], max_length, template)
+            for query, passage in zip(queries, passages, strict=True)
         ]
 
     def build_within(
@@ -152,31 +191,40 @@ class PairTokenizer:
         Raises:
             ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
         """
-        beside = len(self.fixed(template.before)) + self.prompt_length(template)
+        beside = len(self.fixed(template.before)) + len(self.prompt_ids(template))
         query_max_length = query_max_length or max_length * 3 // 4
         if not query_max_length:
             raise ValueError(f"max_length={max_length} leaves no token of a query, which gets three quarters of it.")
         return self.build(pairs, query_max_length, max_length, max_length + beside, template)
 
-    def join(
-        self, query_ids: list[int], passage_ids: list[int], max_length: int, template: Template | None = None
-    ) -> TokenizedPair:
+    def query_part(self, query: Encoded, template: Template) -> QueryPart:
+        """All that stands in front of the passage."""
+        before, between = self._beside(template)
+        return QueryPart(np.concatenate([before, query.ids, between]), query.is_cut)
+
+    def join(self, query: QueryPart, passage: Encoded, max_length: int, template: Template) -> TokenizedPair:
         """Build the sequence; the passage is cut so that all before the prompt part holds `max_length` tokens.
 
         Raises:
             ValueError: if the query leaves no room for its passage.
         """
-        template = self.template if template is None else template
-        head = self.bos_ids + self.fixed(template.before) + query_ids + self.fixed(template.between)
-        tail = self.fixed(template.behind) + self.fixed(template.prompt)
-        room = max_length - len(head)
+        ids, is_cut = passage
+        room = max_length - len(query)
         end_ids = self.fixed(template.passage_end)
-        if room < max(len(end_ids), min(1, len(passage_ids))):
+        if room < max(len(end_ids), min(1, len(ids))):
+            beside = sum(map(len, self._beside(template)))
             raise ValueError(
-                f"a query of {len(query_ids)} tokens leaves no room for its passage: with "
-                f"{len(head) - len(query_ids)} tokens beside it, it must fit into {max_length}. "
-                "Cut queries shorter or raise the maximal length."
+                f"a query of {len(query) - beside} tokens leaves no room for its passage: with {beside} tokens beside "
+                f"it, it must fit into {max_length}. Cut queries shorter or raise the maximal length."
             )
-        if len(passage_ids) > room:
-            passage_ids = passage_ids[: room - len(end_ids)] + end_ids
-        return TokenizedPair(head + passage_ids + tail, len(head), len(tail))
+        if len(ids) > room:
+            ids, is_cut = np.concatenate([ids[: room - len(end_ids)], end_ids]), True
+        return TokenizedPair(query, ids, self.prompt_ids(template), is_cut or query.is_cut)
+
+    def _beside(self, template: Template) -> tuple[Ids, Ids]:
+        """What stands before and behind the query in its part."""
+        return np.concatenate([self.bos_ids, self.fixed(template.before)]), self.fixed(template.between)
+
+
+def _as_ids(values: Sequence[int]) -> Ids:
+    return np.array(values, dtype=np.int32)

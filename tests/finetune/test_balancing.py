@@ -36,7 +36,7 @@ def imbalance(shares, dataset):
     """The longest process's tokens over their mean, meant over all passes."""
     found = []
     for together in zip(*shares, strict=True):
-        tokens = [sum(len(pair.input_ids) for row in rows for pair in dataset[row][0]) for rows in together]
+        tokens = [sum(len(pair) for row in rows for pair in dataset[row][0]) for rows in together]
         found.append(max(tokens) * len(tokens) / sum(tokens))
     return sum(found) / len(found)
 

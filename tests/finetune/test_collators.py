@@ -11,8 +11,7 @@ from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.text.pairs import TokenizedPair
-from tests.batches import TokenSequence, collate, random_sequences
+from tests.batches import TokenSequence, collate, random_sequences, tokenized_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)
@@ -23,7 +22,7 @@ def pairs(query, passages, seed):
     """Pairs of one query with a prompt of 3 tokens."""
     sequences = random_sequences([(0, passage, 3) for passage in passages], seed)
     own = random_sequences([(query, 0, 0)], seed + 1)[0].ids
-    return [TokenizedPair(own + sequence.ids, query, 3) for sequence in sequences]
+    return [tokenized_pair(own + sequence.ids, query, 3) for sequence in sequences]
 
 
 GROUPS = [(pairs(5, (4, 17, 1), 0), [1.0, 0.5, 0.0]), (pairs(9, (30, 2, 8), 2), [2.0, 0.0, 1.0])]
@@ -33,8 +32,8 @@ def test_a_group_shares_its_query_and_nothing_is_padded():
     batch = MatryoshkaCollator()(GROUPS)
     packed = batch["pair"].packed
     everything = [pair for group, _ in GROUPS for pair in group]
-    assert batch["pair"].token_ids.shape == (1, sum(len(pair.input_ids) for pair in everything) - 2 * 5 - 2 * 9)
-    assert packed.sequence_lengths.tolist() == [len(pair.input_ids) for pair in everything]
+    assert batch["pair"].token_ids.shape == (1, sum(len(pair) for pair in everything) - 2 * 5 - 2 * 9)
+    assert packed.sequence_lengths.tolist() == [len(pair) for pair in everything]
     assert packed.passage_lengths[packed.sequences].tolist() == [pair.passage_length for pair in everything]
     assert batch["teacher_scores"].tolist() == [1.0, 0.5, 0.0, 2.0, 0.0, 1.0]
     assert MatryoshkaCollator()([(group, None) for group, _ in GROUPS])["teacher_scores"] is None
@@ -59,7 +58,9 @@ def learner(model: CostWiseForCausalLM, tokenizer, method="distill_fix_layer_tea
 @pytest.mark.parametrize("setting", WIDTHS)
 def test_scores_are_those_of_the_padded_batch(setting, layerwise_model, tiny_tokenizer):
     sequences = [pair for group, _ in GROUPS for pair in group]
-    padded = collate([TokenSequence(pair.input_ids, pair.query_length, pair.prompt_length) for pair in sequences])
+    padded = collate(
+        [TokenSequence(pair.input_ids.tolist(), pair.query_length, pair.prompt_length) for pair in sequences]
+    )
     expected = layerwise_model(
         **padded,
         cutoff_layers=setting.cutoff_layers,

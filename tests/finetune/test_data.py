@@ -46,8 +46,8 @@ def test_lengths_are_cut_as_the_reference_cuts_them(tmp_path, tiny_tokenizer):
     assert first.query_length == 1 + 16 + 1
     assert first.prompt_length == prompt + 1
     # bos, query, separator and passage hold query_max_len + passage_max_len - prompt - separator tokens
-    assert len(first.input_ids) - first.prompt_length == 16 + 96 - prompt - 1
-    assert len(short.input_ids) < len(first.input_ids)
+    assert len(first) - first.prompt_length == 16 + 96 - prompt - 1
+    assert len(short) < len(first)
 
 
 def test_a_row_brings_its_own_prompt(tmp_path, tiny_tokenizer):

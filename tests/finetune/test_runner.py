@@ -705,7 +705,7 @@ def test_the_template_is_saved_with_what_was_trained(tiny_raw_model_path, traini
     assert Template.load(reranker.config.template) == expected
     (pair,) = run.train_dataset.pair_tokenizer.build_within([(row["query"], row["pos"][0])], None, 512, expected)
     assert reranker.count_tokens(row["query"], row["pos"])[0] == pair.query_length
-    assert pair.input_ids == sequence
+    assert pair.input_ids.tolist() == sequence.tolist()
 
 
 def test_arguments_of_another_kind_that_have_no_meaning_here_are_refused(training_file, tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from tests.batches import tokenized_pair
 
 QUERIES = [[1], [1, 2], [3, 4, 5]]
 
@@ -12,18 +12,18 @@ QUERIES = [[1], [1, 2], [3, 4, 5]]
 @st.composite
 def tokenized_pairs(draw, min_size=0):
     shapes = draw(st.lists(st.tuples(st.sampled_from(QUERIES), st.integers(0, 9)), min_size=min_size, max_size=12))
-    return [TokenizedPair(query + [6] * passage + [7, 8], len(query), 2) for query, passage in shapes]
+    return [tokenized_pair(query + [6] * passage + [7, 8], len(query), 2) for query, passage in shapes]
 
 
 @given(tokenized_pairs())
 def test_pairs_of_a_query_stand_together_and_the_longest_first(pairs):
     order = by_query(pairs)
     assert sorted(order) == list(range(len(pairs)))
-    queries = [tuple(pairs[index].query_ids) for index in order]
+    queries = [tuple(pairs[index].query.ids.tolist()) for index in order]
     assert len(list(dict.fromkeys(queries))) == sum(a != b for a, b in zip(queries, [None, *queries], strict=False))
     lengths: dict[tuple[int, ...], list[int]] = {}
     for query, index in zip(queries, order, strict=True):
-        lengths.setdefault(query, []).append(len(pairs[index].input_ids))
+        lengths.setdefault(query, []).append(len(pairs[index]))
     assert all(group == sorted(group, reverse=True) for group in lengths.values())
     firsts = [group[0] for group in lengths.values()]
     assert firsts == sorted(firsts, reverse=True)

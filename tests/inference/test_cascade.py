@@ -129,8 +129,8 @@ def test_a_batch_of_queries_without_a_cascade(reranker):
 
 def test_layers_see_the_kept_candidates_only(reranker):
     seen = []
-    (query,) = reranker._pair_tokenizer.encode([f"A: {QUERIES[0]}"])
-    shared = len(query) + 2  # with bos and separator: what all candidates attend to
+    (pair,) = reranker.tokenize([(QUERIES[0], "")])
+    shared = pair.query_length  # what all candidates attend to
     layers = reranker.model.model.layers
     hooks = [
         layer.register_forward_hook(lambda *_, k=k: seen.append((k, _[1][0].shape[1] - shared)))

@@ -5,15 +5,14 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.fitting import PATIENCE, OutOfMemory, TokenLimit, computed
-from flagembedding_matryoshka.text.pairs import TokenizedPair
-from tests.batches import close, out_of_memory_above
+from tests.batches import close, out_of_memory_above, tokenized_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("a wing", f"passage {number}") for number in range(4)]
 
 
 def pair(tokens):
-    return TokenizedPair(list(range(tokens)), 1, 1)
+    return tokenized_pair(list(range(tokens)), 1, 1)
 
 
 def more_than_there_is():

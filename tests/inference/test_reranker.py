@@ -144,7 +144,7 @@ def test_tokens_of_a_query_and_of_each_document(reranker):
     shared, tokens = reranker.count_tokens(query, documents)
     pairs = [(query, document) for document in documents]
     inputs = ScoringOptions.resolve(reranker, {}).tokenize(pairs, PairTokenizer(reranker.tokenizer))
-    lengths = [len(pair.input_ids) for pair in inputs]
+    lengths = [len(pair) for pair in inputs]
     assert reranker.count_tokens(query, iter(documents)) == (shared, tokens)
     with pytest.raises(TypeError, match="documents of query 0 must be a list, got the dict"):
         reranker.count_tokens(query, dict.fromkeys(documents))

@@ -88,7 +88,7 @@ def test_work_is_shared_by_tokens(two, monkeypatch):
     monkeypatch.setattr(two._engine, "run", lambda tasks, device: run(map(noted, tasks), device))
 
     def noted(task):
-        batches.append(sum(len(pair.input_ids) for pair in task.pairs))
+        batches.append(sum(len(pair) for pair in task.pairs))
         return task
 
     two.compute_score(PAIRS)

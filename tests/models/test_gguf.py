@@ -138,7 +138,7 @@ def test_scores_are_those_of_the_llama(llama, gguf_path, converted):
     row = llama.lm_head.weight[reranker.tokenizer("Yes", add_special_tokens=False)["input_ids"][0]]
     with torch.no_grad():
         for number, pair in enumerate(ScoringOptions.resolve(reranker, {}).tokenize(PAIRS, reranker._pair_tokenizer)):
-            states = llama.model(torch.tensor([pair.input_ids]), output_hidden_states=True).hidden_states
+            states = llama.model(torch.tensor(pair.input_ids)[None], output_hidden_states=True).hidden_states
             # The last of them is normalised already.
             expected = torch.stack([llama.model.norm(states[2][0, -1]), states[4][0, -1]]) @ row
             actual = torch.tensor([at_exit[number] for at_exit in scores])

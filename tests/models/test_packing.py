@@ -7,8 +7,7 @@ from hypothesis import given
 
 from flagembedding_matryoshka.models.packing import PackedBatch, pack
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
-from flagembedding_matryoshka.text.pairs import TokenizedPair
-from tests.batches import LENGTHS, collate, random_sequences
+from tests.batches import LENGTHS, collate, random_sequences, tokenized_pair
 
 PART_LENGTHS = st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 4)).filter(sum)
 
@@ -35,7 +34,7 @@ SHARING = st.lists(st.tuples(st.sampled_from(QUERIES), st.integers(0, 5), st.int
 
 def tokenized(shapes):
     return [
-        TokenizedPair(query + [7 + place] * passage + [8 + place] * prompt, len(query), prompt)
+        tokenized_pair(query + [7 + place] * passage + [8 + place] * prompt, len(query), prompt)
         for place, (query, passage, prompt) in enumerate(shapes)
     ]
 
@@ -51,9 +50,9 @@ def contexts(token_ids, packed):
 def test_a_shared_query_stands_once_in_front_of_its_sequences(shapes, data):
     pairs = tokenized(shapes)
     token_ids, packed = pack_pairs(pairs, torch.device("cpu"))
-    assert contexts(token_ids, packed) == [list(zip(p.input_ids, range(len(p.input_ids)), strict=True)) for p in pairs]
+    assert contexts(token_ids, packed) == [list(zip(p.input_ids.tolist(), range(len(p)), strict=True)) for p in pairs]
     assert token_ids[0, packed.last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
-    assert packed.sequence_lengths.tolist() == [len(pair.input_ids) for pair in pairs]
+    assert packed.sequence_lengths.tolist() == [len(pair) for pair in pairs]
     assert packed.context_tokens[packed.own_in_context].tolist() == list(range(token_ids.numel()))
     queries = [len(list(group)) for _, group in itertools.groupby(shapes, key=lambda shape: shape[0])]
     assert len(packed.segments) == len(pairs) + sum(count > 1 for count in queries)

@@ -2,11 +2,12 @@ import copy
 import json
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 from transformers import AutoTokenizer
 
-from flagembedding_matryoshka.text.pairs import PairTokenizer, find_head_token_id, find_head_token_ids
+from flagembedding_matryoshka.text.pairs import Encoded, PairTokenizer, find_head_token_id, find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
 
 IDS = st.lists(st.integers(10, 99), max_size=8)
@@ -25,28 +26,35 @@ def test_pairs_become_the_ids_of_the_reference(shared_parity):
     assert words == {name: golden[name] for name in words}
     lengths = (golden["query_max_length"], golden["max_length"])
     pairs = pair_tokenizer.build_within(golden["pairs"], *lengths, template)
-    assert [pair.input_ids for pair in pairs] == golden["input_ids"]
+    assert [pair.input_ids.tolist() for pair in pairs] == golden["input_ids"]
     assert [pair.query_length for pair in pairs] == golden["query_lengths"]
     assert [pair.prompt_length for pair in pairs] == golden["prompt_lengths"]
 
 
+def join(pair_tokenizer, query, passage, max_length):
+    query, passage = (Encoded(np.array(ids, dtype=np.int32)) for ids in (query, passage))
+    part = pair_tokenizer.query_part(query, pair_tokenizer.template)
+    return pair_tokenizer.join(part, passage, max_length, pair_tokenizer.template)
+
+
 @given(query=IDS, passage=IDS, spare=st.integers(0, 12))
 def test_the_passage_alone_is_cut(pair_tokenizer, query, passage, spare):
-    between, behind, prompt = (pair_tokenizer.fixed(text) for text in ("\n", "\n", Template().prompt))
-    head = [*pair_tokenizer.bos_ids, *query, *between]
+    between, behind, prompt = (pair_tokenizer.fixed(text).tolist() for text in ("\n", "\n", Template().prompt))
+    head = [*pair_tokenizer.bos_ids.tolist(), *query, *between]
     if spare == 0 and passage:
         with pytest.raises(ValueError, match=f"query of {len(query)} tokens leaves no room.* fit into {len(head)}"):
-            pair_tokenizer.join(query, passage, len(head))
+            join(pair_tokenizer, query, passage, len(head))
         return
-    pair = pair_tokenizer.join(query, passage, len(head) + spare)
-    assert pair.input_ids == head + passage[:spare] + behind + prompt
+    pair = join(pair_tokenizer, query, passage, len(head) + spare)
+    assert pair.is_cut == (spare < len(passage))
+    assert pair.input_ids.tolist() == head + passage[:spare] + behind + prompt
     assert (pair.query_length, pair.prompt_length) == (len(head), len(behind + prompt))
 
 
 def test_a_query_longer_than_the_limit_is_refused_even_without_passage(pair_tokenizer):
     with pytest.raises(ValueError, match=r"a query of 9 tokens leaves no room .* with 2 tokens .* fit into 10"):
-        pair_tokenizer.join([5] * 9, [], 10)
-    assert pair_tokenizer.join([5] * 9, [], 11).query_length == 11
+        join(pair_tokenizer, [5] * 9, [], 10)
+    assert join(pair_tokenizer, [5] * 9, [], 11).query_length == 11
 
 
 def test_a_query_of_which_nothing_would_be_left_is_refused(pair_tokenizer):
@@ -64,16 +72,16 @@ def test_bos_opens_a_sequence_unless_there_is_none_or_it_pads(tiny_tokenizer, bo
     tokenizer.bos_token, tokenizer.pad_token = bos, pad
     pair_tokenizer = PairTokenizer(tokenizer, Template(prompt=""))
     bos_ids, separator = [tiny_tokenizer.bos_token_id] if kept else [], pair_tokenizer.fixed("\n")
-    pair = pair_tokenizer.join([20], [30], 10)
-    assert pair.input_ids == [*bos_ids, 20, *separator, 30, *separator]
+    pair = join(pair_tokenizer, [20], [30], 10)
+    assert pair.input_ids.tolist() == [*bos_ids, 20, *separator, 30, *separator]
     assert pair.query_length == len(bos_ids) + 1 + len(separator)
 
 
 @pytest.mark.parametrize("text", ["</s>", "a <s> b</s>", "<pad><unk>"])
 def test_what_users_write_is_never_a_control_token(pair_tokenizer, tiny_tokenizer, text):
-    (ids,) = pair_tokenizer.encode([text])
+    ((ids, _),) = pair_tokenizer.encode([text], 50).values()
     assert tiny_tokenizer.decode(ids) == text
-    assert not set(ids) & set(tiny_tokenizer.all_special_ids)
+    assert not set(ids.tolist()) & set(tiny_tokenizer.all_special_ids)
     (pair,) = pair_tokenizer.build([(text, text)], 50, 50, 200)
     assert sum(token in tiny_tokenizer.all_special_ids for token in pair.input_ids) == 1, "bos alone"
     assert set(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]) & set(tiny_tokenizer.all_special_ids)
@@ -81,9 +89,12 @@ def test_what_users_write_is_never_a_control_token(pair_tokenizer, tiny_tokenize
 
 @given(st.lists(st.text(max_size=40), max_size=4), st.integers(1, 10))
 def test_ids_are_the_texts_own_and_cut_at_the_end(pair_tokenizer, texts, max_length):
-    whole = pair_tokenizer.encode(texts)
-    assert [pair_tokenizer.tokenizer.decode(ids) for ids in whole] == texts
-    assert pair_tokenizer.encode(texts, max_length) == [ids[:max_length] for ids in whole]
+    whole = pair_tokenizer.encode(texts, 200)
+    assert list(whole) == list(dict.fromkeys(texts))
+    assert [pair_tokenizer.tokenizer.decode(ids) for ids, _ in whole.values()] == list(whole)
+    for text, (ids, is_cut) in pair_tokenizer.encode(texts, max_length).items():
+        assert ids.dtype == np.int32 and ids.tolist() == whole[text].ids[:max_length].tolist()
+        assert is_cut == (len(whole[text].ids) > max_length) and not whole[text].is_cut
 
 
 def test_cutting_leaves_the_tokenizer_as_it_was(pair_tokenizer, tiny_tokenizer):
@@ -93,7 +104,7 @@ def test_cutting_leaves_the_tokenizer_as_it_was(pair_tokenizer, tiny_tokenizer):
 
 
 def test_another_separator(tiny_tokenizer):
-    pair = PairTokenizer(tiny_tokenizer, Template(between=" | ", behind=" / ")).join([20], [30], 20)
+    pair = join(PairTokenizer(tiny_tokenizer, Template(between=" | ", behind=" / ")), [20], [30], 20)
     text = tiny_tokenizer.decode(pair.input_ids)
     assert text.count(" | ") == text.count(" / ") == 1
 

@@ -28,19 +28,20 @@ def test_a_file_says_what_differs(tmp_path):
 def test_truncation_leaves_all_of_the_templates_words(name, lengths, tiny_tokenizer):
     template = TEMPLATES[name]
     tokenizer = PairTokenizer(tiny_tokenizer, template)
-    ends = {end: tokenizer.fixed(end) for end in (template.query_end, template.passage_end)}
+    bos = tokenizer.bos_ids.tolist()
+    ends = {end: tokenizer.fixed(end).tolist() for end in (template.query_end, template.passage_end)}
     before, between, behind, prompt = (
-        tokenizer.fixed(text) for text in (template.before, template.between, template.behind, template.prompt)
+        tokenizer.fixed(text).tolist() for text in (template.before, template.between, template.behind, template.prompt)
     )
     for query, passage in [(LONG, LONG), ("a wing", LONG), (LONG, "a wing"), ("", LONG), ("a", "")]:
-        room = len(tokenizer.bos_ids + before + between) + sum(lengths) + 10
+        room = len(bos + before + between) + sum(lengths) + 10
         (pair,) = tokenizer.build([(query, passage)], *lengths, room)
-        query_part, rest = pair.input_ids[: pair.query_length], pair.input_ids[pair.query_length :]
-        assert pair.input_ids[-pair.prompt_length :] == behind + prompt or not pair.prompt_length
+        query_part, rest = pair.query.ids.tolist(), [*pair.passage_ids, *pair.prompt_ids]
+        assert pair.prompt_ids.tolist() == behind + prompt
         assert pair.prompt_length == len(behind + prompt)
-        assert query_part[: len(tokenizer.bos_ids + before)] == tokenizer.bos_ids + before
+        assert query_part[: len(bos + before)] == bos + before
         assert query_part[len(query_part) - len(between) :] == between
-        own = query_part[len(tokenizer.bos_ids + before) : len(query_part) - len(between)]
+        own = query_part[len(bos + before) : len(query_part) - len(between)]
         assert own[len(own) - len(ends[template.query_end]) :] == ends[template.query_end]
         assert (len(own) <= lengths[0] and pair.passage_length <= lengths[1] and len(rest) > 0) or not passage
 

@@ -1,0 +1,147 @@
+"""A re-ranker that ranks, one query's documents or those of as many as come."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+from flagembedding_matryoshka.inference.inputs import as_lists, as_tokenized, read_lists
+from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_ranking
+from flagembedding_matryoshka.inference.planning import PlannedReranker
+from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_too_short, score_lists
+from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+
+
+class RankingReranker(PlannedReranker):
+    """Orders documents by scores, which it reads where its options, or its plan, say."""
+
+    _pair_tokenizer: PairTokenizer
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> list[dict[str, int | float | str]]:
+        """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
+
+        Args:
+            top_k: how many to return; None is all.
+            return_documents: also return each document's text.
+            cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
+                8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
+                better. All of it is one pass, and the states of a query's documents lie in memory. None is the one that
+                `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
+            overrides: as in `compute_score`, with one cutoff layer.
+
+        Returns:
+            A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
+            the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
+
+        Raises:
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given, or
+                the cascade does not fit the model or keeps fewer than `top_k`.
+        """
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **overrides)[0]
+
+    def rank_batch(
+        self,
+        queries: Iterable[str],
+        candidates: Iterable[Iterable[str]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> list[list[Hit]]:
+        """`rank` for many queries, in common batches; `candidates` are the documents of each query.
+
+        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
+        """
+        queries, lists = as_lists(queries, candidates)
+        rows = list(zip(queries, lists, strict=True))
+        total = sum(map(len, lists))
+        return list(self._rank(rows, total, top_k, return_documents, cascade, overrides))
+
+    def rank_iter(
+        self,
+        queries: Iterable[str] | Iterable[tuple[str, Iterable[str]]],
+        candidates: Iterable[Iterable[str]] | None = None,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        cascade: Mapping[int, float] | None = None,
+        **overrides: Any,
+    ) -> Generator[list[Hit], None, None]:
+        """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
+        those before it are known.
+
+        The input is read while that before it is computed, some thousand pairs ahead: as many as fill
+        [`~flagembedding_matryoshka.inference.tasks.BATCHES_TOKENIZED_AHEAD`] batches on each device, or one query's.
+
+        Args:
+            queries: or, without `candidates`, tuples of a query and its documents.
+
+        Yields:
+            what `rank` returns, for one query after the other.
+
+        Raises:
+            TypeError, ValueError: as `rank_batch`; what is wrong with a list is raised when the list is read.
+        """
+        return self._rank(read_lists(queries, candidates), None, top_k, return_documents, cascade, overrides)
+
+    def _rank(
+        self,
+        lists: Iterable[tuple[str, Sequence[str]]],
+        total: int | None,
+        top_k: int | None,
+        return_documents: bool,
+        cascade: Mapping[int, float] | None,
+        overrides: Mapping[str, Any],
+    ) -> Generator[list[Hit], None, None]:
+        """Rankings of lists, of `total` pairs if that is known; what is wrong with the options is raised at once."""
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        call, show_progress_bar = self._call(cascade, overrides)
+        normalize = self._normalizer(call.options, call.setting)
+
+        def checked() -> Generator[tuple[str, Sequence[str]], None, None]:
+            for number, (query, documents) in enumerate(lists):
+                if top_k is not None and cascade is not None:
+                    refuse_too_short(call.setting, number, len(documents), top_k)
+                yield query, documents
+
+        return rank_lists(self._run, checked(), call, top_k, return_documents, normalize, total, show_progress_bar)
+
+    def score_lists(
+        self, lists: Iterable[Iterable[TokenizedPair]], cascade: Mapping[int, float] | None = None, **overrides: Any
+    ) -> list[list[Hit]]:
+        """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
+        normalised, and with a cascade "cutoff_layer" of each, in the order given.
+
+        Args:
+            cascade, overrides: as in `rank`, without those that say how texts become tokens.
+
+        Raises:
+            TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
+        """
+        call, show_progress_bar = self._call(cascade, overrides)
+        pairs = [as_tokenized(number, values) for number, values in enumerate(lists)]
+        for values in pairs:
+            refuse_beside_tokens(values, overrides)
+        return list(score_lists(self._run, pairs, call, sum(map(len, pairs)), show_progress_bar))
+
+    def _call(self, cascade: Mapping[int, float] | None, overrides: Mapping[str, Any]) -> tuple[Call, bool | None]:
+        """What a ranking with these arguments does, and whether it shows how far it is."""
+        of_call = {name: value for name, value in overrides.items() if name != "show_progress_bar"}
+        options, setting = resolve_ranking(self, of_call, cascade)
+        is_cascade = bool(setting.cascade) or cascade is not None
+        call = Call(self._pair_tokenizer, options, setting, len(self.target_devices), is_cascade)
+        return call, overrides.get("show_progress_bar")
+
+    def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
+        """What `rank` runs with these arguments of it; errors as there."""
+        return resolve_ranking(self, overrides, cascade)[1]

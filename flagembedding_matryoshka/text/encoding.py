@@ -1,0 +1,95 @@
+"""From texts to token ids; of a text that is longer than what is wanted of it, no more is tokenised than that takes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+Ids: TypeAlias = NDArray[np.int32]
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+CHARACTERS_AT_ONCE = 1_000_000
+"""Tokenised in one call: a tokenizer's own results take a hundred times the memory of the ids."""
+MARGIN = 128
+"""Tokens in front of a cut that it may have changed. No word that WordPiece spells has more, nor a piece more
+characters; where neither bounds it (BPE over a text without spaces), two cuts must agree."""
+CHARACTERS = 8
+"""Of a token, as a first guess; a text of shorter ones is cut later than need be, one of longer ones tried again."""
+
+
+def whole_characters(text: str) -> str:
+    """`text` with its surrogate pairs joined and halves of them replaced by U+FFFD: JSON can spell what no tokenizer
+    reads."""
+    if text.isascii() or not SURROGATES.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class TextEncoder:
+    """Token ids of what users write; control tokens that it spells are text.
+
+    Args:
+        tokenizer: used without special tokens, and left as it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # A copy: which texts may hold control tokens is a tokenizer's state, which threads would share.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer.split_special_tokens = True
+
+    def whole(self, texts: Sequence[str]) -> list[Ids]:
+        """(tokens,) int32 ids of each text."""
+        found: list[Ids] = []
+        for portion in _portions(texts):
+            # The tokenizer's own truncation is state, too, and its warning of long input is moot here.
+            encoded = self._tokenizer(
+                list(map(whole_characters, portion)),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            found += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return found
+
+    def beginnings(self, texts: Sequence[str], tokens: int) -> list[Ids]:
+        """The first `tokens` of `whole`, or all where there are fewer.
+
+        Of a long text two beginnings are tokenised, one twice as long as the other. What is near its end may be another
+        token in the whole text (half of a word, spaces that are a run), so the shorter must have MARGIN tokens more
+        than are wanted, and both must have the same ones; else longer beginnings are taken, up to the whole text.
+        """
+        found: dict[int, Ids] = {}
+        size = (tokens + MARGIN) * CHARACTERS
+        while missing := [index for index in range(len(texts)) if index not in found]:
+            # Both beginnings together, and all that were tried before them, are never more than a text of this length.
+            long = [index for index in missing if len(texts[index]) > 4 * size]
+            short = [index for index in missing if len(texts[index]) <= 4 * size]
+            found |= zip(short, self.whole([texts[index] for index in short]), strict=True)
+            cut = self.whole([texts[index][:end] for index in long for end in (size, 2 * size)])
+            for index, first, second in zip(long, cut[::2], cut[1::2], strict=True):
+                if len(first) >= tokens + MARGIN and np.array_equal(first[:tokens], second[:tokens]):
+                    found[index] = first
+            size *= 4
+        # Copies: a view would hold on to all that was tokenised.
+        return [found[index][:tokens].copy() for index in range(len(texts))]
+
+
+def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Neighbours, so many that they have CHARACTERS_AT_ONCE together, or few more."""
+    start = 0
+    ends = list(accumulate(map(len, texts)))
+    while start < len(texts):
+        used = ends[start - 1] if start else 0
+        end = start + 1
+        while end < len(texts) and ends[end] - used <= CHARACTERS_AT_ONCE:
+            end += 1
+        yield texts[start:end]
+        start = end
