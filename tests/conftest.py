@@ -10,7 +10,7 @@ import torch
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
 from flagembedding_matryoshka.text.pairs import find_head_token_id
@@ -144,6 +144,21 @@ def training_file(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def tokenized_texts(monkeypatch) -> list[str]:
+    """All users' texts that reach a tokenizer from here on; a template's words come one by one."""
+    seen = []
+    call = PreTrainedTokenizerBase.__call__
+
+    def noting(self, text, *arguments, **options):
+        if not isinstance(text, str):
+            seen.extend(text)
+        return call(self, text, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", noting)
+    return seen
 
 
 @pytest.fixture

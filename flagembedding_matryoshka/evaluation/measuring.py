@@ -6,7 +6,8 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,9 @@ from flagembedding_matryoshka.evaluation.memory import peak_memory
 from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.scoring import Hit, best_first
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 PAIRS_AT_ONCE = 16_384
 
@@ -29,7 +32,8 @@ def evaluate(
     timed_pairs: int,
     recall_at: int,
 ) -> list[Result]:
-    """Measure what the store does not hold yet: the exits of a width in one pass, each cascade in its own.
+    """Measure what the store does not hold yet: the exits of a width in one pass, each cascade in its own. Texts are
+    tokenised once for all of them.
 
     Each is saved as soon as it is known, so that a later call goes on where this one stopped.
 
@@ -40,29 +44,60 @@ def evaluate(
         a result for each setting, in order.
     """
     found = {setting: store.load(setting) for setting in settings}
+    missing = [setting for setting in settings if found[setting] is None]
+    lists = tokenize(reranker, candidates) if missing else Lists({}, 0.0)
     sample = timed_sample(candidates, timed_pairs)
 
     def keep(setting: Setting, run: Run, flops: int) -> None:
-        speed, memory = speed_and_memory(reranker, candidates, setting, sample)
+        speed, memory = speed_and_memory(reranker, candidates, lists, setting, sample)
         quality = per_query(candidates, run, recall_at)
         found[setting] = result = Result(setting, flops / len(candidates), speed, memory, quality)
         store.save(result, run)
 
-    missing = [setting for setting in settings if found[setting] is None]
     for _, width in groupby(missing, key=lambda setting: (setting.compress_layers, setting.compress_ratio)):
         group = list(width)
         exits = [setting for setting in group if not setting.cascade]
         if exits:
-            pairs = candidates.pairs(list(candidates.passages))
-            for setting, run in zip(exits, score_exits(reranker, candidates, exits), strict=True):
+            pairs = lists.pairs(list(candidates.passages))
+            for setting, run in zip(exits, score_exits(reranker, candidates, lists, exits), strict=True):
                 keep(setting, run, reranker.estimate_flops(pairs, **setting.arguments))
         for setting in group:
             if setting.cascade:
-                keep(setting, *cascade_run(reranker, candidates, setting))
+                keep(setting, *cascade_run(reranker, candidates, lists, setting))
     return [result for setting in settings if (result := found[setting]) is not None]
 
 
-def score_exits(reranker: MatryoshkaReranker, candidates: Candidates, settings: Sequence[Setting]) -> list[Run]:
+@dataclass(frozen=True)
+class Lists:
+    """All candidates as the re-ranker reads them.
+
+    Attributes:
+        inputs: of each query that has candidates, in their order.
+        seconds_per_pair: what tokenising took.
+    """
+
+    inputs: dict[str, list[TokenizedPair]]
+    seconds_per_pair: float
+
+    def pairs(self, queries: Sequence[str]) -> list[TokenizedPair]:
+        """Those of some queries, list after list."""
+        return [pair for query in queries for pair in self.inputs.get(query, [])]
+
+
+def tokenize(reranker: MatryoshkaReranker, candidates: Candidates) -> Lists:
+    """All lists, tokenised many at a time: a passage that several of these hold is tokenised once."""
+    inputs: dict[str, list[TokenizedPair]] = {}
+    start = time.perf_counter()
+    for queries in candidates.portions(list(candidates.passages), PAIRS_AT_ONCE):
+        rest = iter(reranker.tokenize(candidates.pairs(queries)))
+        for query in queries:
+            inputs[query] = list(islice(rest, len(candidates.passages[query])))
+    return Lists(inputs, (time.perf_counter() - start) / len(candidates))
+
+
+def score_exits(
+    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, settings: Sequence[Setting]
+) -> list[Run]:
     """Runs of settings that differ in their exit alone, from one pass.
 
     Raises:
@@ -72,7 +107,7 @@ def score_exits(reranker: MatryoshkaReranker, candidates: Candidates, settings: 
     runs: list[Run] = [{} for _ in settings]
     with tqdm(total=len(candidates), desc=str(settings[-1]), unit="pair", disable=None) as progress:
         for queries in candidates.portions(list(candidates.passages), PAIRS_AT_ONCE):
-            pairs = candidates.pairs(queries)
+            pairs = lists.pairs(queries)
             scores = torch.tensor(reranker.compute_score(pairs, show_progress_bar=False, **options))
             for setting, run, row in zip(settings, runs, scores.reshape(len(settings), -1).tolist(), strict=True):
                 rest = iter(row)
@@ -85,32 +120,33 @@ def score_exits(reranker: MatryoshkaReranker, candidates: Candidates, settings: 
     return runs
 
 
-def cascade_run(reranker: MatryoshkaReranker, candidates: Candidates, setting: Setting) -> tuple[Run, int]:
+def cascade_run(
+    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, setting: Setting
+) -> tuple[Run, int]:
     """A cascade's run, and the operations that it spent, each candidate's as far as it came."""
     rankings: dict[str, list[str]] = {}
     flops = 0
     options = setting.arguments | {"cutoff_layers": [*dict(setting.cascade), setting.depth]}
     with tqdm(total=len(candidates), desc=str(setting), unit="pair", disable=None) as progress:
         for queries in candidates.portions(list(candidates.passages), reranker.batch_size):
-            pairs, depths = [], []
-            for query, ranked in zip(queries, rank(reranker, candidates, setting, queries), strict=True):
-                ids, texts = candidates.passages[query], candidates.texts(query)
-                rankings[query] = [ids[item["corpus_id"]] for item in ranked]
-                pairs += [(candidates.collection.queries[query], texts[item["corpus_id"]]) for item in ranked]
-                depths += [item["cutoff_layer"] for item in ranked]
+            depths: list[int] = []
+            for query, hits in zip(queries, score_cascade(reranker, lists, setting, queries), strict=True):
+                rankings[query] = [candidates.passages[query][place] for place in best_first(hits)]
+                depths += [hit["cutoff_layer"] for hit in hits]
+            pairs = lists.pairs(queries)
             flops += reranker.estimate_flops(pairs, depths, **options)
             progress.update(len(pairs))
     return in_order(rankings), flops
 
 
-def rank(
-    reranker: MatryoshkaReranker, candidates: Candidates, setting: Setting, queries: Sequence[str]
-) -> list[list[dict]]:
-    """`MatryoshkaReranker.rank_batch` of some queries' lists."""
-    return reranker.rank_batch(
-        [candidates.collection.queries[query] for query in queries],
-        [candidates.texts(query) for query in queries],
+def score_cascade(
+    reranker: MatryoshkaReranker, lists: Lists, setting: Setting, queries: Sequence[str]
+) -> list[list[Hit]]:
+    """`MatryoshkaReranker.score_lists` of some queries' lists."""
+    return reranker.score_lists(
+        [lists.inputs[query] for query in queries],
         cascade=dict(setting.cascade),
+        show_progress_bar=False,
         **setting.arguments,
     )
 
@@ -122,18 +158,20 @@ def timed_sample(candidates: Candidates, pairs: int) -> list[str]:
 
 
 def speed_and_memory(
-    reranker: MatryoshkaReranker, candidates: Candidates, setting: Setting, sample: list[str]
+    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, setting: Setting, sample: list[str]
 ) -> tuple[float, int | None]:
-    """Pairs per second, and peak memory in bytes, of the sample's lists, after a first list that warms up."""
+    """Pairs per second from texts to scores, and peak memory in bytes, of the sample's lists, after a first list that
+    warms up. What tokenising a pair takes was measured before, for all settings."""
 
     def work(queries: list[str]) -> None:
         if setting.cascade:
             for portion in candidates.portions(queries, reranker.batch_size):
-                rank(reranker, candidates, setting, portion)
+                score_cascade(reranker, lists, setting, portion)
         else:
-            reranker.compute_score(candidates.pairs(queries), show_progress_bar=False, **setting.arguments)
+            reranker.compute_score(lists.pairs(queries), show_progress_bar=False, **setting.arguments)
 
     work(sample[:1])
     start = time.perf_counter()
     memory = peak_memory(lambda: work(sample), reranker.target_devices)
-    return len(candidates.pairs(sample)) / (time.perf_counter() - start), memory
+    pairs = len(lists.pairs(sample))
+    return pairs / (time.perf_counter() - start + pairs * lists.seconds_per_pair), memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TypeAlias
 
 import numpy as np
@@ -18,10 +18,11 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 CHARACTERS_AT_ONCE = 1_000_000
 """Tokenised in one call: a tokenizer's own results take a hundred times the memory of the ids."""
 MARGIN = 128
-"""Tokens in front of a cut that it may have changed. No word that WordPiece spells has more, nor a piece more
-characters; where neither bounds it (BPE over a text without spaces), two cuts must agree."""
+"""Tokens in front of a cut that it may have changed: more than WordPiece makes of a word."""
 CHARACTERS = 8
 """Of a token, as a first guess; a text of shorter ones is cut later than need be, one of longer ones tried again."""
+NEIGHBOURS = 32
+"""Characters of a piece, at most: SentencePiece's have 16."""
 
 
 def whole_characters(text: str) -> str:
@@ -62,24 +63,40 @@ class TextEncoder:
     def beginnings(self, texts: Sequence[str], tokens: int) -> list[Ids]:
         """The first `tokens` of `whole`, or all where there are fewer.
 
-        Of a long text two beginnings are tokenised, one twice as long as the other. What is near its end may be another
-        token in the whole text (half of a word, spaces that are a run), so the shorter must have MARGIN tokens more
-        than are wanted, and both must have the same ones; else longer beginnings are taken, up to the whole text.
+        Of a long text beginnings are tokenised that end at several places, see `_ends`. What is near its end may be
+        another token in the whole text (half of a word, spaces that are a run): each must have MARGIN tokens more than
+        are wanted, and all the same ones; else longer beginnings are taken, up to the whole text.
         """
         found: dict[int, Ids] = {}
         size = (tokens + MARGIN) * CHARACTERS
         while missing := [index for index in range(len(texts)) if index not in found]:
-            # Both beginnings together, and all that were tried before them, are never more than a text of this length.
-            long = [index for index in missing if len(texts[index]) > 4 * size]
-            short = [index for index in missing if len(texts[index]) <= 4 * size]
-            found |= zip(short, self.whole([texts[index] for index in short]), strict=True)
-            cut = self.whole([texts[index][:end] for index in long for end in (size, 2 * size)])
-            for index, first, second in zip(long, cut[::2], cut[1::2], strict=True):
-                if len(first) >= tokens + MARGIN and np.array_equal(first[:tokens], second[:tokens]):
+            ends = {index: _ends(texts[index], size) for index in missing}
+            # So that all that is tried, which grows by 4, never is more than the whole.
+            cut = [index for index in missing if len(texts[index]) > 2 * sum(ends[index])]
+            whole = [index for index in missing if index not in cut]
+            found |= zip(whole, self.whole([texts[index] for index in whole]), strict=True)
+            rest = iter(self.whole([texts[index][:end] for index in cut for end in ends[index]]))
+            for index in cut:
+                first, *others = islice(rest, len(ends[index]))
+                agree = all(np.array_equal(first[:tokens], other[:tokens]) for other in others)
+                if agree and all(len(ids) >= tokens + MARGIN for ids in (first, *others)):
                     found[index] = first
             size *= 4
         # Copies: a view would hold on to all that was tokenised.
         return [found[index][:tokens].copy() for index in range(len(texts))]
+
+
+def _ends(text: str, size: int) -> list[int]:
+    """Where to cut a text: behind words, since tokenizers begin anew with the next.
+
+    In about `size` characters without a space the best pieces (Unigram's above all) may depend on how many follow. One
+    of the whole text's ends at one of NEIGHBOURS neighbouring characters, and in front of that it is what they are
+    without all that follows.
+    """
+    behind_words = [len(text[:end].rpartition(" ")[0].rstrip()) for end in (size, 2 * size)]
+    if size // 2 <= behind_words[0] < behind_words[1]:
+        return behind_words
+    return list(range(size - NEIGHBOURS + 1, size + 1))
 
 
 def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:

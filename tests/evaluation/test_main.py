@@ -101,6 +101,12 @@ def test_what_is_measured_is_not_measured_again(evaluate, monkeypatch):
     assert json.loads((evaluate() / "results.json").read_text()) == first
 
 
+def test_texts_are_tokenised_once_for_all_settings_and_measures(evaluate, tokenized_texts):
+    results = json.loads((evaluate() / "results.json").read_text())
+    assert len(results["settings"]) > 4 and results["pairs"] > 4
+    assert len(tokenized_texts) == len(set(tokenized_texts)) <= results["pairs"] + results["queries"]
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(evaluate):
     output = evaluate()
     kept = (output / "settings" / "layer6.json").read_bytes()

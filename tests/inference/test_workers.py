@@ -82,6 +82,19 @@ def test_a_cascade_runs_on_several_devices(one, two):
         close([hit["score"] for hit in shared], [hit["score"] for hit in alone])
 
 
+@pytest.mark.parametrize("cascade", [None, {2: 0.5}])
+def test_rankings_come_one_by_one_and_the_workers_are_free_in_between(one, two, cascade, monkeypatch):
+    monkeypatch.setattr("flagembedding_matryoshka.inference.tasks.PAIRS_TOKENIZED_AHEAD", 8)
+    lists = [(query, PASSAGES) for query in QUERIES * 2]
+    found = []
+    for ranking in two.rank_iter(lists, cascade=cascade):
+        found.append(ranking)
+        two.compute_score(PAIRS[:2])
+    for ranking, expected in zip(found, one.rank_iter(lists, cascade=cascade), strict=True):
+        assert [hit["corpus_id"] for hit in ranking] == [hit["corpus_id"] for hit in expected]
+        close([hit["score"] for hit in ranking], [hit["score"] for hit in expected])
+
+
 def test_work_is_shared_by_tokens(two, monkeypatch):
     batches = []
     run = two._engine.run

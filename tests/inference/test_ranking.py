@@ -1,0 +1,165 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference import tasks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
+DOCUMENTS = [" ".join(WORDS[(7 * i + j) % 8] for j in range(1 + 3 * i % 11)) for i in range(20)]
+QUERIES = [f"what about the {word}" for word in WORDS]
+LISTS = [DOCUMENTS[start : start + size] for start, size in [(0, 20), (3, 0), (3, 9), (5, 1), (0, 7), (9, 9), (0, 0)]]
+OPTIONS = [
+    {},
+    {"top_k": 3, "return_documents": True, "normalize": True},
+    {"cascade": {2: 0.5, 4: 0.3}, "top_k": 1},
+    {"cutoff_layers": 4, "compress_layers": [2], "compress_ratio": 2, "batch_size": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_layerwise_path):
+    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+
+
+@pytest.fixture(params=[None, 4])
+def pairs_of_a_window(request, monkeypatch):
+    """None is as many as fit; 4 cut the longest lists, but not a cascade's."""
+    if request.param:
+        monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", request.param)
+
+
+def lists():
+    return zip(QUERIES[: len(LISTS)], (iter(documents) for documents in LISTS), strict=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("pairs_of_a_window")
+def test_rankings_come_one_by_one_as_they_come_together(reranker, options):
+    expected = reranker.rank_batch(QUERIES[: len(LISTS)], LISTS, **options)
+    assert list(reranker.rank_iter(lists(), **options)) == expected
+    assert list(reranker.rank_iter(iter(QUERIES[: len(LISTS)]), iter(LISTS), **options)) == expected
+    assert [len(ranking) for ranking in expected] == [
+        min(len(documents), options.get("top_k", 20)) for documents in LISTS
+    ]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_windows_change_no_ranking(reranker, options, monkeypatch):
+    expected = reranker.rank_batch(QUERIES[: len(LISTS)], LISTS, **options)
+    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 4)
+    for ours, theirs in zip(reranker.rank_iter(lists(), **options), expected, strict=True):
+        assert [hit["corpus_id"] for hit in ours] == [hit["corpus_id"] for hit in theirs]
+        assert [hit["score"] for hit in ours] == pytest.approx([hit["score"] for hit in theirs], abs=1e-5)
+
+
+@pytest.mark.parametrize("cascade", [None, {2: 0.5}])
+def test_an_endless_input_is_read_a_window_ahead(reranker, cascade, monkeypatch):
+    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 10)
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield QUERIES[len(read) % 8], DOCUMENTS[:3]
+
+    rankings = reranker.rank_iter(endless(), cascade=cascade)
+    assert not read
+    for number, ranking in enumerate(islice(rankings, 30), start=1):
+        assert len(ranking) == 3
+        assert len(read) <= number + 3 * 4
+    # Between two rankings nothing is left undone that another call would wait for.
+    assert reranker.rank(QUERIES[0], DOCUMENTS[:2]) and len(next(rankings)) == 3
+    rankings.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("a query",), TypeError, "lists must be a list, got the string 'a query'"),
+        (({"a query": []},), TypeError, "lists must be a list, got the dict"),
+        ((["wing"], {"wing": []}), TypeError, "candidates must be a list, got the dict"),
+    ],
+)
+def test_what_cannot_be_read_at_all_is_refused_at_once(reranker, arguments, error, message):
+    with pytest.raises(error, match=message):
+        reranker.rank_iter(*arguments)
+    for options, error in [({"top_k": 0}, ValueError), ({"cutoff_layers": 1}, ValueError), ({"depth": 3}, TypeError)]:
+        with pytest.raises(error):
+            reranker.rank_iter([], [], **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([("wing", ["a"]), "flow"],), TypeError, "list 1 must be a query and its documents, got 'flow'"),
+        (([("wing", "flow")],), TypeError, "the documents of query 0 must be a list, got the string 'flow'"),
+        (([("wing", ["a", 3])],), TypeError, "document 1 of query 0 must be a string, got 3"),
+        (([(None, ["a"])],), TypeError, "query 0 must be a string, got None"),
+        ((["wing", "flow"], [["a"]]), ValueError, "as many queries .* list of candidates 1 is missing"),
+        ((["wing"], [["a"], ["b"]]), ValueError, "as many queries .* query 1 is missing"),
+    ],
+)
+def test_what_is_wrong_in_a_list_is_named_when_it_is_read(reranker, arguments, error, message):
+    rankings = reranker.rank_iter(*arguments)
+    with pytest.raises(error, match=message):
+        list(rankings)
+
+
+def test_a_cascade_that_keeps_too_few_is_refused(reranker):
+    with pytest.raises(ValueError, match="keeps 2 of the 20 candidates of query 1, fewer than top_k=5"):
+        list(reranker.rank_iter([("wing", []), ("wing", DOCUMENTS)], top_k=5, cascade={2: 0.1}))
+
+
+def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_texts):
+    pairs = [(query, document) for query in QUERIES for document in DOCUMENTS]
+    different = len(set(QUERIES)) + len(set(DOCUMENTS))
+    expected = reranker.compute_score(pairs, cutoff_layers=[2, 4, 6], compress_layers=[2], compress_ratio=2)
+    assert len(tokenized_texts) == different
+    tokenized_texts.clear()
+    reranker.rank_batch(QUERIES, [DOCUMENTS] * len(QUERIES), cascade={2: 0.5, 4: 0.3})
+    assert len(tokenized_texts) == different
+    tokenized_texts.clear()
+    inputs = reranker.tokenize(pairs)
+    assert len(tokenized_texts) == different
+    for layer, scores in zip([2, 4, 6], expected, strict=True):
+        found = reranker.compute_score(inputs, cutoff_layers=layer, compress_layers=[2], compress_ratio=2)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(scores), atol=1e-5, rtol=0)
+        reranker.estimate_flops(inputs, cutoff_layers=layer)
+    reranker.score_lists([inputs[:20], inputs[20:40]], cascade={2: 0.5})
+    assert len(tokenized_texts) == different
+
+
+@pytest.mark.parametrize("options", [{}, {"cascade": {2: 0.5, 4: 0.3}}, {"cascade": {}}])
+def test_tokenised_lists_score_as_their_texts_rank(reranker, options):
+    expected = reranker.rank_batch(QUERIES[: len(LISTS)], LISTS, **options)
+    inputs = [
+        reranker.tokenize([(query, document) for document in documents])
+        for query, documents in zip(QUERIES, LISTS, strict=False)
+    ]
+    for hits, ranking in zip(reranker.score_lists(inputs, **options), expected, strict=True):
+        by_place = sorted(ranking, key=lambda hit: hit["corpus_id"])
+        assert [{"corpus_id": place} | hit for place, hit in enumerate(hits)] == by_place
+
+
+def test_candidates_of_a_query_hold_the_same_part_and_say_whether_they_were_cut(reranker):
+    first, second, other = reranker.tokenize([("wing", "a"), ("wing", "air " * 300), ("flow", "a")], max_length=30)
+    assert first.query is second.query and first.query != other.query
+    assert first.query == reranker.tokenize(("wing", "b"))[0].query
+    assert (first.is_cut, second.is_cut, other.is_cut) == (False, True, False)
+    assert reranker.tokenize(("wing " * 40, "a"), max_length=30)[0].is_cut
+    assert reranker.tokenize([]) == []
+
+
+def test_what_says_how_texts_become_tokens_is_not_taken_beside_tokens(reranker):
+    inputs = reranker.tokenize([("wing", "a")])
+    calls = [(reranker.compute_score, inputs), (reranker.estimate_flops, inputs), (reranker.score_lists, [inputs])]
+    for call, values in calls:
+        with pytest.raises(TypeError, match=r"tokenised already; \{'max_length': 30\} goes to tokenize"):
+            call(values, max_length=30)
+    with pytest.raises(TypeError, match="pair 0 of list 0 must be one that tokenize made, got"):
+        reranker.score_lists([[("wing", "a")]])
+    with pytest.raises(TypeError, match="pair 0 must be a query and a passage"):
+        reranker.compute_score([*inputs, ("wing", "a")])
