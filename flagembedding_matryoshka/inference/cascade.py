@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 
 
 def run_cascade(
-    model: CostWiseForCausalLM,
+    score: Callable[[PackedStates, int], Tensor],
     batches: Sequence[PackedStates],
     queries: Sequence[Sequence[int]],
     setting: Setting,
@@ -21,6 +20,7 @@ def run_cascade(
     """Score candidates, dropping the worst of each query after each stage.
 
     Args:
+        score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on the CPU.
         batches: candidates before the first layer; `queries` says whose they are.
         queries: for each batch the number of each sequence's query.
         setting: with one cutoff layer, at which the last ones are scored.
@@ -39,7 +39,7 @@ def run_cascade(
         for index, sequences in enumerate(alive):
             if not sequences:
                 continue
-            scores[sequences] = model.scores(states[index], setting, (layer,))[0].cpu()
+            scores[sequences] = score(states[index], layer)
             exits[sequences] = layer
         if share is None:
             break

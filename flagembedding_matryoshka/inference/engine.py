@@ -18,6 +18,7 @@ from flagembedding_matryoshka.inference.cascade import run_cascade
 from flagembedding_matryoshka.inference.fitting import OutOfMemory, TokenLimit, computed
 from flagembedding_matryoshka.models.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -62,10 +63,14 @@ class Engine:
     Args:
         model: may hold token adapters; each call uses the one of its ratio.
         compile: fuse the layers' token-wise parts.
+
+    Attributes:
+        between_batches: called before each batch of a cascade's stages. What it raises ends the cascade.
     """
 
     def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
         self.model = model
+        self.between_batches: Callable[[], None] = lambda: None
         if compile:
             model.model.compile_layers()
         self._has_token_adapters = bool(token_adapter_ratios(model))
@@ -162,9 +167,16 @@ class Engine:
         owners: Sequence[Sequence[int]],
         setting: Setting,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        between_batches = self.between_batches
+
+        def scores(states: PackedStates, layer: int) -> torch.Tensor:
+            between_batches()
+            with self._adapted(setting.compress_ratio):
+                return self.model.scores(states, setting, (layer,))[0].cpu()
+
         with self._adapted(setting.compress_ratio):
             states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
-            return run_cascade(self.model, states, owners, setting)
+        return run_cascade(scores, states, owners, setting)
 
     def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
         """Raise ArithmeticError if one of (exits, pairs) scores is not a number: no order would mean anything."""

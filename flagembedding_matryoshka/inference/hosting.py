@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from FlagEmbedding.abc.inference import AbsReranker
@@ -36,6 +37,19 @@ class HostedReranker(AbsReranker):
         if isinstance(self._engine, WorkerPool):
             return self._engine.run(tasks, device)
         return self._engine.run(tasks)
+
+    @contextmanager
+    def calling_between_batches(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Cascades that start inside call `callback` before each of their batches; what it raises ends them. Meanwhile
+        the model may compute something else. Workers of several devices call nobody."""
+        if isinstance(self._engine, WorkerPool):
+            yield
+            return
+        before, self._engine.between_batches = self._engine.between_batches, callback
+        try:
+            yield
+        finally:
+            self._engine.between_batches = before
 
     def compute_score_single_gpu(
         self,

@@ -64,7 +64,7 @@ class MatryoshkaSearch:
     ) -> None:
         if given := sorted(set(options) & set(WITHOUT_EFFECT)):
             raise ValueError(f"{given} would change nothing that mteb measures; leave it out.")
-        self._ranking = Ranking(reranker, None, options)
+        self._ranking = Ranking(reranker, **options)
         self.mteb_model_meta = _model_meta(self._ranking, name, revision)
         self._passages: dict[str, str] | None = None
 
@@ -126,7 +126,7 @@ class MatryoshkaSearch:
         for start in range(0, len(ranked), QUERIES_AT_ONCE):
             some = ranked[start : start + QUERIES_AT_ONCE]
             names = [list(top_ranked[query]) for query in some]
-            rankings = self._ranking.reranker.rank_batch(
+            rankings = self._ranking.load().rank_batch(
                 [texts[query] for query in some],
                 [[self._passage(query, passage) for passage in ids] for query, ids in zip(some, names, strict=True)],
                 **self._ranking.options,
@@ -158,7 +158,7 @@ def _texts(
 
 def _model_meta(ranking: Ranking, name: str | None, revision: str | None) -> ModelMeta:
     """Under `experiment_kwargs` the setting, lengths, and words that are not the checkpoint's own."""
-    reranker, options = ranking.reranker, dict(ranking.options)
+    reranker, options = ranking.load(), dict(ranking.options)
     cascade = options.pop("cascade", None)
     chosen, setting = resolve_ranking(reranker, options, cascade)
     own = asdict(Template.load(reranker.config.template))

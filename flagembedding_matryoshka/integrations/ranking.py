@@ -34,6 +34,9 @@ class Ranking:
             `normalize`, …; with a path also what its constructor takes: `devices` (or `device`), `dtype`, `budget`,
             `token`, `revision`, … None keeps a default.
 
+    Attributes:
+        options: those that are given to each call.
+
     Raises:
         TypeError: if an option is unknown, or one of loading is given with a re-ranker that is loaded.
         ValueError: if `score_threshold` is not a number, or a device is given twice.
@@ -65,7 +68,7 @@ class Ranking:
         self.given = given
         self._path = str(reranker) if isinstance(reranker, str | PathLike) else None
         self._reranker = None if isinstance(reranker, str | PathLike) else reranker
-        self._defaults = {name: value for name, value in given.items() if not is_path or name not in OF_LOADING}
+        self.options = {name: value for name, value in given.items() if not is_path or name not in OF_LOADING}
 
     def load(self) -> MatryoshkaReranker:
         """The re-ranker, loaded by the first call.
@@ -85,7 +88,7 @@ class Ranking:
 
     def check(self, top_k: int | None = None) -> None:
         """Load the re-ranker, and raise what `rank` raises with these options."""
-        self.load().rank("", [], top_k, **self._defaults)
+        self.load().rank("", [], top_k, **self.options)
 
     def __call__(
         self,
@@ -106,7 +109,7 @@ class Ranking:
         least = self.score_threshold if score_threshold is None else _threshold(score_threshold)
         texts = [self._text(content, found) for content, found in self._described(contents, metadata)]
         given = {name: value for name, value in overrides.items() if value is not None}
-        hits = self.load().rank(query, texts, top_k, **self._defaults | given)
+        hits = self.load().rank(query, texts, top_k, **self.options | given)
         found = [(int(hit["corpus_id"]), float(hit["score"])) for hit in hits]
         return [(index, score) for index, score in found if least is None or score >= least]
 

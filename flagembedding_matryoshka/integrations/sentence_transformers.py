@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.inference.device import resolve_dtype
-from flagembedding_matryoshka.inference.inputs import as_pairs
+from flagembedding_matryoshka.inference.inputs import are_tokenized, as_pairs
 from flagembedding_matryoshka.integrations.model_card import use_our_card
 from flagembedding_matryoshka.models.adapters import token_adapter_ratio
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -110,6 +110,8 @@ class MatryoshkaModule(InputModule):
             prompt=self.prompt if prompt is None else prompt,
         )
         pairs = as_pairs(inputs)
+        if are_tokenized(pairs):
+            raise TypeError("a CrossEncoder makes tokens of texts itself: give it pairs of strings.")
         return {"pairs": self.pair_tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)}
 
     def forward(  # type: ignore[override]

@@ -66,15 +66,22 @@ class BatchReport:
     seconds: float
 
 
+class Abandoned(Exception):
+    """Nobody waits for what is being computed."""
+
+
 class Batcher:
-    """Puts jobs together for one worker thread, which alone calls `compute`; an asynchronous context manager.
+    """Puts jobs together for `compute`, which has one batch at a time; an asynchronous context manager.
 
     The oldest job opens a batch; jobs of its key follow in the order they came, until the tokens are used up. A job
     that is larger than a batch gets one batch and then stands behind all others that wait, so that nobody waits longer
-    than one batch for each job in front. Nothing waits for a batch to fill up.
+    than one batch for each job in front. One that must not be divided lets a batch of others through whenever it is
+    between two steps. Nothing waits for a batch to fill up.
 
     Args:
-        compute: (key, items of each job) to results of each job's items, in order.
+        compute: (key, items of each job, between) to results of each job's items, in order. It calls `between` where it
+            can be interrupted: others are computed meanwhile, in another thread, and it raises `Abandoned` if nobody
+            waits any more.
         max_tokens: of a batch, at most, unless a single item, or a job that is not divisible, has more.
         max_jobs: in a batch, at most; None is any number.
         report: called after each computation that succeeded.
@@ -82,7 +89,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Any, list[Sequence[Any]]], list[list[Any]]],
+        compute: Callable[[Any, list[Sequence[Any]], Callable[[], None]], list[list[Any]]],
         max_tokens: int,
         max_jobs: int | None = None,
         report: Callable[[BatchReport], None] = lambda report: None,
@@ -94,6 +101,7 @@ class Batcher:
         self._waiting: list[Job] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread_between = ThreadPoolExecutor(1, thread_name_prefix="model, between")
         self.failing = False
         """Whether the last computation failed."""
 
@@ -102,16 +110,17 @@ class Batcher:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Stop after the batch that is computed now; jobs that still wait are cancelled."""
+        """Stop after the batch, or the step, that is computed now; jobs that still wait are cancelled."""
         self._worker.cancel()
         for job in self._waiting:
             job.future.cancel()
-        await asyncio.to_thread(self._thread.shutdown)
+        for thread in (self._thread, self._thread_between):
+            await asyncio.to_thread(thread.shutdown)
 
     @property
     def waiting(self) -> int:
         """Jobs that are not finished."""
-        return len(self._waiting)
+        return sum(not job.future.done() for job in self._waiting)
 
     async def submit(
         self, key: Hashable, items: Sequence[Any], shared_tokens: int, tokens: Sequence[int], divisible: bool = True
@@ -134,18 +143,33 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            first, *others = self._next_batch()
-            await self._run([first, *others])
-            if not first.job.future.done():
-                self._waiting.remove(first.job)
-                self._waiting.append(first.job)
+            await self._serve(self._waiting, self._thread)
 
-    def _next_batch(self) -> list[Share]:
-        first = self._waiting[0]
+    async def _serve(self, jobs: list[Job], thread: ThreadPoolExecutor) -> None:
+        """Compute a batch of these."""
+        first, *others = self._next_batch(jobs)
+        await self._run([first, *others], thread)
+        if not first.job.future.done():
+            self._waiting.remove(first.job)
+            self._waiting.append(first.job)
+
+    async def _let_others_through(self, batch: list[Share]) -> None:
+        """Compute a batch of those that can be divided, if any wait, while `batch` does not go on.
+
+        Raises:
+            Abandoned: if nobody waits for `batch`.
+        """
+        if all(share.job.future.done() for share in batch):
+            raise Abandoned
+        if others := [job for job in self._waiting if job.divisible and not job.future.done()]:
+            await self._serve(others, self._thread_between)
+
+    def _next_batch(self, jobs: list[Job]) -> list[Share]:
+        first = jobs[0]
         smallest = 1 if first.divisible else len(first.items)
         batch = [first.share(max(first.fitting(self._max_tokens), smallest))]
         room = self._max_tokens - batch[0].tokens
-        for job in self._waiting[1:]:
+        for job in jobs[1:]:
             if len(batch) == self._max_jobs:
                 break
             if job.key != first.key:
@@ -157,13 +181,23 @@ class Batcher:
             room -= batch[-1].tokens
         return batch
 
-    async def _run(self, batch: list[Share]) -> None:
+    async def _run(self, batch: list[Share], thread: ThreadPoolExecutor) -> None:
         """Compute a batch; if that fails, each of its shares alone, so that only those that fail alone do."""
-        start = perf_counter()
+        loop, start, waited = asyncio.get_running_loop(), perf_counter(), 0.0
+
+        def between() -> None:
+            nonlocal waited
+            if not batch[0].job.divisible:
+                pause = perf_counter()
+                asyncio.run_coroutine_threadsafe(self._let_others_through(batch), loop).result()
+                waited += perf_counter() - pause
+
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._compute, batch[0].job.key, [share.items for share in batch]
+            found = await loop.run_in_executor(
+                thread, self._compute, batch[0].job.key, [share.items for share in batch], between
             )
+        except Abandoned:
+            return
         except Exception as error:
             self.failing = True
             if len(batch) == 1:
@@ -171,7 +205,7 @@ class Batcher:
                     batch[0].job.future.set_exception(error)
                 return
             for share in batch:
-                await self._run([share])
+                await self._run([share], thread)
             return
         self.failing = False
         self._report(
@@ -179,7 +213,7 @@ class Batcher:
                 requests=len(batch),
                 items=sum(len(share.items) for share in batch),
                 tokens=sum(share.tokens for share in batch),
-                seconds=perf_counter() - start,
+                seconds=perf_counter() - start - waited,
             )
         )
         for share, results in zip(batch, found, strict=True):

@@ -1,17 +1,17 @@
-"""What clients of Cohere, Jina and text-embeddings-inference (TEI) send and expect, and our own options in both."""
+"""What clients of Cohere, Jina, Voyage, Xinference, vLLM and text-embeddings-inference (TEI) send; our options."""
 
 from __future__ import annotations
 
 import json
-import math
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
+    AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -19,153 +19,252 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
+    model_validator,
 )
+from typing_extensions import Self
+
+from flagembedding_matryoshka.serve.answers import Scored, cohere_answer, tei_answer, vllm_scores, voyage_answer
+from flagembedding_matryoshka.serve.shortening import Lengths
+
+SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
+MOST_UNKNOWN_FIELDS = 100
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A request's scores.
+def _as_flag(value: Any) -> Any:
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
-    Attributes:
-        hits: for each document "score", not normalised, and with a cascade "cutoff_layer".
-        tokens: that were read for it.
-        model: its name.
-    """
 
-    hits: Sequence[dict[str, Any]]
-    tokens: int
-    model: str
-
-    def best_first(self) -> list[tuple[int, dict[str, Any]]]:
-        """Indices of the documents and their hits; the deeper a document came in a cascade the better."""
-        return sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
+Flag = Annotated[bool, BeforeValidator(_as_flag)]
+"""A boolean, or "true" or "false", which some clients send."""
+Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if type(side) is str else side)]
+Cascade = Annotated[
+    dict[int, float],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[1-9][0-9]*$"},
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        }
+    ),
+]
+Texts = Annotated[list[str], FailFast()]
+OneOrMore = Annotated[
+    Texts,
+    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
 
 
 class Request(BaseModel):
-    """What both forms have in common; None is the server's default."""
+    """What all forms have in common; None is the server's default, and what is null is absent. Fields that nobody
+    knows are left in `model_extra`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
+    other_texts: ClassVar[tuple[str, ...]] = ()
+    """Fields that would hold the texts in another form."""
 
-    query: str
+    model: str | None = Field(None, description="does nothing: the server has one")
     cutoff_layers: int | list[int] | None = Field(None, description="the exit to score at")
     compress_layers: int | list[int] | None = Field(None, description="layers after which passages are compressed")
     compress_ratio: int | None = Field(None, description="1 (off), 2, 4 or 8")
-    cascade: dict[int, float] | None = Field(None, description="{exit: share of all documents that goes deeper}")
+    cascade: Cascade | None = Field(None, description="{exit: share of all documents that goes deeper}")
+    raw_scores: Flag | None = Field(None, description="scores instead of their sigmoid")
+    use_activation: Flag | None = Field(None, description="false is raw_scores, in vLLM's words")
+    truncate: Flag | None = Field(None, description="false refuses texts that would be cut; else they are cut")
+    truncation: Flag | None = Field(None, description="truncate, in Voyage's words")
+    truncation_direction: Side | None = Field(None, description="where documents are cut: Right (default) or Left")
+    truncation_side: Side | None = Field(None, description="truncation_direction, in vLLM's words")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="of query, document and prompt together, at most; -1 is the server's own limit"
+    )
+    max_tokens_per_doc: int | None = Field(None, ge=1, description="a document is cut to its first so many tokens")
+    max_tokens_per_query: int | None = Field(None, ge=1, description="the query is cut to its first so many tokens")
+    priority: int | None = Field(None, description="does nothing")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        unknown = self.model_extra or {}
+        if len(unknown) > MOST_UNKNOWN_FIELDS:
+            raise ValueError(f"{len(unknown)} fields are unknown, more than {MOST_UNKNOWN_FIELDS}")
+        for name, value in unknown.items():
+            if name in self.other_texts and value is not None:
+                raise ValueError(f"there are texts in {name!r}, too; give one list of them")
+            if close := get_close_matches(name[:40], SETTING, 1, 0.8):
+                raise ValueError(f"{name!r:.40} is unknown; {close[0]!r} is what it looks like")
+        if None not in (self.truncation_direction, self.truncation_side):
+            raise ValueError("truncation_direction and truncation_side are one; give one")
+        return self
 
     @property
     def setting(self) -> dict[str, Any]:
         """As keyword arguments of `MatryoshkaReranker.setting`."""
-        return {name: getattr(self, name) for name in ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")}
+        return {name: getattr(self, name) for name in SETTING}
 
     @property
-    def must_fit(self) -> bool:
-        """Whether texts that are too long are refused, not cut."""
-        return False
+    def lengths(self) -> Lengths:
+        """How texts are cut."""
+        return Lengths(
+            query=self.max_tokens_per_query,
+            document=self.max_tokens_per_doc,
+            pair=None if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens,
+            keep_end="left" in (self.truncation_direction, self.truncation_side),
+            refuse=False in (self.truncate, self.truncation),
+        )
 
+    @property
+    def raw(self) -> bool:
+        """Whether scores are wanted and not their sigmoid."""
+        return bool(self.raw_scores) or self.use_activation is False
 
-def _with_text(document: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(document, str):
-        return document
-    if not isinstance(document.get("text"), str):
-        keys = [*document][:5]
-        raise ValueError(f"a document is a string or an object with a string 'text', got the keys {keys!s:.200}")
-    json.dumps(document, allow_nan=False)  # it may be sent back, and 1e999 is no number there
-    return document
+    @property
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        """Each query with its documents."""
+        raise NotImplementedError
+
+    def answer(self, scored: Scored) -> Any:
+        """What the clients of this form read."""
+        raise NotImplementedError
 
 
 class DocumentsRequest(Request):
-    """Cohere's and Jina's form. What "does nothing" is accepted because clients send it."""
+    """Cohere's form, and Jina's, Voyage's, Xinference's and vLLM's."""
 
-    documents: Annotated[list[Annotated[str | dict[str, Any], AfterValidator(_with_text)]], FailFast()]
+    other_texts = ("texts",)
+
+    query: str
+    documents: Annotated[list[str | dict[str, Any]], FailFast()]
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
-    return_documents: bool | None = Field(None, description="false if missing")
-    model: str | None = Field(None, description="does nothing")
-    max_tokens_per_doc: int | None = Field(None, description="does nothing")
+    top_k: int | None = Field(None, ge=1, description="top_n, in Voyage's words, whose answer it brings")
+    return_documents: Flag | None = Field(None, description="false if missing")
+    rank_fields: list[str] | None = Field(
+        None, min_length=1, description="what of documents that are objects is ranked, in this order; 'text' if missing"
+    )
     max_chunks_per_doc: int | None = Field(None, description="does nothing")
-    rank_fields: list[str] | None = Field(None, description="does nothing: the text is ranked")
-    priority: int | None = Field(None, description="does nothing")
-    truncation: bool | None = Field(None, description="does nothing: texts are cut to the server's max_length")
+    return_len: Flag | None = Field(None, description="does nothing: tokens are counted in any case")
+    _texts: list[str]
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        if None not in (self.top_n, self.top_k):
+            raise ValueError("top_n and top_k are one; give one")
+        fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
+        self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
+        return self
 
     @property
-    def texts(self) -> list[str]:
-        return [document if isinstance(document, str) else document["text"] for document in self.documents]
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        return [(self.query, self._texts)]
 
     def answer(self, scored: Scored) -> dict[str, Any]:
-        """Cohere's answer with Jina's `usage`; `relevance_score` is the score's sigmoid."""
-        results = []
-        for index, hit in scored.best_first()[: self.top_n]:
-            result: dict[str, Any] = {"index": index, "relevance_score": sigmoid(hit["score"])}
-            if "cutoff_layer" in hit:
-                result["cutoff_layer"] = hit["cutoff_layer"]
-            if self.return_documents:
-                document = self.documents[index]
-                result["document"] = {"text": document} if isinstance(document, str) else document
-            results.append(result)
-        return {
-            "id": str(uuid.uuid4()),
-            "model": scored.model,
-            "results": results,
-            "meta": {"api_version": {"version": "2"}, "tokens": {"input_tokens": scored.tokens, "output_tokens": 0}},
-            "usage": {"prompt_tokens": scored.tokens, "total_tokens": scored.tokens},
-        }
+        """Voyage's answer to who says `top_k`; else Cohere's, with Jina's `usage`."""
+        if "top_k" in self.model_fields_set:
+            return voyage_answer(scored, self.raw, self.top_k, self._texts if self.return_documents else None)
+        return cohere_answer(scored, self.raw, self.top_n, self.documents if self.return_documents else None)
 
 
 class TextsRequest(Request):
     """TEI's form."""
 
-    texts: Annotated[list[str], FailFast()]
-    raw_scores: bool = Field(False, description="scores instead of their sigmoid")
-    return_text: bool = False
-    truncate: bool | None = Field(None, description="false refuses texts that would be cut; else they are cut")
-    truncation_direction: Literal["right", "Right"] = "Right"
+    other_texts = ("documents",)
+
+    query: str
+    texts: Texts
+    top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
+    return_text: Flag | None = Field(None, description="false if missing")
 
     @property
-    def must_fit(self) -> bool:
-        return self.truncate is False
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        return [(self.query, self.texts)]
 
     def answer(self, scored: Scored) -> list[dict[str, Any]]:
-        """TEI's answer, the best first."""
-        results = []
-        for index, hit in scored.best_first():
-            result = {"index": index, "score": hit["score"] if self.raw_scores else sigmoid(hit["score"])}
-            if "cutoff_layer" in hit:
-                result["cutoff_layer"] = hit["cutoff_layer"]
-            if self.return_text:
-                result["text"] = self.texts[index]
-            results.append(result)
-        return results
+        return tei_answer(scored, self.raw, self.top_n, self.texts if self.return_text else None)
 
 
-def sigmoid(score: float) -> float:
-    small = math.exp(-abs(score))
-    return (1 if score >= 0 else small) / (1 + small)
+class ScoreRequest(Request):
+    """vLLM's form of /score: a text against one or many, or as many against as many."""
+
+    other_texts = ("queries", "documents", "items", "data_1", "data_2")
+
+    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: OneOrMore = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is scored, in this order.
+
+        Raises:
+            ValueError: if there are several queries and not as many documents.
+        """
+        queries, documents = self.text_1, self.text_2
+        if len(queries) == 1:
+            queries = queries * len(documents)
+        if len(queries) != len(documents):
+            raise ValueError(f"{len(queries)} texts against {len(documents)}: give one, or as many")
+        return list(zip(queries, documents, strict=True))
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if not self.pairs:
+            raise ValueError("there are no texts")
+        return self
+
+    @property
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        return [(query, [text for _, text in pairs]) for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])]
+
+    def answer(self, scored: Scored) -> dict[str, Any]:
+        return vllm_scores(scored, self.raw)
+
+
+def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:
+    """The text of a document; a string is an object with a `text`.
+
+    Raises:
+        ValueError: if it lacks a field, one is no string, or it holds a number that no answer could hold.
+    """
+    values = {"text": document} if isinstance(document, str) else document
+    for field in fields:
+        if not isinstance(values.get(field), str):
+            raise ValueError(
+                f"documents.{number}: a document is a string or an object with a string {field!r:.40}, got the keys "
+                f"{[*values][:5]!s:.200}"
+            )
+    if not isinstance(document, str):
+        json.dumps(document, allow_nan=False)
+    return "\n".join(values[field] for field in fields)
 
 
 def _form(body: Any) -> str | None:
     """Which form a body has; None is not an object."""
-    return ("texts" if "texts" in body else "documents") if isinstance(body, dict) else None
+    return ("texts" if body.get("texts") is not None else "documents") if isinstance(body, dict) else None
 
 
-AnyRequest = DocumentsRequest | TextsRequest
-_FORMS: TypeAdapter[AnyRequest] = TypeAdapter(
-    Annotated[
-        Annotated[DocumentsRequest, Tag("documents")] | Annotated[TextsRequest, Tag("texts")], Discriminator(_form)
-    ]
-)
+AnyRerank = Annotated[
+    Annotated[DocumentsRequest, Tag("documents")] | Annotated[TextsRequest, Tag("texts")], Discriminator(_form)
+]
+RERANK: TypeAdapter[DocumentsRequest | TextsRequest] = TypeAdapter(AnyRerank)
+SCORE: TypeAdapter[ScoreRequest] = TypeAdapter(ScoreRequest)
 
 
-def parse(body: bytes) -> AnyRequest:
-    """Read a request in either form.
+def parse(body: bytes, form: TypeAdapter[T]) -> T:
+    """Read a request.
 
     Raises:
         ValueError: naming the first things that are wrong and where they stand.
     """
     try:
-        return _FORMS.validate_json(body)
+        return form.validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        wrong = [".".join(map(str, ["body", *problem["loc"][1:]])) + f": {problem['msg']}" for problem in found[:5]]
+        found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+        places = [problem["loc"][1:] if form is RERANK else problem["loc"] for problem in found]
+        wrong = [
+            ".".join(map(str, ["body", *place])) + f": {problem['msg']}"
+            for place, problem in zip(places, found, strict=True)
+        ]
         raise ValueError("; ".join(wrong)) from error
 
 
-BODY_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest)]}
+RERANK_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest)]}
+SCORE_SCHEMA = ScoreRequest.model_json_schema()

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+from flagembedding_matryoshka.inference.counting import count_input_tokens
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.serve.shortening import Lengths, shorten
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import TokenizedPair
 
-UNLIMITED = 2**31
+
+@dataclass(frozen=True)
+class Work:
+    """What a request runs. Those of equal settings can share a batch.
+
+    Attributes:
+        pairs: documents as the model reads them, all of one query.
+        shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
+    """
+
+    setting: Setting
+    pairs: Sequence[TokenizedPair]
+    shared_tokens: int
+    tokens: Sequence[int]
+
+    @property
+    def all_tokens(self) -> int:
+        return self.shared_tokens + sum(self.tokens)
 
 
 class Scorer:
@@ -22,41 +45,41 @@ class Scorer:
         """That one call spreads over the devices in one pass on each."""
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
-    def check(
-        self, query: str, documents: Sequence[str], asked: Mapping[str, Any], truncate: bool = True
-    ) -> tuple[Setting, int, list[int]]:
-        """What a request runs, and its tokens, see `MatryoshkaReranker.count_tokens`. The model does not run.
+    def prepare(self, query: str, documents: Sequence[str], asked: Mapping[str, Any], lengths: Lengths) -> Work:
+        """What scoring these documents runs. The model does not run.
 
         Args:
-            asked: arguments of `MatryoshkaReranker.setting`. Requests of equal settings can share a batch.
+            asked: arguments of `MatryoshkaReranker.setting`.
 
         Raises:
-            TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or
-                with `truncate=False` a text is too long.
+            TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
+                `shorten`.
         """
         setting = self.reranker.setting(**asked)
-        found = self.reranker.count_tokens(query, documents)
-        if not truncate:
-            whole = self.reranker.count_tokens(query, documents, max_length=UNLIMITED, query_max_length=UNLIMITED)
-            if found != whole:
-                raise ValueError(
-                    f"with truncate=false query and document must fit into {self.reranker.max_length} tokens; the "
-                    f"longest have {whole[0] + max(whole[1])} with separators and prompt."
-                )
-        return setting, *found
+        query, texts = shorten(self.reranker, query, documents, lengths)
+        pairs = self.reranker.tokenize([(query, text) for text in texts])
+        return Work(setting, pairs, *count_input_tokens(pairs))
 
-    def compute(self, setting: Setting, shares: list[Sequence[tuple[str, str]]]) -> list[list[dict[str, Any]]]:
-        """Score the (query, document) pairs of each request; all pairs of a request have its query.
+    def compute(
+        self, setting: Setting, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
+    ) -> list[list[dict[str, Any]]]:
+        """Score the documents of each request.
+
+        Args:
+            between: called between a cascade's batches. What it raises ends the call.
 
         Returns:
-            for each pair a dict with "score", not normalised, and with a cascade "cutoff_layer".
+            for each a dict with "score", not normalised, and with a cascade "cutoff_layer".
+
+        Raises:
+            ArithmeticError: if a score is not a finite number.
+            torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
-        rankings = self.reranker.rank_batch(
-            [share[0][0] for share in shares],
-            [[document for _, document in share] for share in shares],
-            normalize=False,
-            show_progress_bar=False,
-            cascade=dict(setting.cascade) or None,
-            **setting.arguments,
-        )
-        return [sorted(ranking, key=lambda hit: hit["corpus_id"]) for ranking in rankings]
+        with self.reranker.calling_between_batches(between):
+            found = self.reranker.score_lists(
+                shares, cascade=dict(setting.cascade) or None, show_progress_bar=False, **setting.arguments
+            )
+        for hit in chain(*found):
+            if not math.isfinite(hit["score"]):
+                raise ArithmeticError(f"a score is {hit['score']}")
+        return found

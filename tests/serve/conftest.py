@@ -15,9 +15,9 @@ from flagembedding_matryoshka.serve import create_app
 
 
 @contextmanager
-def serving(app):
+def serving(app, **config):
     """The address of a server of `app`."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

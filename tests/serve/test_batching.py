@@ -5,7 +5,8 @@ from flagembedding_matryoshka.serve.batching import Batcher
 
 
 class Doubler:
-    """Doubles numbers, one call at a time, and remembers the calls; each waits until `open` is set."""
+    """Doubles numbers, one call at a time, and remembers the calls; each waits until `open` is set. The key "steps" is
+    computed number by number."""
 
     def __init__(self):
         self.calls = []
@@ -13,10 +14,14 @@ class Doubler:
         self.open = threading.Event()
         self.open.set()
 
-    def __call__(self, key, shares):
+    def __call__(self, key, shares, between):
         self.threads.add(threading.current_thread().name)
         self.calls.append((key, [list(share) for share in shares]))
         self.open.wait(10)
+        if key == "steps":
+            for _item in shares[0]:
+                between()
+                self.calls.append("a step")
         if any("bad" in share for share in shares):
             raise ValueError("bad item")
         return [[2 * item for item in share] for share in shares]
@@ -31,7 +36,7 @@ def run(scenario, **limits):
             return await asyncio.wait_for(scenario(batcher, doubler), 10)
 
     returned = asyncio.run(main())
-    assert len(doubler.threads) <= 1
+    assert len([name for name in doubler.threads if "between" not in name]) <= 1
     return doubler.calls, returned
 
 
@@ -198,3 +203,41 @@ def test_every_computation_is_reported():
     reports = []
     run(scenario_of(("k", [1, 2]), ("k", [3])), max_tokens=10, report=reports.append)
     assert [(report.requests, report.items, report.tokens) for report in reports] == [(1, 1, 1), (2, 3, 3)]
+
+
+def test_between_the_steps_of_what_must_not_be_divided_others_are_computed():
+    calls, results = run(
+        scenario_of(("steps", [1, 2, 3], False), ("k", [4, 5, 6, 7]), ("steps", [8], False), ("k", ["bad"])),
+        max_tokens=3,
+    )
+    assert results[0] == [2, 4, 6] and results[1] == [8, 10, 12, 14] and results[2] == [16]
+    assert isinstance(results[3], ValueError)
+    assert calls[1:] == [
+        ("steps", [[1, 2, 3]]),
+        ("k", [[4, 5, 6]]),
+        "a step",
+        ("k", [["bad"], [7]]),
+        ("k", [["bad"]]),
+        ("k", [[7]]),
+        "a step",
+        "a step",
+        ("steps", [[8]]),
+        "a step",
+    ]
+
+
+def test_steps_that_nobody_waits_for_are_not_made():
+    async def scenario(batcher, doubler):
+        doubler.open.clear()
+        gone = asyncio.create_task(batcher.submit("steps", [1, 2, 3], 0, [1] * 3, divisible=False))
+        while not doubler.calls:
+            await asyncio.sleep(0.001)
+        other = asyncio.create_task(batcher.submit("k", [4], 0, [1]))
+        gone.cancel()
+        await asyncio.sleep(0)
+        doubler.open.set()
+        return await other, batcher.failing
+
+    calls, result = run(scenario, max_tokens=3)
+    assert calls == [("steps", [[1, 2, 3]]), ("k", [[4]])]
+    assert result == ([8], False)

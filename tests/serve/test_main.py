@@ -1,5 +1,8 @@
 """The command line, in a process of its own."""
 
+import inspect
+import json
+import logging.config
 import os
 import re
 import signal
@@ -13,7 +16,16 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from flagembedding_matryoshka.serve.__main__ import API_KEY_VARIABLE, build_parser, read_api_key
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.serve.__main__ import (
+    API_KEY_VARIABLE,
+    NOT_OF_A_SERVER,
+    build_parser,
+    main,
+    read_api_key,
+)
+from flagembedding_matryoshka.serve.logs import REQUEST_ID, log_config
+from flagembedding_matryoshka.serve.options import given_options
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -34,6 +46,65 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 def test_every_argument_is_explained():
     assert all(action.help for action in build_parser()._actions)
+    build_parser().format_help()
+
+
+def test_the_command_line_takes_what_the_class_takes():
+    taken = {action.dest for action in build_parser()._actions}
+    assert set(inspect.signature(MatryoshkaReranker).parameters) - taken == set(NOT_OF_A_SERVER)
+    line = (
+        "--model m --quantization int8 --budget 0.5 --template minicpm --query_max_length 9 --start_layer 2 "
+        "--compress_layers 2 3 --cutoff_layers 4 --peft_path a b --no-from_raw --use_bf16 --max_batch_tokens 7"
+    )
+    assert given_options(MatryoshkaReranker, build_parser().parse_args(line.split())) == {
+        "quantization": "int8",
+        "budget": 0.5,
+        "template": "minicpm",
+        "query_max_length": 9,
+        "start_layer": 2,
+        "compress_layers": [2, 3],
+        "cutoff_layers": [4],
+        "peft_path": ["a", "b"],
+        "from_raw": False,
+        "use_bf16": True,
+        "max_tokens_per_batch": 7,
+    }
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--model", "m", "--quantization", "int3"])
+
+
+def test_what_cannot_be_loaded_ends_the_server(tmp_path):
+    with restored_logging(), pytest.raises((OSError, ValueError), match=str(tmp_path)):
+        main(["--model", str(tmp_path / "nothing"), "--port", "0"])
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+def test_lines_of_the_log(json_lines, capsys):
+    with restored_logging():
+        logging.config.dictConfig(log_config(json_lines))
+        token = REQUEST_ID.set("id-1")
+        logging.getLogger("flagembedding_matryoshka.serve").info("a %s", "message", extra={"seconds": 2})
+        REQUEST_ID.reset(token)
+    line = capsys.readouterr().err.strip()
+    if json_lines:
+        fields = json.loads(line)
+        assert fields["message"] == "a message" and fields["request_id"] == "id-1" and fields["seconds"] == 2
+    else:
+        assert line == "INFO: a message [flagembedding_matryoshka.serve id-1]"
+
+
+@contextmanager
+def restored_logging():
+    """The root's handlers and the levels of loggers are as before."""
+    root, loggers = logging.getLogger(), list(map(logging.getLogger, log_config(False)["loggers"]))
+    before, levels = (root.handlers[:], root.level), [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -54,7 +125,12 @@ def process(model, *arguments, **environment):
         reader.start()
         try:
             assert started.wait(120), running.log
-            yield running, re.search(r"http://\S+", "".join(running.log)).group()
+            address = re.search(r"http://[\d.:]+", "".join(running.log)).group()
+            while httpx.get(f"{address}/ready").status_code != 200:
+                assert running.poll() is None, running.log
+                assert httpx.get(f"{address}/live").status_code == 200
+                time.sleep(0.05)
+            yield running, address
         finally:
             running.kill()
             running.wait()
@@ -92,7 +168,7 @@ def test_requests_in_flight_are_answered_before_the_process_ends(tiny_layerwise_
                 answers = in_flight(pool, client)
                 server.send_signal(signal.SIGTERM)
                 answers = [answer.result() for answer in answers]
-        server.wait(30)
+        server.wait(40)
         assert [len(answer.json()) for answer in answers] == [500, 5, 5]
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health")
@@ -101,8 +177,6 @@ def test_requests_in_flight_are_answered_before_the_process_ends(tiny_layerwise_
 
 @pytest.mark.slow
 def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
-    from flagembedding_matryoshka import MatryoshkaReranker
-
     reranker = MatryoshkaReranker(
         str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=32, template="minicpm"
     )

@@ -1,0 +1,102 @@
+"""What clients expect back: a form for each kind of them."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A request's scores.
+
+    Attributes:
+        hits: for each document "score", not normalised, and with a cascade "cutoff_layer".
+        tokens: that were read for it.
+        model: its name.
+    """
+
+    hits: Sequence[Mapping[str, Any]]
+    tokens: int
+    model: str
+
+    def best(self, name: str, raw: bool, count: int | None) -> list[dict[str, Any]]:
+        """ "index", the score or its sigmoid under `name` and, with a cascade, "cutoff_layer" of the best `count`
+        documents; the deeper one came in a cascade the better."""
+        found = sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
+        return [
+            {"index": index, name: _shown(hit["score"], raw)}
+            | {key: value for key, value in hit.items() if key == "cutoff_layer"}
+            for index, hit in found[:count]
+        ]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
+
+
+def cohere_answer(
+    scored: Scored, raw: bool, count: int | None, documents: Sequence[str | Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """Cohere's answer with Jina's `usage`.
+
+    Args:
+        documents: what is sent back; None is nothing.
+    """
+    results = scored.best("relevance_score", raw, count)
+    if documents is not None:
+        for result in results:
+            document = documents[result["index"]]
+            result["document"] = {"text": document} if isinstance(document, str) else document
+    return {
+        "id": str(uuid.uuid4()),
+        "model": scored.model,
+        "results": results,
+        "meta": {"api_version": {"version": "2"}, "tokens": {"input_tokens": scored.tokens, "output_tokens": 0}},
+        "usage": scored.usage,
+    }
+
+
+def voyage_answer(scored: Scored, raw: bool, count: int | None, texts: Sequence[str] | None) -> dict[str, Any]:
+    """Voyage's answer."""
+    data = scored.best("relevance_score", raw, count)
+    if texts is not None:
+        for result in data:
+            result["document"] = texts[result["index"]]
+    return {"object": "list", "data": data, "model": scored.model, "usage": scored.usage}
+
+
+def tei_answer(scored: Scored, raw: bool, count: int | None, texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """TEI's answer."""
+    results = scored.best("score", raw, count)
+    if texts is not None:
+        for result in results:
+            result["text"] = texts[result["index"]]
+    return results
+
+
+def vllm_scores(scored: Scored, raw: bool) -> dict[str, Any]:
+    """vLLM's answer to /score, in the order of the request."""
+    data = [
+        {"object": "score", **result}
+        for result in sorted(scored.best("score", raw, None), key=lambda result: result["index"])
+    ]
+    return {
+        "id": f"score-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": scored.model,
+        "data": data,
+        "usage": scored.usage,
+    }
+
+
+def _shown(score: float, raw: bool) -> float:
+    if raw:
+        return score
+    small = math.exp(-abs(score))
+    return (1 if score >= 0 else small) / (1 + small)

@@ -1,0 +1,65 @@
+"""HTTP/1.1 with clients that are slow on purpose or by accident."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+GRACE = 5.0
+"""Seconds after which a connection is closed whose body is late: its client has been told before."""
+
+
+def impatient_protocol(header_seconds: float, body_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol for `uvicorn.Config(http=…)`, which also closes connections
+
+    - on which no header has arrived after so many seconds, or not all of it,
+    - whose body is late, answered or not,
+    - and, when the server ends, those whose request has not arrived as a whole.
+    """
+    limits = {h11.IDLE: header_seconds, h11.SEND_BODY: body_seconds + GRACE}
+
+    class ImpatientProtocol(H11Protocol):
+        _state: Any = None
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def shutdown(self) -> None:
+            if self.conn.their_state is h11.SEND_BODY:
+                self.transport.close()
+            else:
+                super().shutdown()
+
+        def _watch(self) -> None:
+            """Time what the client does next, if that is something else than before."""
+            state = self.conn.their_state
+            if state is self._state:
+                return
+            self._state = state
+            self._stop_timer()
+            if state in limits and not self.transport.is_closing():
+                self._timer = self.loop.call_later(limits[state], self.transport.close)
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return ImpatientProtocol

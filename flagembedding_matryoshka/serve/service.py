@@ -1,0 +1,248 @@
+"""From a body to an answer: what is refused, what waits, and who computes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from fastapi import Request
+from pydantic import TypeAdapter
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.serve.answers import Scored
+from flagembedding_matryoshka.serve.batching import Batcher
+from flagembedding_matryoshka.serve.metrics import Metrics
+from flagembedding_matryoshka.serve.schemas import Request as Asked
+from flagembedding_matryoshka.serve.schemas import parse
+from flagembedding_matryoshka.serve.scoring import Scorer, Work
+from flagembedding_matryoshka.serve.shortening import Lengths
+
+RETRY_AFTER = {"Retry-After": "1"}
+CLOSE = {"Connection": "close"}
+BODIES_AT_ONCE = 32
+MOST_NAMES = 1000
+CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server refuses.
+
+    Attributes:
+        documents: in a request, at most, else 422.
+        body_bytes: of a request, at most, else 413; of all that are being read, 32 times as many, else 429.
+        requests: that wait or are computed at one time, at most, else 429.
+        batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
+        body_seconds: from a request's header to the end of its body, at most, else 408.
+    """
+
+    documents: int = 1000
+    body_bytes: int = 8_000_000
+    requests: int = 512
+    batch_requests: int | None = None
+    body_seconds: float = 30.0
+
+
+class Service:
+    """Answers re-rank requests with one re-ranker.
+
+    Args:
+        loading: the re-ranker, or what will be one.
+        name: of the model, for clients.
+    """
+
+    def __init__(self, loading: Future[MatryoshkaReranker], name: str, limits: Limits) -> None:
+        self.name = name
+        self.limits = limits
+        self.metrics = Metrics(lambda: 0 if self._batcher is None else self._batcher.waiting)
+        self._loading = loading
+        self._scorer: Scorer | None = None
+        self._batcher: Batcher | None = None
+        self._in_flight = 0
+        self._bytes_in_flight = 0
+        self._unknown_fields: set[str] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Inside, requests are answered, once the model is loaded."""
+        if self._loading.done():
+            await self._start()
+            starting = None
+        else:
+            starting = asyncio.create_task(self._start())
+        try:
+            yield
+        finally:
+            if starting is not None:
+                starting.cancel()
+            if self._batcher is not None:
+                await self._batcher.__aexit__()
+
+    async def _start(self) -> None:
+        try:
+            self._scorer = Scorer(await asyncio.wrap_future(self._loading))
+        except Exception as error:
+            logger.error("the model cannot be loaded: %s", error)
+            return
+        limit = self.limits.batch_requests
+        self._batcher = Batcher(self._scorer.compute, self._scorer.max_tokens, limit, self.metrics.batch)
+        await self._batcher.__aenter__()
+
+    @property
+    def reranker(self) -> MatryoshkaReranker:
+        """The loaded one.
+
+        Raises:
+            HTTPException: 503 before.
+        """
+        return self._ready()[0].reranker
+
+    def _ready(self) -> tuple[Scorer, Batcher]:
+        if self._scorer is None or self._batcher is None:
+            raise HTTPException(503, "the model is not loaded yet", RETRY_AFTER)
+        return self._scorer, self._batcher
+
+    async def answer(self, request: Request, form: TypeAdapter[Any]) -> Any:
+        """The answer to a request of this form, as JSON values.
+
+        Raises:
+            HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 for a client that did not wait.
+        """
+        self._ready()
+        self._refuse_more_than(self.limits.requests)
+        asked: Asked = await self._read(request, form)
+        self._refuse_more_than(self.limits.requests)
+        self._in_flight += 1
+        try:
+            return asked.answer(await unless_disconnected(request, self.score(asked)))
+        finally:
+            self._in_flight -= 1
+
+    def _refuse_more_than(self, requests: int) -> None:
+        if self._in_flight >= requests:
+            raise HTTPException(429, f"{self._in_flight} requests are being served; try again later", RETRY_AFTER)
+
+    async def _read(self, request: Request, form: TypeAdapter[Asked]) -> Asked:
+        try:
+            body = await asyncio.wait_for(self._read_body(request), self.limits.body_seconds)
+        except asyncio.TimeoutError as error:
+            message = f"the body did not arrive within {self.limits.body_seconds:g} seconds"
+            raise HTTPException(408, message, CLOSE) from error
+        except ClientDisconnect as error:
+            raise CLIENT_CLOSED_REQUEST from error
+        try:
+            asked = await asyncio.to_thread(parse, body, form)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        if (documents := sum(len(texts) for _, texts in asked.lists)) > self.limits.documents:
+            raise HTTPException(422, f"{documents} documents are more than {self.limits.documents}")
+        self._note_unknown(asked)
+        return asked
+
+    async def _read_body(self, request: Request) -> bytes:
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise HTTPException(415, f"a body with Content-Encoding {encoding!r:.40} is not read; send it as it is")
+        too_large = HTTPException(413, f"the body is larger than {self.limits.body_bytes} bytes", CLOSE)
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.limits.body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self._bytes_in_flight += len(chunk)
+                if len(body) > self.limits.body_bytes:
+                    raise too_large
+                if self._bytes_in_flight > BODIES_AT_ONCE * self.limits.body_bytes:
+                    raise HTTPException(429, "too many large requests arrive; try again later", RETRY_AFTER | CLOSE)
+            return bytes(body)
+        finally:
+            self._bytes_in_flight -= len(body)
+
+    def _note_unknown(self, asked: Asked) -> None:
+        """Log fields that do nothing, each once."""
+        new = {name[:40] for name, value in (asked.model_extra or {}).items() if value is not None}
+        new -= self._unknown_fields
+        if new and len(self._unknown_fields) < MOST_NAMES:
+            self._unknown_fields |= new
+            logger.warning("requests have fields that are unknown and do nothing: %s", sorted(new))
+
+    async def score(self, asked: Asked) -> Scored:
+        """Scores of a request, computed together with others'.
+
+        Raises:
+            HTTPException: 422, if the request does not fit the model; 503, if it does not fit into memory; 500, if the
+                model fails.
+        """
+        scorer, batcher = self._ready()
+        works = []
+        for query, texts in asked.lists:
+            try:
+                work = await asyncio.to_thread(scorer.prepare, query, texts, asked.setting, asked.lengths)
+            except (TypeError, ValueError) as error:
+                raise HTTPException(422, str(error)) from error
+            works.append(work)
+        found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
+        return Scored(list(chain.from_iterable(found)), sum(work.all_tokens for work in works), self.name)
+
+    async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
+        divisible = not work.setting.cascade
+        try:
+            return await batcher.submit(work.setting, work.pairs, work.shared_tokens, work.tokens, divisible)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            logger.exception("a request of %d documents does not fit into memory", len(work.pairs))
+            raise HTTPException(503, "the request does not fit into memory; send shorter texts", RETRY_AFTER) from error
+        except ArithmeticError as error:
+            logger.exception("the model gave a score that is not a number")
+            raise HTTPException(500, "the model gave a score that is not a number") from error
+        except Exception as error:
+            logger.exception("the model failed on a request of %d documents", len(work.pairs))
+            raise HTTPException(500, "internal error") from error
+
+    async def check_health(self) -> None:
+        """Whether the model computes. It is asked only if its last computation failed.
+
+        Raises:
+            HTTPException: 503 if it is being loaded, or fails.
+        """
+        scorer, batcher = self._ready()
+        if batcher.failing:
+            try:
+                work = scorer.prepare("query", ["document"], {}, Lengths())
+                await batcher.submit(work.setting, work.pairs, work.shared_tokens, work.tokens)
+            except Exception as error:
+                raise HTTPException(503, "the model fails", RETRY_AFTER) from error
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away.
+
+    Raises:
+        HTTPException: 499, in that case.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise CLIENT_CLOSED_REQUEST
+        return working.result()
+    finally:
+        working.cancel()
+        waiting.cancel()

@@ -1,0 +1,161 @@
+"""The real clients of other makers' servers, each against ours."""
+
+import pytest
+
+from tests.serve.conftest import client_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+QUERY = "how does a wing lift"
+DOCUMENTS = ["the flow of energy", "air flows faster over the upper side of a wing.", "", "what is a heat flux? " * 9]
+
+
+@pytest.fixture(scope="module")
+def address(reranker):
+    with client_of(reranker, api_key="key") as client:
+        yield str(client.base_url).rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def expected(reranker):
+    """(index, relevance) of the best two, by the re-ranker itself."""
+    ranked = reranker.rank(QUERY, DOCUMENTS, normalize=True)
+    return [(hit["corpus_id"], pytest.approx(hit["score"], abs=1e-6)) for hit in ranked[:2]]
+
+
+@pytest.fixture(scope="module")
+def expected_texts(expected):
+    return [(DOCUMENTS[index], score) for index, score in expected]
+
+
+def test_cohere(address, expected):
+    cohere = pytest.importorskip("cohere")
+    for client in (cohere.ClientV2("key", base_url=address), cohere.Client("key", base_url=address)):
+        answer = client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=2)
+        assert [(result.index, result.relevance_score) for result in answer.results] == expected
+        with pytest.raises(cohere.UnprocessableEntityError, match="top_n"):
+            client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, top_n=0)
+    with pytest.raises(cohere.UnauthorizedError):
+        cohere.ClientV2("other", base_url=address).rerank(model="m", query="q", documents=["d"])
+
+
+def test_rank_fields_of_cohere(address, reranker):
+    cohere = pytest.importorskip("cohere")
+    client = cohere.Client("key", base_url=address)
+    documents = [{"text": "no", "title": "lift"}, {"text": "no", "title": "heat"}]
+    answer = client.rerank(query=QUERY, documents=documents, rank_fields=["title"], return_documents=True)
+    ranked = reranker.rank(QUERY, ["lift", "heat"], normalize=True)
+    assert [(result.index, result.relevance_score) for result in answer.results] == [
+        (hit["corpus_id"], pytest.approx(hit["score"], abs=1e-6)) for hit in ranked
+    ]
+    with pytest.raises(cohere.UnprocessableEntityError, match="author"):
+        client.rerank(query=QUERY, documents=documents, rank_fields=["author"])
+
+
+PROVIDERS = {
+    "cohere": "/v2/rerank",
+    "hosted_vllm": "",
+    "huggingface": "",
+    "infinity": "",
+    "jina_ai": "",
+    "voyage": "",
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_litellm(address, expected, provider, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    answer = litellm.rerank(
+        model=f"{provider}/tiny",
+        query=QUERY,
+        documents=DOCUMENTS,
+        top_n=2,
+        return_documents=False,
+        api_base=address + PROVIDERS[provider],
+        api_key="key",
+    )
+    assert [(result["index"], result["relevance_score"]) for result in answer.results] == expected
+
+
+def test_voyage(address, expected_texts):
+    voyageai = pytest.importorskip("voyageai")
+    client = voyageai.Client("key", base_url=f"{address}/v1")
+    answer = client.rerank(QUERY, DOCUMENTS, model="rerank-2", top_k=2)
+    assert [(result.document, result.relevance_score) for result in answer.results] == expected_texts
+    assert len(client.rerank(QUERY, DOCUMENTS, model="rerank-2").results) == 4
+
+
+def test_xinference(reranker, expected):
+    xinference = pytest.importorskip("xinference_client")
+    with client_of(reranker) as client:
+        model = xinference.RESTfulClient(str(client.base_url).rstrip("/")).get_model("tiny")
+        answer = model.rerank(DOCUMENTS, QUERY, top_n=2, return_documents=True, return_len=True)
+    assert [(result["index"], result["relevance_score"]) for result in answer["results"]] == expected
+    assert answer["results"][0]["document"]["text"] == DOCUMENTS[expected[0][0]]
+
+
+def test_langchain_cohere(address, expected):
+    langchain_cohere = pytest.importorskip("langchain_cohere")
+    reranker = langchain_cohere.CohereRerank(model="m", cohere_api_key="key", base_url=address, top_n=2)
+    found = reranker.rerank(DOCUMENTS, QUERY)
+    assert [(result["index"], result["relevance_score"]) for result in found] == expected
+
+
+def _llama_index(ranker):
+    schema = pytest.importorskip("llama_index.core.schema")
+    nodes = [schema.NodeWithScore(node=schema.TextNode(text=text)) for text in DOCUMENTS]
+    found = ranker.postprocess_nodes(nodes, query_str=QUERY)
+    return [(node.node.text, node.score) for node in found]
+
+
+def test_llama_index_cohere(address, expected_texts):
+    module = pytest.importorskip("llama_index.postprocessor.cohere_rerank")
+    assert _llama_index(module.CohereRerank(api_key="key", base_url=address, top_n=2)) == expected_texts
+
+
+def test_llama_index_jina(address, expected_texts):
+    module = pytest.importorskip("llama_index.postprocessor.jinaai_rerank")
+    assert _llama_index(module.JinaRerank(api_key="key", base_url=f"{address}/v1", top_n=2)) == expected_texts
+
+
+def test_llama_index_tei(address, expected_texts):
+    module = pytest.importorskip("llama_index.postprocessor.tei_rerank")
+    ranker = module.TextEmbeddingInference(base_url=address, auth_token="Bearer key", top_n=2)
+    assert _llama_index(ranker) == expected_texts
+
+
+def test_llama_index_xinference(reranker, expected_texts):
+    module = pytest.importorskip("llama_index.postprocessor.xinference_rerank")
+    with client_of(reranker) as client:
+        ranker = module.XinferenceRerank(base_url=str(client.base_url).rstrip("/"), model="tiny", top_n=2)
+        assert _llama_index(ranker) == expected_texts
+
+
+def _haystack(ranker):
+    haystack = pytest.importorskip("haystack")
+    found = ranker.run(query=QUERY, documents=[haystack.Document(content=text) for text in DOCUMENTS])["documents"]
+    return [(document.content, document.score) for document in found]
+
+
+def test_haystack_cohere(address, expected_texts):
+    module = pytest.importorskip("haystack_integrations.components.rankers.cohere")
+    from haystack.utils import Secret
+
+    ranker = module.CohereRanker(api_key=Secret.from_token("key"), api_base_url=address, top_k=2)
+    assert _haystack(ranker) == expected_texts
+
+
+def test_haystack_jina(address, expected_texts):
+    module = pytest.importorskip("haystack_integrations.components.rankers.jina")
+    from haystack.utils import Secret
+
+    ranker = module.JinaRanker(api_key=Secret.from_token("key"), base_url=f"{address}/v1/rerank", top_k=2)
+    assert _haystack(ranker) == expected_texts
+
+
+def test_rerankers(address, expected_texts):
+    module = pytest.importorskip("rerankers.models.api_rankers")
+    for provider in ("cohere", "jina"):
+        ranker = module.APIRanker("m", "key", provider, url=f"{address}/v1/rerank")
+        found = ranker.rank(QUERY, DOCUMENTS).results[:2]
+        assert [(result.document.text, result.score) for result in found] == expected_texts

@@ -1,0 +1,210 @@
+"""Clients that are slow or rude, and servers that load or end."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+import pytest
+import torch
+
+from flagembedding_matryoshka.serve import Limits, create_app
+from flagembedding_matryoshka.serve.protocol import impatient_protocol
+from tests.serve.conftest import client_of, serving
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HEADER = b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+BODY = {"query": "q", "texts": ["t"]}
+
+
+def connected(address):
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /rer", b"POST /rerank HTTP/1.1\r\nHost: x\r\n"])
+def test_a_header_that_is_late_closes_the_connection(reranker, sent):
+    with serving(create_app(reranker, "tiny"), http=impatient_protocol(0.3, 30)) as address:
+        with connected(address) as slow:
+            start = time.monotonic()
+            for byte in sent:
+                slow.sendall(bytes([byte]))
+            assert slow.recv(100) == b""
+            assert time.monotonic() - start > 0.25
+        assert httpx.post(f"{address}/rerank", json=BODY).status_code == 200
+
+
+def test_a_connection_that_is_kept_is_not_late(reranker):
+    app = create_app(reranker, "tiny")
+    with serving(app, http=impatient_protocol(0.4, 30)) as address, httpx.Client(base_url=address) as client:
+        for _ in range(4):
+            assert client.post("/rerank", json=BODY).status_code == 200
+            time.sleep(0.15)
+
+
+def test_a_body_that_is_late_is_told_so(reranker):
+    with serving(create_app(reranker, "tiny", Limits(body_seconds=0.3))) as address, connected(address) as slow:
+        slow.sendall(HEADER + b"{")
+        answer = b"".join(iter(lambda: slow.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.3 seconds" in answer
+
+
+def test_bodies_that_do_not_come_keep_nobody_out(reranker):
+    with client_of(reranker, limits=Limits(requests=4)) as client, ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(connected(str(client.base_url).rstrip("/"))).sendall(HEADER + b"{")
+        assert client.post("/rerank", json=BODY).status_code == 200
+
+
+def test_many_large_bodies_at_once_are_too_many(reranker):
+    with client_of(reranker, limits=Limits(body_bytes=100)) as client, ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(connected(str(client.base_url).rstrip("/"))).sendall(HEADER + b" " * 90)
+        for _attempt in range(100):
+            answer = client.post("/rerank", json=BODY | {"query": "q" * 40})
+            if answer.status_code == 429:
+                break
+            time.sleep(0.02)
+        assert "too many large requests" in answer.json()["message"]
+
+
+def test_a_half_sent_body_does_not_keep_the_server(reranker):
+    with ExitStack() as stack:
+        with serving(create_app(reranker, "tiny"), http=impatient_protocol(30, 30)) as address:
+            stack.enter_context(connected(address)).sendall(HEADER + b"{")
+            stack.enter_context(connected(address)).sendall(b"POST")
+            assert httpx.get(f"{address}/health").status_code == 200
+            start = time.monotonic()
+        assert time.monotonic() - start < 5
+
+
+def test_while_the_model_is_loaded_the_server_lives_and_is_not_ready(reranker):
+    loading = Future()
+    loading.set_running_or_notify_cancel()
+    with serving(create_app(loading, "tiny")) as address, httpx.Client(base_url=address) as client:
+        statuses = {path: client.get(path).status_code for path in ("/live", "/ready", "/health", "/info", "/metrics")}
+        assert statuses == {"/live": 200, "/ready": 503, "/health": 503, "/info": 503, "/metrics": 200}
+        refused = client.post("/rerank", json=BODY)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        loading.set_result(reranker)
+        for _attempt in range(200):
+            if client.get("/ready").status_code == 200:
+                break
+            time.sleep(0.02)
+        assert client.post("/rerank", json=BODY).status_code == 200
+
+
+@pytest.fixture
+def batches(reranker, monkeypatch):
+    """What was computed, batch after batch, and a semaphore that lets a cascade compute its next one."""
+    seen, step, scores = [], threading.Semaphore(0), reranker.model.scores
+
+    def noting(states, setting, layers=None):
+        if setting.cascade:
+            assert step.acquire(timeout=20)
+        seen.append("cascade" if setting.cascade else "other")
+        return scores(states, setting, layers)
+
+    monkeypatch.setattr(reranker, "max_tokens_per_batch", 100)
+    monkeypatch.setattr(reranker.model, "scores", noting)
+    return seen, step
+
+
+CASCADE = {"query": "q", "texts": [f"wing {n} " * 5 for n in range(20)], "cascade": {"3": 0.5}}
+
+
+def test_a_cascade_lets_others_through(reranker, batches):
+    seen, step = batches
+    with client_of(reranker) as client, ThreadPoolExecutor() as pool:
+        cascade = pool.submit(client.post, "/rerank", json=CASCADE)
+        step.release()
+        while "cascade" not in seen:
+            time.sleep(0.01)
+        other = pool.submit(client.post, "/rerank", json=BODY)
+        while not other.done():
+            step.release()
+            time.sleep(0.02)
+        assert not cascade.done()
+        step.release(1000)
+        found = cascade.result().json()
+    ranked = reranker.rank("q", CASCADE["texts"], cascade={3: 0.5})
+    assert [hit["index"] for hit in found] == [hit["corpus_id"] for hit in ranked]
+    assert seen.index("other") < len(seen) - 1
+
+
+def test_who_hangs_up_stops_a_cascade(reranker, batches):
+    seen, step = batches
+    with client_of(reranker) as client:
+        body = json.dumps(CASCADE)
+        with connected(str(client.base_url).rstrip("/")) as gone:
+            gone.sendall(f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            step.release()
+            while not seen:
+                time.sleep(0.01)
+        for _attempt in range(200):
+            if 'matryoshka_requests_total{status="499"} 1.0' in client.get("/metrics").text:
+                break
+            time.sleep(0.02)
+        step.release(1000)
+        assert client.post("/rerank", json=BODY).status_code == 200
+    assert len(seen) <= 3 and seen[-1] == "other"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(torch.OutOfMemoryError("secret"), 503), (MemoryError(), 503), (ArithmeticError("s"), 500)]
+)
+def test_a_request_that_fails_alone(reranker, monkeypatch, error, status):
+    score_lists = reranker.score_lists
+    (poison,) = reranker.tokenize(("poison", "a text"))
+
+    def failing(lists, **options):
+        if any(pair.query == poison.query for pairs in lists for pair in pairs):
+            raise error
+        return score_lists(lists, **options)
+
+    monkeypatch.setattr(reranker, "score_lists", failing)
+    with client_of(reranker) as client, ThreadPoolExecutor() as pool:
+        bodies = [BODY | {"query": query} for query in ("poison", *"abcdef")]
+        answers = [answer.result() for answer in [pool.submit(client.post, "/rerank", json=body) for body in bodies]]
+    assert [answer.status_code for answer in answers] == [status] + [200] * 6
+    assert "secret" not in answers[0].text and answers[0].json()["message"] != "internal error"
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_is_the_servers_fault(reranker, monkeypatch, score):
+    scores = reranker.model.scores
+    monkeypatch.setattr(reranker.model, "scores", lambda *args: torch.full_like(scores(*args), score))
+    with client_of(reranker) as client:
+        answer = client.post("/rerank", json=BODY | {"raw_scores": True})
+    assert answer.status_code == 500 and "not a number" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 200, False), (None, False)])
+def test_a_request_has_an_id(client, caplog, given, taken):
+    with caplog.at_level("INFO", "flagembedding_matryoshka.serve.logs"):
+        answer = client.post("/rerank", json=BODY, headers={} if given is None else {"X-Request-ID": given})
+        client.get("/health")
+    assert (answer.headers["x-request-id"] == given) == taken and answer.headers["x-request-id"]
+    (record,) = [record for record in caplog.records if record.name.endswith("serve.logs")]
+    assert (record.method, record.path, record.status) == ("POST", "/rerank", 200)
+
+
+def test_uvicorns_own_shutdown_still_waits(reranker):
+    """A request that has arrived is answered though the server is told to end."""
+    entered, leave, score_lists = threading.Event(), threading.Event(), reranker.score_lists
+
+    def waiting(*args, **options):
+        entered.set()
+        assert leave.wait(20)
+        return score_lists(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(reranker, "score_lists", waiting)
+        with serving(create_app(reranker, "tiny"), http=impatient_protocol(30, 30)) as address:
+            answer = pool.submit(httpx.post, f"{address}/rerank", json=BODY, timeout=30)
+            assert entered.wait(10)
+            threading.Timer(0.3, leave.set).start()
+        assert answer.result().status_code == 200
