@@ -36,8 +36,8 @@ def compute_on_cluster(
     room = int(ray.cluster_resources().get(unit, 0))
     if not 0 < (workers or room) <= room:
         raise ValueError(f"{workers} workers need a {unit} each, and the Ray cluster has {room}.")
-    reserved = {f"num_{unit.lower()}s": 1}
-    worker = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **reserved)(kind)
+    reserved: dict[str, Any] = {f"num_{unit.lower()}s": 1}
+    worker: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **reserved)(kind)
     pool = ActorPool([worker.remote(*arguments) for _ in range(workers or room)])
     computed: deque[Window] = deque()
     for window in waiting:

@@ -20,7 +20,8 @@ from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, packed_a
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
-from flagembedding_matryoshka.models.packing import PackedBatch, on_device, pack
+from flagembedding_matryoshka.models.packing import PackedBatch, on_device
+from flagembedding_matryoshka.models.padding import pack
 from flagembedding_matryoshka.models.query_sharing import share_queries
 from flagembedding_matryoshka.setting import Layers, Setting
 
@@ -198,6 +199,7 @@ class CostWiseModel(PreTrainedModel):
                 states.hidden,
                 packed=states.packed,
                 last_row=compresses and self.config.compress_weights == "attention",
+                only_last=False,
                 position_embeddings=position_embeddings,
             )
             yield depth, hidden, states.packed
@@ -212,6 +214,7 @@ class CostWiseModel(PreTrainedModel):
         ends, _ = self.layers[states.layers_run](
             states.hidden,
             packed=packed,
+            last_row=False,
             only_last=True,
             position_embeddings=self.rotary_emb(states.hidden, packed.position_ids),
         )

@@ -84,6 +84,15 @@ class TokenizedPair:
     def __len__(self) -> int:
         return len(self.query) + self.own_length
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenizedPair):
+            return NotImplemented
+        return (
+            (self.query, self.is_cut) == (other.query, other.is_cut)
+            and np.array_equal(self.passage_ids, other.passage_ids)
+            and np.array_equal(self.prompt_ids, other.prompt_ids)
+        )
+
 
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
     """The first token of `text`: the vocabulary row that scoring heads start from."""

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -129,18 +130,21 @@ def test_a_batch_of_queries_without_a_cascade(reranker):
 
 def test_layers_see_the_kept_candidates_only(reranker):
     seen = []
-    (pair,) = reranker.tokenize([(QUERIES[0], "")])
-    shared = pair.query_length  # what all candidates attend to
-    layers = reranker.model.model.layers
-    hooks = [
-        layer.register_forward_hook(lambda *_, k=k: seen.append((k, _[1][0].shape[1] - shared)))
-        for k, layer in enumerate(layers)
-    ]
+    (pair,) = reranker.tokenize([(QUERIES[0], "wing")])
+
+    def note(number, layer, given, options, output):
+        candidates = (given[0].shape[1] - pair.query_length) / pair.own_length
+        seen.append((number, candidates, "only read" if options.get("only_last") else "run"))
+
+    layers = enumerate(reranker.model.model.layers, start=1)
+    hooks = [layer.register_forward_hook(partial(note, number), with_kwargs=True) for number, layer in layers]
     reranker.rank(QUERIES[0], ["wing"] * 20, cascade={2: 0.5, 4: 0.1}, batch_size=50)
     for hook in hooks:
         hook.remove()
-    tokens = dict(seen)
-    assert tokens[1] == 2 * tokens[2] == 10 * tokens[4] and len(seen) == 6
+    assert seen == [
+        (1, 20, "run"), (2, 20, "only read"), (2, 10, "run"), (3, 10, "run"),
+        (4, 10, "only read"), (4, 2, "run"), (5, 2, "run"), (6, 2, "only read"),
+    ]  # fmt: skip
 
 
 def test_no_documents_no_ranking(reranker):

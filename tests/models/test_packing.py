@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.models.packing import PackedBatch, pack
+from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.padding import pack
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from tests.batches import LENGTHS, collate, random_sequences, tokenized_pair
 
