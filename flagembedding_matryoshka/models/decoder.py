@@ -221,7 +221,7 @@ class CostWiseModel(PreTrainedModel):
         return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
 
     def last_token_states(self, states: PackedStates, setting: Setting, exits: Collection[int]) -> dict[int, Tensor]:
-        """Exit to (sequences, hidden), normalised, of those in `exits`; brings `states` in front of the deepest."""
+        """Exit to (sequences, hidden), see `exit_states`, of those in `exits`; brings `states` in front of the deepest."""
         deepest = max(exits)
         found = {
             depth: hidden[0, packed.last_tokens]
@@ -229,7 +229,11 @@ class CostWiseModel(PreTrainedModel):
             if depth in exits
         }
         found[deepest] = self.read(states)
-        return {depth: self.norm(last) for depth, last in found.items()}
+        return {depth: self.exit_states(last) for depth, last in found.items()}
+
+    def exit_states(self, last: Tensor) -> Tensor:
+        """(sequences, hidden) normalised, in float32 whatever the weights are in: heads would see rounded ones else."""
+        return self.norm(last.float())
 
     def forward_packed(
         self,
@@ -247,7 +251,7 @@ class CostWiseModel(PreTrainedModel):
         attention_masks: dict[int, Tensor] = {}
         for depth, hidden, packed in self.run(states, setting, setting.depth - (not output_hidden_states)):
             if depth in exits:
-                last_token_states[depth] = self.norm(hidden[0, packed.last_tokens])
+                last_token_states[depth] = self.exit_states(hidden[0, packed.last_tokens])
                 if output_hidden_states:
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
@@ -257,7 +261,7 @@ class CostWiseModel(PreTrainedModel):
                     branch = PackedStates(hidden, packed, depth)
                     full_width_states = self.last_token_states(branch, Setting(exits), deeper)
         if setting.depth not in last_token_states:
-            last_token_states[setting.depth] = self.norm(self.read(states))
+            last_token_states[setting.depth] = self.exit_states(self.read(states))
 
         def in_order(values: dict[int, Tensor]) -> tuple[Tensor, ...] | None:
             return tuple(values[layer] for layer in exits) if values else None
