@@ -37,11 +37,17 @@ def shorten(
     Raises:
         ValueError: if they must not be cut and do not fit, or `pair` leaves no room for a document.
     """
+    given = [query, *documents]
     if lengths.query is not None:
         query = _cut(reranker, query, lengths.query, keep_end=False)
     texts = list(documents)
     if lengths.document is not None:
         texts = [_cut(reranker, text, lengths.document, lengths.keep_end) for text in texts]
+    if lengths.refuse and [query, *texts] != given:
+        raise ValueError(
+            "the request wants no text cut, and has longer ones than its "
+            f"max_tokens_per_query={lengths.query} or max_tokens_per_doc={lengths.document}."
+        )
     if not texts or not (lengths.refuse or lengths.keep_end or lengths.pair is not None):
         return query, texts
     shared, own = reranker.count_tokens(query, texts)
@@ -62,6 +68,11 @@ def shorten(
             )
         rooms.append(lengths.pair - shared - beside)
     if rooms and max(whole) - beside > min(rooms):
+        if lengths.refuse:
+            raise ValueError(
+                f"the request wants no text cut, and the longest have {shared + max(whole)} tokens, more than its "
+                f"truncate_prompt_tokens={lengths.pair}."
+            )
         for index, text in enumerate(texts):
             if whole[index] - beside > min(rooms):
                 texts[index] = _fitted(reranker, query, text, min(rooms), beside, lengths.keep_end)
@@ -81,11 +92,11 @@ def _fitted(reranker: MatryoshkaReranker, query: str, text: str, room: int, besi
 
 def _cut(reranker: MatryoshkaReranker, text: str, tokens: int, keep_end: bool) -> str:
     """The first, or the last, so many tokens of a text."""
-    text = whole_characters(text)
-    encoded = reranker.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    whole = whole_characters(text)
+    encoded = reranker.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     if len(offsets) <= tokens:
         return text
     if tokens <= 0:
         return ""
-    return text[offsets[-tokens][0] :] if keep_end else text[: offsets[tokens - 1][1]]
+    return whole[offsets[-tokens][0] :] if keep_end else whole[: offsets[tokens - 1][1]]

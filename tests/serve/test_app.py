@@ -101,6 +101,15 @@ def test_tei_refuses_texts_that_do_not_fit_if_asked_to(client):
     assert client.post("/rerank", json=body | {"truncate": True}).status_code == 200
 
 
+@pytest.mark.parametrize("length", ["max_tokens_per_doc", "max_tokens_per_query", "truncate_prompt_tokens"])
+def test_a_request_that_wants_nothing_cut_is_not_cut_to_its_own_length(client, length):
+    body = {"query": QUERY, "texts": ["air", "wing " * 8], "truncate": False}
+    limit = 2 if length != "truncate_prompt_tokens" else 40
+    answer = client.post("/rerank", json=body | {length: limit})
+    assert answer.status_code == 422 and f"{length}={limit}" in answer.json()["error"]
+    assert client.post("/rerank", json=body | {length: 60}).status_code == 200
+
+
 @pytest.mark.parametrize("options", [{}, {"cascade": {"2": 0.5}}])
 def test_texts_are_tokenised_once_from_the_request_to_its_answer(client, tokenized_texts, options):
     texts = [f"text {number} about a wing" for number in range(5)]
