@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any, Protocol
 
 COMPRESS_RATIOS = (1, 2, 4, 8)
@@ -26,10 +27,12 @@ def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
     """`layers`, an int or several, as a tuple; None stays None.
 
     Raises:
-        TypeError: if a value is not an int.
+        TypeError: if a value is not an int, or they have no order.
     """
     if layers is None:
         return None
+    if isinstance(layers, Mapping | Set):
+        raise TypeError(f"{name} must be an int or a list of ints, got the {type(layers).__name__} {layers!r}.")
     values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for value in values:
         if not hasattr(value, "__index__") or isinstance(value, bool):
@@ -46,6 +49,26 @@ def share_of(share: float, candidates: int) -> int:
     return math.ceil(Fraction(str(float(share))) * candidates)
 
 
+def as_stages(cascade: Any) -> tuple[tuple[int, float], ...]:
+    """(exit, share) of all stages of a dict or of such pairs, from the shallowest.
+
+    Raises:
+        TypeError: if an exit is not an int, or a share not a number.
+        ValueError: if an exit is named twice.
+    """
+    try:
+        stages = [(layer, share) for layer, share in (cascade.items() if isinstance(cascade, Mapping) else cascade)]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"cascade must be {{exit: share}}, got {cascade!r}.") from error
+    exits = as_layer_tuple("the exits of a cascade", [layer for layer, _ in stages]) or ()
+    for _, share in stages:
+        if not isinstance(share, Real) or isinstance(share, bool):
+            raise TypeError(f"the shares of a cascade must be numbers, got {share!r} in {cascade!r}.")
+    if len(set(exits)) < len(exits):
+        raise ValueError(f"cascade names an exit twice: {cascade!r}.")
+    return tuple(sorted(zip(exits, (share for _, share in stages), strict=True)))
+
+
 @dataclass(frozen=True)
 class Setting:
     """What one pass runs. Layers are counted as decoder layers that have run.
@@ -59,9 +82,9 @@ class Setting:
     An int stands for a list of one, and a dict for the pairs of a cascade.
 
     Raises:
-        TypeError: if a layer is not an int.
-        ValueError: if there is no cutoff layer or no such ratio, a ratio has no layer to apply it at, or a share is not
-            in (0, 1] or exceeds the one before it.
+        TypeError: if a layer is not an int, or a share not a number.
+        ValueError: if there is no cutoff layer or no such ratio, a ratio has no layer to apply it at, an exit is named
+            twice, or a share is not in (0, 1] or exceeds the one before it.
     """
 
     cutoff_layers: tuple[int, ...]
@@ -76,12 +99,11 @@ class Setting:
                 f"compress_ratio is {ratio!r}, but must be one of {list(COMPRESS_RATIOS)}: the model is trained with "
                 "these, so that ratios nest and one adapter per ratio can be fitted."
             )
-        cascade = self.cascade.items() if isinstance(self.cascade, Mapping) else self.cascade
         values = {
             "cutoff_layers": as_layer_tuple("cutoff_layers", self.cutoff_layers) or (),
             "compress_layers": tuple(sorted(set(as_layer_tuple("compress_layers", self.compress_layers) or ()))),
             "compress_ratio": int(ratio),
-            "cascade": tuple(sorted((layer, share) for layer, share in cascade)),
+            "cascade": as_stages(self.cascade),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

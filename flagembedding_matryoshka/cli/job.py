@@ -17,7 +17,7 @@ from flagembedding_matryoshka.cli.output import Output, open_output
 from flagembedding_matryoshka.cli.rows import Row, read
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.text.lines import STANDARD_INPUT
+from flagembedding_matryoshka.text.lines import STANDARD_INPUT, parse
 
 PAIRS_AT_ONCE = 4096
 """Of a window, which ends with the row that has the last of them."""
@@ -184,7 +184,8 @@ def _pass_over(kind: type[Job], output: Output, rows: Iterator[Row], path: Path)
         row = next(rows, None)
         if row is None:
             raise ValueError(f"{path} has more lines than the input has rows: it is of another input.")
-        found = json.loads(line)
-        if _line(kind, row, found.get(kind.result)) != line.rstrip("\n"):
+        found, _ = parse(line)
+        result = found.get(kind.result) if isinstance(found, dict) else None
+        if _line(kind, row, result) != line.rstrip("\n"):
             raise ValueError(f"{path}, line {number} is not of row {number} of the input: it is of another input.")
     return number

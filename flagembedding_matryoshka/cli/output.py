@@ -76,7 +76,7 @@ class FileOutput:
     def lines(self) -> Iterator[str]:
         with self.path.open("rb") as file:
             for line in file:
-                yield line.decode()
+                yield line.decode(errors="replace")  # which no row has written
 
     def append(self, lines: Iterable[str]) -> None:
         """Raises ValueError if somebody else has written to the file meanwhile."""

@@ -8,10 +8,11 @@ from itertools import pairwise
 import torch
 
 from flagembedding_matryoshka.inference.batching import cut_batches
+from flagembedding_matryoshka.inference.inputs import excerpt
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.setting import Setting, as_layer_tuple
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
@@ -26,7 +27,17 @@ def count_operations(
 
     Args:
         depths: for each pair the exit at which it stops; None is the deepest of `setting`.
+
+    Raises:
+        TypeError, ValueError: if `depths` are not one of the cutoff layers for each pair.
     """
+    if depths is not None:
+        depths = as_layer_tuple("depths", depths) or ()
+        if len(depths) != len(inputs) or not set(depths) <= set(setting.cutoff_layers):
+            raise ValueError(
+                f"depths must be one of cutoff_layers={list(setting.cutoff_layers)} for each of {len(inputs)} pairs, "
+                f"got {excerpt(list(depths))}."
+            )
     total = 0
     for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
         pairs = [inputs[index] for index in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import zip_longest
 from typing import Any
@@ -46,17 +47,18 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
     return found
 
 
-def as_tokenized(number: int, pairs: Iterable[TokenizedPair]) -> list[TokenizedPair]:
-    """The tokenised pairs of one list.
+def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[TokenizedPair]]:
+    """Lists of tokenised pairs.
 
     Raises:
         TypeError: naming the first thing that is none.
     """
-    values = _as_list(f"list {number}", pairs)
-    for place, value in enumerate(values):
-        if not isinstance(value, TokenizedPair):
-            raise TypeError(f"pair {place} of list {number} must be one that tokenize made, got {excerpt(value)}.")
-    return values
+    found = [_as_list(f"list {number}", pairs) for number, pairs in enumerate(_as_iterable("lists", lists))]
+    for number, values in enumerate(found):
+        for place, value in enumerate(values):
+            if not isinstance(value, TokenizedPair):
+                raise TypeError(f"pair {place} of list {number} must be one that tokenize made, got {excerpt(value)}.")
+    return found
 
 
 def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tuple[list[str], list[list[str]]]:
@@ -102,6 +104,27 @@ def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
                     f"there must be as many queries as lists of candidates, but {name} {number} is missing."
                 )
         yield query, _as_documents(number, query, documents)
+
+
+def as_count(name: str, value: Any, otherwise: str = "") -> int:
+    """A number of things, at least one.
+
+    Args:
+        otherwise: what else may be said, for the error.
+
+    Raises:
+        TypeError: if it is no int.
+        ValueError: if it is less than 1.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError("bool")
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an int{otherwise}, got {excerpt(value)}.") from error
+    if number < 1:
+        raise ValueError(f"{name} is {value}, but must be at least 1{otherwise}.")
+    return number
 
 
 def excerpt(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized
+from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
@@ -44,22 +44,20 @@ class ScoringOptions:
         """The attributes of `defaults` with `overrides`, of which None keeps the default.
 
         Raises:
-            TypeError: if an override is unknown.
-            ValueError: if a size is less than 1, or `normalize` is a word that asks for nothing.
+            TypeError: if an override is unknown, or a size is no int.
+            ValueError: if a size is less than 1, or `normalize` asks for nothing that there is.
         """
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(overrides) - set(names))
         if unknown:
             raise TypeError(f"unknown arguments {unknown}; a call may override {[*DEPTH_AND_WIDTH, *names]}.")
         chosen = {name: getattr(defaults, name) if overrides.get(name) is None else overrides[name] for name in names}
-        options = cls(**chosen)
         for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
-        if isinstance(options.normalize, str) and options.normalize != CALIBRATED:
-            raise ValueError(f"normalize is {options.normalize!r}, but must be True, False or {CALIBRATED!r}.")
-        return options
+            if chosen[name] is not None:
+                chosen[name] = as_count(name, chosen[name])
+        if chosen["normalize"] not in (True, False, CALIBRATED):
+            raise ValueError(f"normalize is {chosen['normalize']!r}, but must be True, False or {CALIBRATED!r}.")
+        return cls(**chosen)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
         """Input sequences of query and passage.

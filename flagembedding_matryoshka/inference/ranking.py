@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
-from flagembedding_matryoshka.inference.inputs import as_lists, as_tokenized, read_lists
+from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, read_lists
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_ranking
 from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_too_short, score_lists
@@ -103,8 +103,8 @@ class RankingReranker(PlannedReranker):
         overrides: Mapping[str, Any],
     ) -> Generator[list[Hit], None, None]:
         """Rankings of lists, of `total` pairs if that is known; what is wrong with the options is raised at once."""
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        if top_k is not None:
+            top_k = as_count("top_k", top_k, ", or None for all documents")
         call, show_progress_bar = self._call(cascade, overrides)
         normalize = self._normalizer(call.options, call.setting)
 
@@ -129,7 +129,7 @@ class RankingReranker(PlannedReranker):
             TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
         """
         call, show_progress_bar = self._call(cascade, overrides)
-        pairs = [as_tokenized(number, values) for number, values in enumerate(lists)]
+        pairs = as_tokenized(lists)
         for values in pairs:
             refuse_beside_tokens(values, overrides)
         return list(score_lists(self._run, pairs, call, sum(map(len, pairs)), show_progress_bar))

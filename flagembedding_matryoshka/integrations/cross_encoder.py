@@ -13,7 +13,7 @@ from sentence_transformers import CrossEncoder
 from torch import nn
 from transformers.utils import cached_file
 
-from flagembedding_matryoshka.inference.inputs import as_lists
+from flagembedding_matryoshka.inference.inputs import as_count, as_lists
 from flagembedding_matryoshka.integrations.sentence_transformers import KWARGS, MatryoshkaModule
 from flagembedding_matryoshka.models.gguf import resolve
 from flagembedding_matryoshka.models.loading import hub_options
@@ -62,8 +62,8 @@ class MatryoshkaCrossEncoder(CrossEncoder):
             TypeError: if `documents` is no list of strings, or an argument is unknown.
             ValueError: if `top_k` is less than 1.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all documents.")
+        if top_k is not None:
+            top_k = as_count("top_k", top_k, ", or None for all documents")
         (query,), (documents,) = as_lists([query], [documents])
         if not documents:
             return []

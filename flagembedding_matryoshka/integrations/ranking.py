@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
+from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.setting import as_stages
 
 OF_LOADING = {"device", *signature(MatryoshkaReranker).parameters} - {"model_name_or_path"}
 OF_RANKING = {
@@ -143,7 +145,10 @@ class Ranking:
     def _described(
         contents: Sequence[str | None], metadata: Sequence[Mapping[str, Any]] | None
     ) -> list[tuple[str | None, Mapping[str, Any]]]:
-        return list(zip(contents, [{}] * len(contents) if metadata is None else metadata, strict=True))
+        described = [{}] * len(contents) if metadata is None else metadata
+        if len(contents) != len(described):
+            raise ValueError(f"{len(contents)} texts need metadata of as many, got {len(described)}.")
+        return list(zip(contents, described, strict=True))
 
     def _text(self, content: str | None, metadata: Mapping[str, Any]) -> str:
         values = [str(metadata[name]) for name in self.meta_fields_to_embed if metadata.get(name) is not None]
@@ -156,7 +161,7 @@ def _ranking(arguments: dict[str, Any]) -> Ranking:
 
 
 def _threshold(value: float | None) -> float | None:
-    if value is not None and (isinstance(value, bool | str) or math.isnan(value)):
+    if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value)):
         raise ValueError(f"score_threshold is {value!r}, but must be a number.")
     return value
 
@@ -164,7 +169,9 @@ def _threshold(value: float | None) -> float | None:
 def _plain(name: str, value: Any) -> Any:
     """An option in a form that can be written down."""
     if name == "cascade":
-        return {int(layer): share for layer, share in value.items()}
+        stages = value.items() if isinstance(value, Mapping) else value
+        # JSON's keys are strings.
+        return dict(as_stages([(int(layer) if isinstance(layer, str) else layer, share) for layer, share in stages]))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, torch.device | PathLike) else value

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,13 +51,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: if a file in UTF-16 or UTF-32 is cut off in the middle of a character.
     """
-    with _open(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield number, line
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not the {error.encoding} that its first bytes say it is: {error}") from error
+    with _open(path) as file, _decoding(path):
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield number, line
 
 
 def good_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -144,13 +142,21 @@ def _open(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding=encoding, newline="\n", errors=errors)
 
 
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not the {error.encoding} that its first bytes say it is: {error}") from error
+
+
 def _is_array(path: Path) -> bool:
     return path.suffix == ".json" and next(read_lines(path), (0, ""))[1].lstrip().startswith("[")
 
 
 def _array(path: Path) -> Iterator[tuple[int, str]]:
     """Number of the first line and text of each item of an array."""
-    with _open(path) as file:
+    with _open(path) as file, _decoding(path):
         text = file.read()
     decoder = json.JSONDecoder()
     place = BLANK.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]

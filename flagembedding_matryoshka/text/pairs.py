@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.text.encoding import Ids, TextEncoder
+from flagembedding_matryoshka.text.encoding import Ids, TextEncoder, whole_characters
 from flagembedding_matryoshka.text.templates import Template
 
 
@@ -148,7 +148,8 @@ class PairTokenizer:
     def fixed(self, text: str) -> Ids:
         """(tokens,) int32 ids of a template's text, in which control tokens are control tokens."""
         if text not in self._fixed:
-            self._fixed[text] = _as_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [])
+            found = self.tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"] if text else []
+            self._fixed[text] = _as_ids(found)
         return self._fixed[text]
 
     def prompt_ids(self, template: Template) -> Ids:

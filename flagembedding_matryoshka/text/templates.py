@@ -10,6 +10,8 @@ writes never becomes one.
 from __future__ import annotations
 
 import json
+import os.path
+import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
@@ -53,13 +55,14 @@ class Template:
         for name in ("query_format", "passage_format"):
             # FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
             object.__setattr__(self, name, getattr(self, name).replace("\\n", "\n"))
-            if getattr(self, name).count("{}") != 2:
+            if _fields(getattr(self, name)) != ["", ""]:
                 raise ValueError(
                     f"a template's {name} must have a {{}} for the instruction and one for the text, got "
                     f"{getattr(self, name)!r}."
                 )
         words = self.head_tokens
-        if isinstance(words, str) or len(words) not in (1, 2) or not all(isinstance(word, str) for word in words):
+        is_list = isinstance(words, list | tuple) and len(words) in (1, 2)
+        if not is_list or not all(isinstance(word, str) and word for word in words):
             raise ValueError(f"a template's head_tokens must be one word or two in a list, got {words!r}.")
         object.__setattr__(self, "head_tokens", tuple(words))
 
@@ -80,12 +83,12 @@ class Template:
     @property
     def query_end(self) -> str:
         """What `query_format` puts behind the text, and no truncation takes away."""
-        return self.query_format.rpartition("{}")[2]
+        return _end(self.query_format)
 
     @property
     def passage_end(self) -> str:
         """What `passage_format` puts behind the text, and no truncation takes away."""
-        return self.passage_format.rpartition("{}")[2]
+        return _end(self.passage_format)
 
     def to_json(self) -> dict[str, Any]:
         """As `Template.load` reads it."""
@@ -104,23 +107,42 @@ class Template:
             return given
         if isinstance(given, Mapping):
             known = [field.name for field in fields(cls)]
-            if unknown := sorted(set(given) - set(known)):
+            if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"a template has no {unknown}; it has {known}.")
             return cls(**given)
         if isinstance(given, str) and given in TEMPLATES:
             return TEMPLATES[given]
-        path = Path(given).expanduser()
-        if not path.is_file():
+        if not isinstance(given, str | PathLike):
+            raise TypeError(f"a template must be a name, a JSON file or what such a file holds, got {given!r}.")
+        path = Path(os.path.expanduser(given))
+        if not os.path.isfile(path):  # of whatever a path cannot be, too
             raise FileNotFoundError(
-                f"there is no template {str(given)!r}: name a JSON file or one of {list(TEMPLATES)}."
+                f"there is no template {str(given)!r:.200}: name a JSON file or one of {list(TEMPLATES)}."
             )
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the template {path} is no JSON: {error}") from error
         if not isinstance(stored, dict):
             raise ValueError(f"the template {path} must be a JSON object, got {type(stored).__name__}.")
         return cls.load(stored)
+
+
+def _fields(pattern: str) -> list[str]:
+    """What a format has between its braces, doubled ones excepted; of one that is none, nothing."""
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError:
+        return []
+    return [f"{name}{f'!{kind}' if kind else ''}{spec}" for _, name, spec, kind in parts if name is not None]
+
+
+def _end(pattern: str) -> str:
+    """What stands behind the last field of a format."""
+    end = ""
+    for literal, name, _, _ in string.Formatter().parse(pattern):
+        end = end + literal if name is None else ""
+    return end
 
 
 TEMPLATES = {

@@ -96,3 +96,41 @@ def test_half_a_surrogate_pair_is_a_replaced_character(reranker):
     whole, halves, broken = "a \U0001f600 wing", "a \ud83d\ude00 wing", "a \ud83d wing"
     scores = reranker.compute_score([(QUERY, text) for text in (whole, halves, broken, "a \ufffd wing")])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6) and scores[2] == pytest.approx(scores[3], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"batch_size": float("nan")}, TypeError, "batch_size must be an int, got nan"),
+        ({"max_tokens_per_batch": 2.5}, TypeError, "max_tokens_per_batch must be an int, got 2.5"),
+        ({"max_length": "64"}, TypeError, "max_length must be an int, got '64'"),
+        ({"query_max_length": True}, TypeError, "query_max_length must be an int, got True"),
+        ({"top_k": 1.5}, TypeError, "top_k must be an int, or None for all documents, got 1.5"),
+        ({"top_k": -1}, ValueError, "top_k is -1, but must be at least 1, or None for all documents"),
+        ({"normalize": 3}, ValueError, "normalize is 3, but must be True, False or 'calibrated'"),
+        ({"cutoff_layers": {3: 0.5}}, TypeError, "cutoff_layers must be an int or a list of ints, got the dict"),
+        ({"cascade": 3}, TypeError, "cascade must be {exit: share}, got 3"),
+        ({"cascade": {3: "0.5"}}, TypeError, "the shares of a cascade must be numbers, got '0.5'"),
+        ({"cascade": {"3": 0.5}}, TypeError, "the exits of a cascade must be an int"),
+        ({"cascade": [(3, 0.5), (3, 0.4)]}, ValueError, "cascade names an exit twice"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(reranker, given, error, message):
+    with pytest.raises(error, match=message):
+        reranker.rank(QUERY, DOCUMENTS, **given)
+
+
+@pytest.mark.parametrize("depths", [[3], [3, 5], [3.5, 4]])
+def test_depths_that_are_none_of_the_exits_are_refused(reranker, depths):
+    with pytest.raises((TypeError, ValueError), match="depths must be"):
+        reranker.estimate_flops(PAIRS, depths, cutoff_layers=[3, 4])
+
+
+def test_lists_of_tokenised_pairs_are_lists(reranker):
+    with pytest.raises(TypeError, match="lists must be a list, got the int 3"):
+        reranker.score_lists(3)
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_a_replaced_character(reranker):
+    scores = [reranker.compute_score(PAIRS, prompt=prompt) for prompt in ("a \ud83d?", "a \ufffd?")]
+    assert scores[0] == scores[1]

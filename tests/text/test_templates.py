@@ -58,6 +58,12 @@ def test_words_around_the_texts():
     [
         ({"query_format": "{}"}, ValueError, r"query_format must have a {} for the instruction .* got '{}'"),
         ({"passage_format": "{} {} {}"}, ValueError, "passage_format must have"),
+        ({"query_format": "{{}} {}"}, ValueError, "query_format must have"),
+        ({"query_format": "{} {x} {}"}, ValueError, "query_format must have"),
+        ({"query_format": "{} {} {"}, ValueError, "query_format must have"),
+        ({"head_tokens": 3}, ValueError, "head_tokens must be one word or two"),
+        ({"head_tokens": [""]}, ValueError, "head_tokens must be one word or two"),
+        ({3: "x", "sufix": "x"}, ValueError, r"a template has no \[3, 'sufix'\]"),
         ({"prompt": None}, TypeError, "a template's prompt must be text, got None"),
         ({"head_tokens": "yes"}, ValueError, "head_tokens must be one word or two in a list, got 'yes'"),
         ({"head_tokens": []}, ValueError, "head_tokens must be one word or two"),
@@ -67,6 +73,23 @@ def test_words_around_the_texts():
 def test_what_is_no_template_is_refused(values, error, message):
     with pytest.raises(error, match=message):
         Template.load(values)
+
+
+def test_braces_that_are_text_are_text():
+    template = Template(query_format="{{x}} {}{} {{y}}", passage_format="{}{}", query_instruction="task: ")
+    assert template.query("wing") == "{x} task: wing {y}"
+    assert (template.query_end, template.passage_end) == (" {y}", "")
+
+
+@pytest.mark.parametrize("name", ["wing " * 700, "~nobody/x", "\0", "\ud83d"])
+def test_what_can_be_no_path_is_not_there(name):
+    with pytest.raises(FileNotFoundError, match="there is no template"):
+        Template.load(name)
+
+
+def test_what_is_no_name_is_no_template():
+    with pytest.raises(TypeError, match=r"a template must be a name, a JSON file or .*, got 3"):
+        Template.load(3)
 
 
 def test_what_is_not_there_or_no_json_is_refused(tmp_path):
