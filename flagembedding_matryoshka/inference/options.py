@@ -9,6 +9,7 @@ from typing import Any
 from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.templates import Template
 
 CALIBRATED = "calibrated"
 """The value of `normalize` that asks for probabilities as an evaluation calibrated them."""
@@ -59,13 +60,9 @@ class ScoringOptions:
             raise ValueError(f"normalize is {chosen['normalize']!r}, but must be True, False or {CALIBRATED!r}.")
         return cls(**chosen)
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
-        """Input sequences of query and passage.
-
-        Raises:
-            ValueError: if a query leaves no room for its passage.
-        """
-        template = replace(
+    def template(self, tokenizer: PairTokenizer) -> Template:
+        """What stands around query and passage."""
+        return replace(
             tokenizer.template,
             query_instruction=self.query_instruction_for_rerank,
             query_format=self.query_instruction_format,
@@ -73,7 +70,14 @@ class ScoringOptions:
             passage_format=self.passage_instruction_format,
             prompt=self.prompt,
         )
-        return tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
+        """Input sequences of query and passage.
+
+        Raises:
+            ValueError: if a query leaves no room for its passage.
+        """
+        return tokenizer.build_within(pairs, self.query_max_length, self.max_length, self.template(tokenizer))
 
 
 def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, read_lists
-from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_ranking
+from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_too_short, score_lists
 from flagembedding_matryoshka.inference.tasks import Call
@@ -26,6 +27,9 @@ class RankingReranker(PlannedReranker):
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
+        chunk: bool = False,
+        max_chunks_per_doc: int | None = None,
+        overlap: int = 0,
         **overrides: Any,
     ) -> list[dict[str, int | float | str]]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
@@ -37,17 +41,29 @@ class RankingReranker(PlannedReranker):
                 8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
                 better. All of it is one pass, and the states of a query's documents lie in memory. None is the one that
                 `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
+            chunk: cut documents that are too long into chunks that each fit beside the query, and take of each document
+                the best. With a cascade chunks are the candidates: its shares are of all chunks of a query, a document
+                comes as far as its furthest chunk, and where chunks of fewer than `top_k` documents come to the end,
+                stopped ones fill up.
+            max_chunks_per_doc: chunks of a document, at most, from its beginning; None is as many as it takes.
+            overlap: tokens that a chunk has in common with the one before it, at most half of those it can hold.
             overrides: as in `compute_score`, with one cutoff layer.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
             the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
+            Where the query or the document is longer than what was read of it, also "is_truncated", which is True.
+            With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between chunks
+            is at most white space.
 
         Raises:
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given, or
-                the cascade does not fit the model or keeps fewer than `top_k`.
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given,
+                the cascade does not fit the model or keeps fewer than `top_k`, or what is said of chunks is said
+                without `chunk`, asks for none of them or for too much overlap, or meets a tokenizer that does not say
+                where its tokens stand.
         """
-        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **overrides)[0]
+        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **of_chunks, **overrides)[0]
 
     def rank_batch(
         self,
@@ -56,6 +72,9 @@ class RankingReranker(PlannedReranker):
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
+        chunk: bool = False,
+        max_chunks_per_doc: int | None = None,
+        overlap: int = 0,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """`rank` for many queries, in common batches; `candidates` are the documents of each query.
@@ -65,7 +84,8 @@ class RankingReranker(PlannedReranker):
         queries, lists = as_lists(queries, candidates)
         rows = list(zip(queries, lists, strict=True))
         total = sum(map(len, lists))
-        return list(self._rank(rows, total, top_k, return_documents, cascade, overrides))
+        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
+        return list(self._rank(rows, total, top_k, return_documents, cascade, of_chunks, overrides))
 
     def rank_iter(
         self,
@@ -74,6 +94,9 @@ class RankingReranker(PlannedReranker):
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
+        chunk: bool = False,
+        max_chunks_per_doc: int | None = None,
+        overlap: int = 0,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
         """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
@@ -91,7 +114,9 @@ class RankingReranker(PlannedReranker):
         Raises:
             TypeError, ValueError: as `rank_batch`; what is wrong with a list is raised when the list is read.
         """
-        return self._rank(read_lists(queries, candidates), None, top_k, return_documents, cascade, overrides)
+        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
+        lists = read_lists(queries, candidates)
+        return self._rank(lists, None, top_k, return_documents, cascade, of_chunks, overrides)
 
     def _rank(
         self,
@@ -100,6 +125,7 @@ class RankingReranker(PlannedReranker):
         top_k: int | None,
         return_documents: bool,
         cascade: Mapping[int, float] | None,
+        of_chunks: Mapping[str, Any],
         overrides: Mapping[str, Any],
     ) -> Generator[list[Hit], None, None]:
         """Rankings of lists, of `total` pairs if that is known; what is wrong with the options is raised at once."""
@@ -107,20 +133,32 @@ class RankingReranker(PlannedReranker):
             top_k = as_count("top_k", top_k, ", or None for all documents")
         call, show_progress_bar = self._call(cascade, overrides)
         normalize = self._normalizer(call.options, call.setting)
+        chunking = Chunking.of(call.options, self._pair_tokenizer, **of_chunks)
+        total = total if chunking is None else None
 
-        def checked() -> Generator[tuple[str, Sequence[str]], None, None]:
+        def checked() -> Generator[Candidates, None, None]:
             for number, (query, documents) in enumerate(lists):
+                candidates = Candidates.of(query, documents, chunking)
                 if top_k is not None and cascade is not None:
-                    refuse_too_short(call.setting, number, len(documents), top_k)
-                yield query, documents
+                    refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
+                yield candidates
 
         return rank_lists(self._run, checked(), call, top_k, return_documents, normalize, total, show_progress_bar)
+
+    def cut_chunks(
+        self, query: str, documents: Sequence[str], max_chunks_per_doc: int | None = None, overlap: int = 0
+    ) -> list[CutDocument]:
+        """The chunks of each document, tokenised beside the query, that `rank` scores with these arguments; errors as
+        there."""
+        chunking = Chunking.of(resolve_call(self, {})[0], self._pair_tokenizer, True, max_chunks_per_doc, overlap)
+        assert chunking is not None
+        return chunking.cut(query, documents)
 
     def score_lists(
         self, lists: Iterable[Iterable[TokenizedPair]], cascade: Mapping[int, float] | None = None, **overrides: Any
     ) -> list[list[Hit]]:
         """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
-        normalised, and with a cascade "cutoff_layer" of each, in the order given.
+        normalised, with a cascade "cutoff_layer", and "is_truncated" where it is, of each, in the order given.
 
         Args:
             cascade, overrides: as in `rank`, without those that say how texts become tokens.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task
 from flagembedding_matryoshka.inference.inputs import Pairs
 from flagembedding_matryoshka.inference.normalizing import Normalizer
@@ -41,8 +42,8 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
 def score_lists(
     run: Run, lists: Iterable[Pairs], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[list[Hit], None, None]:
-    """For each list "score" of its pairs and in a cascade "cutoff_layer", where it was read. No more of them are read
-    than are scored in one go, and those that are tokenised meanwhile.
+    """For each list "score" of its pairs, in a cascade "cutoff_layer", where it was read, and "is_truncated" of those
+    that are cut. No more of them are read than are scored in one go, and those that are tokenised meanwhile.
 
     Args:
         total: pairs of all lists, if that is known.
@@ -69,7 +70,7 @@ def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
             else:
                 of_task = [{"score": score} for score in found[0]]
             for place, hit in zip(places, of_task, strict=True):
-                hits[place] = hit
+                hits[place] = hit | ({"is_truncated": True} if window.inputs[place].is_cut else {})
             progress.update(len(places))
     return hits
 
@@ -101,7 +102,7 @@ def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
 
 def rank_lists(
     run: Run,
-    lists: Iterable[tuple[str, Sequence[str]]],
+    lists: Iterable[Candidates],
     call: Call,
     top_k: int | None,
     return_documents: bool,
@@ -111,23 +112,25 @@ def rank_lists(
 ) -> Generator[list[Hit], None, None]:
     """The ranking of each query's documents, as soon as it and those before it are known; arguments as `score_lists`
     and `ranking_of`."""
-    waiting: deque[Sequence[str]] = deque()
+    waiting: deque[Candidates] = deque()
 
     def pairs() -> Iterator[Pairs]:
-        for query, documents in lists:
-            waiting.append(documents)
-            yield [(query, document) for document in documents]
+        for candidates in lists:
+            waiting.append(candidates)
+            yield candidates.pairs
 
     with closing(score_lists(run, pairs(), call, total, show_progress_bar)) as scored:
         for hits in scored:
-            documents = waiting.popleft()
-            texts = documents if return_documents else None
+            candidates = waiting.popleft()
+            if candidates.cut is not None:
+                hits = best_chunks(hits, candidates.cut)
+            texts = candidates.documents if return_documents else None
             yield ranking_of(hits, texts, top_k, normalize, call.setting.depth)
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
-    """Raise ValueError if a cascade keeps fewer than `top_k` of a query's candidates that has as many."""
-    if setting.kept(count) < min(top_k, count):
+    """Raise ValueError if a cascade keeps fewer than `top_k` of a query's candidates."""
+    if setting.kept(count) < top_k:
         raise ValueError(
             f"cascade {dict(setting.cascade)} keeps {setting.kept(count)} of the {count} candidates of query "
             f"{query}, fewer than top_k={top_k}."
@@ -137,6 +140,23 @@ def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> No
 def best_first(hits: Sequence[Hit]) -> list[int]:
     """Places of a list's hits in their order; with a cascade those that came further go before the others."""
     return sorted(range(len(hits)), key=lambda place: (-hits[place].get("cutoff_layer", 0), -hits[place]["score"]))
+
+
+def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[Hit]:
+    """For each document the hit of its best chunk, with "chunk", where that stands, and "is_truncated" as `CutDocument`
+    says it.
+
+    Args:
+        hits: of all chunks of all documents, in their order.
+    """
+    left = iter(hits)
+    found: list[Hit] = []
+    for document in documents:
+        own = list(islice(left, len(document.chunks)))
+        best = best_first(own)[0]
+        chunk = {"start": document.chunks[best].start, "end": document.chunks[best].end}
+        found.append(own[best] | {"chunk": chunk} | ({"is_truncated": True} if document.is_truncated else {}))
+    return found
 
 
 def ranking_of(

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+OF_HITS = ("cutoff_layer", "chunk", "is_truncated")
+
 
 @dataclass(frozen=True)
 class Scored:
     """A request's scores.
 
     Attributes:
-        hits: for each document "score", not normalised, and with a cascade "cutoff_layer".
+        hits: for each document what `MatryoshkaReranker.rank` says of it, not normalised.
         tokens: that were read for it.
         model: its name.
     """
@@ -25,12 +27,12 @@ class Scored:
     model: str
 
     def best(self, name: str, raw: bool, count: int | None) -> list[dict[str, Any]]:
-        """ "index", the score or its sigmoid under `name` and, with a cascade, "cutoff_layer" of the best `count`
+        """ "index", the score or its sigmoid under `name` and what else there is of OF_HITS, of the best `count`
         documents; the deeper one came in a cascade the better."""
         found = sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
         return [
             {"index": index, name: _shown(hit["score"], raw)}
-            | {key: value for key, value in hit.items() if key == "cutoff_layer"}
+            | {key: value for key, value in hit.items() if key in OF_HITS}
             for index, hit in found[:count]
         ]
 

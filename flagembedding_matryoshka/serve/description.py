@@ -30,23 +30,27 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
 
 
 USAGE = _object(prompt_tokens=INTEGER, total_tokens=INTEGER)
-DEPTH = {"cutoff_layer": INTEGER}
+BESIDE = {
+    "cutoff_layer": INTEGER,
+    "chunk": _object(start=INTEGER, end=INTEGER),
+    "is_truncated": {"const": True},
+}
 RANKED = {
     "anyOf": [
         _object(
             id=TEXT,
             model=TEXT,
-            results=_list(_object({"document": {"type": "object"}} | DEPTH, index=INTEGER, relevance_score=NUMBER)),
+            results=_list(_object({"document": {"type": "object"}} | BESIDE, index=INTEGER, relevance_score=NUMBER)),
             meta={"type": "object"},
             usage=USAGE,
         ),
         _object(
             object={"const": "list"},
-            data=_list(_object({"document": TEXT} | DEPTH, index=INTEGER, relevance_score=NUMBER)),
+            data=_list(_object({"document": TEXT} | BESIDE, index=INTEGER, relevance_score=NUMBER)),
             model=TEXT,
             usage=USAGE,
         ),
-        _list(_object({"text": TEXT} | DEPTH, index=INTEGER, score=NUMBER)),
+        _list(_object({"text": TEXT} | BESIDE, index=INTEGER, score=NUMBER)),
     ]
 }
 SCORES = _object(
@@ -54,7 +58,7 @@ SCORES = _object(
     object={"const": "list"},
     created=INTEGER,
     model=TEXT,
-    data=_list(_object(DEPTH, index=INTEGER, object={"const": "score"}, score=NUMBER)),
+    data=_list(_object(BESIDE, index=INTEGER, object={"const": "score"}, score=NUMBER)),
     usage=USAGE,
 )
 ERRORS = {

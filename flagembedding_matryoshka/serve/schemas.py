@@ -114,6 +114,11 @@ class Request(BaseModel):
         )
 
     @property
+    def chunks(self) -> dict[str, Any] | None:
+        """As keyword arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks."""
+        return None
+
+    @property
     def raw(self) -> bool:
         """Whether scores are wanted and not their sigmoid."""
         return bool(self.raw_scores) or self.use_activation is False
@@ -141,7 +146,15 @@ class DocumentsRequest(Request):
     rank_fields: list[str] | None = Field(
         None, min_length=1, description="what of documents that are objects is ranked, in this order; 'text' if missing"
     )
-    max_chunks_per_doc: int | None = Field(None, description="does nothing")
+    max_chunks_per_doc: int | None = Field(
+        None, ge=1, description="documents that are too long are cut into so many chunks, at most; the best one counts"
+    )
+    overlap: int | None = Field(
+        None,
+        ge=0,
+        validation_alias=AliasChoices("overlap", "overlap_tokens"),
+        description="tokens that chunks have in common with the one before; cuts documents as max_chunks_per_doc does",
+    )
     return_len: Flag | None = Field(None, description="does nothing: tokens are counted in any case")
     _texts: list[str]
 
@@ -149,9 +162,21 @@ class DocumentsRequest(Request):
     def _check_documents(self) -> Self:
         if None not in (self.top_n, self.top_k):
             raise ValueError("top_n and top_k are one; give one")
+        lengths = self.lengths
+        if self.chunks is not None and (lengths.refuse or lengths.keep_end or lengths.pair is not None):
+            raise ValueError(
+                "max_chunks_per_doc and overlap read documents that are too long in chunks; without truncate=false, a "
+                "truncation_direction of Left and truncate_prompt_tokens"
+            )
         fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
         self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
         return self
+
+    @property
+    def chunks(self) -> dict[str, Any] | None:
+        if self.max_chunks_per_doc is None and self.overlap is None:
+            return None
+        return {"max_chunks_per_doc": self.max_chunks_per_doc, "overlap": self.overlap or 0}
 
     @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from flagembedding_matryoshka.inference.chunking import CutDocument
 from flagembedding_matryoshka.inference.counting import count_input_tokens
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.scoring import Hit, best_chunks
 from flagembedding_matryoshka.serve.shortening import Lengths, shorten
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -20,14 +22,20 @@ class Work:
     """What a request runs. Those of equal settings can share a batch.
 
     Attributes:
-        pairs: documents as the model reads them, all of one query.
+        pairs: documents, or their chunks, as the model reads them, all of one query.
         shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
+        cut: the chunks of each document, if the request wants them.
     """
 
     setting: Setting
     pairs: Sequence[TokenizedPair]
     shared_tokens: int
     tokens: Sequence[int]
+    cut: Sequence[CutDocument] | None = None
+
+    def hits(self, found: Sequence[Hit]) -> Sequence[Hit]:
+        """Of each document, from those of `pairs`."""
+        return found if self.cut is None else best_chunks(found, self.cut)
 
     @property
     def all_tokens(self) -> int:
@@ -45,11 +53,19 @@ class Scorer:
         """That one call spreads over the devices in one pass on each."""
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
-    def prepare(self, query: str, documents: Sequence[str], asked: Mapping[str, Any], lengths: Lengths) -> Work:
+    def prepare(
+        self,
+        query: str,
+        documents: Sequence[str],
+        asked: Mapping[str, Any],
+        lengths: Lengths,
+        chunks: Mapping[str, Any] | None = None,
+    ) -> Work:
         """What scoring these documents runs. The model does not run.
 
         Args:
             asked: arguments of `MatryoshkaReranker.setting`.
+            chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
@@ -57,8 +73,12 @@ class Scorer:
         """
         setting = self.reranker.setting(**asked)
         query, texts = shorten(self.reranker, query, documents, lengths)
-        pairs = self.reranker.tokenize([(query, text) for text in texts])
-        return Work(setting, pairs, *count_input_tokens(pairs))
+        if chunks is None:
+            pairs = self.reranker.tokenize([(query, text) for text in texts])
+            return Work(setting, pairs, *count_input_tokens(pairs))
+        cut = self.reranker.cut_chunks(query, texts, **chunks)
+        pairs = [chunk.pair for document in cut for chunk in document.chunks]
+        return Work(setting, pairs, *count_input_tokens(pairs), cut)
 
     def compute(
         self, setting: Setting, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
@@ -69,7 +89,7 @@ class Scorer:
             between: called between a cascade's batches. What it raises ends the call.
 
         Returns:
-            for each a dict with "score", not normalised, and with a cascade "cutoff_layer".
+            for each a dict with "score", not normalised, with a cascade "cutoff_layer", and "is_truncated" if it is.
 
         Raises:
             ArithmeticError: if a score is not a finite number.

@@ -40,7 +40,7 @@ class Limits:
     """What the server refuses.
 
     Attributes:
-        documents: in a request, at most, else 422.
+        documents: in a request, or chunks of them, at most, else 422.
         body_bytes: of a request, at most, else 413; of all that are being read, 32 times as many, else 429.
         requests: that wait or are computed at one time, at most, else 429.
         batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
@@ -190,12 +190,15 @@ class Service:
         works = []
         for query, texts in asked.lists:
             try:
-                work = await asyncio.to_thread(scorer.prepare, query, texts, asked.setting, asked.lengths)
+                work = await asyncio.to_thread(scorer.prepare, query, texts, asked.setting, asked.lengths, asked.chunks)
             except (TypeError, ValueError) as error:
                 raise HTTPException(422, str(error)) from error
+            if len(work.pairs) > self.limits.documents:
+                raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
             works.append(work)
         found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
-        return Scored(list(chain.from_iterable(found)), sum(work.all_tokens for work in works), self.name)
+        hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
+        return Scored(list(chain.from_iterable(hits)), sum(work.all_tokens for work in works), self.name)
 
     async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
         divisible = not work.setting.cascade

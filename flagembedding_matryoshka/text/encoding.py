@@ -60,6 +60,17 @@ class TextEncoder:
             found += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
         return found
 
+    def offsets(self, text: str) -> NDArray[np.int64]:
+        """(tokens, 2) int64: the characters of `text` where each token of `whole` begins and ends.
+
+        Raises:
+            ValueError: if the tokenizer does not know.
+        """
+        if not self._tokenizer.is_fast:
+            raise ValueError(f"the tokenizer {type(self._tokenizer).__name__} does not say where its tokens stand.")
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+
     def beginnings(self, texts: Sequence[str], tokens: int) -> list[Ids]:
         """The first `tokens` of `whole`, or all where there are fewer.
 

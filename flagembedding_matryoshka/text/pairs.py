@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.text.encoding import Ids, TextEncoder, whole_characters
@@ -51,13 +52,18 @@ class TokenizedPair:
     Attributes:
         query: of all pairs of a query that were built together the same object.
         passage_ids, prompt_ids: (tokens,) int32.
-        is_cut: whether query or passage is longer than what is left of it.
+        passage_is_cut: whether the passage is longer than what is left of it.
     """
 
     query: QueryPart
     passage_ids: Ids
     prompt_ids: Ids
-    is_cut: bool = False
+    passage_is_cut: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether query or passage is longer than what is left of it."""
+        return self.passage_is_cut or self.query.is_cut
 
     @property
     def input_ids(self) -> Ids:
@@ -159,6 +165,16 @@ class PairTokenizer:
             self._prompts[words] = np.concatenate(list(map(self.fixed, words)))
         return self._prompts[words]
 
+    def passage_offsets(self, passage: str, template: Template) -> NDArray[np.int64]:
+        """(tokens, 2) int64: where in `passage` the tokens of `template.passage(passage)` begin and end.
+
+        Raises:
+            ValueError: if the tokenizer does not know.
+        """
+        lead = len(template.passage("")) - len(template.passage_end)
+        offsets = self._encoder.offsets(template.passage(passage)) - lead
+        return np.maximum.accumulate(offsets.clip(0, len(passage)), axis=0)
+
     def build(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -229,7 +245,7 @@ class PairTokenizer:
             )
         if len(ids) > room:
             ids, is_cut = np.concatenate([ids[: room - len(end_ids)], end_ids]), True
-        return TokenizedPair(query, ids, self.prompt_ids(template), is_cut or query.is_cut)
+        return TokenizedPair(query, ids, self.prompt_ids(template), is_cut)
 
     def _beside(self, template: Template) -> tuple[Ids, Ids]:
         """What stands before and behind the query in its part."""

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from flagembedding_matryoshka.serve import scoring
+from flagembedding_matryoshka.serve.service import Limits
 from tests.serve.conftest import client_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,6 +146,53 @@ def test_voyage_refuses_to_cut_in_its_own_words(client):
     body = {"query": QUERY, "documents": ["wing " * 100], "truncation": False}
     assert client.post("/v1/rerank", json=body).status_code == 422
     assert client.post("/v1/rerank", json=body | {"truncation": True}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"max_chunks_per_doc": 2}, {"max_chunks_per_doc": 2}),
+        ({"overlap_tokens": 4}, {"overlap": 4}),
+        ({"overlap": 4, "max_chunks_per_doc": 3, "cascade": {"3": 0.5}}, {"overlap": 4, "max_chunks_per_doc": 3}),
+    ],
+)
+def test_long_documents_are_read_in_chunks(client, reranker, asked, options):
+    documents = [*TEXTS, " ".join(f"wing {number}" for number in range(100))]
+    body = {"query": QUERY, "documents": documents, "raw_scores": True, "return_documents": True} | asked
+    cascade = {3: 0.5} if "cascade" in asked else None
+    expected = reranker.rank(QUERY, documents, chunk=True, cascade=cascade, **options)
+    for more, name in (({}, "results"), ({"top_k": 3}, "data")):
+        found = client.post("/v1/rerank", json=body | more).json()[name]
+        assert order(found, "relevance_score") == [
+            (hit["corpus_id"], pytest.approx(hit["score"], abs=1e-5)) for hit in expected[: len(found)]
+        ]
+        for result, hit in zip(found, expected, strict=False):
+            assert result["chunk"] == hit["chunk"]
+            assert result.get("is_truncated", False) == hit.get("is_truncated", False)
+    assert any(hit["chunk"]["start"] for hit in expected)
+
+
+def test_chunks_are_limited_and_not_cut_otherwise(reranker):
+    body = {"query": QUERY, "documents": ["wing " * 500], "overlap": 0}
+    with client_of(reranker, limits=Limits(documents=5)) as client:
+        answer = client.post("/rerank", json=body)
+        assert answer.status_code == 422 and "chunks are more than 5" in answer.json()["message"]
+        (result,) = client.post("/rerank", json=body | {"max_chunks_per_doc": 5}).json()["results"]
+        assert result["is_truncated"]
+        for other in ({"truncate": False}, {"truncation_side": "left"}, {"truncate_prompt_tokens": 40}):
+            answer = client.post("/rerank", json=body | other)
+            assert answer.status_code == 422 and "max_chunks_per_doc and overlap" in answer.json()["message"]
+        for wrong in ({"max_chunks_per_doc": 0}, {"overlap": -1}, {"overlap": 60}):
+            assert client.post("/rerank", json=body | wrong).status_code == 422
+
+
+@pytest.mark.parametrize("form", ["documents", "texts"])
+def test_what_was_cut_says_so(client, form):
+    answer = client.post("/rerank", json={"query": QUERY, form: ["air", "wing " * 100]}).json()
+    results = answer["results"] if form == "documents" else answer
+    assert {result["index"]: result.get("is_truncated") for result in results} == {0: None, 1: True}
+    scores = client.post("/score", json={"text_1": QUERY, "text_2": ["air", "wing " * 100]}).json()["data"]
+    assert [score.get("is_truncated") for score in scores] == [None, True]
 
 
 def test_voyages_answer(client):

@@ -1,0 +1,164 @@
+"""Documents that do not fit beside their query, in chunks that do, each a text and where it stands."""
+
+from __future__ import annotations
+
+import operator
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flagembedding_matryoshka.inference.inputs import Pairs
+from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.text.encoding import CHARACTERS, MARGIN, whole_characters
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+
+SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+NO_SPACE = re.compile(r"\S")
+
+
+class Chunk(NamedTuple):
+    """A part of a document: the characters from `start` to in front of `end`, beside the query."""
+
+    start: int
+    end: int
+    pair: TokenizedPair
+
+
+class CutDocument(NamedTuple):
+    """The chunks of a document, at least one, and whether they leave anything of it or of the query unread."""
+
+    chunks: Sequence[Chunk]
+    is_truncated: bool
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How documents are cut.
+
+    Attributes:
+        most: chunks of a document, at most; None is as many as it takes.
+        overlap: tokens that a chunk has in common with the one before it.
+    """
+
+    options: ScoringOptions
+    tokenizer: PairTokenizer
+    most: int | None = None
+    overlap: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        options: ScoringOptions,
+        tokenizer: PairTokenizer,
+        chunk: bool,
+        max_chunks_per_doc: int | None,
+        overlap: int | None,
+    ) -> Chunking | None:
+        """From the arguments of `MatryoshkaReranker.rank`; None without `chunk`.
+
+        Raises:
+            TypeError: if a number is no int.
+            ValueError: if a number is too small, or given without `chunk`.
+        """
+        for name, value in (("max_chunks_per_doc", max_chunks_per_doc), ("overlap", overlap)):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise TypeError(f"{name} must be an int, got {value!r}.")
+        most = None if max_chunks_per_doc is None else operator.index(max_chunks_per_doc)
+        overlap = 0 if overlap is None else operator.index(overlap)
+        if most is not None and most < 1:
+            raise ValueError(f"max_chunks_per_doc is {most}, but must be at least 1, or None for all.")
+        if overlap < 0:
+            raise ValueError(f"overlap is {overlap}, but must be at least 0.")
+        if not chunk and (most is not None or overlap):
+            raise ValueError(f"max_chunks_per_doc={most} and overlap={overlap} need chunk=True.")
+        return cls(options, tokenizer, most, overlap) if chunk else None
+
+    def cut(self, query: str, documents: Sequence[str]) -> list[CutDocument]:
+        """The chunks of each document; one that fits is one.
+
+        Raises:
+            ValueError: if a query leaves no room for its documents or for this overlap, or the tokenizer does not say
+                where its tokens stand.
+        """
+        texts = list(map(whole_characters, documents))
+        wholes = self.options.tokenize([(query, text) for text in texts], self.tokenizer)
+        found: list[CutDocument] = []
+        for document, text, whole in zip(documents, texts, wholes, strict=True):
+            if not whole.passage_is_cut:
+                found.append(CutDocument([Chunk(0, len(document), whole)], whole.is_cut))
+                continue
+            chunks: list[Chunk] = []
+            rest = self._chunks(query, text, room=whole.passage_length)
+            is_truncated = whole.query.is_cut
+            for chunk in rest:
+                if len(chunks) == self.most:
+                    is_truncated = True
+                    break
+                is_truncated |= chunk.pair.passage_is_cut
+                chunks.append(chunk)
+            # What joining surrogate pairs took away from the places.
+            pairs = [] if len(text) == len(document) else SURROGATE_PAIR.finditer(document)
+            joined = [pair.start() - count for count, pair in enumerate(pairs)]
+            placed = [
+                Chunk(start + bisect_left(joined, start), end + bisect_left(joined, end), pair)
+                for start, end, pair in chunks
+            ]
+            found.append(CutDocument(placed, is_truncated))
+        return found
+
+    def _chunks(self, query: str, text: str, room: int) -> Iterator[Chunk]:
+        """Of no more of the text than a chunk can hold tokens are looked for at a time."""
+        template = self.options.template(self.tokenizer)
+        start = 0
+        while True:
+            window = text[start : start + (room + MARGIN) * CHARACTERS]
+            offsets = self.tokenizer.passage_offsets(window, template)
+            instruction = int((offsets[:, 1] == 0).sum())
+            own = room - instruction - len(self.tokenizer.fixed(template.passage_end))
+            if own < 1:
+                raise ValueError(f"the query {query!r:.60} leaves no room for a chunk of a document beside it.")
+            if 2 * self.overlap > own:
+                raise ValueError(
+                    f"overlap is {self.overlap}, but must be at most half of the {own} tokens that a chunk holds "
+                    f"beside the query {query!r:.60}."
+                )
+            kept = min(len(offsets), instruction + own)
+            while True:
+                length = len(window) if kept == len(offsets) else int(offsets[max(kept, 1) - 1, 1])
+                # A part of a text may have more tokens than in it.
+                end = start + max(1, length)
+                (pair,) = self.options.tokenize([(query, text[start:end])], self.tokenizer)
+                if not pair.passage_is_cut or length <= 1:
+                    break
+                kept -= 1
+            yield Chunk(start, end, pair)
+            if not NO_SPACE.search(text, end):
+                return
+            behind = start + int(offsets[max(kept - self.overlap, 0), 0]) if self.overlap else end
+            following = NO_SPACE.search(text, max(start + 1, min(behind, end)))
+            assert following is not None
+            start = following.start()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is scored of one query's documents.
+
+    Attributes:
+        pairs: one for each document, or for each chunk.
+        cut: the chunks, if documents are cut.
+    """
+
+    documents: Sequence[str]
+    pairs: Pairs
+    cut: Sequence[CutDocument] | None = None
+
+    @classmethod
+    def of(cls, query: str, documents: Sequence[str], chunking: Chunking | None) -> Candidates:
+        """Raises ValueError as `Chunking.cut`."""
+        if chunking is None:
+            return cls(documents, [(query, document) for document in documents])
+        cut = chunking.cut(query, documents)
+        return cls(documents, [chunk.pair for document in cut for chunk in document.chunks], cut)
