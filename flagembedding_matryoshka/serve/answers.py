@@ -20,11 +20,13 @@ class Scored:
         hits: for each document what `MatryoshkaReranker.rank` says of it, not normalised.
         tokens: that were read for it.
         model: its name.
+        operations: floating-point operations that were spent on it, if they were asked for.
     """
 
     hits: Sequence[Mapping[str, Any]]
     tokens: int
     model: str
+    operations: int | None = None
 
     def best(self, name: str, raw: bool, count: int | None) -> list[dict[str, Any]]:
         """ "index", the score or its sigmoid under `name` and what else there is of OF_HITS, of the best `count`
@@ -38,7 +40,8 @@ class Scored:
 
     @property
     def usage(self) -> dict[str, int]:
-        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
+        counted = {} if self.operations is None else {"operations": self.operations}
+        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens} | counted
 
 
 def cohere_answer(

@@ -19,8 +19,10 @@ from starlette.exceptions import HTTPException
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve.description import describe
 from flagembedding_matryoshka.serve.logs import RequestIds
+from flagembedding_matryoshka.serve.page import add_page
 from flagembedding_matryoshka.serve.schemas import RERANK, RERANK_SCHEMA, SCORE, SCORE_SCHEMA
 from flagembedding_matryoshka.serve.service import Limits, Service
+from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 LONGEST_MESSAGE = 1000
 """Characters of an error: what it says may be of the client's making."""
@@ -115,8 +117,11 @@ def create_app(
             "max_concurrent_requests": service.limits.requests,
             "auto_truncate": True,
             "exits": reranker.config.exit_layers,
+            "num_hidden_layers": reranker.config.num_hidden_layers,
+            "compress_ratios": COMPRESS_RATIOS,
         }
 
+    add_page(app)
     return app
 
 

@@ -29,12 +29,12 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
-USAGE = _object(prompt_tokens=INTEGER, total_tokens=INTEGER)
 BESIDE = {
     "cutoff_layer": INTEGER,
     "chunk": _object(start=INTEGER, end=INTEGER),
     "is_truncated": {"const": True},
 }
+USAGE = _object({"operations": INTEGER}, prompt_tokens=INTEGER, total_tokens=INTEGER)
 RANKED = {
     "anyOf": [
         _object(

@@ -124,6 +124,11 @@ class Request(BaseModel):
         return bool(self.raw_scores) or self.use_activation is False
 
     @property
+    def counts_operations(self) -> bool:
+        """Whether the answer says what it has cost. TEI's has no place for it."""
+        return False
+
+    @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:
         """Each query with its documents."""
         raise NotImplementedError
@@ -143,6 +148,7 @@ class DocumentsRequest(Request):
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
     top_k: int | None = Field(None, ge=1, description="top_n, in Voyage's words, whose answer it brings")
     return_documents: Flag | None = Field(None, description="false if missing")
+    return_operations: Flag | None = Field(None, description="floating-point operations in `usage`; false if missing")
     rank_fields: list[str] | None = Field(
         None, min_length=1, description="what of documents that are objects is ranked, in this order; 'text' if missing"
     )
@@ -177,6 +183,10 @@ class DocumentsRequest(Request):
         if self.max_chunks_per_doc is None and self.overlap is None:
             return None
         return {"max_chunks_per_doc": self.max_chunks_per_doc, "overlap": self.overlap or 0}
+
+    @property
+    def counts_operations(self) -> bool:
+        return bool(self.return_operations)
 
     @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:

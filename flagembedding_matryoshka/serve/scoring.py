@@ -80,6 +80,19 @@ class Scorer:
         pairs = [chunk.pair for document in cut for chunk in document.chunks]
         return Work(setting, pairs, *count_input_tokens(pairs), cut)
 
+    def count_operations(self, work: Work, hits: Sequence[Mapping[str, Any]]) -> int:
+        """See `MatryoshkaReranker.estimate_flops`: as if no other request had shared the batch.
+
+        Args:
+            hits: what `compute` found for it.
+        """
+        setting = work.setting
+        if not setting.cascade:
+            return self.reranker.estimate_flops(work.pairs, **setting.arguments)
+        exits = [*dict(setting.cascade), setting.depth]
+        depths = [hit["cutoff_layer"] for hit in hits]
+        return self.reranker.estimate_flops(work.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
+
     def compute(
         self, setting: Setting, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
     ) -> list[list[dict[str, Any]]]:

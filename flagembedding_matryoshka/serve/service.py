@@ -197,8 +197,13 @@ class Service:
                 raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
             works.append(work)
         found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
+        operations = None
+        if asked.counts_operations:
+            counted = map(scorer.count_operations, works, found)
+            operations = await asyncio.to_thread(sum, counted)
+        tokens = sum(work.all_tokens for work in works)
         hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
-        return Scored(list(chain.from_iterable(hits)), sum(work.all_tokens for work in works), self.name)
+        return Scored(list(chain.from_iterable(hits)), tokens, self.name, operations)
 
     async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
         divisible = not work.setting.cascade
