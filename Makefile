@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench test test-slow test-all test-oldest test-gpu lint format build clean
+.PHONY: help install demo bench test test-slow test-all test-oldest test-gpu lint docs format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED) ## build the documentation into site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -61,5 +64,5 @@ build: $(INSTALLED) ## build the source archive and the wheel into dist
 	$(BIN)/python -m build
 
 clean: ## remove what the tools leave behind, all but environments
-	rm -rf build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -52,9 +52,10 @@ class MatryoshkaReranker(RankingReranker):
         template: what stands around query and passage, by name, as a JSON file or as what such a file holds, see
             [`~flagembedding_matryoshka.text.templates`]; None is what the checkpoint was trained with.
         prompt: text behind the passage; None is the template's.
-        query_instruction_for_rerank, query_instruction_format, passage_instruction_for_rerank,
-            passage_instruction_format: what is put around the texts, as in FlagEmbedding. None, and of a format its
-            default there, is the template's; "" is no instruction.
+        query_instruction_for_rerank, passage_instruction_for_rerank: what is put around the texts, as in FlagEmbedding.
+            None is the template's; "" is no instruction.
+        query_instruction_format, passage_instruction_format: how, as in FlagEmbedding. None, and its default there, is
+            the template's.
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is

@@ -1,4 +1,4 @@
-"""The commands of examples/elastic.md, word for word but for --use_cpu, on a tiny model and collection."""
+"""The commands of docs/elastic.md, word for word but for --use_cpu, on a tiny model and collection."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from tests.collection import WORDS, write_collection
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-TEXT = (Path(__file__).parents[2] / "examples" / "elastic.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "elastic.md").read_text(encoding="utf-8")
 COMMANDS = [block.replace("\\\n", " ").strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)]
 
 

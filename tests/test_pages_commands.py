@@ -1,4 +1,4 @@
-"""The README's commands, word for word but for --use_cpu, where its names are those of tiny models and collections."""
+"""The commands of README and docs, word for word but for --use_cpu, where names are those of tiny models and collections."""
 
 import json
 import os
@@ -14,16 +14,12 @@ from transformers import MistralConfig, MistralForCausalLM
 from flagembedding_matryoshka import MatryoshkaReranker
 from tests.collection import QUERIES, write_collection
 from tests.encoders import save_bi_encoder, save_cross_encoder
+from tests.pages import PAGES, commands
 from tests.shipped import needs_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    command.replace("\\\n", " ").strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for command in re.findall(r"(?:.*\\\n)*.+", block)
-]
+COMMANDS = [command for page in PAGES if page != "docs/elastic.md" for command in commands(page)]
 
 
 def run(*commands):
@@ -45,7 +41,7 @@ def commands_of(start, count):
 
 @pytest.fixture
 def workplace(tmp_path, tiny_tokenizer, monkeypatch):
-    """A directory that holds what the README calls Mistral-7B, bge-reranker-v2-m3, all-MiniLM-L6-v2 and DIR."""
+    """A directory that holds what the pages call Mistral-7B, bge-reranker-v2-m3, all-MiniLM-L6-v2 and DIR."""
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "mistralai" / "Mistral-7B-v0.1"
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
