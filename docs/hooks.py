@@ -1,4 +1,4 @@
-"""Figures and texts that lie outside docs are part of the site too, so that one link serves the repository and the site."""
+"""Figures and texts that lie outside docs are part of the site too: one link serves the repository and the site."""
 
 import re
 from pathlib import Path

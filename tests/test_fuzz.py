@@ -235,21 +235,23 @@ def files(tried, data):
 
 
 ENTRIES = {
-    compute_score: 700,
-    rank: 700,
-    rank_batch: 500,
-    tokenize: 500,
-    score_lists: 800,
-    counts: 900,
-    setting: 2700,
-    template: 2700,
-    files: 500,
+    compute_score: 140,
+    rank: 140,
+    rank_batch: 100,
+    tokenize: 100,
+    score_lists: 160,
+    counts: 180,
+    setting: 540,
+    template: 540,
+    files: 100,
 }
 """And of how many inputs each is given in the slow test."""
 
 
 def try_inputs(entry, tried, examples):
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(st.data())
     def check(data):
         entry(tried, data)
@@ -260,12 +262,12 @@ def try_inputs(entry, tried, examples):
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_sixty_inputs(entry, tried):
-    try_inputs(entry, tried, 60)
+def test_thirty_inputs(entry, tried):
+    try_inputs(entry, tried, 30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("entry", "examples"), ENTRIES.items())
-def test_ten_thousand_inputs(entry, examples, tried):
+def test_two_thousand_inputs(entry, examples, tried):
     try_inputs(entry, tried, examples)

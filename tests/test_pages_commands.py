@@ -1,4 +1,4 @@
-"""The commands of README and docs, word for word but for --use_cpu, where names are those of tiny models and collections."""
+"""The commands of README and docs, word for word but for --use_cpu, with names of tiny models and collections."""
 
 import json
 import os

@@ -221,7 +221,7 @@ class CostWiseModel(PreTrainedModel):
         return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
 
     def last_token_states(self, states: PackedStates, setting: Setting, exits: Collection[int]) -> dict[int, Tensor]:
-        """Exit to its `exit_states`, (sequences, hidden), of those in `exits`; brings `states` in front of the deepest."""
+        """Exit to `exit_states` (sequences, hidden) of those in `exits`; brings `states` in front of the deepest."""
         deepest = max(exits)
         found = {
             depth: hidden[0, packed.last_tokens]
