@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AliasChoices,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -19,42 +18,17 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from typing_extensions import Self
 
 from flagembedding_matryoshka.serve.answers import Scored, cohere_answer, tei_answer, vllm_scores, voyage_answer
+from flagembedding_matryoshka.serve.fields import Cascade, Flag, OneOrMore, Side, Texts
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
 MOST_UNKNOWN_FIELDS = 100
 T = TypeVar("T")
-
-
-def _as_flag(value: Any) -> Any:
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-Flag = Annotated[bool, BeforeValidator(_as_flag)]
-"""A boolean, or "true" or "false", which some clients send."""
-Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if type(side) is str else side)]
-Cascade = Annotated[
-    dict[int, float],
-    WithJsonSchema(
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[1-9][0-9]*$"},
-            "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        }
-    ),
-]
-Texts = Annotated[list[str], FailFast()]
-OneOrMore = Annotated[
-    Texts,
-    BeforeValidator(lambda texts: [texts] if isinstance(texts, str) else texts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
-]
 
 
 class Request(BaseModel):

@@ -87,6 +87,7 @@ def test_the_form_of_tei(client, reranker):
     }
     assert client.post("/rerank", json=body).json() == [
         {"index": hit["corpus_id"], "score": pytest.approx(hit["score"], abs=1e-5), "text": hit["text"]}
+        | ({"is_truncated": True} if "is_truncated" in hit else {})
         for hit in reranker.rank(QUERY, DOCUMENTS, return_documents=True)
     ]
 
@@ -104,7 +105,7 @@ def test_tei_refuses_texts_that_do_not_fit_if_asked_to(client):
 @pytest.mark.parametrize("length", ["max_tokens_per_doc", "max_tokens_per_query", "truncate_prompt_tokens"])
 def test_a_request_that_wants_nothing_cut_is_not_cut_to_its_own_length(client, length):
     body = {"query": QUERY, "texts": ["air", "wing " * 8], "truncate": False}
-    limit = 2 if length != "truncate_prompt_tokens" else 40
+    limit = 2 if length != "truncate_prompt_tokens" else 32
     answer = client.post("/rerank", json=body | {length: limit})
     assert answer.status_code == 422 and f"{length}={limit}" in answer.json()["error"]
     assert client.post("/rerank", json=body | {length: 60}).status_code == 200
@@ -133,6 +134,7 @@ def test_a_cascade_says_where_scores_were_read(client, reranker):
             "score": pytest.approx(hit["score"], abs=1e-5),
             "cutoff_layer": hit["cutoff_layer"],
         }
+        | ({"is_truncated": True} if "is_truncated" in hit else {})
         for hit in ranked
     ]
 
