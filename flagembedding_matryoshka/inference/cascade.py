@@ -33,9 +33,12 @@ def run_cascade(
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
     owner = torch.tensor([number for numbers in queries for number in numbers])
     scores, exits = torch.zeros(len(owner)), torch.zeros(len(owner), dtype=torch.long)
+    running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     states = list(batches)
     for layer, share in (*setting.cascade, (setting.depth, None)):
+        if share is not None and _all_go_on(running, owner, share):
+            continue
         for index, sequences in enumerate(alive):
             if not sequences:
                 continue
@@ -43,13 +46,20 @@ def run_cascade(
             exits[sequences] = layer
         if share is None:
             break
-        going_on = _best_of_each_query(scores, exits == layer, owner, share)
+        going_on = running = _best_of_each_query(scores, running, owner, share)
         for index, sequences in enumerate(alive):
             places = [place for place, sequence in enumerate(sequences) if going_on[sequence]]
             if len(places) < len(sequences):
                 alive[index] = [sequences[place] for place in places]
                 states[index] = states[index].select(places) if places else states[index]
     return scores, exits
+
+
+def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
+    """Whether at most the best `share` of each query's candidates are left: nobody stops, so nobody need be read."""
+    _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
+    left = owner[running].bincount(minlength=len(candidates)).tolist()
+    return all(here <= share_of(share, count) for here, count in zip(left, candidates.tolist(), strict=True))
 
 
 def _best_of_each_query(scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:

@@ -49,6 +49,7 @@ def count_operations(
             prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
             shares_query=torch.tensor([False, *(a.query == b.query for a, b in pairwise(pairs))]),
             depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
+            read_alone=setting.cutoff_layers if depths is None else {*depths, setting.depth},
         )
     return total
 

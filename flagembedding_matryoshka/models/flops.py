@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,19 +33,20 @@ def estimate_flops(
     shares_query: Tensor | None = None,
     depths: Tensor | None = None,
     layers_run: int = 0,
+    read_alone: Collection[int] | None = None,
 ) -> int:
     """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
 
     Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations and
-    rotary embedding are left out. In the layer at which a sequence is read for good, all tokens but the last give keys
-    and values alone.
+    rotary embedding are left out. A layer that is read alone gives keys and values of all tokens and the rest of the last
+    ones, before it runs for those that go deeper.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
         shares_query: (batch,) bool, whether a sequence has its query part from the one before it; None is nowhere.
-        depths: (batch,) int64, the exit at which each sequence of a cascade stops, whose stages are the cutoff layers
-            of `setting`; None is no cascade.
+        depths: (batch,) int64, the exit at which each sequence stops; None is the deepest of `setting`.
         layers_run: full-width layers that the pass finds done.
+        read_alone: the exits that are read alone; None is all cutoff layers of `setting`.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query_width = config.num_attention_heads * head_dim
@@ -52,7 +54,8 @@ def estimate_flops(
 
     fixed = query_lengths + prompt_lengths
     passage = passage_lengths
-    stages = setting.cutoff_layers if depths is not None else (setting.depth,)
+    if read_alone is None:
+        read_alone = setting.cutoff_layers
     if depths is None:
         depths = torch.full_like(fixed, setting.depth)
     if shares_query is None:
@@ -73,7 +76,7 @@ def estimate_flops(
     total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in setting.cutoff_layers)
     changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # behind them, a layer costs something else
     for depth in range(layers_run + 1, setting.depth + 1):
-        if depth in stages:
+        if depth in read_alone:
             lengths, segments, tokens = running(depth)
             total += before_attention * tokens + per_token * (len(lengths) + len(segments))
             total += 2 * query_width * int(lengths.sum() + segments.sum())

@@ -6,7 +6,6 @@ import torch
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import halves, measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
-from flagembedding_matryoshka.evaluation.metrics import from_trec
 from flagembedding_matryoshka.inference.calibration import from_json
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
@@ -122,10 +121,7 @@ def test_a_changed_run_is_measured_again(evaluate):
     before = run.read_text()
     run.write_text(before + "q1 Q0 p9 9 0 x\n")
     evaluate()
-    expected, found = from_trec(before), from_trec(run.read_text())
-    assert found.keys() == expected.keys()
-    # An exit that is read alone is computed otherwise than beside deeper ones, in the last digits.
-    assert all(found[query] == pytest.approx(expected[query], abs=1e-5) for query in expected)
+    assert run.read_text() == before
 
 
 def test_the_plan_chooses_for_the_user(evaluate, model):

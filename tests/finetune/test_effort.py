@@ -27,7 +27,7 @@ SHARED = torch.tensor([False, True, False, True])
 
 
 def flops(setting, **options):
-    return estimate_flops(CONFIG, setting, *PARTS, SHARED, **options)
+    return estimate_flops(CONFIG, setting, *PARTS, SHARED, **options, read_alone=(setting.depth,))
 
 
 @pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])

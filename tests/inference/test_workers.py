@@ -121,7 +121,7 @@ def test_weights_are_shared(two):
 
 
 def test_workers_stay_between_calls_and_close_ends_them(one, two):
-    two.compute_score(PAIRS)
+    score_until_all_are_ready(two)
     before = processes(two)
     two.compute_score(PAIRS)
     assert processes(two) == before and len(before) == 2

@@ -28,7 +28,8 @@ def test_equals_what_torch_counts(tiny_layerwise_path, cutoff_layers, compress_l
             prompt_lengths=PROMPT,
         )
     setting = Setting.resolve(model.config, cutoff_layers, compress_layers, ratio)
-    assert estimate_flops(model.config, setting, QUERY, PASSAGE, PROMPT) == counter.get_total_flops()
+    parts = QUERY, PASSAGE, PROMPT
+    assert estimate_flops(model.config, setting, *parts, read_alone=(setting.depth,)) == counter.get_total_flops()
 
 
 def test_depth_and_width_save(tiny_layerwise_path):

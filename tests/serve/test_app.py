@@ -259,7 +259,7 @@ def test_many_faults_cost_no_more_than_one(client):
     for name in ("documents", "texts"):
         answer = client.post("/rerank", json={"query": "q", name: [[]] * 500_000}, timeout=60)
         assert answer.status_code == 422 and len(answer.json()["message"]) < 500
-    assert time.process_time() - start < 8
+    assert time.process_time() - start < 5
 
 
 def test_a_body_is_read_as_it_is(client):

@@ -19,7 +19,7 @@ from tests.serve.conftest import client_of, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUERY = 'what\'s a "wing"? $(exit 1) `exit 1` !! \\n'
-DOCUMENTS = ["<img src=x onerror='document.title = 1'>", "it's </script><b>air</b>", "a wing\nin two lines", "lift 🛫"]
+DOCUMENTS = ["<img src=x onerror='document.title = 1'>", "it's </script><b>air</b>", "a wing\nin two lines", "🛫"]
 
 
 class Elements(HTMLParser):
@@ -168,8 +168,7 @@ def test_a_browser_ranks_what_is_pasted_and_shows_what_has_moved(reranker):
         page = browse(address)
     options = {"cutoff_layers": 2, "compress_layers": [1], "compress_ratio": 2}
     here, full = [[hit["corpus_id"] for hit in reranker.rank(QUERY, DOCUMENTS, **chosen)] for chosen in (options, {})]
-    if here == full:
-        pytest.skip("nothing moves: this model ranks alike at both depths")
+    assert here != full
     assert [text for _, text in page.values("class", "text")] == [DOCUMENTS[index] for index in here]
     labels = [attributes["aria-label"] for attributes, _ in page.values("role", "img")]
     places = [full.index(index) - place for place, index in enumerate(here)]
