@@ -46,9 +46,7 @@ class Effort:
         deepest = (setting.depth,)
         self.lists += len(query) // group
         self.tokens += int(packed.sequence_lengths.sum())
-        self.operations += self.passes * estimate_flops(
-            self.config, setting, *parts, shares_query, read_alone=deepest
-        )
+        self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_query, read_alone=deepest)
         if self.imitates:
             self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_query)
         first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)

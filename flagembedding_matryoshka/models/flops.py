@@ -38,8 +38,8 @@ def estimate_flops(
     """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
 
     Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations and
-    rotary embedding are left out. A layer that is read alone gives keys and values of all tokens and the rest of the last
-    ones, before it runs for those that go deeper.
+    rotary embedding are left out. A layer that is read alone gives keys and values of all tokens and the rest of the
+    last ones, before it runs for those that go deeper.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
