@@ -14,9 +14,12 @@ from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 from flagembedding_matryoshka.models.unpadded import runs_unpadded, unpadded_attention
 
 PACKED_ATTENTION = "cost_wise_packed"
-LONGEST_PRODUCT = 512
+LONGEST_LEARNT_PRODUCT = 512
 """Tokens of a context up to which a CPU learns with whole attention maps: they are kept for the backward pass, which
 is then a quarter (bfloat16) or half (float32) of what the fused kernel's takes; beyond, they would fill the memory."""
+LONGEST_PRODUCT = 256
+"""Tokens of a context up to which a CPU scores in bfloat16 with whole attention maps: its products are much faster
+than those inside the fused kernel; beyond, the maps do not stay in the caches."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,16 @@ def packed_attention(
         return unpadded_attention(query, key, value, packed, scaling, sliding_window), None
     if query.device.type != "cpu":
         return _in_groups(query, key, value, packed, logits, dropout), None
-    if query.requires_grad and packed.context_lengths.max() <= LONGEST_PRODUCT and not dropout:
+    if not dropout and packed.context_lengths.max() <= _longest_product(query, logits):
         return _in_products(query, key, value, packed, logits), None
     return _segment_by_segment(query, key, value, packed, logits, dropout), None
+
+
+def _longest_product(query: Tensor, logits: Logits) -> int:
+    """Tokens of a context up to which plain products are the faster way on a CPU."""
+    if query.requires_grad:
+        return LONGEST_LEARNT_PRODUCT
+    return LONGEST_PRODUCT if query.dtype == torch.bfloat16 and logits.softcap is None else 0
 
 
 def _segment_by_segment(
@@ -152,7 +162,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: 
 
 
 def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
-    """Groups as above, with attention spelt out: plain products have a faster gradient on a CPU."""
+    """Groups as above, with attention spelt out."""
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], key.shape[3]
     groups, own = packed.context_groups
     rows = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
@@ -166,9 +176,13 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch,
         )
         queries = queries.reshape(count * kv_heads, -1, head_dim)
         keys, values = (part.reshape(count * kv_heads, width, head_dim) for part in (keys, values))
-        products = torch.bmm(queries, keys.transpose(1, 2)).view(count * kv_heads, -1, width, width)
-        hidden = products.new_zeros(width, width).masked_fill(~logits.visible(width, query.device), float("-inf"))
-        maps = torch.softmax(logits.of(products) + hidden, dim=-1).flatten(1, 2)
+        hidden = query.new_zeros(width, width).masked_fill(~logits.visible(width, query.device), float("-inf"))
+        hidden = hidden.repeat(heads // kv_heads, 1)
+        if logits.softcap is None:
+            products = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=logits.scaling)
+        else:
+            products = logits.of(torch.bmm(queries, keys.transpose(1, 2))) + hidden
+        maps = torch.softmax(products, dim=-1)
         attended = torch.bmm(maps, values).view(count, heads, width, head_dim)
         outputs.append(attended.transpose(1, 2).reshape(count * width, -1))
     return torch.cat(outputs).index_select(0, own).view(1, -1, heads, head_dim)

@@ -109,6 +109,23 @@ def test_a_sequence_shares_out_one_per_head_however_large_the_logits(scale):
     assert all(gradient.isfinite().all() for gradient in gradients(row, (query, key)))
 
 
+@KINDS
+@pytest.mark.parametrize("longest", [40, 257])
+def test_half_precision_is_off_by_its_own_rounding(kind, longest):
+    lengths = torch.tensor([7, longest, 21])
+    packed = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, int(lengths.sum()), 16) for heads in (4, 2, 2)]
+    halves = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    options = {"softcap": kind.get("softcap"), "sliding_window": kind.get("window")}
+    outputs = [
+        packed_attention(None, *(part.to(dtype) for part in halves), None, SCALING, packed, **options)[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert outputs[0].dtype == torch.bfloat16
+    assert (outputs[0] - outputs[1]).std() < 2**-8 * outputs[1].std()
+
+
 def test_the_row_of_half_precision_states_is_float32():
     query, key, _ = states((4, 2))
     row = last_token_row(query[0].bfloat16(), key[0].bfloat16(), packed_batch(), Logits(SCALING))
