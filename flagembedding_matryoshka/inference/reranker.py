@@ -59,7 +59,7 @@ class MatryoshkaReranker(RankingReranker):
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
-            1,024 on a CPU, whose caches then hold a layer's activations, and 16,384 elsewhere.
+            1,024 on a CPU, or 2,048 in bfloat16, so that its caches hold a layer's activations, and 16,384 elsewhere.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
@@ -149,11 +149,12 @@ class MatryoshkaReranker(RankingReranker):
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.max_layer = max_layer
-        self.max_tokens_per_batch = fast_batch_tokens(first) if max_tokens_per_batch is None else max_tokens_per_batch
         self.quantization = quantization
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
+        fast = fast_batch_tokens(first, resolved)
+        self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
         check_quantization(quantization, self.target_devices, resolved)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())

@@ -49,7 +49,10 @@ def test_unknown_dtype_is_refused(dtype):
 
 
 def test_batches_on_a_cpu_fit_its_caches():
-    assert fast_batch_tokens("cpu") < fast_batch_tokens("cuda:1") == fast_batch_tokens(torch.device("mps"))
+    on_a_cpu = [fast_batch_tokens("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert on_a_cpu[0] * 4 == on_a_cpu[1] * 2 == 4096
+    devices = "cuda:1", torch.device("mps")
+    assert all(fast_batch_tokens(device, torch.bfloat16) > max(on_a_cpu) for device in devices)
 
 
 @pytest.mark.gpu
