@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Names in torch.cpu.get_capabilities(): x86 tiles, x86 vectors, Arm.
@@ -34,6 +36,16 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype) -> int:
     if torch.device(device).type != "cpu":
         return 16_384
     return 4096 // dtype.itemsize
+
+
+def check_batch_invariance(devices: Sequence[str], quantization: str | None, compile: bool) -> None:
+    """Raise ValueError where scores that do not depend on the batch are not to be had."""
+    elsewhere = [device for device in devices if torch.device(device).type != "cpu"]
+    if elsewhere or quantization is not None or compile:
+        raise ValueError(
+            "batch_invariant runs on a CPU, with weights that are neither quantized nor compiled, but devices are "
+            f"{list(devices)}, quantization is {quantization!r} and compile is {compile}."
+        )
 
 
 def resolve_dtype(dtype: str | torch.dtype, use_fp16: bool, use_bf16: bool, device: str | torch.device) -> torch.dtype:

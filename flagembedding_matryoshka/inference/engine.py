@@ -175,7 +175,7 @@ class Engine:
                 return self.model.scores(states, setting, (layer,))[0].cpu()
 
         with self._adapted(setting.compress_ratio):
-            states = [self.model.model.embed(*pack_pairs(pairs, self.model.device)) for pairs in batches]
+            states = [self._embed(pairs) for pairs in batches]
         return run_cascade(scores, states, owners, setting)
 
     def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
@@ -191,8 +191,11 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[TokenizedPair], setting: Setting) -> torch.Tensor:
         """(cutoff layers, pairs) float32 scores, on the model's device."""
-        states = self.model.model.embed(*pack_pairs(list(pairs), self.model.device))
-        return self.model.scores(states, setting)
+        return self.model.scores(self._embed(pairs), setting)
+
+    def _embed(self, pairs: Sequence[TokenizedPair]) -> PackedStates:
+        decoder = self.model.model
+        return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant))
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 from flagembedding_matryoshka.models.unpadded import runs_unpadded, unpadded_attention
 
 PACKED_ATTENTION = "cost_wise_packed"
+SEPARATE_ATTENTION = "cost_wise_packed_separately"
 LONGEST_LEARNT_PRODUCT = 512
 """Tokens of a context up to which a CPU learns with whole attention maps: they are kept for the backward pass, which
 is then a quarter (bfloat16) or half (float32) of what the fused kernel's takes; beyond, they would fill the memory."""
@@ -64,6 +66,7 @@ def packed_attention(
     packed: PackedBatch,
     last_rows: list[Tensor] | None = None,
     only_last: bool = False,
+    separately: bool = False,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -82,6 +85,7 @@ def packed_attention(
         attention_mask, position_ids, use_cache: not used by this form; `packed` says what belongs together.
         packed: where the sequences lie.
         last_rows: if given, `last_token_row` is appended to it.
+        separately: no call computes several segments, on which what comes out could depend.
         scaling, softcap, sliding_window: see `Logits`.
 
     Returns:
@@ -97,6 +101,8 @@ def packed_attention(
         return _of_last_tokens(query[0], key[0], value[0], packed, logits, dropout)[None], None
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, logits))
+    if separately:
+        return _segment_by_segment(query, key, value, packed, logits, dropout), None
     if runs_unpadded(query) and softcap is None and not dropout:
         return unpadded_attention(query, key, value, packed, scaling, sliding_window), None
     if query.device.type != "cpu":
@@ -253,3 +259,4 @@ def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Log
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionInterface.register(SEPARATE_ATTENTION, partial(packed_attention, separately=True))

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, packed_attention
+from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION, packed_attention
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 from flagembedding_matryoshka.models.padding import pack
@@ -111,9 +112,11 @@ class CostWiseModel(PreTrainedModel):
 
     Attributes:
         layer_class: what the decoder's layers become.
+        batch_invariant: whether a sequence's states are the same bits whatever is computed beside it.
     """
 
     layer_class: ClassVar[type[CostWiseLayer]]
+    batch_invariant = False
     # The backbone says what these are; its configuration is a CostWiseConfig, too.
     config: Any
     embed_tokens: Any
@@ -131,6 +134,12 @@ class CostWiseModel(PreTrainedModel):
             layer.__class__ = self.layer_class
         self._no_split_modules = {self.layer_class.__name__}
         self.set_attn_implementation(PACKED_ATTENTION)
+
+    def become_batch_invariant(self) -> None:
+        """Let nothing that is computed of a sequence depend on the others, if each query is a segment of its own."""
+        tile_linears(self.layers)
+        self.set_attn_implementation(SEPARATE_ATTENTION)
+        self.batch_invariant = True
 
     def compile_layers(self) -> None:
         """Let torch fuse what each layer does before and behind its attention. The first passes compile."""

@@ -56,8 +56,11 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
     return token_ids[:, tokens.to(token_ids.device)], shared
 
 
-def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Tensor, PackedBatch]:
+def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool = False) -> tuple[Tensor, PackedBatch]:
     """Tokenised pairs as one row; neighbours with the same query part share it.
+
+    Args:
+        apart: a query part is a segment of its own even where nobody shares it.
 
     Returns:
         token ids (1, total_tokens) int64 on `device` and where the segments lie among them.
@@ -66,7 +69,7 @@ def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Te
     segments: list[tuple[int, int, int, int]] = []
     for query, group in groupby(pairs, key=lambda pair: pair.query):
         members = list(group)
-        shared = len(members) > 1
+        shared = apart or len(members) > 1
         prefix = len(segments) if shared else -1
         if shared:
             parts.append(query.ids)

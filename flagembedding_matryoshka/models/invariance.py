@@ -1,0 +1,44 @@
+"""Products whose rows do not depend on how many others there are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 512
+"""Of a tile: a product of a quarter of them takes half of its time, of twice as many no less for each row."""
+
+
+class TiledLinear(nn.Linear):
+    """A linear layer that multiplies as many rows at a time, whatever it is given.
+
+    The kernel of a product, and so the order in which it adds, is chosen by the number of rows: in bfloat16 the same
+    row then comes out otherwise among others.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) to (…, out_features)."""
+        rows = input.flatten(0, -2)
+        tiles = [super(TiledLinear, self).forward(_filled(tile)) for tile in rows.split(ROWS)]
+        return torch.cat(tiles)[: len(rows)].unflatten(0, input.shape[:-1])
+
+
+class RowwiseLinear(nn.Linear):
+    """A linear layer of one output, each of which is summed by itself; it has no bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) to (…, 1)."""
+        return torch.linalg.vecdot(input, self.weight).unsqueeze(-1)
+
+
+def tile_linears(module: nn.Module) -> None:
+    """Make all linear layers in a module tiled ones, in place."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = TiledLinear
+
+
+def _filled(tile: Tensor) -> Tensor:
+    """Rows, and zeros up to `ROWS`."""
+    return tile if len(tile) == ROWS else F.pad(tile, (0, 0, 0, ROWS - len(tile)))

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+
+from flagembedding_matryoshka.models.invariance import ROWS, RowwiseLinear, TiledLinear, tile_linears
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def states(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS, 2 * ROWS + 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_come_out_the_same_whatever_is_beside_them(rows, bias):
+    linear = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16)
+    inputs = states(1, rows, 96)
+    expected = linear(inputs.float().bfloat16())
+    tile_linears(nn.ModuleList([linear]))
+    assert type(linear) is TiledLinear
+    output = linear(inputs)
+    assert output.shape == expected.shape
+    torch.testing.assert_close(output, expected)
+    shifted = linear(torch.cat([states(1, 3, 96), inputs], dim=1))[:, 3:]
+    alone = torch.stack([linear(row) for row in inputs[0, ::50, None]])
+    assert torch.equal(shifted, output) and torch.equal(alone[:, 0], output[0, ::50])
+
+
+@pytest.mark.parametrize("hidden", [32, 576])
+def test_a_head_sums_each_row_by_itself(hidden):
+    head = RowwiseLinear(hidden, 1, bias=False)
+    inputs = states(65, hidden).float()
+    scores = head(inputs)
+    torch.testing.assert_close(scores, nn.functional.linear(inputs, head.weight))
+    assert all(
+        torch.equal(head(inputs[place : place + size]), scores[place : place + size])
+        for size in (1, 7)
+        for place in range(0, 58, 3)
+    )
