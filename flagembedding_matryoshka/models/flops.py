@@ -37,9 +37,9 @@ def estimate_flops(
 ) -> int:
     """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
 
-    Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations and
-    rotary embedding are left out. A layer that is read alone gives keys and values of all tokens and the rest of the
-    last ones, before it runs for those that go deeper.
+    Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations,
+    rotary embedding and heads are left out. A layer that is read alone gives keys and values of all tokens and the rest
+    of the last ones, before it runs for those that go deeper.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
@@ -73,7 +73,7 @@ def estimate_flops(
         lengths = (fixed + passage)[reach]
         return lengths, queries[has_segment[groups]], int((lengths - query_lengths[reach]).sum() + queries.sum())
 
-    total = 2 * config.hidden_size * sum(int((depths >= cutoff).sum()) for cutoff in setting.cutoff_layers)
+    total = 0
     changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # behind them, a layer costs something else
     for depth in range(layers_run + 1, setting.depth + 1):
         if depth in read_alone:

@@ -43,10 +43,9 @@ def test_the_teaching_pass_begins_where_the_passage_is_compressed():
     effort, plain = (Effort(CONFIG, False, teaches_itself=itself) for itself in (True, False))
     for counter in (effort, plain):
         counter.add(PACKED, 2, NARROW)
-    # What is left is as many layers as a re-ranker of half the depth has, and all heads.
-    heads = 2 * CONFIG.hidden_size * len(LENGTHS) * (len(EXITS) - 1)
+    # What is left is as many layers as a re-ranker of half the depth has.
     assert plain.operations == 2 * flops(NARROW)
-    assert effort.operations - plain.operations == flops(Setting((3,))) + heads
+    assert effort.operations - plain.operations == flops(Setting((3,)))
 
 
 def test_a_resumed_run_counts_on():

@@ -78,7 +78,11 @@ def test_scores_are_scaled_and_cut(reranker):
     [
         ({"scale_score": True, "normalize": False}, ValueError, "scale_score=True and normalize=False: give one"),
         ({"score_threshold": float("nan")}, ValueError, "score_threshold is nan, but must be a number"),
-        ({"document_prefix": "x"}, TypeError, r"unknown arguments \['document_prefix'\]; there are \['batch_size'"),
+        (
+            {"document_prefix": "x"},
+            TypeError,
+            r"unknown arguments \['document_prefix'\]; there are \['batch_invariant', 'batch_size'",
+        ),
         ({"meta_fields_to_embed": "title"}, TypeError, "must be a list of names, got the string 'title'"),
         ({"device": "cpu", "devices": ["cpu"]}, ValueError, r"device='cpu' and devices=\['cpu'\]: give one of them"),
     ],
