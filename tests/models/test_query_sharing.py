@@ -1,7 +1,15 @@
+import itertools
+
+import hypothesis.strategies as st
 import torch
+from hypothesis import given
 
 from flagembedding_matryoshka.models.packing import PackedBatch
-from flagembedding_matryoshka.models.query_sharing import share_queries
+from flagembedding_matryoshka.models.query_sharing import pack_pairs, share_queries
+from tests.batches import tokenized_pair
+
+QUERIES = [[1, 2], [3], [4, 5, 6]]
+SHARING = st.lists(st.tuples(st.sampled_from(QUERIES), st.integers(0, 5), st.integers(1, 3)), min_size=1, max_size=8)
 
 
 def packed_of(queries, passages, prompts):
@@ -30,3 +38,34 @@ def test_sequences_that_are_all_query_are_left_alone():
     token_ids = torch.tensor([[1, 2, 1, 2]])
     packed = packed_of([2, 2], [0, 0], [0, 0])
     assert share_queries(token_ids, packed) == (token_ids, packed)
+
+
+def tokenized(shapes):
+    return [
+        tokenized_pair(query + [7 + place] * passage + [8 + place] * prompt, len(query), prompt)
+        for place, (query, passage, prompt) in enumerate(shapes)
+    ]
+
+
+def contexts(token_ids, packed):
+    """What the last token of each sequence attends to: (token, position) pairs."""
+    found = list(zip(token_ids[0].tolist(), packed.position_ids[0].tolist(), strict=True))
+    parts = packed.context_tokens.split(packed.context_lengths.tolist())
+    return [[found[token] for token in parts[segment]] for segment in packed.sequences]
+
+
+@given(SHARING, st.data())
+def test_a_shared_query_stands_once_in_front_of_its_sequences(shapes, data):
+    pairs = tokenized(shapes)
+    token_ids, packed = pack_pairs(pairs, torch.device("cpu"))
+    assert contexts(token_ids, packed) == [list(zip(p.input_ids.tolist(), range(len(p)), strict=True)) for p in pairs]
+    assert token_ids[0, packed.last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
+    assert packed.sequence_lengths.tolist() == [len(pair) for pair in pairs]
+    assert packed.context_tokens[packed.own_in_context].tolist() == list(range(token_ids.numel()))
+    queries = [len(list(group)) for _, group in itertools.groupby(shapes, key=lambda shape: shape[0])]
+    assert len(packed.segments) == len(pairs) + sum(count > 1 for count in queries)
+
+    chosen = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1, unique=True))
+    part, tokens = packed.select(chosen)
+    expected = [contexts(token_ids, packed)[sequence] for sequence in chosen]
+    assert contexts(token_ids[:, tokens], part) == expected
