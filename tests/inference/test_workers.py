@@ -171,11 +171,11 @@ def one_pair(reranker):
     return reranker._pair_tokenizer.build([("a wing", "lift")], 20, 20, 60)
 
 
-def test_a_daemonic_process_is_told_that_it_may_have_no_workers(two, monkeypatch):
-    two.close()
+def test_a_daemonic_process_is_told_that_it_may_have_no_workers(tiny_layerwise_path, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
-    with pytest.raises(RuntimeError, match=r"several devices, \['cpu', 'cpu'\], take a process each, .*daemonic"):
-        two.compute_score(PAIRS)
+    message = r"several devices, \['cpu', 'cpu'\], take a process each, .*daemonic"
+    with load(tiny_layerwise_path, ["cpu", "cpu"]) as reranker, pytest.raises(RuntimeError, match=message):
+        reranker.compute_score(PAIRS)
 
 
 def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog):
