@@ -7,6 +7,8 @@ PIP_FLAGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two processes, each with a thread and the tests of its files.
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -30,13 +32,13 @@ bench: $(INSTALLED) ## time scoring against a plain cross-encoder and draw the f
 	$(BIN)/python -m benchmarks.scoring --shapes 4x128 16x512 --output benchmarks/results/scoring.json --figure benchmarks/results/scoring.png
 
 test: $(INSTALLED) ## run the quick tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## run the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
 
 test-all: $(INSTALLED) ## run the quick and the slow tests
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
