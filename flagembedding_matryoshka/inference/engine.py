@@ -13,15 +13,21 @@ from typing import Any, Protocol
 
 import torch
 
+from flagembedding_matryoshka.inference.anytime import AnytimeRun
 from flagembedding_matryoshka.inference.batching import next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
+from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fitting import OutOfMemory, TokenLimit, computed
 from flagembedding_matryoshka.models.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
+from flagembedding_matryoshka.models.flops import reading_share
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+Parts = list[tuple[int, list[int]]]
+"""Numbers of batches, and of each places in it, that are computed together."""
 
 
 class Task(Protocol):
@@ -57,6 +63,19 @@ class RunCascade:
         return partial(engine.cascade, self.batches, self.names, self.owners, self.setting)
 
 
+@dataclass(frozen=True)
+class RunUntil:
+    """The arguments of `Engine.run_until`."""
+
+    batches: Sequence[Sequence[TokenizedPair]]
+    names: Sequence[Sequence[int]]
+    setting: Setting
+    deadline: Deadline
+
+    def start(self, engine: Engine) -> Callable[[], list[tuple[float, int]]]:
+        return partial(engine.run_until, self.batches, self.names, self.setting, self.deadline)
+
+
 class Engine:
     """Computes on the device that its model lies on; safe to call from several threads.
 
@@ -65,7 +84,8 @@ class Engine:
         compile: fuse the layers' token-wise parts.
 
     Attributes:
-        between_batches: called before each batch of a cascade's stages. What it raises ends the cascade.
+        between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. What it
+            raises ends them.
     """
 
     def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
@@ -135,12 +155,53 @@ class Engine:
 
         Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
         """
+
+        def run(states: list[PackedStates], parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+            of_packs = [[owners[number][place] for place in part] for number, part in parts]
+            between_batches = self.between_batches
+
+            def score(states: PackedStates, layer: int) -> torch.Tensor:
+                between_batches()
+                return self._read(states, layer, setting)
+
+            return run_cascade(score, states, of_packs, setting)
+
+        return self._in_stages(run, batches, names, setting)
+
+    def run_until(
+        self,
+        batches: Sequence[Sequence[TokenizedPair]],
+        names: Sequence[Sequence[int]],
+        setting: Setting,
+        deadline: Deadline,
+    ) -> list[tuple[float, int]]:
+        """Score and exit of each pair of one query, batch after batch, as deep as there is time until `deadline`, which
+        starts now if it has not.
+
+        What is computed again, out of memory, is within the same time. Names and errors are those of `score`.
+        """
+        deadline = deadline.start()
+
+        def run(states: list[PackedStates], parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+            exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
+            score = partial(self._read, setting=setting)
+            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches).run()
+
+        return self._in_stages(run, batches, names, setting)
+
+    def _in_stages(
+        self,
+        run: Callable[[list[PackedStates], Parts], tuple[torch.Tensor, torch.Tensor]],
+        batches: Sequence[Sequence[TokenizedPair]],
+        names: Sequence[Sequence[int]],
+        setting: Setting,
+    ) -> list[tuple[float, int]]:
+        """What `run` makes of states before the first layer, those of parts of the batches, as scores and exits."""
         while True:
             parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
             packs = [[batches[number][place] for place in part] for number, part in parts]
-            of_packs = [[owners[number][place] for place in part] for number, part in parts]
             try:
-                scores, exits = computed(partial(self._cascade, packs, of_packs, setting))
+                scores, exits = computed(partial(self._run_stages, run, packs, parts, setting))
             except OutOfMemory as error:
                 number, part = max(parts, key=lambda item: len(item[1]))
                 self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
@@ -161,22 +222,20 @@ class Engine:
         return next_batch(pairs, range(start, len(pairs)), self._limit.tokens)
 
     @torch.inference_mode()
-    def _cascade(
+    def _run_stages(
         self,
-        batches: Sequence[Sequence[TokenizedPair]],
-        owners: Sequence[Sequence[int]],
+        run: Callable[[list[PackedStates], Parts], tuple[torch.Tensor, torch.Tensor]],
+        packs: Sequence[Sequence[TokenizedPair]],
+        parts: Parts,
         setting: Setting,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        between_batches = self.between_batches
-
-        def scores(states: PackedStates, layer: int) -> torch.Tensor:
-            between_batches()
-            with self._adapted(setting.compress_ratio):
-                return self.model.scores(states, setting, (layer,))[0].cpu()
-
         with self._adapted(setting.compress_ratio):
-            states = [self._embed(pairs) for pairs in batches]
-        return run_cascade(scores, states, owners, setting)
+            states = [self._embed(pairs) for pairs in packs]
+        return run(states, parts)
+
+    def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
+        with self._adapted(setting.compress_ratio):
+            return self.model.scores(states, setting, (layer,))[0].cpu()
 
     def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
         """Raise ArithmeticError if one of (exits, pairs) scores is not a number: no order would mean anything."""

@@ -40,8 +40,9 @@ class HostedReranker(AbsReranker):
 
     @contextmanager
     def calling_between_batches(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Cascades that start inside call `callback` before each of their batches; what it raises ends them. Meanwhile
-        the model may compute something else. Workers of several devices call nobody."""
+        """Cascades that start inside, and what runs until a deadline, call `callback` before each of their batches;
+        what it raises ends them. Meanwhile the model may compute something else. Workers of several devices call
+        nobody."""
         if isinstance(self._engine, WorkerPool):
             yield
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,11 @@ Normalizer = Callable[[Tensor, int], Tensor]
 
 
 def normalizer(
-    options: ScoringOptions, setting: Setting, plan: Callable[[], Plan], quantization: str | None
+    options: ScoringOptions,
+    setting: Setting,
+    plan: Callable[[], Plan],
+    quantization: str | None,
+    exits: Collection[int] = (),
 ) -> Normalizer | None:
     """By `normalize`: the sigmoid, what the plan has for each exit at which scores are read, or None for none.
 
@@ -25,6 +29,7 @@ def normalizer(
 
     Args:
         plan: gives the model's, if it is asked for.
+        exits: at which scores may be read, too.
 
     Raises:
         FileNotFoundError: if there is no plan.
@@ -33,7 +38,8 @@ def normalizer(
     if options.normalize == CALIBRATED:
         found = plan()
         found.check_conditions(scored_with(options, quantization))
-        maps = {layer: found.calibration(setting, layer) for layer in (*dict(setting.cascade), *setting.cutoff_layers)}
+        layers = (*exits, *dict(setting.cascade), *setting.cutoff_layers)
+        maps = {layer: found.calibration(setting, layer) for layer in layers}
         return lambda scores, layer: maps[layer](scores)
     return (lambda scores, layer: scores.sigmoid()) if options.normalize else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 
 from flagembedding_matryoshka.inference.hosting import HostedReranker
@@ -38,5 +38,5 @@ class PlannedReranker(HostedReranker):
         for name, value in self.plan.choose(budget, quality, cascades=False).arguments.items():
             setattr(self, name, value)
 
-    def _normalizer(self, options: ScoringOptions, setting: Setting) -> Normalizer | None:
-        return normalizer(options, setting, lambda: self.plan, self.quantization)
+    def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
+        return normalizer(options, setting, lambda: self.plan, self.quantization, exits)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
+from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, read_lists
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.planning import PlannedReranker
@@ -19,6 +21,7 @@ class RankingReranker(PlannedReranker):
     """Orders documents by scores, which it reads where its options, or its plan, say."""
 
     _pair_tokenizer: PairTokenizer
+    _clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def rank(
         self,
@@ -30,6 +33,7 @@ class RankingReranker(PlannedReranker):
         chunk: bool = False,
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
+        deadline_ms: float | None = None,
         **overrides: Any,
     ) -> list[dict[str, int | float | str]]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
@@ -47,23 +51,29 @@ class RankingReranker(PlannedReranker):
                 stopped ones fill up.
             max_chunks_per_doc: chunks of a document, at most, from its beginning; None is as many as it takes.
             overlap: tokens that a chunk has in common with the one before it, at most half of those it can hold.
+            deadline_ms: milliseconds from the call in which the ranking shall be there. All documents are scored at the
+                model's first exit, however long that takes; then they go from exit to exit as far as there is time, the
+                most promising first, by what the steps so far have taken. They go to the cutoff layer at most, with a
+                cascade, also one that `budget` or `quality` chose, no more of them than that says, and rank as in a
+                cascade. Of several queries each has so long from when it is computed, which one device does.
             overrides: as in `compute_score`, with one cutoff layer.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
-            the best first; ties keep the order given. With a cascade also "cutoff_layer", where the score was read.
-            Where the query or the document is longer than what was read of it, also "is_truncated", which is True.
-            With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between chunks
-            is at most white space.
+            the best first; ties keep the order given. With a cascade or a deadline also "cutoff_layer", where the score
+            was read. Where the query or the document is longer than what was read of it, also "is_truncated", which is
+            True. With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between
+            chunks is at most white space.
 
         Raises:
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, several cutoffs are given,
-                the cascade does not fit the model or keeps fewer than `top_k`, or what is said of chunks is said
-                without `chunk`, asks for none of them or for too much overlap, or meets a tokenizer that does not say
-                where its tokens stand.
+            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
+                above 0, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`, or
+                what is said of chunks is said without `chunk`, asks for none of them or for too much overlap, or meets
+                a tokenizer that does not say where its tokens stand.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **of_chunks, **overrides)[0]
+        options: dict[str, Any] = of_chunks | {"deadline_ms": deadline_ms} | overrides
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **options)[0]
 
     def rank_batch(
         self,
@@ -75,17 +85,21 @@ class RankingReranker(PlannedReranker):
         chunk: bool = False,
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
+        deadline_ms: float | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """`rank` for many queries, in common batches; `candidates` are the documents of each query.
 
         Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
         """
+        deadline = Deadline.of(deadline_ms, self._clock)
         queries, lists = as_lists(queries, candidates)
+        if deadline is not None and len(lists) == 1:
+            deadline = deadline.start()
         rows = list(zip(queries, lists, strict=True))
         total = sum(map(len, lists))
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        return list(self._rank(rows, total, top_k, return_documents, cascade, of_chunks, overrides))
+        return list(self._rank(rows, total, top_k, return_documents, cascade, of_chunks, deadline, overrides))
 
     def rank_iter(
         self,
@@ -97,6 +111,7 @@ class RankingReranker(PlannedReranker):
         chunk: bool = False,
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
+        deadline_ms: float | None = None,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
         """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
@@ -115,8 +130,8 @@ class RankingReranker(PlannedReranker):
             TypeError, ValueError: as `rank_batch`; what is wrong with a list is raised when the list is read.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        lists = read_lists(queries, candidates)
-        return self._rank(lists, None, top_k, return_documents, cascade, of_chunks, overrides)
+        lists, deadline = read_lists(queries, candidates), Deadline.of(deadline_ms, self._clock)
+        return self._rank(lists, None, top_k, return_documents, cascade, of_chunks, deadline, overrides)
 
     def _rank(
         self,
@@ -126,13 +141,15 @@ class RankingReranker(PlannedReranker):
         return_documents: bool,
         cascade: Mapping[int, float] | None,
         of_chunks: Mapping[str, Any],
+        deadline: Deadline | None,
         overrides: Mapping[str, Any],
     ) -> Generator[list[Hit], None, None]:
         """Rankings of lists, of `total` pairs if that is known; what is wrong with the options is raised at once."""
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
-        call, show_progress_bar = self._call(cascade, overrides)
-        normalize = self._normalizer(call.options, call.setting)
+        call, show_progress_bar = self._call(cascade, deadline, overrides)
+        exits = [] if deadline is None else [layer for layer in self.config.exit_layers if layer <= call.setting.depth]
+        normalize = self._normalizer(call.options, call.setting, exits)
         chunking = Chunking.of(call.options, self._pair_tokenizer, **of_chunks)
         total = total if chunking is None else None
 
@@ -155,29 +172,36 @@ class RankingReranker(PlannedReranker):
         return chunking.cut(query, documents)
 
     def score_lists(
-        self, lists: Iterable[Iterable[TokenizedPair]], cascade: Mapping[int, float] | None = None, **overrides: Any
+        self,
+        lists: Iterable[Iterable[TokenizedPair]],
+        cascade: Mapping[int, float] | None = None,
+        deadline_ms: float | None = None,
+        **overrides: Any,
     ) -> list[list[Hit]]:
         """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
-        normalised, with a cascade "cutoff_layer", and "is_truncated" where it is, of each, in the order given.
+        normalised, with a cascade or a deadline "cutoff_layer", and "is_truncated" where it is, of each, in the order
+        given.
 
         Args:
-            cascade, overrides: as in `rank`, without those that say how texts become tokens.
+            cascade, deadline_ms, overrides: as in `rank`, without those that say how texts become tokens.
 
         Raises:
             TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
         """
-        call, show_progress_bar = self._call(cascade, overrides)
+        call, show_progress_bar = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
         pairs = as_tokenized(lists)
         for values in pairs:
             refuse_beside_tokens(values, overrides)
         return list(score_lists(self._run, pairs, call, sum(map(len, pairs)), show_progress_bar))
 
-    def _call(self, cascade: Mapping[int, float] | None, overrides: Mapping[str, Any]) -> tuple[Call, bool | None]:
+    def _call(
+        self, cascade: Mapping[int, float] | None, deadline: Deadline | None, overrides: Mapping[str, Any]
+    ) -> tuple[Call, bool | None]:
         """What a ranking with these arguments does, and whether it shows how far it is."""
         of_call = {name: value for name, value in overrides.items() if name != "show_progress_bar"}
         options, setting = resolve_ranking(self, of_call, cascade)
-        is_cascade = bool(setting.cascade) or cascade is not None
-        call = Call(self._pair_tokenizer, options, setting, len(self.target_devices), is_cascade)
+        is_cascade = bool(setting.cascade) or cascade is not None or deadline is not None
+        call = Call(self._pair_tokenizer, options, setting, len(self.target_devices), is_cascade, deadline)
         return call, overrides.get("show_progress_bar")
 
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:

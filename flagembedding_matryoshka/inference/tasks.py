@@ -10,7 +10,8 @@ from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
-from flagembedding_matryoshka.inference.engine import RunCascade, ScoreBatch, Task
+from flagembedding_matryoshka.inference.deadline import Deadline
+from flagembedding_matryoshka.inference.engine import RunCascade, RunUntil, ScoreBatch, Task
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.setting import Setting
@@ -34,6 +35,7 @@ class Call:
     Attributes:
         shares: devices, for each of which there is work, if there is enough of it.
         is_cascade: whether candidates of a list wait for each other.
+        deadline: of each list; one that has not started does when the list is computed.
     """
 
     tokenizer: PairTokenizer
@@ -41,6 +43,7 @@ class Call:
     setting: Setting
     shares: int
     is_cascade: bool = False
+    deadline: Deadline | None = None
 
     def tokenize(self, pairs: Pairs) -> Inputs:
         """Pairs that are tokenised already stay as they are."""
@@ -131,7 +134,7 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
     """What computes all pairs of a window.
 
     The states of a cascade's task lie in memory at once: it has as many queries as fill BATCHES_AT_ONCE batches, or
-    one, and there is one for each share, if there are as many queries.
+    one, and there is one for each share, if there are as many queries. With a deadline each query has one.
     """
     inputs = window.inputs
     if not call.is_cascade:
@@ -141,7 +144,9 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
         return
     owner = [portion.number for portion in window.portions for _ in portion.pairs]
     max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
-    if call.shares > 1:
+    if call.deadline is not None:
+        max_tokens = 0
+    elif call.shares > 1:
         max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / call.shares))
     for part in whole_queries(owner, list(map(len, inputs)), max_tokens):
         own = inputs[part.start : part.stop]
@@ -151,6 +156,9 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
         ]
         packs = [[inputs[place] for place in batch] for batch in batches]
         names = [[window.first + place for place in batch] for batch in batches]
+        if call.deadline is not None:
+            yield list(chain(*batches)), RunUntil(packs, names, call.setting, call.deadline)
+            continue
         owners = [[owner[place] for place in batch] for batch in batches]
         yield list(chain(*batches)), RunCascade(packs, names, owners, call.setting)
 

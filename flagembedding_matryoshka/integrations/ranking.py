@@ -18,7 +18,7 @@ from flagembedding_matryoshka.setting import as_stages
 
 OF_LOADING = {"device", *signature(MatryoshkaReranker).parameters} - {"model_name_or_path"}
 OF_RANKING = {
-    *("cascade", "compress_layer", "show_progress_bar"),
+    *("cascade", "compress_layer", "deadline_ms", "show_progress_bar"),
     *DEPTH_AND_WIDTH,
     *(field.name for field in fields(ScoringOptions)),
 }

@@ -24,6 +24,12 @@ def _weights_of_a_layer(config: CostWiseConfig) -> tuple[int, int]:
     return whole, before
 
 
+def reading_share(config: CostWiseConfig) -> float:
+    """What it costs to read a score at a layer, as a share of running it."""
+    whole, before_attention = _weights_of_a_layer(config)
+    return before_attention / whole
+
+
 def estimate_flops(
     config: CostWiseConfig,
     setting: Setting,

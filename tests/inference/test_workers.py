@@ -1,4 +1,5 @@
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -80,6 +81,14 @@ def test_a_cascade_runs_on_several_devices(one, two):
     for alone, shared in zip(*found, strict=True):
         assert [hit["corpus_id"] for hit in alone] == [hit["corpus_id"] for hit in shared]
         close([hit["score"] for hit in shared], [hit["score"] for hit in alone])
+
+
+@pytest.mark.parametrize(("deadline_ms", "exit"), [(0.001, 2), (math.inf, 6)])
+def test_each_query_has_its_deadline_on_one_of_several_devices(two, deadline_ms, exit):
+    queries, candidates = ["what about the wing", "shock"], [[passage for _, passage in PAIRS[:5]], ["heat", "wing"]]
+    rankings = two.rank_batch(queries, candidates, deadline_ms=deadline_ms)
+    assert [{hit["cutoff_layer"] for hit in hits} for hits in rankings] == [{exit}, {exit}]
+    assert list(map(len, rankings)) == [5, 2]
 
 
 @pytest.mark.parametrize("cascade", [None, {2: 0.5}])

@@ -1,0 +1,160 @@
+"""Going as deep as time allows: all candidates to the first exit, and from there the most promising first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.inference.deadline import Deadline, Pace
+from flagembedding_matryoshka.models.decoder import PackedStates
+from flagembedding_matryoshka.setting import Setting, share_of
+
+
+@dataclass(eq=False)
+class Part:
+    """Candidates that have come equally far together, and their places among all."""
+
+    states: PackedStates
+    places: list[int]
+
+    def select(self, chosen: list[bool]) -> Part:
+        """Some of them; all of them are the part itself."""
+        if all(chosen):
+            return self
+        indices = [index for index, is_chosen in enumerate(chosen) if is_chosen]
+        return Part(self.states.select(indices), [self.places[index] for index in indices])
+
+
+class AnytimeRun:
+    """One query's candidates on their way.
+
+    What is done is cascades, each twice as wide as the one before and going on from where that came. In each as many
+    come to an exit as it is shallow, half as many to one that is twice as deep (successive halving, arXiv 1502.07943).
+    The order of the steps does not depend on when time is over, so that more of it leaves nobody less deep; where there
+    is enough for all that is left, that is the next step.
+
+    Args:
+        score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on the CPU.
+        batches: candidates before the first layer.
+        setting: with one cutoff layer, the deepest that they go to; its cascade says how many go deeper at most.
+        exits: the model's, ascending.
+        reading: what reading scores at a layer costs, as a share of running it.
+        deadline: has started.
+        between: called before each call of `score`.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[PackedStates, int], Tensor],
+        batches: Sequence[PackedStates],
+        setting: Setting,
+        exits: Sequence[int],
+        reading: float,
+        deadline: Deadline,
+        between: Callable[[], None],
+    ) -> None:
+        self._score = score
+        self._setting = setting
+        self._exits = [layer for layer in exits if layer <= setting.depth]
+        self._reading = reading
+        self._deadline = deadline
+        self._between = between
+        self._pace = Pace(deadline.clock)
+        sizes = [len(states.packed.sequences) for states in batches]
+        places = torch.arange(sum(sizes)).split(sizes)
+        self._parts = [Part(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
+        self._scores, self._reached = torch.zeros(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.long)
+        self._first_width = max(sizes)
+        self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """For all sequences, batch after batch: (sequences,) float32 scores and (sequences,) int64 exits where they
+        were read, both on the CPU."""
+        for part in self._parts:
+            self._between()
+            self._advance(part, self._exits[0])
+        for numbers in self._rounds():
+            for index in range(len(self._exits) - 1):
+                if not self._bring(index, numbers):
+                    return self._scores, self._reached
+        return self._scores, self._reached
+
+    def _rounds(self) -> Iterator[list[int]]:
+        """How many shall have come to each exit by one cascade after the other."""
+        width, numbers = self._first_width, list[int]()
+        while numbers != self._most:
+            if self._seconds_of_all() <= self._deadline.left:
+                numbers = self._most
+            else:
+                wide = [-(-width * self._exits[1] // layer) for layer in self._exits[1:]]
+                numbers = [len(self._scores), *map(min, wide, self._most[1:])]
+            yield numbers
+            width *= 2
+
+    def _bring(self, index: int, numbers: Sequence[int]) -> bool:
+        """Bring the best at an exit to a deeper one, as many as are missing there; whether time allowed it."""
+        layer = self._exits[index]
+        missing = numbers[index + 1] - int((self._reached > layer).sum())
+        if missing <= 0:
+            return True
+        behind = range(index + 1, len(self._exits) - 1)
+        goal = self._exits[next((exit for exit in behind if numbers[exit + 1] < numbers[exit]), -1)]
+        waiting = (self._reached == layer).nonzero()[:, 0]
+        best = waiting[self._scores[waiting].argsort(descending=True, stable=True)][:missing].tolist()
+        rank = {place: number for number, place in enumerate(best)}
+        parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
+        for part in sorted(parts, key=lambda part: min(rank.get(place, len(rank)) for place in part.places)):
+            self._between()
+            chosen = [place in rank for place in part.places]
+            going = part.select(chosen)
+            if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
+                return False
+            if going is not part:
+                self._parts.remove(part)
+                self._parts += [going, part.select([not is_chosen for is_chosen in chosen])]
+            self._advance(going, goal)
+        return True
+
+    def _advance(self, part: Part, goal: int) -> None:
+        with self._pace.measured(*self._work(part.states, goal)):
+            self._scores[part.places] = self._score(part.states, goal)
+        self._reached[part.places] = goal
+
+    def _seconds_of_all(self) -> float:
+        """What it takes to bring all as deep as they may go."""
+
+        def share(layer: int) -> float:
+            return _most(self._setting, layer + 1, len(self._scores)) / len(self._scores)
+
+        work = [self._work(part.states, self._exits[-1], share) for part in self._parts if self._waits(part)]
+        return sum(self._pace.seconds(*of_part) for of_part in work)
+
+    def _waits(self, part: Part) -> bool:
+        return int(self._reached[part.places[0]]) < self._exits[-1]
+
+    def _work(
+        self, states: PackedStates, goal: int, share: Callable[[int], float] = lambda layer: 1.0
+    ) -> tuple[float, float]:
+        """Layers that run to bring candidates to an exit, and the tokens in all of them; the last one is read.
+
+        Args:
+            share: of the candidates that go through a layer.
+        """
+        layers = tokens = 0.0
+        packed = states.packed
+        fixed, passage = int((packed.query_lengths + packed.prompt_lengths).sum()), packed.passage_lengths
+        for layer in range(states.layers_run + 1, goal + 1):
+            weight = share(layer) * (1.0 if layer < goal else self._reading)
+            layers += weight
+            tokens += weight * (fixed + int(passage.sum()))
+            if self._setting.compresses_after(layer):
+                passage = -(-passage // self._setting.compress_ratio)
+        return layers, tokens
+
+
+def _most(setting: Setting, layer: int, candidates: int) -> int:
+    """How many of so many candidates may come to a layer behind the stages before it."""
+    return min([candidates, *(share_of(share, candidates) for stage, share in setting.cascade if stage < layer)])

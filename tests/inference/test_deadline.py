@@ -1,0 +1,225 @@
+import math
+import time
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.deadline import Deadline, Pace
+from flagembedding_matryoshka.models.flops import reading_share
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
+DOCUMENTS = [" ".join(WORDS[(7 * i + j) % 8] for j in range(1 + 3 * i % 11)) for i in range(20)]
+QUERY = "what about the wing"
+WIDTHS = [{}, {"compress_layers": [2, 4], "compress_ratio": 2}]
+EXITS = [2, 3, 4, 5, 6]
+
+
+class LayerClock:
+    """A clock that runs when layers do: a millisecond for each token of each."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_layerwise_path):
+    """Ranks in a time of its own, which is the same on every machine."""
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=3)
+    reranker._clock = clock = LayerClock()
+    reading = reading_share(reranker.config)
+
+    def note(layer, given, options):
+        clock.now += given[0].shape[1] / 1000 * (reading if options.get("only_last") else 1)
+
+    for layer in reranker.model.model.layers:
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    return reranker
+
+
+def exits_of(hits):
+    return {hit["corpus_id"]: hit["cutoff_layer"] for hit in hits}
+
+
+def whole_time(reranker, **options):
+    """Milliseconds that all documents take to the end."""
+    before = reranker._clock.now
+    reranker.rank(QUERY, DOCUMENTS, **options)
+    return (reranker._clock.now - before) * 1000
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_more_time_leaves_nobody_less_deep_and_nobody_without_an_answer(reranker, width):
+    whole = whole_time(reranker, **width)
+    before, seen = dict.fromkeys(range(len(DOCUMENTS)), 2), set()
+    for step in range(1, 45):
+        found = exits_of(reranker.rank(QUERY, DOCUMENTS, deadline_ms=whole * step / 40, **width))
+        assert found.keys() == before.keys()
+        assert all(found[place] >= before[place] for place in found)
+        seen.add(tuple(found.values()))
+        before = found
+    assert set(before.values()) == {6} and len(seen) > 8
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("share", [0.01, 0.6, 0.7, 2])
+def test_scores_and_order_are_those_of_a_cascade_by_hand(reranker, share, width):
+    hits = reranker.rank(QUERY, DOCUMENTS, batch_size=1, deadline_ms=share * whole_time(reranker, **width), **width)
+    pairs = [(QUERY, text) for text in DOCUMENTS]
+    scores = dict(zip(EXITS, reranker.compute_score(pairs, cutoff_layers=EXITS, **width), strict=True))
+    stopped = exits_of(hits)
+    order = sorted(stopped, key=lambda place: (-stopped[place], -scores[stopped[place]][place]))
+    assert [hit["corpus_id"] for hit in hits] == order
+    for hit in hits:
+        assert hit["score"] == pytest.approx(scores[hit["cutoff_layer"]][hit["corpus_id"]], abs=1e-5)
+    deeper = [scores[2][place] for place in order if stopped[place] > 2]
+    shallow = [scores[2][place] for place in order if stopped[place] == 2]
+    assert bool(shallow) == (share < 0.9) and bool(deeper) == (share > 0.01)
+    assert min(deeper, default=math.inf) >= max(shallow, default=-math.inf) - 1e-5
+
+
+@pytest.mark.parametrize("options", [*WIDTHS, {"cutoff_layers": [4]}, {"cutoff_layers": [2]}])
+def test_any_time_is_full_depth_to_the_bit(reranker, options):
+    depth = options.get("cutoff_layers", [6])[0]
+    expected = [hit | {"cutoff_layer": depth} for hit in reranker.rank(QUERY, DOCUMENTS, **options)]
+    assert reranker.rank(QUERY, DOCUMENTS, deadline_ms=math.inf, **options) == expected
+
+
+@pytest.mark.parametrize("cascade", [{3: 0.5}, {2: 0.5, 4: 0.2}])
+def test_a_cascade_says_how_many_go_deeper_at_most(reranker, cascade):
+    expected = reranker.rank(QUERY, DOCUMENTS, cascade=cascade)
+    assert reranker.rank(QUERY, DOCUMENTS, cascade=cascade, deadline_ms=math.inf) == expected
+    whole = whole_time(reranker)
+    for share in (0.4, 0.5, 0.6, 0.7):
+        reached = exits_of(reranker.rank(QUERY, DOCUMENTS, cascade=cascade, deadline_ms=share * whole)).values()
+        for layer, kept in cascade.items():
+            assert sum(depth > layer for depth in reached) <= math.ceil(kept * len(DOCUMENTS))
+
+
+def test_time_is_kept_and_used(reranker):
+    """Each step is known to the millisecond here, so none begins that would not end in time."""
+    whole = whole_time(reranker)
+    for share in (0.45, 0.6, 0.75, 0.9, 1.0):
+        took = whole_time(reranker, deadline_ms=share * whole)
+        assert share * whole * 0.85 < took <= share * whole * 1.001
+
+
+def test_each_of_several_queries_has_the_time(reranker):
+    queries, candidates = [QUERY, "shock", "heat"], [DOCUMENTS, [], DOCUMENTS[:9]]
+    limit = 0.7 * whole_time(reranker)
+    alone = [reranker.rank(*one, deadline_ms=limit) for one in zip(queries, candidates, strict=True)]
+    assert reranker.rank_batch(queries, candidates, deadline_ms=limit) == alone
+    assert list(reranker.rank_iter(queries, candidates, deadline_ms=limit)) == alone
+    assert any(exits_of(hits).values() != {6} for hits in alone)
+
+
+def test_time_for_the_query_counts_from_the_call(reranker, monkeypatch):
+    of_pairs = reranker._pair_tokenizer.build_within
+    limit = whole_time(reranker) * 1.5
+
+    def slow(*arguments):
+        reranker._clock.now += limit / 1000
+        return of_pairs(*arguments)
+
+    assert set(exits_of(reranker.rank(QUERY, DOCUMENTS, deadline_ms=limit)).values()) == {6}
+    monkeypatch.setattr(reranker._pair_tokenizer, "build_within", slow)
+    assert set(exits_of(reranker.rank(QUERY, DOCUMENTS, deadline_ms=limit)).values()) == {2}
+
+
+def test_the_best_of_what_is_returned_and_its_sigmoid(reranker):
+    limit = 0.6 * whole_time(reranker)
+    ranked = reranker.rank(QUERY, DOCUMENTS, deadline_ms=limit)
+    best = reranker.rank(QUERY, DOCUMENTS, top_k=4, normalize=True, return_documents=True, deadline_ms=limit)
+    assert [hit["corpus_id"] for hit in best] == [hit["corpus_id"] for hit in ranked[:4]]
+    assert [hit["text"] for hit in best] == [DOCUMENTS[hit["corpus_id"]] for hit in best]
+    sigmoids = torch.tensor([hit["score"] for hit in ranked[:4]]).sigmoid()
+    torch.testing.assert_close(torch.tensor([hit["score"] for hit in best]), sigmoids)
+
+
+def test_a_document_comes_as_far_as_its_furthest_chunk(reranker):
+    documents = [DOCUMENTS[1], " ".join(WORDS * 30), DOCUMENTS[2]]
+    hits = reranker.rank(QUERY, documents, chunk=True, max_length=64, deadline_ms=1)
+    assert exits_of(hits) == dict.fromkeys(range(3), 2)
+    whole = reranker.rank(QUERY, documents, chunk=True, max_length=64, deadline_ms=math.inf)
+    assert [hit["chunk"] for hit in whole] == [
+        hit["chunk"] for hit in reranker.rank(QUERY, documents, chunk=True, max_length=64)
+    ]
+
+
+def test_what_is_tokenised_has_the_time_from_there(reranker):
+    inputs = reranker.tokenize([(QUERY, text) for text in DOCUMENTS])
+    (hits,) = reranker.score_lists([inputs], deadline_ms=0.6 * whole_time(reranker))
+    assert len({hit["cutoff_layer"] for hit in hits}) > 1
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "deadline_ms is 0, but must be above 0, or None for no deadline"),
+        (-3.5, ValueError, "deadline_ms is -3.5, but must be above 0"),
+        (math.nan, ValueError, "deadline_ms is nan, but must be above 0"),
+        (True, TypeError, "deadline_ms must be a number, or None for no deadline, got True"),
+        ("50", TypeError, "deadline_ms must be a number, or None for no deadline, got '50'"),
+    ],
+)
+def test_what_is_no_time_is_refused(reranker, value, error, message):
+    lists = [[reranker.tokenize((QUERY, "wing"))[0]]]
+    for call in (
+        partial(reranker.rank, QUERY, DOCUMENTS),
+        partial(reranker.rank_batch, [QUERY], [DOCUMENTS]),
+        partial(reranker.rank_iter, [QUERY], [DOCUMENTS]),
+        partial(reranker.score_lists, lists),
+    ):
+        with pytest.raises(error, match=message):
+            call(deadline_ms=value)
+
+
+def test_real_time_is_kept(tiny_layerwise_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=8)
+    documents = DOCUMENTS * 20
+    for limit in (1, 100):
+        start = time.monotonic()
+        hits = reranker.rank(QUERY, documents, deadline_ms=limit)
+        assert len(hits) == len(documents) and time.monotonic() - start < 10
+    start = time.monotonic()
+    assert set(exits_of(reranker.rank(QUERY, documents, deadline_ms=600_000)).values()) == {6}
+    assert time.monotonic() - start < 60
+
+
+@given(st.floats(0, 5), st.floats(0.01, 5), st.lists(st.integers(1, 1000), min_size=2, max_size=9, unique=True))
+def test_pace_is_what_layers_and_tokens_have_taken(of_layer, of_token, sizes):
+    clock = LayerClock()
+    pace = Pace(clock)
+    assert pace.seconds(3, 100) == 0
+    for size in sizes:
+        with pace.measured(2, 2 * size):
+            clock.now += 2 * (of_layer + of_token * size)
+    assert pace.seconds(3, 3 * 70) == pytest.approx(3 * (of_layer + of_token * 70), rel=1e-4)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(1, 1000), st.floats(0, 9)), min_size=1, max_size=9))
+def test_no_pace_is_below_nothing(measured):
+    clock = LayerClock()
+    pace = Pace(clock)
+    for layers, tokens, seconds in measured:
+        with pace.measured(layers, tokens):
+            clock.now += seconds
+    for tokens in (1, 100, 10_000):
+        assert pace.seconds(1, tokens) >= 0
+
+
+def test_a_deadline_starts_once():
+    clock = LayerClock()
+    deadline = Deadline.of(2000, clock)
+    clock.now = 1.0
+    assert deadline.left == 2.0
+    started = deadline.start()
+    clock.now = 2.5
+    assert started.start() is started and started.left == 0.5
