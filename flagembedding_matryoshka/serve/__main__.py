@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.logs import log_config
 from flagembedding_matryoshka.serve.options import add_options, given_options
 from flagembedding_matryoshka.serve.protocol import impatient_protocol
+from flagembedding_matryoshka.serve.scoring import check_degrade_to
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"
 NOT_OF_A_SERVER = ("model_name_or_path", "normalize")
@@ -76,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--body_seconds", type=float, default=limits.body_seconds, help="for its body, else 408 (default: %(default)s)"
     )
     parser.add_argument(
+        "--degrade_to",
+        type=int,
+        metavar="EXIT",
+        help="while more than half of --max_requests wait or are computed, requests that name no depth are answered at "
+        "this exit, and say so (default: all are answered as they ask)",
+    )
+    parser.add_argument(
         "--shutdown_seconds",
         type=int,
         default=30,
@@ -115,8 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         requests=options.max_requests,
         batch_requests=options.max_batch_requests,
         body_seconds=options.body_seconds,
+        degrade_to=options.degrade_to,
     )
-    loading = in_background(partial(MatryoshkaReranker, options.model, **given_options(MatryoshkaReranker, options)))
+
+    def load() -> MatryoshkaReranker:
+        reranker = MatryoshkaReranker(options.model, **given_options(MatryoshkaReranker, options))
+        check_degrade_to(limits.degrade_to, reranker)
+        return reranker
+
+    loading = in_background(load)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(loading, Path(options.model).name, limits, api_key),

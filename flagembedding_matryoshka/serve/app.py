@@ -21,6 +21,7 @@ from flagembedding_matryoshka.serve.description import describe
 from flagembedding_matryoshka.serve.logs import RequestIds
 from flagembedding_matryoshka.serve.page import add_page
 from flagembedding_matryoshka.serve.schemas import RERANK, RERANK_SCHEMA, SCORE, SCORE_SCHEMA
+from flagembedding_matryoshka.serve.scoring import check_degrade_to
 from flagembedding_matryoshka.serve.service import Limits, Service
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
@@ -41,12 +42,18 @@ def create_app(
         name: of the model, for clients.
         limits: None is `Limits()`.
         api_key: the bearer token that re-ranking asks for; None asks for none.
+
+    Raises:
+        ValueError: if `limits` degrade to an exit that a loaded re-ranker does not have, or to none shallower than its
+            own depth.
     """
+    limits = limits or Limits()
     if not isinstance(reranker, Future):
+        check_degrade_to(limits.degrade_to, reranker)
         loaded: Future[MatryoshkaReranker] = Future()
         loaded.set_result(reranker)
         reranker = loaded
-    service = Service(reranker, name, limits or Limits())
+    service = Service(reranker, name, limits)
     started = int(time.time())
 
     @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 
 def _as_flag(value: Any) -> Any:
@@ -24,6 +24,7 @@ Cascade = Annotated[
         }
     ),
 ]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Texts = Annotated[list[str], FailFast()]
 OneOrMore = Annotated[
     Texts,

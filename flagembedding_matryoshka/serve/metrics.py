@@ -21,9 +21,10 @@ class Metrics:
 
     Args:
         waiting: tells how many requests are in the queue.
+        limit: how many may be.
     """
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    def __init__(self, waiting: Callable[[], int], limit: int) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -36,8 +37,13 @@ class Metrics:
         self._batch_requests = histogram("batch_requests", "Requests in a batch", POWERS)
         self._batch_documents = histogram("batch_documents", "Documents in a batch", POWERS)
         self._batch_tokens = histogram("batch_tokens", "Tokens in a batch", TOKENS)
+        self._degraded = Counter(
+            "matryoshka_degraded_requests", "Requests answered at the exit of --degrade_to", registry=self.registry
+        )
         queue = Gauge("matryoshka_queue_requests", "Requests that wait or are computed", registry=self.registry)
         queue.set_function(waiting)
+        most = Gauge("matryoshka_queue_limit", "How many may wait or be computed", registry=self.registry)
+        most.set(limit)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -52,6 +58,10 @@ class Metrics:
         finally:
             self._requests.labels(status).inc()
             self._latency.observe(perf_counter() - start)
+
+    def degraded(self) -> None:
+        """Count a request that is answered less deep than it would be without the others."""
+        self._degraded.inc()
 
     def batch(self, report: BatchReport) -> None:
         """Count a batch."""

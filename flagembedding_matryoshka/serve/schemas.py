@@ -23,7 +23,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from flagembedding_matryoshka.serve.answers import Scored, cohere_answer, tei_answer, vllm_scores, voyage_answer
-from flagembedding_matryoshka.serve.fields import Cascade, Flag, OneOrMore, Side, Texts
+from flagembedding_matryoshka.serve.fields import Cascade, Flag, Milliseconds, OneOrMore, Side, Texts
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
@@ -44,6 +44,11 @@ class Request(BaseModel):
     compress_layers: int | list[int] | None = Field(None, description="layers after which passages are compressed")
     compress_ratio: int | None = Field(None, description="1 (off), 2, 4 or 8")
     cascade: Cascade | None = Field(None, description="{exit: share of all documents that goes deeper}")
+    deadline_ms: Milliseconds | None = Field(
+        None,
+        description="from the request's arrival; documents go as deep as there is time, the most promising first, and "
+        "each result says in cutoff_layer which exit it came to",
+    )
     raw_scores: Flag | None = Field(None, description="scores instead of their sigmoid")
     use_activation: Flag | None = Field(None, description="false is raw_scores, in vLLM's words")
     truncate: Flag | None = Field(None, description="false refuses texts that would be cut; else they are cut")
@@ -65,7 +70,7 @@ class Request(BaseModel):
         for name, value in unknown.items():
             if name in self.other_texts and value is not None:
                 raise ValueError(f"there are texts in {name!r}, too; give one list of them")
-            if close := get_close_matches(name[:40], SETTING, 1, 0.8):
+            if close := get_close_matches(name[:40], (*SETTING, "deadline_ms"), 1, 0.8):
                 raise ValueError(f"{name!r:.40} is unknown; {close[0]!r} is what it looks like")
         if None not in (self.truncation_direction, self.truncation_side):
             raise ValueError("truncation_direction and truncation_side are one; give one")
@@ -75,6 +80,11 @@ class Request(BaseModel):
     def setting(self) -> dict[str, Any]:
         """As keyword arguments of `MatryoshkaReranker.setting`."""
         return {name: getattr(self, name) for name in SETTING}
+
+    @property
+    def names_depth(self) -> bool:
+        """Whether it says at which exits, or until when, it is to be answered."""
+        return (self.cutoff_layers, self.cascade, self.deadline_ms) != (None, None, None)
 
     @property
     def lengths(self) -> Lengths:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,12 +17,44 @@ from flagembedding_matryoshka.serve.shortening import Lengths, shorten
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
+NO_TIME = 1e-9
+"""Seconds: the first exit is all that there is time for."""
+
+
+def is_shallower(exit: int, setting: Setting) -> bool:
+    """Whether scores at an exit take less than those of a setting of the same width."""
+    return exit < setting.depth and all(exit <= layer for layer, _ in setting.cascade)
+
+
+def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
+    """Raise ValueError if an exit does not exist or takes as much as what requests get that name no depth."""
+    if exit is None:
+        return
+    setting = reranker.setting()
+    possible = [layer for layer in reranker.config.exit_layers if is_shallower(layer, setting)]
+    if exit not in possible:
+        raise ValueError(f"degrade_to is {exit}, but must be an exit shallower than {setting}: one of {possible}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Hurried:
+    """What is computed until a deadline, and with nobody else.
+
+    Attributes:
+        end: what `time.monotonic` says then.
+    """
+
+    setting: Setting
+    end: float
+
 
 @dataclass(frozen=True)
 class Work:
-    """What a request runs. Those of equal settings can share a batch.
+    """What a request runs. Those of equal keys can share a batch.
 
     Attributes:
+        end: what `time.monotonic` says at the request's deadline; None is no deadline.
+        shows_exit: whether the answer says where scores were read, though all were read at one exit.
         pairs: documents, or their chunks, as the model reads them, all of one query.
         shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
         cut: the chunks of each document, if the request wants them.
@@ -32,9 +65,23 @@ class Work:
     shared_tokens: int
     tokens: Sequence[int]
     cut: Sequence[CutDocument] | None = None
+    end: float | None = None
+    shows_exit: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """What `Scorer.compute` is told."""
+        return self.setting if self.end is None else Hurried(self.setting, self.end)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether documents need not wait for each other."""
+        return self.end is None and not self.setting.cascade
 
     def hits(self, found: Sequence[Hit]) -> Sequence[Hit]:
         """Of each document, from those of `pairs`."""
+        if self.shows_exit:
+            found = [{"cutoff_layer": self.setting.depth} | hit for hit in found]
         return found if self.cut is None else best_chunks(found, self.cut)
 
     @property
@@ -43,10 +90,15 @@ class Work:
 
 
 class Scorer:
-    """A re-ranker as the server uses it."""
+    """A re-ranker as the server uses it.
+
+    Attributes:
+        hurried: how many with a deadline wait or are computed.
+    """
 
     def __init__(self, reranker: MatryoshkaReranker) -> None:
         self.reranker = reranker
+        self.hurried = 0
 
     @property
     def max_tokens(self) -> int:
@@ -87,30 +139,40 @@ class Scorer:
             hits: what `compute` found for it.
         """
         setting = work.setting
-        if not setting.cascade:
+        if work.divisible:
             return self.reranker.estimate_flops(work.pairs, **setting.arguments)
-        exits = [*dict(setting.cascade), setting.depth]
         depths = [hit["cutoff_layer"] for hit in hits]
+        exits = sorted({*dict(setting.cascade), *depths, setting.depth})
         return self.reranker.estimate_flops(work.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
 
     def compute(
-        self, setting: Setting, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
+        self, key: Setting | Hurried, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
     ) -> list[list[dict[str, Any]]]:
         """Score the documents of each request.
 
         Args:
-            between: called between a cascade's batches. What it raises ends the call.
+            key: what has a deadline takes no more of the time until then than its share: others that have one wait.
+            between: called between a cascade's batches, or the steps until a deadline. What it raises ends the call.
 
         Returns:
-            for each a dict with "score", not normalised, with a cascade "cutoff_layer", and "is_truncated" if it is.
+            for each a dict with "score", not normalised, with a cascade or a deadline "cutoff_layer", and
+            "is_truncated" if it is.
 
         Raises:
             ArithmeticError: if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
+        setting, options = key, dict[str, float]()
+        if isinstance(key, Hurried):
+            seconds = (key.end - time.monotonic()) / max(1, self.hurried)
+            setting, options = key.setting, {"deadline_ms": max(seconds, NO_TIME) * 1000}
         with self.reranker.calling_between_batches(between):
             found = self.reranker.score_lists(
-                shares, cascade=dict(setting.cascade) or None, show_progress_bar=False, **setting.arguments
+                shares,
+                cascade=dict(setting.cascade) or None,
+                show_progress_bar=False,
+                **options,
+                **setting.arguments,
             )
         for hit in chain(*found):
             if not math.isfinite(hit["score"]):

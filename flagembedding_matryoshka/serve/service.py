@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -23,13 +24,15 @@ from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.schemas import Request as Asked
 from flagembedding_matryoshka.serve.schemas import parse
-from flagembedding_matryoshka.serve.scoring import Scorer, Work
+from flagembedding_matryoshka.serve.scoring import Scorer, Work, check_degrade_to, is_shallower
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 RETRY_AFTER = {"Retry-After": "1"}
 CLOSE = {"Connection": "close"}
 BODIES_AT_ONCE = 32
 MOST_NAMES = 1000
+DEGRADE_ABOVE = 0.5
+"""Share of the requests that may wait or be computed."""
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server refuses.
+    """What the server refuses, and what it answers with less than all of its layers.
 
     Attributes:
         documents: in a request, or chunks of them, at most, else 422.
@@ -45,6 +48,8 @@ class Limits:
         requests: that wait or are computed at one time, at most, else 429.
         batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
         body_seconds: from a request's header to the end of its body, at most, else 408.
+        degrade_to: the exit at which requests are answered that name no depth, while those that wait or are computed
+            are more than half of `requests`; None is none.
     """
 
     documents: int = 1000
@@ -52,6 +57,7 @@ class Limits:
     requests: int = 512
     batch_requests: int | None = None
     body_seconds: float = 30.0
+    degrade_to: int | None = None
 
 
 class Service:
@@ -65,7 +71,7 @@ class Service:
     def __init__(self, loading: Future[MatryoshkaReranker], name: str, limits: Limits) -> None:
         self.name = name
         self.limits = limits
-        self.metrics = Metrics(lambda: 0 if self._batcher is None else self._batcher.waiting)
+        self.metrics = Metrics(lambda: 0 if self._batcher is None else self._batcher.waiting, limits.requests)
         self._loading = loading
         self._scorer: Scorer | None = None
         self._batcher: Batcher | None = None
@@ -91,7 +97,9 @@ class Service:
 
     async def _start(self) -> None:
         try:
-            self._scorer = Scorer(await asyncio.wrap_future(self._loading))
+            reranker = await asyncio.wrap_future(self._loading)
+            check_degrade_to(self.limits.degrade_to, reranker)
+            self._scorer = Scorer(reranker)
         except Exception as error:
             logger.error("the model cannot be loaded: %s", error)
             return
@@ -119,13 +127,14 @@ class Service:
         Raises:
             HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 for a client that did not wait.
         """
+        arrived = time.monotonic()
         self._ready()
         self._refuse_more_than(self.limits.requests)
         asked: Asked = await self._read(request, form)
         self._refuse_more_than(self.limits.requests)
         self._in_flight += 1
         try:
-            return asked.answer(await unless_disconnected(request, self.score(asked)))
+            return asked.answer(await unless_disconnected(request, self.score(asked, arrived)))
         finally:
             self._in_flight -= 1
 
@@ -179,8 +188,11 @@ class Service:
             self._unknown_fields |= new
             logger.warning("requests have fields that are unknown and do nothing: %s", sorted(new))
 
-    async def score(self, asked: Asked) -> Scored:
+    async def score(self, asked: Asked, arrived: float) -> Scored:
         """Scores of a request, computed together with others'.
+
+        Args:
+            arrived: what `time.monotonic` said when it did.
 
         Raises:
             HTTPException: 422, if the request does not fit the model; 503, if it does not fit into memory; 500, if the
@@ -188,15 +200,25 @@ class Service:
         """
         scorer, batcher = self._ready()
         works = []
-        for query, texts in asked.lists:
-            try:
-                work = await asyncio.to_thread(scorer.prepare, query, texts, asked.setting, asked.lengths, asked.chunks)
-            except (TypeError, ValueError) as error:
-                raise HTTPException(422, str(error)) from error
-            if len(work.pairs) > self.limits.documents:
-                raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
-            works.append(work)
-        found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
+        try:
+            degraded = self._degrades(asked)
+            setting = asked.setting | ({"cutoff_layers": self.limits.degrade_to} if degraded else {})
+            for query, texts in asked.lists:
+                work = await asyncio.to_thread(scorer.prepare, query, texts, setting, asked.lengths, asked.chunks)
+                if len(work.pairs) > self.limits.documents:
+                    raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
+                end = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
+                works.append(replace(work, end=end, shows_exit=degraded))
+        except (TypeError, ValueError) as error:
+            raise HTTPException(422, str(error)) from error
+        if degraded:
+            self.metrics.degraded()
+        hurried = [work for work in works if work.end is not None]
+        scorer.hurried += len(hurried)
+        try:
+            found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
+        finally:
+            scorer.hurried -= len(hurried)
         operations = None
         if asked.counts_operations:
             counted = map(scorer.count_operations, works, found)
@@ -205,10 +227,17 @@ class Service:
         hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
         return Scored(list(chain.from_iterable(hits)), tokens, self.name, operations)
 
+    def _degrades(self, asked: Asked) -> bool:
+        """Whether a request is answered at `degrade_to`; raises as `MatryoshkaReranker.setting`."""
+        scorer, batcher = self._ready()
+        exit = self.limits.degrade_to
+        if exit is None or asked.names_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
+            return False
+        return is_shallower(exit, scorer.reranker.setting(**asked.setting))
+
     async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
-        divisible = not work.setting.cascade
         try:
-            return await batcher.submit(work.setting, work.pairs, work.shared_tokens, work.tokens, divisible)
+            return await batcher.submit(work.key, work.pairs, work.shared_tokens, work.tokens, work.divisible)
         except (torch.OutOfMemoryError, MemoryError) as error:
             logger.exception("a request of %d documents does not fit into memory", len(work.pairs))
             raise HTTPException(503, "the request does not fit into memory; send shorter texts", RETRY_AFTER) from error

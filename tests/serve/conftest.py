@@ -47,3 +47,29 @@ def client(reranker):
     """Of a server with the default limits."""
     with client_of(reranker) as client:
         yield client
+
+
+@pytest.fixture
+def gate(reranker, monkeypatch):
+    """Until it is set, the model computes nothing; `gate.entered` is set once it would."""
+    gate = threading.Event()
+    gate.entered = threading.Event()
+    score_lists = reranker.score_lists
+
+    def waiting(lists, **options):
+        gate.entered.set()
+        assert gate.wait(20)
+        return score_lists(lists, **options)
+
+    monkeypatch.setattr(reranker, "score_lists", waiting)
+    yield gate
+    gate.set()
+
+
+def wait_for(client, line):
+    """Until the metrics have `line`."""
+    for _ in range(200):
+        if line in client.get("/metrics").text:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{line!r} is not in\n{client.get('/metrics').text}")

@@ -3,14 +3,13 @@
 import json
 import re
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flagembedding_matryoshka.serve import Limits, create_app
-from tests.serve.conftest import client_of, serving
+from tests.serve.conftest import client_of, serving, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUERY = "how does a wing lift"
@@ -29,23 +28,6 @@ def expected(reranker, documents=DOCUMENTS, **options):
         (hit["corpus_id"], pytest.approx(hit["score"], abs=1e-6))
         for hit in reranker.rank(QUERY, documents, normalize=True, **options)
     ]
-
-
-@pytest.fixture
-def gate(reranker, monkeypatch):
-    """Until it is set, the model computes nothing; `gate.entered` is set once it would."""
-    gate = threading.Event()
-    gate.entered = threading.Event()
-    score_lists = reranker.score_lists
-
-    def waiting(lists, **options):
-        gate.entered.set()
-        assert gate.wait(20)
-        return score_lists(lists, **options)
-
-    monkeypatch.setattr(reranker, "score_lists", waiting)
-    yield gate
-    gate.set()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -347,15 +329,6 @@ def test_who_hangs_up_while_sending_is_no_error_of_the_server(reranker):
             gone.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             time.sleep(0.1)
         wait_for(client, 'matryoshka_requests_total{status="499"} 1.0')
-
-
-def wait_for(client, line):
-    """Until the metrics have `line`."""
-    for _ in range(200):
-        if line in client.get("/metrics").text:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{line!r} is not in\n{client.get('/metrics').text}")
 
 
 def test_metrics_count_requests_batches_and_tokens(reranker, gate):
