@@ -145,6 +145,10 @@ class Scorer:
         exits = sorted({*dict(setting.cascade), *depths, setting.depth})
         return self.reranker.estimate_flops(work.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
 
+    def _deadline_ms(self, key: Hurried) -> float:
+        seconds = (key.end - time.monotonic()) / max(1, self.hurried)
+        return max(seconds, NO_TIME) * 1000
+
     def compute(
         self, key: Setting | Hurried, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
     ) -> list[list[dict[str, Any]]]:
@@ -162,16 +166,13 @@ class Scorer:
             ArithmeticError: if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
-        setting, options = key, dict[str, float]()
-        if isinstance(key, Hurried):
-            seconds = (key.end - time.monotonic()) / max(1, self.hurried)
-            setting, options = key.setting, {"deadline_ms": max(seconds, NO_TIME) * 1000}
+        setting, deadline_ms = (key.setting, self._deadline_ms(key)) if isinstance(key, Hurried) else (key, None)
         with self.reranker.calling_between_batches(between):
             found = self.reranker.score_lists(
                 shares,
                 cascade=dict(setting.cascade) or None,
                 show_progress_bar=False,
-                **options,
+                deadline_ms=deadline_ms,
                 **setting.arguments,
             )
         for hit in chain(*found):
