@@ -78,6 +78,12 @@ def test_what_cannot_be_loaded_ends_the_server(tmp_path):
         main(["--model", str(tmp_path / "nothing"), "--port", "0"])
 
 
+def test_an_exit_to_degrade_to_that_there_is_not_ends_the_server(tiny_layerwise_path):
+    arguments = ["--model", str(tiny_layerwise_path), "--port", "0", "--degrade_to", "99"]
+    with restored_logging(), pytest.raises(ValueError, match="degrade_to is 99, but must be an exit shallower than 6"):
+        main(arguments)
+
+
 @pytest.mark.parametrize("json_lines", [True, False])
 def test_lines_of_the_log(json_lines, capsys):
     with restored_logging():
