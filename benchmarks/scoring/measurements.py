@@ -23,7 +23,7 @@ MAX_LENGTH = 512
 
 
 def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker]]:
-    """The re-ranker of a shape, and by the name of the setting the same with fewer bits, or not compiled."""
+    """The re-ranker of a shape, and by the name of the setting the same with fewer bits, invariant or not compiled."""
     tokenizer = load_tokenizer(args.tokenizer)
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as path:
@@ -34,6 +34,8 @@ def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict
             f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
             for method in quantizations(ours)
         }
+        if dtype == torch.bfloat16 and args.device == "cpu":
+            others["full depth, batch-invariant"] = MatryoshkaReranker(path, **options, batch_invariant=True)
         if args.compile:
             others["full depth, not compiled"] = MatryoshkaReranker(path, **options)
     return ours, others
