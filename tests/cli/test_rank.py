@@ -41,7 +41,7 @@ def test_a_window_ends_with_the_list_that_fills_it(desk, reranker, monkeypatch):
 def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
     documents = [{"id": f"d{number}", "text": text, "score": "first stage's"} for number, text in enumerate(TEXTS)]
     desk.write([{"query": "wing", "passages": documents}, ["wing", *TEXTS]])
-    main(desk.words())
+    main(desk.words("--batch_invariant"))
     objects, strings = (line["ranking"] for line in desk.read())
     assert [hit["id"] for hit in objects] == [f"d{hit['corpus_id']}" for hit in objects]
     assert [{name: hit[name] for name in ("corpus_id", "score")} for hit in objects] == strings
