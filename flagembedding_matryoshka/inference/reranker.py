@@ -67,8 +67,8 @@ class MatryoshkaReranker(RankingReranker):
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes a minute or two in the
             first passes. For accelerators, where these take longer than the products.
-        batch_invariant: on a CPU, a pair's score is the same bits whatever is scored beside it. In float32 it is so to
-            1e-6 anyway; in bfloat16 rounding makes differences of some 0.01 else. Costs a tenth of the speed.
+        batch_invariant: in bfloat16 on a CPU a pair's score is then the same bits whatever is scored beside it, which
+            it else is but for rounding; in float32 it is so to 1e-6 in any case. Costs a tenth of the speed.
         cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` alone.
         trust_remote_code: as in transformers, for the tokenizer alone: the model's code is ours.
 
@@ -160,7 +160,7 @@ class MatryoshkaReranker(RankingReranker):
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
         check_quantization(quantization, self.target_devices, resolved)
         if batch_invariant:
-            check_batch_invariance(self.target_devices, quantization, compile)
+            check_batch_invariance(self.target_devices, resolved, quantization, compile)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
         self._load_plan = partial(load_plan, str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)

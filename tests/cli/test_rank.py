@@ -40,9 +40,13 @@ def test_a_window_ends_with_the_list_that_fills_it(desk, reranker, monkeypatch):
 
 def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
     documents = [{"id": f"d{number}", "text": text, "score": "first stage's"} for number, text in enumerate(TEXTS)]
-    desk.write([{"query": "wing", "passages": documents}, ["wing", *TEXTS]])
-    main(desk.words("--batch_invariant"))
-    objects, strings = (line["ranking"] for line in desk.read())
+    rankings = []
+    for row in ({"query": "wing", "passages": documents}, ["wing", *TEXTS]):  # each alone, in the same batch
+        desk.write([row])
+        main(desk.words())
+        rankings += [line["ranking"] for line in desk.read()]
+        desk.output.unlink()
+    objects, strings = rankings
     assert [hit["id"] for hit in objects] == [f"d{hit['corpus_id']}" for hit in objects]
     assert [{name: hit[name] for name in ("corpus_id", "score")} for hit in objects] == strings
     assert [hit["corpus_id"] for hit in strings] == [hit["corpus_id"] for hit in reranker.rank("wing", TEXTS)]

@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_plain_model_but_for_rounding(reranker, tiny_lay
     assert errors[1] < 1.2 * errors[0]
 
 
-@pytest.mark.parametrize("options", [{"compile": True}, {"quantization": "nf4"}])
+@pytest.mark.parametrize("options", [{"compile": True}, {"quantization": "nf4"}, {"dtype": "float32"}])
 def test_what_it_does_not_go_with_is_refused(options, tiny_layerwise_path):
-    with pytest.raises(ValueError, match="batch_invariant runs on a CPU, with weights that are neither"):
+    with pytest.raises(ValueError, match="batch_invariant runs in bfloat16 on a CPU, with weights that are neither"):
         load(tiny_layerwise_path, batch_invariant=True, **options)
