@@ -4,7 +4,8 @@
         --reranker_name_or_path output
 
 The arguments are those of `python -m FlagEmbedding.evaluation.custom`, which this runs; `--reranker_name_or_path` may
-be any of our checkpoints. For settings side by side, see `python -m flagembedding_matryoshka.evaluation`.
+be any of our checkpoints. For settings side by side, see `python -m flagembedding_matryoshka.evaluation`, which is
+`flagembedding-matryoshka evaluate`.
 """
 
 from __future__ import annotations

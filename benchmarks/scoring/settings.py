@@ -32,7 +32,8 @@ class Timed:
 def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Timed]:
     """The plain cross-encoder, then ours: depth and width, a query that candidates share, dropping candidates."""
     layers = ours.config.num_hidden_layers
-    quarter, half = layers // 4, layers // 2
+    quarter = layers // 4
+    half = 2 * quarter
     plain = PlainCrossEncoder(ours)
     apart = torch.tensor(plain.compute_score(pairs)) - torch.tensor(ours.compute_score(pairs))
     if ours.model.dtype == torch.float32 and not apart.abs().max() <= TOLERANCE:

@@ -1,6 +1,8 @@
 """Scores of a teacher for training rows: what `--knowledge_distillation` learns from.
 
 python -m flagembedding_matryoshka.finetune.teacher_scores --input train.jsonl --output scored.jsonl --model NAME
+
+`flagembedding-matryoshka score` is another command: it scores pairs with a re-ranker.
 """
 
 from __future__ import annotations
