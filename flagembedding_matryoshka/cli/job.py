@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from tqdm import tqdm
 
 from flagembedding_matryoshka.cli.output import Output, open_output
-from flagembedding_matryoshka.cli.rows import Row, read
+from flagembedding_matryoshka.cli.rows import Row, read, without
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.text.lines import STANDARD_INPUT, parse
@@ -119,7 +119,7 @@ def run_job(
         parser.error(f"--ray {options.ray}: so many workers cannot be")
     if source != STANDARD_INPUT and source.resolve() == options.output.resolve():
         parser.error(f"--output {options.output} is the input")
-    rows = partial(read, source, kind.as_row)
+    rows = partial(read, source, lambda value: without(kind.as_row(value), kind.result))
     total = sum(1 for _ in rows()) if source.is_file() else None
     given = given_options(options)
     settings = {"command": kind.__name__.lower(), "model": options.model, **given, **call}

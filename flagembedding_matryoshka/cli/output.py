@@ -60,11 +60,10 @@ class FileOutput:
         if path.exists():
             if not beside.is_file():
                 raise ValueError(f"{path} is there, and is not of a run that could be continued: name another file.")
-            before = beside.read_text(encoding="utf-8")
-            if before != text:
+            if difference := _difference(beside, json.loads(text)):
                 raise ValueError(
-                    f"{path} was written with other settings, those of {beside}: {_difference(before, text)}. Name "
-                    "another file, or remove it."
+                    f"{path} was written with other settings, those of {beside}: {difference}. Name another file, or "
+                    "remove it."
                 )
             self.end = _end_of_lines(path)
             os.truncate(path, self.end)
@@ -111,8 +110,19 @@ def _end_of_lines(path: Path) -> int:
     return 0
 
 
-def _difference(before: str, after: str) -> str:
-    """The first setting in which two runs differ."""
-    old, new = json.loads(before), json.loads(after)
-    name = next(name for name in (*old, *new) if old.get(name) != new.get(name))
-    return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+def _difference(before: Path, new: Mapping[str, Any]) -> str | None:
+    """The first setting in which two runs differ; None where all are the same, however they are laid out.
+
+    Raises:
+        ValueError: if the file of those before holds no settings.
+    """
+    try:
+        old = json.loads(before.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{before} is no JSON: {error}") from error
+    if not isinstance(old, dict):
+        raise ValueError(f"{before} holds no object of settings.")
+    for name in (*old, *new):
+        if (name in old, old.get(name)) != (name in new, new.get(name)):
+            return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -37,7 +38,7 @@ def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
             row = {} if fault else as_row(value)
         except ValueError as error:
             fault = str(error)
-        if fault:
+        if fault or (fault := _number_fault(row)):
             raise ValueError(f"{path}, line {number}: {fault}")
         yield row
 
@@ -98,6 +99,26 @@ def name_of(row: Row, names: Sequence[str]) -> str:
 def text_of(document: Any) -> Any:
     """The text of a document that is an object, or the document itself."""
     return document.get("text") if isinstance(document, dict) else document
+
+
+def without(row: Row, result: str) -> Row:
+    """The row, in whose line the result will be called so.
+
+    Raises:
+        ValueError: if something of the row is.
+    """
+    if result in row:
+        raise ValueError(f"{result!r} is what the result is called, and the row has one: {excerpt(row[result])}")
+    return row
+
+
+def _number_fault(row: Row) -> str | None:
+    """What is wrong with a row's numbers, which are written back."""
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError as error:
+        return f"NaN and infinity are no numbers of JSON ({error})"
+    return None
 
 
 def _with_query(value: Any) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -121,7 +122,7 @@ class Engine:
             what waits for the scores: for each cutoff layer, in the order asked for, a score for each pair.
 
         Raises:
-            ArithmeticError: when waiting, if a score is not a number.
+            ArithmeticError: when waiting, if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit.
         """
         scores, start = [], 0
@@ -139,7 +140,7 @@ class Engine:
 
         def wait() -> list[list[float]]:
             found = torch.cat(scores, dim=1).cpu()
-            self._refuse_nan(found, names)
+            self._refuse_no_number(found, names)
             return found.tolist()
 
         return wait
@@ -207,7 +208,7 @@ class Engine:
                 self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
                 continue
             self._limit.fitted()
-            self._refuse_nan(scores[None], list(chain(*names)))
+            self._refuse_no_number(scores[None], list(chain(*names)))
             return list(zip(scores.tolist(), exits.tolist(), strict=True))
 
     def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
@@ -237,12 +238,15 @@ class Engine:
         with self._adapted(setting.compress_ratio):
             return self.model.scores(states, setting, (layer,))[0].cpu()
 
-    def _refuse_nan(self, scores: torch.Tensor, names: Sequence[int]) -> None:
-        """Raise ArithmeticError if one of (exits, pairs) scores is not a number: no order would mean anything."""
-        broken = scores.isnan().any(0).nonzero()[:, 0].tolist()
+    def _refuse_no_number(self, scores: torch.Tensor, names: Sequence[int]) -> None:
+        """Raise ArithmeticError if one of (exits, pairs) scores is not finite: no order would mean anything."""
+        wrong = ~scores.isfinite()
+        broken = wrong.any(0).nonzero()[:, 0].tolist()
         if broken:
+            value = scores[:, broken[0]][wrong[:, broken[0]]][0].item()
             raise ArithmeticError(
-                f"pair {names[broken[0]]} has a score that is not a number, computed in {self.model.dtype}"
+                f"pair {names[broken[0]]} has a score that is {'not a number' if math.isnan(value) else value}, "
+                f"computed in {self.model.dtype}"
                 f"{f', and {len(broken) - 1} more in its batch' if len(broken) > 1 else ''}. float16 overflows where "
                 "bfloat16 does not; or the weights are damaged."
             )

@@ -41,16 +41,13 @@ class HostedReranker(AbsReranker):
     @contextmanager
     def calling_between_batches(self, callback: Callable[[], None]) -> Iterator[None]:
         """Cascades that start inside, and what runs until a deadline, call `callback` before each of their batches;
-        what it raises ends them. Meanwhile the model may compute something else. Workers of several devices call
-        nobody."""
-        if isinstance(self._engine, WorkerPool):
-            yield
-            return
-        before, self._engine.between_batches = self._engine.between_batches, callback
+        what it raises ends them. Meanwhile the model may compute something else."""
+        engine: Any = self._engine
+        before, engine.between_batches = engine.between_batches, callback
         try:
             yield
         finally:
-            self._engine.between_batches = before
+            engine.between_batches = before
 
     def compute_score_single_gpu(
         self,

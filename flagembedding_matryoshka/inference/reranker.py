@@ -198,7 +198,7 @@ class MatryoshkaReranker(RankingReranker):
             the order asked for. No pairs: an empty list.
 
         Raises:
-            ArithmeticError: if a score is not a number.
+            ArithmeticError: if a score is not a finite number.
             TypeError: if a text is not a string, a pair is not a pair, a keyword is unknown, or one that says how texts
                 become tokens is given beside pairs that are tokenised.
             ValueError: if the layers, ratio or lengths asked for do not fit the model, or there is no such device.

@@ -4,79 +4,23 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import pickle
 import shutil
-import signal
 import threading
-import traceback
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Generator, Iterable, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.worker import Assignment, RunEnded, Worker
+from flagembedding_matryoshka.inference.worker_process import work
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 SHARED_MEMORY = Path("/dev/shm")
-SECONDS_TO_LEAVE = 5.0
 logger = logging.getLogger(__name__)
-
-
-class RemoteTraceback(Exception):
-    """Where in a worker its exception was raised."""
-
-
-class TaskFailed(Exception):
-    """A worker has raised `error`, and lives.
-
-    Attributes:
-        error: what it raised; its cause holds the worker's traceback.
-    """
-
-    def __init__(self, error: Exception, where: str) -> None:
-        super().__init__(error, where)
-        self.error = error
-        error.__cause__ = RemoteTraceback(where)
-
-
-@dataclass(eq=False)
-class Worker:
-    """The parent's side of a process.
-
-    Attributes:
-        loaded: whether it has the model.
-        ready: whether it has that and has answered all that it was sent.
-        task: number of the task that it computes.
-        forgotten: whether nobody waits for the answer that it owes.
-    """
-
-    device: str
-    process: SpawnProcess
-    connection: Connection
-    loaded: bool = False
-    ready: bool = False
-    task: int | None = None
-    forgotten: bool = False
-
-    def forget(self) -> None:
-        """Go on computing; the answer will be thrown away."""
-        self.forgotten = self.task is not None
-        self.task = None
-
-    def end(self) -> int | None:
-        """Its exit code, once it has left by itself or been killed."""
-        self.connection.close()
-        self.process.join(SECONDS_TO_LEAVE)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        return self.process.exitcode
 
 
 class WorkerPool:
@@ -89,87 +33,116 @@ class WorkerPool:
     Args:
         devices: may name one several times.
         compile: see `Engine`.
+
+    Attributes:
+        between_batches: as that of `Engine`, in the thread of the run; None is nothing to be called. Meanwhile the
+            workers can be used by other threads.
     """
 
     def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str], compile: bool = False) -> None:
+        self.between_batches: Callable[[], None] | None = None
         self._model = model
         self._compile = compile
         self._devices = list(devices)
         self._workers: list[Worker] = []
+        self._last_death = ""
         self._lock = threading.Lock()
 
     def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
         """(number, result) of each task, as they finish; a worker that is free takes the next.
 
-        Calls from several threads take turns. Workers outlive what their tasks raise; what is not consumed to its end,
-        or interrupted, stops them at once.
+        Calls from several threads take turns, whole or between a cascade's batches. Workers outlive what their tasks
+        or `between_batches` raise; what is not consumed to its end, or interrupted, stops them at once.
 
         Args:
             device: None is all of them.
 
         Raises:
             RuntimeError: if workers died and none is left to do their tasks, or one task killed two.
-            Exception: what a worker raised; its cause holds the worker's traceback.
+            Exception: what `between_batches` raised, or a worker; then its cause holds the worker's traceback.
         """
+        given: list[Assignment] = []
         with self._lock:
             self._start()
             try:
-                yield from self._run(tasks, [worker for worker in self._workers if device in (None, worker.device)])
-            except TaskFailed as failed:
+                yield from self._run(tasks, device, given)
+            except RunEnded as ended:
+                for assignment in given:
+                    assignment.is_abandoned = True
                 for worker in self._workers:
-                    worker.forget()
-                raise failed.error from failed.error.__cause__
+                    if worker.is_between(given):
+                        worker.resume()
+                raise ended.error from ended.error.__cause__
             except BaseException:
                 self._stop(kill=True)
                 raise
 
-    def _run(self, tasks: Iterable[Task], workers: list[Worker]) -> Generator[tuple[int, Any], None, None]:
-        source = enumerate(tasks)
+    def _run(
+        self, tasks: Iterable[Task], device: str | None, given: list[Assignment]
+    ) -> Generator[tuple[int, Any], None, None]:
+        between, source = self.between_batches, enumerate(tasks)
         upcoming = next(source, None)
         returned: deque[tuple[int, Task]] = deque()
-        given: dict[int, Task] = {}
         deaths: dict[int, str] = {}
-        while upcoming or returned or given:
-            for worker in [worker for worker in workers if worker.ready]:
+        while True:
+            for worker in self._workers[:]:
+                if between is not None and worker.is_between(given):
+                    self._call_without_lock(between)
+                    if worker in self._workers and worker.is_between(given):
+                        worker.resume()
+            for assignment in given[:]:
+                if assignment.death is not None:
+                    given.remove(assignment)
+                    returned.append((assignment.number, assignment.task))
+                    _refuse_second(deaths, assignment)
+                elif assignment.answer is not None:
+                    given.remove(assignment)
+                    if assignment.answer.error is not None:
+                        raise RunEnded(assignment.answer.error)
+                    yield assignment.number, assignment.answer.result
+            if not (upcoming or returned or given):
+                return
+            workers = [worker for worker in self._workers if device in (None, worker.device)]
+            if not workers:
+                raise RuntimeError(f"no worker is left; the last was {self._last_death}.")
+            for worker in [worker for worker in workers if worker.ready and not worker.is_between(given)]:
                 if returned:
                     following = returned.popleft()
                 elif upcoming:
                     following, upcoming = upcoming, next(source, None)
                 else:
                     break
-                worker.task, worker.ready = following[0], False
-                given[worker.task] = following[1]
-                _send(worker, following[1])
-            for connection in wait([worker.connection for worker in workers if not worker.ready]):
-                worker = next(worker for worker in workers if worker.connection is connection)
-                try:
-                    result, error = worker.connection.recv()
-                except (EOFError, OSError):
-                    workers.remove(worker)
-                    report = self._bury(worker)
-                    if (number := worker.task) is not None:
-                        if number in deaths:
-                            raise RuntimeError(
-                                f"a batch killed two workers: {deaths[number]}, {report}. A lower "
-                                "max_tokens_per_batch may help."
-                            ) from None
-                        deaths[number] = report
-                        returned.append((number, given.pop(number)))
-                    if not workers:
-                        raise RuntimeError(f"no worker is left; the last was {report}.") from None
-                    logger.warning("A worker is lost, the others go on with its work: %s.", report)
-                    continue
-                failed = error and TaskFailed(error[0], f"in the worker of {worker.device}\n{error[1]}")
-                if failed and not worker.loaded:
-                    raise failed.error
-                number, is_awaited = worker.task, worker.loaded and not worker.forgotten
-                worker.loaded = worker.ready = True
-                worker.task, worker.forgotten = None, False
-                if is_awaited and failed:
-                    raise failed
-                if is_awaited and number is not None:
-                    del given[number]
-                    yield number, result
+                given.append(Assignment(*following))
+                worker.give(given[-1], pauses=between is not None)
+            self._hear([worker for worker in workers if not worker.ready])
+
+    def _hear(self, workers: Sequence[Worker]) -> None:
+        """Take in what these say, once one of them says something."""
+        for connection in wait([worker.connection for worker in workers]):
+            worker = next(worker for worker in workers if worker.connection is connection)
+            try:
+                worker.read()
+            except (EOFError, OSError):
+                self._bury(worker)
+                logger.warning("A worker is lost, the others go on with its work: %s.", self._last_death)
+            except RunEnded:
+                self._bury(worker)
+                raise
+
+    def _call_without_lock(self, between: Callable[[], None]) -> None:
+        self._lock.release()
+        try:
+            between()
+        except Exception as error:
+            raise RunEnded(error) from None
+        finally:
+            self._lock.acquire()
+
+    def _bury(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        self._last_death = f"that of {worker.device}, which died with exit code {worker.end()}"
+        for assignment in worker.assignments:
+            assignment.death = self._last_death
 
     def close(self) -> None:
         """End the workers; the next task starts new ones."""
@@ -194,7 +167,7 @@ class WorkerPool:
         for device in missing:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work,
+                target=work,
                 args=(theirs, self._model, device, threads, self._compile),
                 name=f"worker {device}",
                 daemon=True,
@@ -213,50 +186,21 @@ class WorkerPool:
             )
         self._model.share_memory()
 
-    def _bury(self, worker: Worker) -> str:
-        self._workers.remove(worker)
-        return f"that of {worker.device}, which died with exit code {worker.end()}"
-
     def _stop(self, kill: bool) -> None:
         for worker in self._workers:
             if kill:
                 worker.process.kill()
             worker.connection.close()
-        for worker in self._workers:
-            worker.end()
-        self._workers = []
+        for worker in self._workers[:]:
+            self._bury(worker)
 
 
-def _send(worker: Worker, task: Task) -> None:
-    with suppress(OSError):  # it is dead, which reading from it tells
-        worker.connection.send(task)
-
-
-def _work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int, compile: bool) -> None:
-    """What a worker does until the other end of `connection` is closed: answer (result, None) or (None, error)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    with suppress(EOFError, ConnectionError):  # closed, or its owner is gone
-        try:
-            engine = Engine(model.to(device), compile)  # type: ignore[arg-type]
-        except Exception as error:
-            connection.send((None, _portable(error)))
-            return
-        connection.send((None, None))
-        while True:
-            task: Task = connection.recv()
-            try:
-                answer: tuple[Any, Any] = task.start(engine)(), None
-            except Exception as error:
-                answer = None, _portable(error)
-            connection.send(answer)
-
-
-def _portable(error: Exception) -> tuple[Exception, str]:
-    """An exception that survives the way to another process, and its traceback."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(repr(error)), text
-    return error, text
+def _refuse_second(deaths: dict[int, str], assignment: Assignment) -> None:
+    """Raise RuntimeError if this task has killed a worker before."""
+    assert assignment.death is not None
+    if assignment.number in deaths:
+        raise RuntimeError(
+            f"a batch killed two workers: {deaths[assignment.number]}, {assignment.death}. A lower "
+            "max_tokens_per_batch may help."
+        )
+    deaths[assignment.number] = assignment.death

@@ -113,18 +113,22 @@ def load_cross_encoder(
         kwargs: others of CrossEncoder, as `device`, `model_kwargs={"dtype": …}`, `revision` and `token`.
 
     Raises:
-        TypeError: on arguments that CrossEncoder has not, or that would do nothing here.
+        TypeError: on arguments that CrossEncoder has not, that would do nothing here, or that are given twice.
         ValueError: as `MatryoshkaModule.load`.
     """
-    kwargs = {FIRST_NAMES.get(name, name): value for name, value in kwargs.items()}
+    kwargs = _renamed(kwargs)
     if refused := sorted({"modules", "classifier_dropout", "keep_in_fp32_modules"} & kwargs.keys()):
         raise TypeError(f"{refused}: a checkpoint of ours has its own modules, and no dropout or format in its heads.")
     of_loading = {name: kwargs.pop(name) for name in (*HUB, *KWARGS) if kwargs.get(name) is not None}
     of_loading.setdefault("cache_folder", os.getenv("SENTENCE_TRANSFORMERS_HOME"))
-    if max_length is not None:
-        of_loading["processor_kwargs"] = {**of_loading.get("processor_kwargs", {}), "model_max_length": max_length}
-    if num_labels is not None:
-        of_loading["config_kwargs"] = {**of_loading.get("config_kwargs", {}), "num_labels": num_labels}
+    for name, value, place, inner in (
+        ("max_length", max_length, "processor_kwargs", "model_max_length"),
+        ("num_labels", num_labels, "config_kwargs", "num_labels"),
+    ):
+        if value is not None:
+            if inner in (others := of_loading.get(place, {})):
+                raise TypeError(f"{name}={value} and {place}'s {inner}={others[inner]!r} are one; give one.")
+            of_loading[place] = {**others, inner: value}
     module = MatryoshkaModule.load(str(path), backend=backend, **of_loading)
     saved = _saved_config(str(path), of_loading)
     return MatryoshkaCrossEncoder(
@@ -136,6 +140,23 @@ def load_cross_encoder(
         trust_remote_code=of_loading.get("trust_remote_code", False),
         **kwargs,
     )
+
+
+def _renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments under the names of today, without those of old that are None.
+
+    Raises:
+        TypeError: if one is given under two names.
+    """
+    found = {name: value for name, value in given.items() if name not in FIRST_NAMES}
+    names = {name: name for name, value in found.items() if value is not None}
+    for first, name in FIRST_NAMES.items():
+        if given.get(first) is None:
+            continue
+        if name in names:
+            raise TypeError(f"{first} and {names[name]} are one argument with two names; give one.")
+        found[name], names[name] = given[first], first
+    return found
 
 
 def _saved_config(path: str, of_loading: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions
+from flagembedding_matryoshka.inference.options import CALIBRATED, DEPTH_AND_WIDTH, ScoringOptions
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import as_stages
 
@@ -31,7 +31,8 @@ class Ranking:
         reranker: or the path of one, which `load` loads.
         meta_fields_to_embed: metadata that stands before a text, where there is some of that name.
         embedding_separator: what stands between them.
-        score_threshold: texts with a lower score are left out; of the scores that are returned.
+        score_threshold: texts with a lower score are left out; of the scores that are returned, which mean the same at
+            the several exits of a cascade or a deadline only with `normalize="calibrated"`.
         options: what `MatryoshkaReranker.rank` takes: `cutoff_layers`, `compress_layers`, `compress_ratio`, `cascade`,
             `normalize`, …; with a path also what its constructor takes: `devices` (or `device`), `dtype`, `budget`,
             `token`, `revision`, … None keeps a default.
@@ -90,6 +91,7 @@ class Ranking:
 
     def check(self, top_k: int | None = None) -> None:
         """Load the re-ranker, and raise what `rank` raises with these options."""
+        self._refuse_several_exits(self.score_threshold, self.options)
         self.load().rank("", [], top_k, **self.options)
 
     def __call__(
@@ -107,13 +109,34 @@ class Ranking:
             contents: None is a text that is empty but for its metadata.
             metadata: of each of them.
             overrides: of `MatryoshkaReranker.rank`; as with `score_threshold`, None keeps the ranking's own.
+
+        Raises:
+            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `score_threshold` would be compared
+                with scores of different exits.
         """
         least = self.score_threshold if score_threshold is None else _threshold(score_threshold)
         texts = [self._text(content, found) for content, found in self._described(contents, metadata)]
         given = {name: value for name, value in overrides.items() if value is not None}
+        self._refuse_several_exits(least, self.options | given)
         hits = self.load().rank(query, texts, top_k, **self.options | given)
         found = [(int(hit["corpus_id"]), float(hit["score"])) for hit in hits]
         return [(index, score) for index, score in found if least is None or score >= least]
+
+    def _refuse_several_exits(self, least: float | None, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if scores that do not mean the same are compared with `least`."""
+        if least is None or math.isinf(least):
+            return
+        reranker = self.load()
+        normalize = reranker.normalize if options.get("normalize") is None else options["normalize"]
+        of_setting = {name: options[name] for name in options if name not in ("show_progress_bar", "deadline_ms")}
+        cascade = dict(reranker.setting(**of_setting).cascade)
+        deadline = options.get("deadline_ms")
+        several = [f"cascade={cascade}"] * bool(cascade) + [f"deadline_ms={deadline}"] * (deadline is not None)
+        if several and normalize != CALIBRATED:
+            raise ValueError(
+                f"score_threshold={least} beside {' and '.join(several)}: scores of different exits do not mean the "
+                f"same, unless normalize={CALIBRATED!r}."
+            )
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's, as JSON can hold them but for the keys of a cascade.

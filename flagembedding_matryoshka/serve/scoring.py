@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,7 +13,7 @@ from flagembedding_matryoshka.inference.chunking import CutDocument
 from flagembedding_matryoshka.inference.counting import count_input_tokens
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_chunks
-from flagembedding_matryoshka.serve.shortening import Lengths, shorten
+from flagembedding_matryoshka.serve.shortening import Lengths, Shortener
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
@@ -99,6 +99,7 @@ class Scorer:
     def __init__(self, reranker: MatryoshkaReranker) -> None:
         self.reranker = reranker
         self.hurried = 0
+        self._shortener = Shortener(reranker)
 
     @property
     def max_tokens(self) -> int:
@@ -121,14 +122,23 @@ class Scorer:
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
-                `shorten`.
+                `Shortener.shorten`.
         """
         setting = self.reranker.setting(**asked)
-        query, texts = shorten(self.reranker, query, documents, lengths)
+        short = self._shortener.shorten(query, documents, lengths)
         if chunks is None:
-            pairs = self.reranker.tokenize([(query, text) for text in texts])
+            pairs = self.reranker.tokenize([(short.query, text) for text in short.documents])
+            pairs = [
+                replace(pair, passage_is_cut=pair.passage_is_cut or is_cut)
+                for pair, is_cut in zip(pairs, short.is_cut, strict=True)
+            ]
             return Work(setting, pairs, *count_input_tokens(pairs))
-        cut = self.reranker.cut_chunks(query, texts, **chunks)
+        cut = [
+            document._replace(is_truncated=document.is_truncated or is_cut)
+            for document, is_cut in zip(
+                self.reranker.cut_chunks(short.query, short.documents, **chunks), short.is_cut, strict=True
+            )
+        ]
         pairs = [chunk.pair for document in cut for chunk in document.chunks]
         return Work(setting, pairs, *count_input_tokens(pairs), cut)
 

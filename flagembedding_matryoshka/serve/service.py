@@ -16,24 +16,20 @@ import torch
 from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve.answers import Scored
 from flagembedding_matryoshka.serve.batching import Batcher
+from flagembedding_matryoshka.serve.bodies import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Bodies
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.schemas import Request as Asked
 from flagembedding_matryoshka.serve.schemas import parse
 from flagembedding_matryoshka.serve.scoring import Scorer, Work, check_degrade_to, is_shallower
 from flagembedding_matryoshka.serve.shortening import Lengths
 
-RETRY_AFTER = {"Retry-After": "1"}
-CLOSE = {"Connection": "close"}
-BODIES_AT_ONCE = 32
 MOST_NAMES = 1000
 DEGRADE_ABOVE = 0.5
 """Share of the requests that may wait or be computed."""
-CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -44,7 +40,8 @@ class Limits:
 
     Attributes:
         documents: in a request, or chunks of them, at most, else 422.
-        body_bytes: of a request, at most, else 413; of all that are being read, 32 times as many, else 429.
+        body_bytes: of a request, at most, else 413; of all that are being read, 32 times as many, else 429 for the
+            oldest of them.
         requests: that wait or are computed at one time, at most, else 429.
         batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
         body_seconds: from a request's header to the end of its body, at most, else 408.
@@ -76,7 +73,7 @@ class Service:
         self._scorer: Scorer | None = None
         self._batcher: Batcher | None = None
         self._in_flight = 0
-        self._bytes_in_flight = 0
+        self._bodies = Bodies(limits.body_bytes, limits.body_seconds)
         self._unknown_fields: set[str] = set()
 
     @asynccontextmanager
@@ -143,13 +140,7 @@ class Service:
             raise HTTPException(429, f"{self._in_flight} requests are being served; try again later", RETRY_AFTER)
 
     async def _read(self, request: Request, form: TypeAdapter[Asked]) -> Asked:
-        try:
-            body = await asyncio.wait_for(self._read_body(request), self.limits.body_seconds)
-        except asyncio.TimeoutError as error:
-            message = f"the body did not arrive within {self.limits.body_seconds:g} seconds"
-            raise HTTPException(408, message, CLOSE) from error
-        except ClientDisconnect as error:
-            raise CLIENT_CLOSED_REQUEST from error
+        body = await self._bodies.read(request)
         try:
             asked = await asyncio.to_thread(parse, body, form)
         except ValueError as error:
@@ -158,27 +149,6 @@ class Service:
             raise HTTPException(422, f"{documents} documents are more than {self.limits.documents}")
         self._note_unknown(asked)
         return asked
-
-    async def _read_body(self, request: Request) -> bytes:
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding.lower() != "identity":
-            raise HTTPException(415, f"a body with Content-Encoding {encoding!r:.40} is not read; send it as it is")
-        too_large = HTTPException(413, f"the body is larger than {self.limits.body_bytes} bytes", CLOSE)
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.limits.body_bytes:
-            raise too_large
-        body = bytearray()
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                self._bytes_in_flight += len(chunk)
-                if len(body) > self.limits.body_bytes:
-                    raise too_large
-                if self._bytes_in_flight > BODIES_AT_ONCE * self.limits.body_bytes:
-                    raise HTTPException(429, "too many large requests arrive; try again later", RETRY_AFTER | CLOSE)
-            return bytes(body)
-        finally:
-            self._bytes_in_flight -= len(body)
 
     def _note_unknown(self, asked: Asked) -> None:
         """Log fields that do nothing, each once."""

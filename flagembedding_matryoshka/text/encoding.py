@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 Ids: TypeAlias = NDArray[np.int32]
 
+BEHIND_WORD = re.compile(r"(?<=\S)\s")
 SURROGATES = re.compile("[\ud800-\udfff]")
 CHARACTERS_AT_ONCE = 1_000_000
 """Tokenised in one call: a tokenizer's own results take a hundred times the memory of the ids."""
@@ -95,6 +96,45 @@ class TextEncoder:
             size *= 4
         # Copies: a view would hold on to all that was tokenised.
         return [found[index][:tokens].copy() for index in range(len(texts))]
+
+    def cut(self, text: str, tokens: int, keep_end: bool = False) -> str:
+        """`text` up to the end of its first `tokens` tokens, or from the start of its last ones; as it is, where it has
+        no more. Of a long text no more is tokenised than that takes, as in `beginnings`.
+
+        Raises:
+            ValueError: if the tokenizer does not say where its tokens stand.
+        """
+        whole, size = whole_characters(text), (max(0, tokens) + MARGIN) * CHARACTERS
+        while True:
+            parts = [whole[start:] for start in _starts(whole, size)] if keep_end else []
+            parts = parts or [whole[:end] for end in _ends(whole, size)]
+            if len(whole) <= 2 * sum(map(len, parts)):
+                parts = [whole]
+            first, *others = (self._lengths(part, keep_end) for part in parts)
+            if not others:
+                break
+            agree = all(np.array_equal(first[:tokens], other[:tokens]) for other in others)
+            if agree and all(len(lengths) >= tokens + MARGIN for lengths in (first, *others)):
+                break
+            size *= 4
+        if len(first) <= tokens:
+            return text
+        length = int(first[tokens - 1]) if tokens > 0 else 0
+        return whole[len(whole) - length :] if keep_end else whole[:length]
+
+    def _lengths(self, text: str, from_end: bool) -> NDArray[np.int64]:
+        """(tokens,) int64: characters up to the end of each token, or from the start of each, the last one first."""
+        offsets = self.offsets(text)
+        return len(text) - offsets[::-1, 0] if from_end else offsets[:, 1]
+
+
+def _starts(text: str, size: int) -> list[int]:
+    """Where to cut what is in front of the last `size` characters off, by the same reasons as `_ends`."""
+    found = [BEHIND_WORD.search(text, max(0, len(text) - end)) for end in (size, 2 * size)]
+    behind_words = [len(text) if place is None else place.start() for place in found]
+    if behind_words[1] < behind_words[0] <= len(text) - size // 2:
+        return behind_words
+    return [max(0, len(text) - end) for end in range(size, size + NEIGHBOURS)]
 
 
 def _ends(text: str, size: int) -> list[int]:

@@ -51,6 +51,17 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == other
 
 
+def test_the_same_settings_in_another_layout_are_the_same(tmp_path):
+    path, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
+    FileOutput(path, SETTINGS).append(["a"])
+    beside.write_text(json.dumps(dict(reversed(SETTINGS.items()))))
+    assert list(FileOutput(path, SETTINGS).lines()) == ["a\n"]
+    for text, said in (("{", "is no JSON"), ("[]", "holds no object of settings")):
+        beside.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            FileOutput(path, SETTINGS)
+
+
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("not ours")

@@ -63,6 +63,8 @@ def test_what_a_file_without_a_suffix_begins_with_says_what_it_is(tmp_path):
             "document 1 must be a string or an object with a text, got 1",
         ),
         (as_list, '{"query": "q", "documents": [{"id": 1}]}', "document 0 must be a string or an object with a text"),
+        (as_pair, '{"query": "q", "passage": "p", "weight": NaN}', "NaN and infinity are no numbers of JSON"),
+        (as_list, '{"query": "q", "documents": [{"text": "d", "x": [-Infinity]}]}', "NaN and infinity are no numbers"),
         (as_list, "[]", "a query and its documents are wanted, got an empty array"),
         (as_list, "3", "an object or an array is wanted, got 3"),
     ],

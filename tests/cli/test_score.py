@@ -124,6 +124,12 @@ def test_other_settings_are_refused(desk):
         main(desk.words("--cutoff_layers", "3"))
 
 
+def test_a_row_that_has_a_score_is_refused(desk):
+    desk.write([["wing", "air"], {"query": "wing", "passage": "air", "score": 3}])
+    with pytest.raises(ValueError, match="line 2: 'score' is what the result is called, and the row has one: 3"):
+        main(desk.words())
+
+
 def test_a_bad_line_of_a_file_is_named_before_anything_is_computed(desk):
     desk.write([*PAIRS, {"query": "wing"}])
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 13: one of passage and document is wanted"):

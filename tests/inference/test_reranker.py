@@ -408,6 +408,16 @@ def test_what_is_quantized_is_not_exported(tiny_layerwise_path, tmp_path):
         small.export(str(tmp_path))
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_an_error(tiny_layerwise_path, value):
+    broken = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    with torch.no_grad():
+        head = broken.model.lm_head[-1].linear_head.weight
+        head.fill_(value)
+    with pytest.raises(ArithmeticError, match=r"pair 0 has a score that is (-?inf|not a number), computed in"):
+        broken.compute_score([("a wing", "air")])
+
+
 @pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu"]])
 def test_a_score_that_is_no_number_is_an_error(tiny_layerwise_path, devices):
     with MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=devices) as broken:

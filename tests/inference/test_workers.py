@@ -235,6 +235,67 @@ def test_an_interrupted_call_stops_the_workers_at_once(one, two):
     close(two.compute_score(PAIRS), one.compute_score(PAIRS))
 
 
+CASCADE = {"cascade": {2: 0.5, 4: 0.3}}
+
+
+def test_between_a_cascades_batches_others_are_computed(one, two):
+    expected = one.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE), one.compute_score(PAIRS)
+    scores, ranked = [], []
+    with ThreadPoolExecutor(1) as pool:
+
+        def others():
+            if threading.current_thread() is threading.main_thread():  # else it is between those of the other cascade
+                scores.append(pool.submit(two.compute_score, PAIRS).result(60))
+                ranked.append(pool.submit(two.rank_batch, QUERIES, [PASSAGES] * 2, **CASCADE).result(60))
+
+        with two.calling_between_batches(others):
+            found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=2)
+    assert len(scores) >= 6
+    for ranking in (found, *ranked):
+        for hits, alone in zip(ranking, expected[0], strict=True):
+            assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
+            close([hit["score"] for hit in hits], [hit["score"] for hit in alone])
+    for values in scores:
+        close(values, expected[1])
+
+
+def test_what_is_raised_between_batches_ends_a_cascade_and_no_worker(one, two):
+    score_until_all_are_ready(two)
+    before, calls = processes(two), []
+
+    def enough():
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise InterruptedError("nobody waits")
+
+    for count in (3, 6):
+        with two.calling_between_batches(enough), pytest.raises(InterruptedError, match="nobody waits"):
+            two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=1)
+        assert len(calls) == count
+        close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+    assert processes(two) == before and all(process.is_alive() for process in before)
+    assert not any(worker.assignments for worker in two._engine._workers)
+
+
+def test_a_worker_that_dies_between_batches_is_replaced_for_all(one, two):
+    score_until_all_are_ready(two)
+    scores = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def others():
+            if not scores:
+                paused = next(worker for worker in two._engine._workers if worker.is_paused)
+                paused.process.kill()
+            scores.append(pool.submit(two.compute_score, PAIRS).result(60))
+
+        with two.calling_between_batches(others):
+            found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE)
+    for hits, alone in zip(found, one.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE), strict=True):
+        assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
+    for values in scores:
+        close(values, one.compute_score(PAIRS))
+
+
 def test_too_little_shared_memory_is_said(tiny_layerwise_path, monkeypatch):
     if not SHARED_MEMORY.exists():
         pytest.skip(f"no {SHARED_MEMORY} here")

@@ -73,6 +73,13 @@ def test_scores_are_scaled_and_cut(reranker):
     assert ranker.run(QUERY, DOCUMENTS, score_threshold=1.5)["documents"] == []
 
 
+@pytest.mark.parametrize("options", [{"cascade": {3: 0.5}}, {"deadline_ms": 1000}])
+def test_no_threshold_holds_at_several_exits(reranker, options):
+    with pytest.raises(ValueError, match=r"score_threshold=0.5 beside \w+=.*: scores of different exits do not mean"):
+        MatryoshkaRanker(reranker, score_threshold=0.5, **options).run(QUERY, DOCUMENTS)
+    assert MatryoshkaRanker(reranker, **options).run(QUERY, DOCUMENTS)["documents"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -261,3 +261,16 @@ def test_the_arguments_of_a_cross_encoder_do_what_they_say(load, tiny_layerwise_
     ):
         with pytest.raises(ValueError, match=message):
             load(path, device="cpu", **refused)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tokenizer_args": {}, "processor_kwargs": {}}, "tokenizer_args and processor_kwargs are one argument"),
+        ({"tokenizer_args": {}, "tokenizer_kwargs": {}}, "tokenizer_kwargs and tokenizer_args are one argument"),
+        ({"max_length": 8, "tokenizer_args": {"model_max_length": 9}}, "max_length=8 and processor_kwargs's"),
+    ],
+)
+def test_an_argument_is_given_once(given, said, tiny_layerwise_path):
+    with pytest.raises(TypeError, match=said):
+        load_cross_encoder(str(tiny_layerwise_path), **given)

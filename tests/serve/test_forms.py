@@ -1,11 +1,13 @@
 """What clients of several makers send, and what they read."""
 
+import json
 import logging
 
 import pytest
 
-from flagembedding_matryoshka.serve import scoring
 from flagembedding_matryoshka.serve.service import Limits
+from flagembedding_matryoshka.serve.shortening import Shortener
+from flagembedding_matryoshka.text.encoding import TextEncoder
 from tests.serve.conftest import client_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,13 +27,14 @@ def tokens_of(reranker, query, text):
 @pytest.fixture
 def computed(reranker, monkeypatch):
     """(query, documents) of what the model computes."""
-    calls, shorten = [], scoring.shorten
+    calls, shorten = [], Shortener.shorten
 
     def noting(*arguments):
-        calls.append(shorten(*arguments))
-        return calls[-1]
+        found = shorten(*arguments)
+        calls.append((found.query, found.documents))
+        return found
 
-    monkeypatch.setattr(scoring, "shorten", noting)
+    monkeypatch.setattr(Shortener, "shorten", noting)
     return calls
 
 
@@ -193,6 +196,39 @@ def test_what_was_cut_says_so(client, form):
     assert {result["index"]: result.get("is_truncated") for result in results} == {0: None, 1: True}
     scores = client.post("/score", json={"text_1": QUERY, "text_2": ["air", "wing " * 100]}).json()["data"]
     assert [score.get("is_truncated") for score in scores] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("asked", "cut"),
+    [
+        ({"max_tokens_per_doc": 4}, [None, True]),
+        ({"max_tokens_per_doc": 4, "truncation_side": "left"}, [None, True]),
+        ({"max_tokens_per_doc": 4, "overlap": 0}, [None, True]),
+        ({"max_tokens_per_query": 2}, [True, True]),
+        ({"max_tokens_per_query": 2, "max_chunks_per_doc": 3}, [True, True]),
+        ({"truncate_prompt_tokens": 30}, [None, True]),
+        ({"truncate_prompt_tokens": 60, "max_tokens_per_doc": 40}, [None, None]),
+    ],
+)
+@pytest.mark.parametrize("text", ["wing " * 9, "wing\ud83d\ude00 " * 6])
+def test_what_a_request_itself_cuts_says_so(client, asked, cut, text):
+    body = {"query": QUERY, "documents": ["air", text]} | asked
+    answer = client.post("/rerank", content=json.dumps(body))
+    assert answer.status_code == 200, answer.text
+    results = sorted(answer.json()["results"], key=lambda result: result["index"])
+    assert [result.get("is_truncated") for result in results] == cut
+
+
+@pytest.mark.parametrize(
+    "asked", [{"max_tokens_per_doc": 4}, {"truncate_prompt_tokens": 40}, {"truncation_side": "left"}]
+)
+def test_a_very_long_document_is_tokenised_no_further_than_it_is_read(client, tokenized_texts, monkeypatch, asked):
+    offsets = TextEncoder.offsets
+    monkeypatch.setattr(TextEncoder, "offsets", lambda self, text: tokenized_texts.append(text) or offsets(self, text))
+    long = " ".join(f"wing {number}" for number in range(50_000))
+    answer = client.post("/rerank", json={"query": QUERY, "texts": ["air", long]} | asked)
+    assert answer.status_code == 200
+    assert sum(map(len, tokenized_texts)) < len(long) / 10
 
 
 def test_voyages_answer(client):

@@ -59,16 +59,23 @@ def test_bodies_that_do_not_come_keep_nobody_out(reranker):
         assert client.post("/rerank", json=BODY).status_code == 200
 
 
-def test_many_large_bodies_at_once_are_too_many(reranker):
+def test_bodies_that_are_held_open_give_way_to_those_that_arrive(reranker):
     with client_of(reranker, limits=Limits(body_bytes=100)) as client, ExitStack() as stack:
-        for _ in range(40):
-            stack.enter_context(connected(str(client.base_url).rstrip("/"))).sendall(HEADER + b" " * 90)
-        for _attempt in range(100):
-            answer = client.post("/rerank", json=BODY | {"query": "q" * 40})
-            if answer.status_code == 429:
-                break
-            time.sleep(0.02)
-        assert "too many large requests" in answer.json()["message"]
+        address = str(client.base_url).rstrip("/")
+        held = [stack.enter_context(connected(address)) for _ in range(40)]
+        for connection in held:
+            connection.sendall(HEADER + b" " * 90)
+        for _ in range(20):
+            assert client.post("/rerank", json=BODY | {"query": "q" * 40}).status_code == 200
+        oldest = b"".join(iter(lambda: held[0].recv(1000), b""))
+        assert oldest.startswith(b"HTTP/1.1 429") and b"too many large requests" in oldest
+        assert b"retry-after: 1" in oldest and b"connection: close" in oldest
+        held[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            held[-1].recv(1000)
+        held[-1].setblocking(True)
+        held[-1].sendall(b" " * 10)
+        assert held[-1].recv(1000).startswith(b"HTTP/1.1 422"), "a body of spaces has arrived as a whole"
 
 
 def test_a_half_sent_body_does_not_keep_the_server(reranker):

@@ -149,6 +149,44 @@ def test_a_long_text_is_read_no_further_than_it_takes(encoder, tokenized_texts):
     assert all(ids.base is None for ids in found), "nothing holds on to more"
 
 
+def check_cut(encoder, text, tokens):
+    offsets = encoder.offsets(text)
+    expected = text, text
+    if len(offsets) > tokens:
+        expected = text[: offsets[tokens - 1, 1]], text[offsets[-tokens, 0] :]
+    assert (encoder.cut(text, tokens), encoder.cut(text, tokens, keep_end=True)) == expected
+
+
+@settings(max_examples=8)
+@given(text=long_texts(), tokens=st.sampled_from([1, 2, 7, 60]))
+@example(text="a" * 8_001, tokens=7)
+@example(text="wing" + " " * 20_000 + "lift", tokens=7)
+@example(text="翼升" * 34_000, tokens=1)
+def test_a_text_is_cut_where_tokens_of_the_whole_stand(encoder, text, tokens):
+    check_cut(encoder, text, tokens)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(text=long_texts(), tokens=st.integers(1, 100))
+def test_many_texts_are_cut_where_tokens_of_the_whole_stand(encoder, text, tokens):
+    check_cut(encoder, text, tokens)
+
+
+def test_nothing_of_a_text_and_halves_of_characters(encoder):
+    assert encoder.cut("a wing", 0) == encoder.cut("a wing", 0, keep_end=True) == ""
+    assert encoder.cut("a \ud83d", 9) == "a \ud83d", "what is not cut is as it was"
+    assert encoder.cut("a wing \ud83d" * 9, 2) in "a wing "
+
+
+def test_a_long_text_is_cut_by_what_is_near_the_cut(encoder, monkeypatch):
+    text, read, offsets = "air flows faster over the upper side of a wing. " * 20_000, [], encoder.offsets
+    monkeypatch.setattr(encoder, "offsets", lambda part: read.append(len(part)) or offsets(part))
+    first, last = encoder.cut(text, 100), encoder.cut(text, 100, keep_end=True)
+    assert text.startswith(first) and text.endswith(last)
+    assert sum(read) <= 2 * 2 * 3 * (100 + MARGIN) * CHARACTERS
+
+
 def test_portions_and_order_change_nothing(encoder, monkeypatch):
     expected = encoder.whole([*SENTENCES, ""])
     monkeypatch.setattr("flagembedding_matryoshka.text.encoding.CHARACTERS_AT_ONCE", 40)

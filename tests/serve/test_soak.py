@@ -1,0 +1,210 @@
+"""Everything at once, for a minute or as many seconds as MATRYOSHKA_SOAK_SECONDS says: against a server with two
+workers on CPUs go rankings, cascades, widths, chunks, scores, faults and clients that hang up, while its workers are
+killed one after the other.
+
+No answer is wrong, no request is lost, memory is flat, and nothing is left behind."""
+
+import collections
+import json
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from tests.inference.test_workers import SHARED_MEMORY, eventually, gone
+from tests.serve.test_main import process
+
+SECONDS = float(os.environ.get("MATRYOSHKA_SOAK_SECONDS", "60"))
+CLIENTS = 6
+SECONDS_BETWEEN_DEATHS = 3.0
+MEBIBYTES = 48
+"""That server and workers may have grown by at the end."""
+WORDS = "how does a wing lift air flows faster over the upper side what is a heat flux at a blunt nose"
+DEPTHS_AND_WIDTHS = [
+    {},
+    {"cutoff_layers": 3},
+    {"compress_layers": [2], "compress_ratio": 2},
+    {"cutoff_layers": [5], "compress_layers": [2, 3], "compress_ratio": 4},
+    {"cascade": {3: 0.5}},
+    {"cascade": {2: 0.6, 4: 0.2}},
+    {"cascade": {3: 0.3}, "compress_layers": [2], "compress_ratio": 2},
+]
+FAULTS = [
+    (b"{", 422),
+    (b'{"query": "q", "documents": [[], []]}', 422),
+    (b'{"query": "q", "documents": ["d"], "cutoff_layers": 99}', 422),
+    (b'{"query": "q", "documents": ["d"], "cascade": {"3": 2}}', 422),
+    (b'{"query": "q", "documents": ["d"], "truncate_prompt_tokens": 1}', 422),
+    (json.dumps({"query": "q", "texts": ["d"] * 401}).encode(), 422),
+]
+
+
+def requests(reranker, dice):
+    """(path, body, what the re-ranker finds alone for each document) of some requests of every kind."""
+
+    def text(most):
+        return " ".join(dice.choices(WORDS.split(), k=dice.randint(1, most)))
+
+    for number in range(12 * len(DEPTHS_AND_WIDTHS)):
+        asked = DEPTHS_AND_WIDTHS[number % len(DEPTHS_AND_WIDTHS)]
+        query = text(10)
+        documents = [f"{text(60)} {place}" for place in range(dice.choice([1, 3, 20, 100]))]
+        body = {"query": query, "raw_scores": True} | asked
+        kind = number % 4
+        if kind == 0 and "cascade" not in asked:
+            scores = reranker.compute_score([(query, document) for document in documents], **asked)
+            pairs = {"text_1": query, "text_2": documents, "raw_scores": True}
+            yield "/score", pairs | asked, {place: {"score": score} for place, score in enumerate(scores)}
+            continue
+        chunks = {"overlap": 3} if kind == 1 else {}
+        form = "texts" if kind == 2 else "documents"
+        ranking = reranker.rank(query, documents, chunk=kind == 1, **chunks, **asked)
+        yield "/rerank", body | {form: documents} | chunks, {hit.pop("corpus_id"): hit for hit in ranking}
+
+
+def check(answer, path, body, expected):
+    """An answer of 200 says of each document what the re-ranker says alone."""
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    found = found["data"] if path == "/score" else found if "texts" in body else found["results"]
+    assert sorted(hit["index"] for hit in found) == sorted(expected)
+    for hit in found:
+        alone = expected[hit["index"]]
+        score = hit.get("score", hit.get("relevance_score"))
+        assert score == pytest.approx(alone["score"], abs=1e-5), (body, hit, alone)
+        for name in {*alone, "cutoff_layer", "chunk"} - {"score"} - ({"is_truncated"} if path == "/score" else set()):
+            assert hit.get(name) == alone.get(name), (body, hit, alone)
+
+
+class Load:
+    """Clients that send what `pool` has, and faults, and hang up.
+
+    Attributes:
+        answered: how many answers had which status.
+        gone: how many clients went away, in the middle of their body or without waiting for the answer.
+    """
+
+    def __init__(self, address, pool):
+        self.address = address
+        self.pool = pool
+        self.answered = collections.Counter()
+        self.gone = 0
+        self._counting = threading.Lock()
+
+    def run(self, seconds, seed):
+        """Raises what a client met."""
+        end = time.monotonic() + seconds
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            for done in [clients.submit(self._client, end, seed * CLIENTS + n) for n in range(CLIENTS)]:
+                done.result()
+
+    def _client(self, end, seed):
+        dice = random.Random(seed)
+        with httpx.Client(base_url=self.address, timeout=60) as client:
+            while time.monotonic() < end:
+                path, body, expected = dice.choice(self.pool)
+                fate = dice.random()
+                if fate < 0.1:
+                    self._hang_up(path, json.dumps(body).encode(), dice)
+                    continue
+                if fate < 0.2:
+                    content, status = dice.choice(FAULTS)
+                    answer = client.post("/rerank", content=content)
+                    assert answer.status_code == status, answer.text
+                else:
+                    answer = client.post(path, json=body)
+                    check(answer, path, body, expected)
+                with self._counting:
+                    self.answered[answer.status_code] += 1
+
+    def _hang_up(self, path, body, dice):
+        host, port = self.address.removeprefix("http://").split(":")
+        header = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(header + body[: dice.choice([0, len(body) // 2, len(body), len(body)])])
+            time.sleep(dice.choice([0, 0.01, 0.1]))
+        with self._counting:
+            self.gone += 1
+
+
+def workers_of(server):
+    """Its worker processes; there is another that multiprocessing starts for itself."""
+    return [child for child in server.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def has_model(worker):
+    """Whether it maps the weights that all share."""
+    return "/torch_" in Path(f"/proc/{worker.pid}/maps").read_text()
+
+
+def kill_workers(server, seen, stop):
+    """Kill one after the other, if there are two that work. `seen` gets the ids of all."""
+    deaths = 0
+    while not stop.wait(SECONDS_BETWEEN_DEATHS):
+        workers = workers_of(server)
+        seen.update(worker.pid for worker in workers)
+        if len(workers) == 2 and all(map(has_model, workers)):
+            workers[deaths % 2].kill()
+            deaths += 1
+    return deaths
+
+
+def resident(server):
+    """Bytes of the server and its workers."""
+    workers = workers_of(server)
+    assert len(workers) == 2
+    return sum(one.memory_info().rss for one in [server, *workers])
+
+
+def requests_by_status(address):
+    text = httpx.get(f"{address}/metrics").text
+    assert "matryoshka_queue_requests 0.0" in text
+    return {int(k): float(n) for k, n in re.findall(r'^matryoshka_requests_total{status="(\d+)"} (\S+)', text, re.M)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 300)
+@pytest.mark.skipif(not Path("/proc").is_dir() or not SHARED_MEMORY.exists(), reason="looks at processes as Linux does")
+def test_soak(tiny_layerwise_path, record_property):
+    alone = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=64)
+    pool = list(requests(alone, random.Random(0)))
+    files, seen = set(SHARED_MEMORY.iterdir()), set()
+    arguments = ["--dtype", "float32", "--max_length", "64", "--devices", "cpu", "cpu", "--max_documents", "400"]
+    with process(tiny_layerwise_path, *arguments) as (running, address), ThreadPoolExecutor(1) as killer:
+        server, load, stop = psutil.Process(running.pid), Load(address, pool), threading.Event()
+        load.run(SECONDS / 4, seed=0)
+        before = resident(server)
+        killing = killer.submit(kill_workers, server, seen, stop)
+        try:
+            load.run(SECONDS / 2, seed=1)
+        finally:
+            stop.set()
+        deaths = killing.result()
+        load.run(SECONDS / 4, seed=2)  # those that are new have warmed up, too
+        after = resident(server)
+        seen.update(worker.pid for worker in server.children())
+        counted = requests_by_status(address)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) in (0, -signal.SIGTERM)
+    found = {"answered": dict(load.answered), "gone": load.gone, "deaths": deaths, "grown": (after - before) / 2**20}
+    record_property("soak", found)
+    print(found)
+    assert deaths >= SECONDS / 30
+    assert load.answered[200] > 10 * deaths
+    assert counted[422] == load.answered[422]
+    assert set(counted) <= {200, 422, 499}
+    assert counted[200] + counted[499] == load.answered[200] + load.gone
+    assert after - before < MEBIBYTES * 2**20
+    assert "Traceback" not in "".join(running.log)
+    assert eventually(lambda: all(map(gone, seen)))
+    assert eventually(lambda: not set(SHARED_MEMORY.iterdir()) - files)
