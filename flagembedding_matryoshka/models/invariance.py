@@ -25,10 +25,15 @@ class TiledLinear(nn.Linear):
 
 
 class RowwiseLinear(nn.Linear):
-    """A linear layer of one output, each of which is summed by itself; it has no bias."""
+    """A linear layer of one output, each of which is summed by itself; it has no bias.
+
+    Where gradients are wanted it is a product as any other: learning sums over all rows in any case.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, 1)."""
+        if torch.is_grad_enabled():
+            return super().forward(input)
         return torch.linalg.vecdot(input, self.weight).unsqueeze(-1)
 
 

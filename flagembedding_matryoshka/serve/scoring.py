@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 from flagembedding_matryoshka.inference.chunking import CutDocument
@@ -178,14 +176,10 @@ class Scorer:
         """
         setting, deadline_ms = (key.setting, self._deadline_ms(key)) if isinstance(key, Hurried) else (key, None)
         with self.reranker.calling_between_batches(between):
-            found = self.reranker.score_lists(
+            return self.reranker.score_lists(
                 shares,
                 cascade=dict(setting.cascade) or None,
                 show_progress_bar=False,
                 deadline_ms=deadline_ms,
                 **setting.arguments,
             )
-        for hit in chain(*found):
-            if not math.isfinite(hit["score"]):
-                raise ArithmeticError(f"a score is {hit['score']}")
-        return found
