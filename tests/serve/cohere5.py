@@ -1,5 +1,5 @@
-"""Rank by the clients of cohere5.txt, in whose environment this runs: standard input has the server's address, a query and
-documents, standard output what each client has found, best first."""
+"""Rank by the clients of cohere5.txt, in whose environment this runs: standard input has the server's address, a query
+and documents, standard output what each client has found, best first."""
 
 import json
 import sys
