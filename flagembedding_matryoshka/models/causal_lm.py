@@ -170,9 +170,8 @@ class CostWiseForCausalLM(PreTrainedModel):
             cutoff_layers: those of `setting`, unless given: a pass may be read, and left, before its end.
         """
         exits = cutoff_layers or setting.cutoff_layers
-        found: dict[int, Tensor] = {}
-        for layer in sorted(exits):  # each by itself: its scores are the same, whichever others are read
-            found |= self.model.last_token_states(states, setting, (layer,))
+        # each by itself, so that its scores are the same bits whichever others are read
+        found = {layer: self.model.last_token_states(states, setting, (layer,))[layer] for layer in sorted(exits)}
         return torch.stack([self.score(layer, found[layer]) for layer in exits])
 
     def forward(

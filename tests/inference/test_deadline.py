@@ -1,6 +1,7 @@
 import math
 import time
 from functools import partial
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_each_of_several_queries_has_the_time(reranker):
     alone = [reranker.rank(*one, deadline_ms=limit) for one in zip(queries, candidates, strict=True)]
     assert reranker.rank_batch(queries, candidates, deadline_ms=limit) == alone
     assert list(reranker.rank_iter(queries, candidates, deadline_ms=limit)) == alone
-    assert any(exits_of(hits).values() != {6} for hits in alone)
+    assert any(set(exits_of(hits).values()) != {6} for hits in alone)
 
 
 def test_time_for_the_query_counts_from_the_call(reranker, monkeypatch):
@@ -143,14 +144,22 @@ def test_the_best_of_what_is_returned_and_its_sigmoid(reranker):
     torch.testing.assert_close(torch.tensor([hit["score"] for hit in best]), sigmoids)
 
 
-def test_a_document_comes_as_far_as_its_furthest_chunk(reranker):
+def test_a_document_comes_as_far_as_its_furthest_chunk(reranker, monkeypatch):
     documents = [DOCUMENTS[1], " ".join(WORDS * 30), DOCUMENTS[2]]
-    hits = reranker.rank(QUERY, documents, chunk=True, max_length=64, deadline_ms=1)
+    options = {"chunk": True, "max_length": 64}
+    hits = reranker.rank(QUERY, documents, **options, deadline_ms=1)
     assert exits_of(hits) == dict.fromkeys(range(3), 2)
-    whole = reranker.rank(QUERY, documents, chunk=True, max_length=64, deadline_ms=math.inf)
-    assert [hit["chunk"] for hit in whole] == [
-        hit["chunk"] for hit in reranker.rank(QUERY, documents, chunk=True, max_length=64)
-    ]
+    before = reranker._clock.now
+    whole = reranker.rank(QUERY, documents, **options, deadline_ms=math.inf)
+    took = 1000 * (reranker._clock.now - before)
+    assert [hit["chunk"] for hit in whole] == [hit["chunk"] for hit in reranker.rank(QUERY, documents, **options)]
+    monkeypatch.setattr(reranker, "max_length", 64)
+    chunks = [document.chunks for document in reranker.cut_chunks(QUERY, documents)]
+    for share in (0.5, 0.7, 0.8):
+        (found,) = reranker.score_lists([[chunk.pair for chunk in chain(*chunks)]], deadline_ms=share * took)
+        exits = iter([hit["cutoff_layer"] for hit in found])
+        furthest = {place: max(islice(exits, len(own))) for place, own in enumerate(chunks)}
+        assert exits_of(reranker.rank(QUERY, documents, **options, deadline_ms=share * took)) == furthest
 
 
 def test_what_is_tokenised_has_the_time_from_there(reranker):
