@@ -8,6 +8,9 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 COHERE5 := .venv-cohere5/.installed
+NODE := tests/serve/node/node_modules/.installed
+# What tests of clients need beside: environments of their own.
+CLIENTS := $(COHERE5) $(if $(shell command -v npm),$(NODE))
 # Two processes, each with a thread and the tests of its files.
 PARALLEL := -n 2 --dist loadfile
 
@@ -31,6 +34,10 @@ $(COHERE5): tests/serve/cohere5.txt
 	$(@D)/bin/python -m pip install $(PIP_FLAGS) -r $<
 	@touch $@
 
+$(NODE): tests/serve/node/package.json
+	npm install --prefix $(<D) --ignore-scripts --no-audit --no-fund --no-package-lock
+	@touch $@
+
 demo: $(INSTALLED) ## run the demo
 	$(BIN)/python examples/demo.py
 
@@ -40,10 +47,10 @@ bench: $(INSTALLED) ## time scoring against a plain cross-encoder and draw the f
 test: $(INSTALLED) ## run the quick tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
-test-slow: $(INSTALLED) $(COHERE5) ## run the slow tests
+test-slow: $(INSTALLED) $(CLIENTS) ## run the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
 
-test-all: $(INSTALLED) $(COHERE5) ## run the quick and the slow tests
+test-all: $(INSTALLED) $(CLIENTS) ## run the quick and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own

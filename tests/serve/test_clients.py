@@ -1,6 +1,7 @@
 """The real clients of other makers' servers, each against ours."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.serve.conftest import client_of
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUERY = "how does a wing lift"
 COHERE5 = Path(__file__).parents[2] / ".venv-cohere5" / "bin" / "python"
+NODE = Path(__file__).with_name("node")
 DOCUMENTS = ["the flow of energy", "air flows faster over the upper side of a wing.", "", "what is a heat flux? " * 9]
 
 
@@ -99,19 +101,34 @@ def test_xinference(reranker, expected):
     assert answer["results"][0]["document"]["text"] == DOCUMENTS[expected[0][0]]
 
 
-@pytest.fixture(scope="module")
-def found_with_cohere5(address):
-    """What each client of cohere5.txt has found."""
-    if not COHERE5.exists():
-        pytest.skip("needs .venv-cohere5, which make test-slow makes")
-    command = [str(COHERE5), str(Path(__file__).with_name("cohere5.py"))]
+def found_by(address, *command):
+    """What each client of a script has found, in an environment that `make test-slow` makes."""
     given = json.dumps([address, QUERY, DOCUMENTS])
     return json.loads(subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def found_with_cohere5(address):
+    if not COHERE5.exists():
+        pytest.skip("needs .venv-cohere5, which make test-slow makes")
+    return found_by(address, COHERE5, Path(__file__).with_name("cohere5.py"))
+
+
+@pytest.fixture(scope="module")
+def found_in_node(address):
+    if shutil.which("node") is None or not (NODE / "node_modules" / ".installed").exists():
+        pytest.skip("needs Node.js and tests/serve/node/node_modules, which make test-slow makes where there is npm")
+    return found_by(address, "node", NODE / "rank.mjs")
 
 
 @pytest.mark.parametrize("client", ["cohere", "cohere_v2", "langchain", "llama_index"])
 def test_clients_that_need_an_older_cohere(found_with_cohere5, expected_texts, client):
     assert [tuple(hit) for hit in found_with_cohere5[client]] == expected_texts
+
+
+@pytest.mark.parametrize("client", ["cohere", "cohere_v2", "langchain"])
+def test_clients_in_javascript(found_in_node, expected_texts, client):
+    assert [tuple(hit) for hit in found_in_node[client]] == expected_texts
 
 
 def _llama_index(ranker):
