@@ -185,6 +185,17 @@ def test_a_browser_ranks_what_is_pasted_and_shows_what_has_moved(reranker):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("deadline", "exits"), [("", set()), ("0.001", {2}), ("1e9", {6})])
+def test_a_browser_gives_a_deadline_and_says_how_deep_each_document_came(reranker, deadline, exits):
+    script = f'at("exit").value = info.exits.length - 1; at("deadline").value = "{deadline}"; await rank();'
+    with driven(create_app(reranker, "tiny"), script) as address:
+        page = browse(address)
+    said = [text for attributes, text in page.values("class", "faint") if text.startswith("score ")]
+    assert len(said) == 8
+    assert {int(depth) for depth in re.findall(r"read after (\d) layers", " ".join(said))} == exits
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "a 'key' ✓"])
 def test_what_it_copies_does_what_it_does(reranker, key, tmp_path):
     if shutil.which("curl") is None:
