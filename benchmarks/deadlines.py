@@ -1,0 +1,131 @@
+"""What deadlines cost in quality: rankings within so many milliseconds, beside those of each fixed depth.
+
+    python -m benchmarks.deadlines --data demo_output/docstrings --dtype bfloat16 --output deadlines.json
+
+Each query's candidates are ranked in every way by turns. Deadlines are shares of the median time that full depth takes
+for the first queries, which are ranked before anything is measured. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import environment
+from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
+from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
+from flagembedding_matryoshka.text.collections import read_collection
+
+SHARES = (0.3, 0.4, 0.5, 0.7, 0.9)
+FIRST_QUERIES = 10
+LATE = 0.99
+"""The quantile of what deadlines are missed by."""
+
+
+@dataclass
+class Way:
+    """One way to rank, and what it found.
+
+    Attributes:
+        options: of `MatryoshkaReranker.rank`.
+        rankings: query id to passage ids, the best first.
+        exits: query id to the exit where each was read.
+        milliseconds: of each query.
+    """
+
+    options: Mapping[str, Any]
+    rankings: dict[str, list[str]] = field(default_factory=dict)
+    exits: dict[str, list[int]] = field(default_factory=dict)
+    milliseconds: list[float] = field(default_factory=list)
+
+    def rank(self, reranker: MatryoshkaReranker, candidates: Candidates, query: str) -> None:
+        start = time.perf_counter()
+        hits = reranker.rank(candidates.collection.queries[query], candidates.texts(query), **self.options)
+        self.milliseconds.append(1000 * (time.perf_counter() - start))
+        self.rankings[query] = [candidates.passages[query][hit["corpus_id"]] for hit in hits]
+        self.exits[query] = [hit.get("cutoff_layer", self.options.get("cutoff_layers")) for hit in hits]
+
+    def summary(self, candidates: Candidates) -> dict[str, Any]:
+        """What a row of the table says."""
+        quality = per_query(candidates, in_order(self.rankings), 10)
+        first = [exit for exits in self.exits.values() for exit in exits[:10]]
+        every = [exit for exits in self.exits.values() for exit in exits]
+        limit = self.options.get("deadline_ms", math.inf)
+        late = sorted(max(0.0, taken - limit) for taken in self.milliseconds)
+        return {
+            **self.options,
+            QUALITY: round(mean(quality[QUALITY]), 4),
+            "milliseconds": round(statistics.median(self.milliseconds), 1),
+            "late_milliseconds": round(late[math.ceil(LATE * len(late)) - 1], 1),
+            "exit_of_first_ten": round(mean(first), 1),
+            "exit_of_all": round(mean(every), 1),
+        }
+
+
+def measure(reranker: MatryoshkaReranker, candidates: Candidates, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Each way's summary: fixed depths, then deadlines, the shortest first."""
+    queries = [query for query, passages in candidates.passages.items() if passages]
+    first = Way({})
+    for query in [queries[0], *queries[:FIRST_QUERIES]]:
+        first.rank(reranker, candidates, query)
+    full = statistics.median(first.milliseconds[1:])
+    say(f"full depth takes {full:.0f} ms")
+    ways = [Way({"cutoff_layers": layer}) for layer in reranker.config.exit_layers]
+    ways += [Way({"deadline_ms": round(share * full, 1)}) for share in SHARES]
+    for number, query in enumerate(queries):
+        for turn in range(len(ways)):
+            ways[(turn + number) % len(ways)].rank(reranker, candidates, query)
+        if number % 10 == 9:
+            say(f"{number + 1} of {len(queries)} queries")
+    return [way.summary(candidates) for way in ways]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| ranked | nDCG@10 | ms, median | late by, 99 % | exit of the first ten | of all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fixed = "cutoff_layers" in row
+        name = f"{row['cutoff_layers']} layers" if fixed else f"in {row['deadline_ms']:.0f} ms"
+        late = "" if fixed else row["late_milliseconds"]
+        cells = [name, f"{row[QUALITY]:.3f}", row["milliseconds"], late, row["exit_of_first_ten"], row["exit_of_all"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SMOLLM2, help="default: %(default)s")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a collection in BEIR's layout")
+    parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument("--queries", type=int, help="as many, drawn; default: all")
+    parser.add_argument("--top_k", type=int, default=30, help="candidates of BM25; default: %(default)s")
+    parser.add_argument("--max_length", type=int, default=192, help="of a pair, in tokens; default: %(default)s")
+    parser.add_argument("--dtype", help="default: what suits the device")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    collection = sample_queries(read_collection(options.data, options.split), options.queries, 0)
+    candidates = from_bm25(collection, options.top_k)
+    reranker = MatryoshkaReranker(
+        options.model, dtype=options.dtype, devices="cpu", query_max_length=64, max_length=options.max_length
+    )
+    about = environment("cpu") | {"dtype": str(reranker.model.dtype).removeprefix("torch.")}
+    rows = measure(reranker, candidates, lambda text: print(text, flush=True))
+    print(table(rows))
+    report = {"machine": about, "candidates": candidates.source, "queries": len(candidates.passages), "ways": rows}
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
