@@ -1,9 +1,8 @@
-"""Inputs that nobody has thought of, thirty for each public entry or as many as MATRYOSHKA_FUZZ_INPUTS says: it gives a
-result or an error with words, and is the same afterwards."""
+"""Inputs that nobody has thought of: every public entry gives a result or an error with words, and is the same
+afterwards."""
 
 import json
 import math
-import os
 import re
 from functools import partial
 
@@ -22,7 +21,6 @@ from flagembedding_matryoshka.text.lines import good_rows
 from flagembedding_matryoshka.text.templates import TEMPLATES, Template
 from tests.collection import write_collection
 
-INPUTS = int(os.environ.get("MATRYOSHKA_FUZZ_INPUTS", "30"))
 PAIR = ("how does a wing lift", "air flows faster")
 DOCUMENTS = ["air flows", "a wing lifts", "heat"]
 UNNAMED = re.compile(r"not supported between|object is not|has no attribute|argument of type|must be real number")
@@ -252,7 +250,7 @@ def try_inputs(entry, tried, examples):
     assert tried.now() == tried.before and torch.get_num_threads() == threads
 
 
-@pytest.mark.timeout(300 + INPUTS)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_inputs(entry, tried):
-    try_inputs(entry, tried, INPUTS)
+@pytest.mark.parametrize("examples", [30, pytest.param(1200, marks=pytest.mark.slow)])
+def test_inputs(entry, examples, tried):
+    try_inputs(entry, tried, examples)
