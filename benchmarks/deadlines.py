@@ -1,4 +1,4 @@
-"""What deadlines cost in quality: rankings within so many milliseconds, beside those of each fixed depth.
+"""What deadlines cost in quality: rankings within so many milliseconds, beside those of fixed depths and a cascade.
 
     python -m benchmarks.deadlines --data demo_output/docstrings --dtype bfloat16 --output deadlines.json
 
@@ -24,8 +24,9 @@ from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
 from flagembedding_matryoshka.text.collections import read_collection
 
-SHARES = (0.3, 0.4, 0.5, 0.7, 0.9)
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIRST_QUERIES = 10
+CASCADE_SHARE = 0.3
 LATE = 0.99
 """The quantile of what deadlines are missed by."""
 
@@ -48,7 +49,8 @@ class Way:
 
     def rank(self, reranker: MatryoshkaReranker, candidates: Candidates, query: str) -> None:
         start = time.perf_counter()
-        hits = reranker.rank(candidates.collection.queries[query], candidates.texts(query), **self.options)
+        texts = candidates.collection.queries[query], candidates.texts(query)
+        hits = reranker.rank(*texts, show_progress_bar=False, **self.options)
         self.milliseconds.append(1000 * (time.perf_counter() - start))
         self.rankings[query] = [candidates.passages[query][hit["corpus_id"]] for hit in hits]
         self.exits[query] = [hit.get("cutoff_layer", self.options.get("cutoff_layers")) for hit in hits]
@@ -71,7 +73,7 @@ class Way:
 
 
 def measure(reranker: MatryoshkaReranker, candidates: Candidates, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Each way's summary: fixed depths, then deadlines, the shortest first."""
+    """Each way's summary: fixed depths, a cascade, then deadlines, the shortest first."""
     queries = [query for query, passages in candidates.passages.items() if passages]
     first = Way({})
     for query in [queries[0], *queries[:FIRST_QUERIES]]:
@@ -79,6 +81,7 @@ def measure(reranker: MatryoshkaReranker, candidates: Candidates, say: Callable[
     full = statistics.median(first.milliseconds[1:])
     say(f"full depth takes {full:.0f} ms")
     ways = [Way({"cutoff_layers": layer}) for layer in reranker.config.exit_layers]
+    ways.append(Way({"cascade": {reranker.config.exit_layers[0]: CASCADE_SHARE}}))
     ways += [Way({"deadline_ms": round(share * full, 1)}) for share in SHARES]
     for number, query in enumerate(queries):
         for turn in range(len(ways)):
@@ -95,9 +98,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        fixed = "cutoff_layers" in row
-        name = f"{row['cutoff_layers']} layers" if fixed else f"in {row['deadline_ms']:.0f} ms"
-        late = "" if fixed else row["late_milliseconds"]
+        match row:
+            case {"cutoff_layers": layer}:
+                name = f"{layer} layers"
+            case {"cascade": stages}:
+                name = "cascade " + ", ".join(f"{layer}:{share}" for layer, share in stages.items())
+            case {"deadline_ms": limit}:
+                name = f"in {limit:.0f} ms"
+        late = row["late_milliseconds"] if "deadline_ms" in row else ""
         cells = [name, f"{row[QUALITY]:.3f}", row["milliseconds"], late, row["exit_of_first_ten"], row["exit_of_all"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

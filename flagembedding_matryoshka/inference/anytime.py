@@ -31,8 +31,9 @@ class Part:
 class AnytimeRun:
     """One query's candidates on their way.
 
-    What is done is cascades, each twice as wide as the one before and going on from where that came. In each as many
-    come to an exit as it is shallow, half as many to one that is twice as deep (successive halving, arXiv 1502.07943).
+    What is done is cascades, each twice as wide as the one before and going on from where that came; the first is of a
+    third of the candidates, or of as many as a batch has. In each as many come to an exit as it is shallow, half as
+    many to one that is twice as deep (successive halving, arXiv 1502.07943).
     The order of the steps does not depend on when time is over, so that more of it leaves nobody less deep; where there
     is enough for all that is left, that is the next step.
 
@@ -67,7 +68,7 @@ class AnytimeRun:
         places = torch.arange(sum(sizes)).split(sizes)
         self._parts = [Part(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
         self._scores, self._reached = torch.zeros(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.long)
-        self._first_width = max(sizes)
+        self._first_width = min(max(sizes), -(-sum(sizes) // 3))
         self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
 
     def run(self) -> tuple[Tensor, Tensor]:

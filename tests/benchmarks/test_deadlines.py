@@ -24,9 +24,10 @@ def test_each_way_ranks_every_query(tiny_layerwise_path, tmp_path, one_thread, c
     report = json.loads(output.read_text())
     assert report == json.loads(printed.splitlines()[-1])
     assert report["queries"] == 1
-    fixed, limited = report["ways"][:5], report["ways"][5:]
+    fixed, (cascade,), limited = report["ways"][:5], report["ways"][5:6], report["ways"][6:]
     assert [row["cutoff_layers"] for row in fixed] == [2, 3, 4, 5, 6]
     assert all(row["exit_of_first_ten"] == row["exit_of_all"] == row["cutoff_layers"] for row in fixed)
+    assert cascade["cascade"] == {"2": deadlines.CASCADE_SHARE} and 2 < cascade["exit_of_all"] < 6
     assert len(limited) == len(deadlines.SHARES) and printed.count("| in ") == len(limited)
     for row in limited:
         assert 2 <= row["exit_of_all"] <= row["exit_of_first_ten"] <= 6

@@ -104,6 +104,16 @@ def test_a_cascade_says_how_many_go_deeper_at_most(reranker, cascade):
             assert sum(depth > layer for depth in reached) <= math.ceil(kept * len(DOCUMENTS))
 
 
+def test_the_first_to_go_deeper_are_a_third_however_many_a_batch_holds(reranker):
+    whole = whole_time(reranker, batch_size=100)
+    for step in range(30, 100):
+        limit = whole * step / 100
+        reached = exits_of(reranker.rank(QUERY, DOCUMENTS, batch_size=100, deadline_ms=limit)).values()
+        if deeper := sum(depth > 2 for depth in reached):
+            break
+    assert deeper == 7
+
+
 def test_time_is_kept_and_used(reranker):
     """Each step is known to the millisecond here, so none begins that would not end in time."""
     whole = whole_time(reranker)
