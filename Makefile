@@ -35,8 +35,8 @@ $(COHERE5): tests/serve/cohere5.txt
 	@touch $@
 
 $(NODE): tests/serve/node/package.json
-	npm install --prefix $(<D) --ignore-scripts --no-audit --no-fund --no-package-lock
-	@touch $@
+	npm install --prefix $(<D) --ignore-scripts --no-audit --no-fund --no-package-lock && touch $@ \
+	    || echo "npm could not install them: clients in JavaScript are not tested"
 
 demo: $(INSTALLED) ## run the demo
 	$(BIN)/python examples/demo.py
