@@ -7,7 +7,6 @@ from sentence_transformers import CrossEncoder
 
 from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from tests.shipped import needs_smollm2
 
 pytestmark = [needs_smollm2, pytest.mark.usefixtures("one_thread")]
@@ -47,10 +46,24 @@ def test_the_name_is_the_directory(reranker, tmp_path, monkeypatch):
         assert model.predict([pair]).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.skipif(not Path(SMOLLM2, PLAN_NAME).exists(), reason="the shipped weights have no plan yet")
 @pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
 def test_its_plan_has_a_setting_for_a_budget(budget):
     assert MatryoshkaReranker(SMOLLM2, budget=budget, devices="cpu").planned is not None
+
+
+@pytest.mark.parametrize("width", [{}, *({"compress_layers": [3], "compress_ratio": ratio} for ratio in (2, 4))])
+def test_its_probabilities_mean_relevance_and_order_as_scores_do(reranker, width):
+    pairs = [(query, text) for query in TEXTS for text in TEXTS.values()]
+    for layer in reranker.config.exit_layers:
+        scores, probabilities = (
+            reranker.compute_score(pairs, cutoff_layers=layer, normalize=normalize, **width)
+            for normalize in (False, "calibrated")
+        )
+        order = sorted(range(len(pairs)), key=scores.__getitem__)
+        assert [probabilities[place] for place in order] == sorted(probabilities)
+        assert 0 <= min(probabilities) and max(probabilities) <= 1
+        relevant = probabilities[:: len(TEXTS) + 1]
+        assert sum(relevant) / len(relevant) > 3 * (sum(probabilities) - sum(relevant)) / (len(pairs) - len(relevant))
 
 
 def test_it_is_small_and_names_no_machine():
