@@ -61,7 +61,7 @@ def test_its_probabilities_mean_relevance_and_order_as_scores_do(reranker, width
         )
         order = sorted(range(len(pairs)), key=scores.__getitem__)
         assert [probabilities[place] for place in order] == sorted(probabilities)
-        assert 0 <= min(probabilities) and max(probabilities) <= 1
+        assert min(probabilities) >= 0 and max(probabilities) <= 1
         relevant = probabilities[:: len(TEXTS) + 1]
         assert sum(relevant) / len(relevant) > 3 * (sum(probabilities) - sum(relevant)) / (len(pairs) - len(relevant))
 
