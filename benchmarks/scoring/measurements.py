@@ -6,6 +6,7 @@ import argparse
 import random
 import statistics
 import tempfile
+import time
 from functools import partial
 from typing import Any
 
@@ -20,16 +21,21 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.models.loading import load_tokenizer
 
 MAX_LENGTH = 512
+FIRST_PAIR = ("a query", "a passage")
 
 
-def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker]]:
-    """The re-ranker of a shape, and by the name of the setting the same with fewer bits, invariant or not compiled."""
+def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict[str, MatryoshkaReranker], float]:
+    """The re-ranker of a shape, by the name of the setting the same with fewer bits, invariant or not compiled, and the
+    seconds from a checkpoint to the first score."""
     tokenizer = load_tokenizer(args.tokenizer)
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as path:
         write_checkpoint(config_of(shape, len(tokenizer)), tokenizer, path, dtype, args.device)
         options = {"dtype": args.dtype, "devices": args.device, "max_length": MAX_LENGTH, "batch_size": 1024}
+        start = time.perf_counter()
         ours = MatryoshkaReranker(path, **options, compile=args.compile)
+        ours.compute_score(FIRST_PAIR)
+        seconds = time.perf_counter() - start
         others = {
             f"full depth, {method}": MatryoshkaReranker(path, **options, quantization=method)
             for method in quantizations(ours)
@@ -38,12 +44,12 @@ def load(shape: str, args: argparse.Namespace) -> tuple[MatryoshkaReranker, dict
             others["full depth, batch-invariant"] = MatryoshkaReranker(path, **options, batch_invariant=True)
         if args.compile:
             others["full depth, not compiled"] = MatryoshkaReranker(path, **options)
-    return ours, others
+    return ours, others, seconds
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """All settings of one shape, timed side by side."""
-    ours, others = load(shape, args)
+    ours, others, first = load(shape, args)
     draw = random.Random(0)
     words = words_of(ours.tokenizer)
     pairs = random_pairs(words, args.pairs, draw)
@@ -57,6 +63,9 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         correlations[name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
         settings.insert(place, Timed(name, score, len(pairs), None))
     seconds = take_turns(settings, args.rounds, args.device)
+    (tokenizing,) = take_turns(
+        [Timed("tokenizing", partial(ours.tokenize, pairs), len(pairs), None)], args.rounds, args.device
+    ).values()
     peak = matrix_flops_per_second(args.device, ours.model.dtype)
 
     full = next(setting for setting in settings if setting.name == "full depth")
@@ -74,6 +83,8 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         "pairs": len(pairs),
         "tokens_per_pair": [lengths[0], statistics.median(lengths), lengths[-1]],
         "matrix_tflops_per_s": peak / 1e12,
+        "seconds_to_first_score": first,
+        "tokenizing_share": statistics.median(tokenizing) / statistics.median(seconds[full.name]),
         "settings": results,
     }
 

@@ -11,7 +11,8 @@ def print_table(report: dict[str, Any]) -> None:
     low, median, high = report["tokens_per_pair"]
     print(
         f"\n{report['shape']}, {report['dtype']}, {report['pairs']} pairs of {low} to {high} tokens (median {median}), "
-        f"matrix product {report['matrix_tflops_per_s']:.3f} TFLOP/s"
+        f"matrix product {report['matrix_tflops_per_s']:.3f} TFLOP/s, first score after "
+        f"{report['seconds_to_first_score']:.1f} s, tokenizing is {report['tokenizing_share']:.3f} of full depth's time"
     )
     print(f"{'setting':26}{'pairs/s':>9}{'(range)':>18}{'speedup':>9}{'of peak':>9}{'FLOPs':>8}{'time':>8}")
     for row in report["settings"]:

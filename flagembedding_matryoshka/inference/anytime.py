@@ -32,8 +32,8 @@ class AnytimeRun:
     """One query's candidates on their way.
 
     What is done is cascades, each twice as wide as the one before and going on from where that came; the first is of a
-    third of the candidates, or of as many as a batch has. In each as many come to an exit as it is shallow, half as
-    many to one that is twice as deep (successive halving, arXiv 1502.07943).
+    third of the candidates, or of as many as a batch has where these are fewer. In each as many come to an exit as it
+    is shallow, half as many to one that is twice as deep (successive halving, arXiv 1502.07943).
     The order of the steps does not depend on when time is over, so that more of it leaves nobody less deep; where there
     is enough for all that is left, that is the next step.
 

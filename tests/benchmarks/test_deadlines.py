@@ -1,7 +1,10 @@
 import json
-import math
+
+import pytest
 
 from benchmarks import deadlines
+from flagembedding_matryoshka.evaluation.candidates import from_bm25
+from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import write_collection
 
 
@@ -31,4 +34,25 @@ def test_each_way_ranks_every_query(tiny_layerwise_path, tmp_path, one_thread, c
     assert len(limited) == len(deadlines.SHARES) and printed.count("| in ") == len(limited)
     for row in limited:
         assert 2 <= row["exit_of_all"] <= row["exit_of_first_ten"] <= 6
-        assert 0 <= row["late_milliseconds"] < math.inf and 0 <= row["nDCG@10"] <= 1
+
+
+def test_a_way_says_how_good_and_how_late_its_rankings_are(tmp_path):
+    judgements = [("q1", "p2", 1), ("q3", "p5", 1), ("q2", "p7", 1)]
+    candidates = from_bm25(read_collection(write_collection(tmp_path, judgements=judgements), "train"), 3)
+    way = deadlines.Way(
+        {"deadline_ms": 20.0},
+        rankings={"q1": ["p2", "p1"], "q3": ["p4", "p5"], "q2": ["p1", "p3"]},
+        exits={"q1": [4, 2], "q3": [2, 2], "q2": [6, 3]},
+        milliseconds=[50.0, 30.0, 10.0],
+    )
+    summary = way.summary(candidates)
+    assert summary.pop("nDCG@10") == pytest.approx((1 + 0.6309 + 0) / 3, abs=1e-4)
+    assert summary == {
+        "deadline_ms": 20.0,
+        "milliseconds": 30.0,
+        "exit_of_first_ten": 3.2,
+        "exit_of_all": 3.2,
+        "late": 2,
+        "late_behind_first_exit": 1,
+        "latest_behind_first_exit_milliseconds": 30.0,
+    }

@@ -27,6 +27,8 @@ def test_every_setting_is_measured(tmp_path):
     report = json.loads(output.splitlines()[-1])
     assert report == json.loads((tmp_path / "scoring.json").read_text())
     assert (tmp_path / "scoring.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["shapes"][0]["seconds_to_first_score"] > 0
+    assert 0 < report["shapes"][0]["tokenizing_share"] < 1
     rows = {row["setting"]: row for row in report["shapes"][0]["settings"]}
     assert all(row["pairs_per_s"] > 0 and row["speedup"] > 0 for row in rows.values())
     assert rows["full depth"]["flops_share"] == rows["full depth"]["time_share"] == 1
