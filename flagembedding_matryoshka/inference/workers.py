@@ -114,7 +114,9 @@ class WorkerPool:
                     break
                 given.append(Assignment(*following))
                 worker.give(given[-1], pauses=between is not None)
-            self._hear([worker for worker in workers if not worker.ready])
+            # Another call may have heard of a pause while `between` ran.
+            if between is None or not any(worker.is_between(given) for worker in self._workers):
+                self._hear([worker for worker in workers if not worker.ready])
 
     def _hear(self, workers: Sequence[Worker]) -> None:
         """Take in what these say, once one of them says something."""

@@ -296,6 +296,30 @@ def test_a_worker_that_dies_between_batches_is_replaced_for_all(one, two):
         close(values, one.compute_score(PAIRS))
 
 
+def test_a_pause_that_another_call_hears_of_is_not_waited_for(one, two):
+    """The first worker pauses while the callback runs for the second, and somebody else's call hears of it."""
+    score_until_all_are_ready(two)
+    lists = [PASSAGES * 10, PASSAGES[:2]]
+    heard = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def others():
+            if heard:
+                return
+            first, second = two._engine._workers
+            if second.is_paused and not first.is_paused:
+                assert first.connection.poll(60)
+                second.process.kill()
+                pool.submit(two.compute_score, PAIRS).result(60)
+                heard.append(first.is_paused)
+
+        with two.calling_between_batches(others):
+            found = two.rank_batch(QUERIES, lists, **CASCADE)
+    assert heard == [True]
+    for hits, alone in zip(found, one.rank_batch(QUERIES, lists, **CASCADE), strict=True):
+        assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
+
+
 def test_too_little_shared_memory_is_said(tiny_layerwise_path, monkeypatch):
     if not SHARED_MEMORY.exists():
         pytest.skip(f"no {SHARED_MEMORY} here")
