@@ -94,22 +94,28 @@ def packed_attention(
     Raises:
         ValueError: if attention in `module` is not causal.
     """
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
+    refuse_not_causal(module)
     logits = Logits(scaling, softcap, sliding_window)
-    if only_last:
+    unpadded = runs_unpadded(query) and softcap is None and not dropout
+    if only_last and not unpadded:
         return _of_last_tokens(query[0], key[0], value[0], packed, logits, dropout)[None], None
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, logits))
     if separately:
         return _segment_by_segment(query, key, value, packed, logits, dropout), None
-    if runs_unpadded(query) and softcap is None and not dropout:
-        return unpadded_attention(query, key, value, packed, scaling, sliding_window), None
+    if unpadded:
+        return unpadded_attention(query, key, value, packed, scaling, sliding_window, only_last), None
     if query.device.type != "cpu":
         return _in_groups(query, key, value, packed, logits, dropout), None
     if not dropout and packed.context_lengths.max() <= _longest_product(query, logits):
         return _in_products(query, key, value, packed, logits), None
     return _segment_by_segment(query, key, value, packed, logits, dropout), None
+
+
+def refuse_not_causal(module: nn.Module | None) -> None:
+    """Raise ValueError if attention in `module` is not causal."""
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
 
 
 def _longest_product(query: Tensor, logits: Logits) -> int:

@@ -50,7 +50,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.decoder import CostWiseLayer, CostWiseModel
+from flagembedding_matryoshka.models.decoder import CostWiseModel
+from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.minicpm import granite_from_minicpm
 
 

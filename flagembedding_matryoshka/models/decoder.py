@@ -7,19 +7,19 @@ is different about a decoder is in [`~flagembedding_matryoshka.models.backbones`
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
-from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION, packed_attention
+from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION
+from flagembedding_matryoshka.models.compiling import OPAQUE_ATTENTION
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
+from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 from flagembedding_matryoshka.models.padding import pack
@@ -47,64 +47,6 @@ class PackedStates:
         """The states of some sequences, in the order given."""
         packed, tokens = self.packed.select(sequences)
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
-
-
-class ContextKnown(Exception):
-    """A layer has computed the keys and values of its row: where nothing else of it is wanted, it ends here."""
-
-
-class Context:
-    """Keys and values of a whole row for the last tokens alone: what a layer takes for its `transformers.Cache`.
-
-    The first time that a layer brings keys and values they are kept, and `ContextKnown` is raised; from then on they
-    are what it gets, whatever it brings.
-    """
-
-    def __init__(self) -> None:
-        self.states: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values, (1, kv_heads, total_tokens, head_dim) each."""
-        if self.states is None:
-            self.states = keys, values
-            raise ContextKnown
-        return self.states
-
-
-class CostWiseLayer(GradientCheckpointingLayer):
-    """In front of a decoder layer: it runs on a packed row."""
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, last_row: bool = False, only_last: bool = False, **kwargs: Any
-    ) -> Any:
-        """The layer's output and, where `last_row`, the last tokens' attention row; else None.
-
-        The row is a second output rather than a side effect so that gradient checkpointing sees it.
-
-        Args:
-            only_last: the output is (1, segments, hidden), that of each segment's last token, and of the others
-                nothing but keys and values is computed.
-        """
-        if only_last:
-            return self._last_tokens(hidden_states, **kwargs), None
-        rows: list[Tensor] | None = [] if last_row else None
-        output = super().forward(hidden_states, *args, last_rows=rows, **kwargs)
-        return output, rows[0] if rows else None
-
-    def _last_tokens(self, hidden: Tensor, position_embeddings: tuple[Tensor, ...], packed: PackedBatch) -> Tensor:
-        context, ends = Context(), packed.segment_ends
-        with suppress(ContextKnown):
-            whole = super().forward(
-                hidden, position_embeddings=position_embeddings, packed=packed, past_key_values=context
-            )
-            return whole[:, ends]  # of a layer that keeps no keys and values
-        return super().forward(
-            hidden[:, ends],
-            position_embeddings=tuple(part[:, ends] for part in position_embeddings),
-            packed=packed,
-            past_key_values=context,
-            only_last=True,
-        )
 
 
 class CostWiseModel(PreTrainedModel):
@@ -143,10 +85,10 @@ class CostWiseModel(PreTrainedModel):
 
     def compile_layers(self) -> None:
         """Let torch fuse what each layer does before and behind its attention. The first passes compile."""
-        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
+        self.set_attn_implementation(OPAQUE_ATTENTION)
         for layer in self.layers:
-            layer._last_tokens = torch.compiler.disable(layer._last_tokens)
-            layer.compile(dynamic=True)
+            layer._all_tokens = torch.compile(layer._all_tokens, dynamic=True)
+            layer.is_compiled = True
 
     def forward(
         self,

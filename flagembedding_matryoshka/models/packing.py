@@ -153,6 +153,11 @@ class PackedBatch:
         return on_device(self.cu_seqlens.int(), self.device)
 
     @cached_property
+    def segment_numbers(self) -> Tensor:
+        """(segments + 1,) int32, on `device`: `cu_seqlens_q` of segments of one token each."""
+        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
+
+    @cached_property
     def cu_seqlens_k(self) -> Tensor:
         """(segments + 1,) int32, on `device`: where each segment's context starts in `context_tokens`."""
         starts = torch.cat([self.lengths.new_zeros(1), self.context_lengths.cumsum(0)])

@@ -52,17 +52,24 @@ def _format(query: Tensor) -> torch.dtype:
 
 
 def unpadded_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedBatch,
+    scaling: float,
+    window: int | None,
+    only_last: bool = False,
 ) -> Tensor:
     """Causal attention of each segment's tokens to its context, whose last tokens are its own.
 
     Args:
-        query: (1, heads, total_tokens, head_dim), in one of `FORMATS`, or under autocast to one.
+        query: (1, heads, total_tokens, head_dim), in one of `FORMATS`, or under autocast to one; with `only_last` (1,
+            heads, segments, head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
         window: how many tokens, the own one included, a token attends to at most; None is all before it.
 
     Returns:
-        (1, total_tokens, heads, head_dim), in the format that it is computed in.
+        (1, tokens of the query, heads, head_dim), in the format that it is computed in.
     """
     assert FLASH is not None
     queries, keys, values = (part[0].transpose(0, 1).to(_format(query)) for part in (query, key, value))
@@ -72,9 +79,9 @@ def unpadded_attention(
         queries,
         keys,
         values,
-        packed.cu_seqlens_q,
+        packed.segment_numbers if only_last else packed.cu_seqlens_q,
         packed.cu_seqlens_k,
-        int(packed.lengths.max()),
+        1 if only_last else int(packed.lengths.max()),
         int(packed.context_lengths.max()),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),

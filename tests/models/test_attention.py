@@ -199,6 +199,9 @@ def test_one_call_on_a_gpu_equals_each_segment_alone(heads, window, prefixes):
     assert runs_unpadded(there[0])
     output, _ = packed_attention(None, *there, None, SCALING, packed, sliding_window=window)
     close(output.float().cpu(), expected, 0.02)
+    of_last = there[0][:, :, packed.segment_ends], *there[1:]
+    alone, _ = packed_attention(None, *of_last, None, SCALING, packed, only_last=True, sliding_window=window)
+    close(alone.float().cpu(), expected[:, packed.segment_ends.cpu()], 0.02)
     for actual, wanted in zip(gradients(output.float().cpu(), there), gradients(expected, inputs), strict=True):
         close(actual.float().cpu(), wanted, 0.05)
 
