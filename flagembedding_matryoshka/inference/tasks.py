@@ -19,6 +19,8 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 T = TypeVar("T")
 R = TypeVar("R")
+PAIRS_TOKENIZED_FIRST = 256
+"""Devices wait for them; each time after it are twice as many, up to:"""
 PAIRS_TOKENIZED_AHEAD = 8192
 BATCHES_AT_ONCE = 16
 """Of a cascade, whose candidates must all wait for each other."""
@@ -86,10 +88,17 @@ def batches_of(pairs: Pairs, call: Call) -> Iterator[Work]:
     """All pairs in batches, at least one for each share, of about equal size. Pairs are tokenised while those before
     them are computed."""
 
-    def tokenize(start: int) -> tuple[int, Inputs]:
-        return start, call.tokenize(pairs[start : start + PAIRS_TOKENIZED_AHEAD])
+    def parts() -> Iterator[slice]:
+        start, sizes = 0, _growing(PAIRS_TOKENIZED_AHEAD)
+        while start < len(pairs):
+            part = slice(start, start + next(sizes))
+            yield part
+            start = part.stop
 
-    for start, inputs in _one_ahead(tokenize, range(0, len(pairs), PAIRS_TOKENIZED_AHEAD)):
+    def tokenize(part: slice) -> tuple[int, Inputs]:
+        return part.start, call.tokenize(pairs[part])
+
+    for start, inputs in _one_ahead(tokenize, parts()):
         for batch in _cut(inputs, call):
             names = [start + place for place in batch]
             yield names, ScoreBatch([inputs[place] for place in batch], names, call.setting)
@@ -99,18 +108,20 @@ def windows_of(lists: Iterable[Pairs], call: Call) -> Generator[Window, None, No
     """Neighbouring lists, as many as are scored in one go, each window read and tokenised while the one before it is
     computed. A list that is longer has several windows, unless it is a cascade's."""
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
-    size = min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD)
+    sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 
     def filled() -> Iterator[list[Portion]]:
         portions: list[Portion] = []
-        count = 0
+        count, size = 0, next(sizes)
         for number, pairs in enumerate(lists):
-            step = len(pairs) if call.is_cascade else size
-            for start in range(0, max(1, len(pairs)), max(1, step)):
-                portion = Portion(number, pairs[start : start + step], start + step >= len(pairs))
+            end, is_last = 0, False
+            while not is_last:
+                start, end = end, len(pairs) if call.is_cascade else end + size
+                is_last = end >= len(pairs)
+                portion = Portion(number, pairs[start:end], is_last)
                 if portions and count + len(portion.pairs) > size:
                     yield portions
-                    portions, count = [], 0
+                    portions, count, size = [], 0, next(sizes)
                 portions.append(portion)
                 count += len(portion.pairs)
         if portions:
@@ -188,6 +199,19 @@ def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> I
         end, total = behind, total + size
     if end > start:
         yield range(start, end)
+
+
+def _growing(limit: int) -> Iterator[int]:
+    """How many pairs are tokenised in one go, time after time.
+
+    >>> from itertools import islice
+    >>> list(islice(_growing(500), 4))
+    [256, 500, 500, 500]
+    """
+    size = min(PAIRS_TOKENIZED_FIRST, limit)
+    while True:
+        yield size
+        size = min(2 * size, limit)
 
 
 def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:

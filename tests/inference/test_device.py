@@ -49,10 +49,14 @@ def test_unknown_dtype_is_refused(dtype):
 
 
 def test_batches_on_a_cpu_fit_its_caches():
-    on_a_cpu = [fast_batch_tokens("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    on_a_cpu = [fast_batch_tokens("cpu", dtype, 576) for dtype in (torch.float32, torch.bfloat16)]
     assert on_a_cpu[0] * 4 == on_a_cpu[1] * 2 == 4096
-    devices = "cuda:1", torch.device("mps")
-    assert all(fast_batch_tokens(device, torch.bfloat16) > max(on_a_cpu) for device in devices)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", torch.device("mps")])
+def test_batches_on_an_accelerator_are_as_large_in_memory_whatever_the_model(device):
+    tokens = {width: fast_batch_tokens(device, torch.bfloat16, width) for width in (64, 1024, 2048, 4096)}
+    assert tokens == {64: 65_536, 1024: 65_536, 2048: 32_768, 4096: 16_384}
 
 
 @pytest.mark.gpu
@@ -70,3 +74,18 @@ def test_a_gpu_scores_what_a_cpu_does_batch_after_batch(dtype, tolerance, width,
     cascade = {3: 0.5}
     ranked, wanted = (each.rank("a wing", [text for _, text in pairs], cascade=cascade) for each in (there, here))
     assert sorted(item["cutoff_layer"] for item in ranked) == sorted(item["cutoff_layer"] for item in wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_compiled_scores_the_same_on_a_gpu(tiny_layerwise_path):
+    plain, compiled = (
+        MatryoshkaReranker(str(tiny_layerwise_path), dtype="bfloat16", devices="cuda", batch_size=3, compile=compile)
+        for compile in (False, True)
+    )
+    pairs = [("a wing", "air flows over a wing " * (number % 5)) for number in range(11)]
+    for width in WIDTHS:
+        found, expected = (
+            each.compute_score(pairs, cutoff_layers=each.config.exit_layers, **width) for each in (compiled, plain)
+        )
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=0.2, rtol=0)

@@ -114,12 +114,14 @@ def test_a_cascade_that_keeps_too_few_is_refused(reranker):
 
 
 def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_texts):
-    pairs = [(query, document) for query in QUERIES for document in DOCUMENTS]
-    different = len(set(QUERIES)) + len(set(DOCUMENTS))
+    queries = QUERIES[:6]
+    pairs = [(query, document) for query in queries for document in DOCUMENTS]
+    assert len(pairs) < tasks.PAIRS_TOKENIZED_FIRST
+    different = len(set(queries)) + len(set(DOCUMENTS))
     expected = reranker.compute_score(pairs, cutoff_layers=[2, 4, 6], compress_layers=[2], compress_ratio=2)
     assert len(tokenized_texts) == different
     tokenized_texts.clear()
-    reranker.rank_batch(QUERIES, [DOCUMENTS] * len(QUERIES), cascade={2: 0.5, 4: 0.3})
+    reranker.rank_batch(queries, [DOCUMENTS] * len(queries), cascade={2: 0.5, 4: 0.3})
     assert len(tokenized_texts) == different
     tokenized_texts.clear()
     inputs = reranker.tokenize(pairs)
@@ -130,6 +132,27 @@ def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_te
         reranker.estimate_flops(inputs, cutoff_layers=layer)
     reranker.score_lists([inputs[:20], inputs[20:40]], cascade={2: 0.5})
     assert len(tokenized_texts) == different
+
+
+def test_few_pairs_are_tokenised_before_the_first_are_scored(reranker, monkeypatch):
+    """And then twice as many each time, in whole lists where these are not longer."""
+    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_FIRST", 5)
+    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 15)
+    sizes = []
+    tokenize = tasks.Call.tokenize
+
+    def counted(call, pairs):
+        sizes.append(len(pairs))
+        return tokenize(call, pairs)
+
+    monkeypatch.setattr(tasks.Call, "tokenize", counted)
+    pairs = [("wing", document) for document in DOCUMENTS] * 2
+    found = reranker.compute_score(pairs)
+    assert sizes == [5, 10, 15, 10]
+    assert found[:20] == pytest.approx(reranker.compute_score(pairs[20:], batch_size=1), abs=1e-5)
+    sizes.clear()
+    reranker.rank_batch(QUERIES[:6], [DOCUMENTS[:size] for size in (3, 4, 4, 12, 2, 20)])
+    assert sizes == [3, 8, 14, 15, 5]
 
 
 @pytest.mark.parametrize("options", [{}, {"cascade": {2: 0.5, 4: 0.3}}, {"cascade": {}}])
