@@ -56,6 +56,8 @@ def main() -> None:
     for name in args.shapes:
         report["shapes"].append(measure_shape(name, args))
         print_table(report["shapes"][-1])
+        if args.output:
+            args.output.write_text(json.dumps(report) + "\n")
     if args.queries:
         report["agreement"] = agreement(args.queries)
         print("\nagreement with the full ranking, the shipped base on real text:")
