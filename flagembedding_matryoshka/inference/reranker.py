@@ -67,8 +67,8 @@ class MatryoshkaReranker(RankingReranker):
             by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes ten seconds in the first
-            pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1 times
-            on a CPU, where it needs a C++ compiler.
+            pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
+            times on a CPU, where it needs a C++ compiler.
         batch_invariant: in bfloat16 on a CPU a pair's score is then the same bits whatever is scored beside it, which
             it else is but for rounding; in float32 it is so to 1e-6 in any case. Costs 14 to 24 % of
             the speed.
