@@ -18,7 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
+
 LAYERS = 6
+HEAD_TOKEN = 17
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,11 @@ def write_raw(name, tokenizer, path, **values):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def layer_wise(path, **changes):
+    """The re-ranker that a raw checkpoint becomes, with exits from the second layer on."""
+    config = read_config(path)
+    for name, value in ({"layer_wise": True, "start_layer": 2, "head_token_id": HEAD_TOKEN} | changes).items():
+        setattr(config, name, value)
+    return causal_lm_class(config).from_pretrained(path, config=config).eval()

@@ -70,7 +70,7 @@ class MatryoshkaReranker(RankingReranker):
             pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
             times on a CPU, where it needs a C++ compiler.
         batch_invariant: in bfloat16 on a CPU a pair's score is then the same bits whatever is scored beside it, which
-            it else is but for rounding; in float32 it is so to 1e-6 in any case. Costs 14 to 24 % of
+            it else is but for rounding; in float32 it is so to 1e-6 in any case. Costs 10 to 24 % of
             the speed.
         cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` alone.
         trust_remote_code: as in transformers, for the tokenizer alone: the model's code is ours.

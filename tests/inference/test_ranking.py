@@ -114,14 +114,13 @@ def test_a_cascade_that_keeps_too_few_is_refused(reranker):
 
 
 def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_texts):
-    queries = QUERIES[:6]
-    pairs = [(query, document) for query in queries for document in DOCUMENTS]
+    pairs = [(query, document) for query in QUERIES for document in DOCUMENTS]
     assert len(pairs) < tasks.PAIRS_TOKENIZED_FIRST
-    different = len(set(queries)) + len(set(DOCUMENTS))
+    different = len(set(QUERIES)) + len(set(DOCUMENTS))
     expected = reranker.compute_score(pairs, cutoff_layers=[2, 4, 6], compress_layers=[2], compress_ratio=2)
     assert len(tokenized_texts) == different
     tokenized_texts.clear()
-    reranker.rank_batch(queries, [DOCUMENTS] * len(queries), cascade={2: 0.5, 4: 0.3})
+    reranker.rank_batch(QUERIES, [DOCUMENTS] * len(QUERIES), cascade={2: 0.5, 4: 0.3})
     assert len(tokenized_texts) == different
     tokenized_texts.clear()
     inputs = reranker.tokenize(pairs)

@@ -10,14 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
-from tests.backbones import BACKBONES, write_raw
+from tests.backbones import BACKBONES, HEAD_TOKEN, layer_wise, write_raw
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_WIDTH = pytest.mark.parametrize("width", WIDTHS)
 SEQUENCES = random_sequences(LENGTHS)
-HEAD_TOKEN = 17
 QUERY = "how does a wing lift"
 DOCUMENTS = ["air flows faster over the upper side of a wing.", "a wing", "heat " * 20, "", "air of a wing " * 6]
 PAIRS = [(QUERY, document) for document in DOCUMENTS] + [("what is heat", "heat")]
@@ -37,13 +35,6 @@ def raw_path(backbone, tiny_tokenizer, tmp_path_factory):
 def plain(raw_path):
     """transformers' own model."""
     return AutoModelForCausalLM.from_pretrained(raw_path, attn_implementation="eager").eval()
-
-
-def layer_wise(path, **changes):
-    config = read_config(path)
-    for name, value in ({"layer_wise": True, "start_layer": 2, "head_token_id": HEAD_TOKEN} | changes).items():
-        setattr(config, name, value)
-    return causal_lm_class(config).from_pretrained(path, config=config).eval()
 
 
 @pytest.fixture(scope="module")

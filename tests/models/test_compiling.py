@@ -9,9 +9,8 @@ from torch._dynamo.utils import counters
 
 from flagembedding_matryoshka.models import compiling
 from flagembedding_matryoshka.models.attention import packed_attention
-from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.packing import PackedBatch
-from tests.backbones import BACKBONES, write_raw
+from tests.backbones import BACKBONES, layer_wise, write_raw
 from tests.batches import LENGTHS, WIDTHS, close, random_sequences, scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,14 +26,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def layer_wise(name, tokenizer, path):
-    raw = write_raw(name, tokenizer, path)
-    config = read_config(raw)
-    for key, value in {"layer_wise": True, "start_layer": 2, "head_token_id": 17}.items():
-        setattr(config, key, value)
-    return causal_lm_class(config).from_pretrained(raw, config=config).eval()
-
-
 def score_everything(model):
     """Batches of several sizes and lengths at all widths."""
     batches = [SEQUENCES, SEQUENCES[:3], SEQUENCES[2:], SEQUENCES[:1]]
@@ -47,7 +38,7 @@ def score_everything(model):
 def test_layers_of_a_kind_are_one_graph_for_all_batches_and_widths(
     name, tiny_tokenizer, tmp_path, monkeypatch, fresh_dynamo
 ):
-    model = layer_wise(name, tiny_tokenizer, tmp_path)
+    model = layer_wise(write_raw(name, tiny_tokenizer, tmp_path))
     expected = score_everything(model)
     compiled = copy.deepcopy(model)
     # How operations are fused is not what is asked here.
@@ -64,7 +55,7 @@ def test_layers_of_a_kind_are_one_graph_for_all_batches_and_widths(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_fused_layers_score_the_same(tiny_tokenizer, tmp_path, fresh_dynamo):
-    model = layer_wise("qwen3", tiny_tokenizer, tmp_path)
+    model = layer_wise(write_raw("qwen3", tiny_tokenizer, tmp_path))
     expected = score_everything(model)
     model.model.compile_layers()
     for found, wanted in zip(score_everything(model), expected, strict=True):
