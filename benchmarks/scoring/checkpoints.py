@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.models.backbones import (
+    CostWiseGemma2Config,
     CostWiseLlamaConfig,
     CostWiseMistralConfig,
     CostWiseQwen3Config,
@@ -45,10 +46,14 @@ SHAPES: dict[str, tuple[type[CostWiseConfig], dict[str, Any]]] = {
     "24x1024": (CostWiseMistralConfig, mistral_like(24, 1024)),
     "smollm2-135m": (CostWiseLlamaConfig, shape(30, 576, 1536, 9, 3)),
     "qwen3-0.6b": (CostWiseQwen3Config, shape(28, 1024, 3072, 16, 8, head_dim=128)),
+    "gemma2-2b": (
+        CostWiseGemma2Config,
+        shape(26, 2304, 9216, 8, 4, head_dim=256, sliding_window=4096, final_logit_softcapping=None),
+    ),
     "qwen3-4b": (CostWiseQwen3Config, shape(36, 2560, 9728, 32, 8, head_dim=128)),
     "mistral-7b": (CostWiseMistralConfig, shape(32, 4096, 14336, 32, 8, sliding_window=None)),
 }
-"""What their configurations, those of the published models, say of a decoder."""
+"""What their configurations, those of the published models, say of a decoder. Scores have no cap."""
 
 
 def config_of(name: str, vocabulary: int) -> CostWiseConfig:

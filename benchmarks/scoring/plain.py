@@ -21,8 +21,10 @@ class PlainCrossEncoder(nn.Module):
         (kind,) = ours.config.made_from
         shape = {name: value for name, value in ours.config.to_dict().items() if name != "model_type"}
         config = AutoConfig.for_model(kind, **shape)
+        # transformers' fused attention leaves a cap on logits out
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
         with ours.model.device:
-            self.decoder = AutoModel.from_config(config, dtype=ours.model.dtype, attn_implementation="sdpa").eval()
+            self.decoder = AutoModel.from_config(config, dtype=ours.model.dtype, attn_implementation=attention).eval()
         self.decoder.load_state_dict(ours.model.model.state_dict())
         self.head = ours.model.lm_head[-1].linear_head
         self.ours = ours

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from flagembedding_matryoshka.models.capped import capped_attention, runs_capped
 from flagembedding_matryoshka.models.packing import PackedBatch, on_device
 from flagembedding_matryoshka.models.unpadded import runs_unpadded, unpadded_attention
 
@@ -67,6 +68,7 @@ def packed_attention(
     last_rows: list[Tensor] | None = None,
     only_last: bool = False,
     separately: bool = False,
+    compiled: bool = False,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -86,6 +88,7 @@ def packed_attention(
         packed: where the sequences lie.
         last_rows: if given, `last_token_row` is appended to it.
         separately: no call computes several segments, on which what comes out could depend.
+        compiled: attention that has no kernel may be compiled; without gradients.
         scaling, softcap, sliding_window: see `Logits`.
 
     Returns:
@@ -105,6 +108,8 @@ def packed_attention(
         return _segment_by_segment(query, key, value, packed, logits, dropout), None
     if unpadded:
         return unpadded_attention(query, key, value, packed, scaling, sliding_window, only_last), None
+    if compiled and softcap is not None and not dropout and runs_capped(query):
+        return capped_attention(query, key, value, packed, scaling, softcap, sliding_window), None
     if query.device.type != "cpu":
         return _in_groups(query, key, value, packed, logits, dropout), None
     if not dropout and packed.context_lengths.max() <= _longest_product(query, logits):

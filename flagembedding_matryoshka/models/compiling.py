@@ -49,6 +49,7 @@ def _attention(
         _batches[int(packed)],
         rows,
         only_last,
+        compiled=True,
         dropout=dropout,
         softcap=softcap,
         sliding_window=sliding_window,

@@ -28,6 +28,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+BLOCK = 128
+"""Tokens of a block of `PackedBatch.context_blocks`."""
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -189,6 +192,43 @@ class PackedBatch:
             size += len(group) * width
         own = self.offsets + firsts.repeat_interleave(self.lengths)
         return groups, on_device(own, self.device)
+
+    @cached_property
+    def prefix_ids(self) -> Tensor:
+        """(total_tokens,) int64, on `device`: the segment that each token's one continues; its own, if it does none."""
+        own = torch.arange(len(self.lengths))
+        continued = own if self.prefixes is None else torch.where(self.prefixes < 0, own, self.prefixes)
+        return on_device(continued.repeat_interleave(self.lengths), self.device)
+
+    @cached_property
+    def context_blocks(self) -> tuple[Tensor, Tensor]:
+        """Which blocks of the row, of `BLOCK` tokens each, hold context of which, for kernels that skip the others.
+
+        Returns:
+            (blocks,) int32, how many blocks each one attends to, and (blocks, blocks) int32, which these are, first
+            the earliest, and 0 behind them; on `device`.
+        """
+        firsts, lasts = self.cu_seqlens[:-1] // BLOCK, (self.cu_seqlens[1:] - 1) // BLOCK
+        spans = lasts - firsts + 1
+        segments = torch.repeat_interleave(spans)
+        rows = firsts[segments] + _ranges(spans)
+        # +1 where a segment's context begins to be seen from a row, -1 behind its end
+        count = int(lasts[-1]) + 1
+        edges = torch.zeros(count, count + 1, dtype=torch.int32)
+        one = torch.ones_like(rows, dtype=torch.int32)
+        edges.index_put_((rows, firsts[segments]), one, accumulate=True)
+        edges.index_put_((rows, rows + 1), -one, accumulate=True)
+        if self.prefixes is not None:
+            continued = self.prefixes[segments] >= 0
+            rows, one, prefixes = rows[continued], one[continued], self.prefixes[segments][continued]
+            edges.index_put_((rows, firsts[prefixes]), one, accumulate=True)
+            edges.index_put_((rows, lasts[prefixes] + 1), -one, accumulate=True)
+        seen = edges.cumsum(1)[:, :-1] > 0
+        counts = seen.sum(1)
+        rows, columns = seen.nonzero().unbind(1)
+        blocks = torch.zeros(count, count, dtype=torch.int32)
+        blocks[rows, _ranges(counts)] = columns.int()
+        return on_device(counts.int(), self.device), on_device(blocks, self.device)
 
     def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
         """Some sequences, in the order given, with what they share.

@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.packing import BLOCK, PackedBatch
 from flagembedding_matryoshka.models.padding import pack
 from tests.batches import LENGTHS, collate, random_sequences
 
@@ -23,6 +23,26 @@ def test_every_index_names_its_place_in_the_row(lengths):
     assert [places[token] for token in packed.last_tokens] == [
         (row, sum(parts) - 1) for row, parts in enumerate(lengths)
     ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=6))
+def test_blocks_of_contexts_are_those_that_a_token_attends_to(groups):
+    """Each group is a query of so many tokens, and that many passages that share it."""
+    lengths, prefixes, number = [], [], 0
+    for query, passages in groups:
+        lengths += [query, *(100 * place + 1 for place in range(passages))]
+        prefixes += [-1, *[number] * passages]
+        number = len(lengths)
+    lengths, prefixes = torch.tensor(lengths), torch.tensor(prefixes)
+    packed = PackedBatch(lengths * 0, lengths * 0, lengths, torch.device("cpu"), prefixes)
+    segment, token = packed.segment_ids, torch.arange(int(lengths.sum()))
+    assert packed.prefix_ids.tolist() == [prefixes[s] if prefixes[s] >= 0 else s for s in segment.tolist()]
+    in_context = (segment == segment[:, None]) | (segment == packed.prefix_ids[:, None])
+    of, at = (in_context & (token <= token[:, None])).nonzero().unbind(1)
+    counts, blocks = packed.context_blocks
+    seen = [(row, block) for row, count in enumerate(counts.tolist()) for block in blocks[row, :count].tolist()]
+    assert seen == sorted(set(zip((of // BLOCK).tolist(), (at // BLOCK).tolist(), strict=True)))
+    assert {tensor.dtype for tensor in (counts, blocks)} == {torch.int32}
 
 
 def test_padding_again_gives_right_padded_rows():

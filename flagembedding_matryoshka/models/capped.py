@@ -1,0 +1,99 @@
+"""Attention whose logits have a cap, as one kernel over a whole packed row: flex attention (Dong et al., 2024,
+https://arxiv.org/abs/2412.05496), which torch compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.models.packing import BLOCK, PackedBatch
+
+LEAST_HEAD = 16
+GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
+"""One for each cap and few for all lengths, whatever holds for the graph of the layer around: kernels take no other
+number as an argument. A model takes three of them: for the first row, for all others, and for a row of one block."""
+
+_graphs_lock = Lock()
+
+
+@cache
+def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]] | None:
+    """Compiled attention and what makes its mask, of the releases of torch that make one of blocks alone."""
+    if find_spec("torch.nn.attention.flex_attention") is None:
+        return None
+    flex = import_module("torch.nn.attention.flex_attention")
+    make_mask = flex.BlockMask.from_kv_blocks
+    if not {"seq_lengths", "compute_q_blocks"} <= signature(make_mask).parameters.keys():
+        return None
+    # An error where it cannot be compiled: as torch computes it else, the row's square would lie in memory.
+    return torch.compile(flex.flex_attention, fullgraph=True), make_mask
+
+
+def runs_capped(query: Tensor) -> bool:
+    """Whether `capped_attention` is the way for queries like (…, head_dim): on a CPU its kernel is the slower one."""
+    return query.device.type == "cuda" and query.shape[-1] >= LEAST_HEAD and _flex() is not None
+
+
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedBatch,
+    scaling: float,
+    softcap: float,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of each segment's tokens to its context, without gradients. The first calls compile.
+
+    Args:
+        query: (1, heads, total_tokens, head_dim).
+        key, value: (1, kv_heads, total_tokens, head_dim).
+        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+
+    Returns:
+        (1, total_tokens, heads, head_dim).
+    """
+    found = _flex()
+    assert found is not None
+    flex, make_mask = found
+    positions = packed.position_ids[0]
+    earliest = torch.zeros_like(positions) if window is None else positions - (window - 1)
+    # One tensor: of four, torch 2.13 makes what a CPU's compiler refuses, and so of a window that is another number.
+    marks = torch.stack([packed.segment_ids, packed.prefix_ids, positions, earliest])
+
+    def capped(logit: Tensor, batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:
+        return softcap * torch.tanh(logit / softcap)
+
+    def visible(batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:
+        in_context = (marks[0, at] == marks[0, of]) | (marks[0, at] == marks[1, of])
+        return in_context & (marks[2, at] <= marks[2, of]) & (marks[2, at] >= marks[3, of])
+
+    counts, blocks = packed.context_blocks
+    tokens = query.shape[2]
+    mask = make_mask(
+        counts[None, None],
+        blocks[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, tokens),
+        compute_q_blocks=False,
+    )
+    with _graphs_lock, torch._dynamo.config.patch(GRAPHS):
+        attended = flex(
+            query,
+            key,
+            value,
+            score_mod=capped,
+            block_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return attended.transpose(1, 2).contiguous()
