@@ -59,7 +59,7 @@ class MatryoshkaReranker(RankingReranker):
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
-            1,024 on a CPU, or 2,048 in bfloat16, so that its caches hold a layer's activations, and elsewhere
+            as many as have hidden states of the size of a CPU's second-level caches, at least 1,024, and elsewhere
             65,536, or 16,384 of a model that is 4,096 wide.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
@@ -159,7 +159,8 @@ class MatryoshkaReranker(RankingReranker):
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
-        fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size)
+        processes = len(self.target_devices)
+        fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, processes)
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
         check_quantization(quantization, self.target_devices, resolved)
         if batch_invariant:

@@ -48,9 +48,26 @@ def test_unknown_dtype_is_refused(dtype):
         resolve_dtype(dtype, False, False, "cpu")
 
 
-def test_batches_on_a_cpu_fit_its_caches():
-    on_a_cpu = [fast_batch_tokens("cpu", dtype, 576) for dtype in (torch.float32, torch.bfloat16)]
-    assert on_a_cpu[0] * 4 == on_a_cpu[1] * 2 == 4096
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size", "threads", "processes", "cache", "tokens"),
+    [
+        (torch.bfloat16, 512, 2, 1, 2**20, 2048),
+        (torch.bfloat16, 576, 2, 1, 2**20, 2048),
+        (torch.float32, 512, 2, 1, 2**20, 1024),
+        (torch.bfloat16, 128, 2, 1, 2**20, 8192),
+        (torch.bfloat16, 128, 1, 1, 2**20, 4096),
+        (torch.bfloat16, 128, 2, 2, 2**20, 4096),
+        (torch.bfloat16, 128, 2, 4, 2**20, 4096),
+        (torch.bfloat16, 1024, 32, 1, 2**21, 32_768),
+        (torch.bfloat16, 1024, 32, 1, None, 16_384),
+        (torch.float32, 4096, 2, 1, 2**20, 1024),
+        (torch.float32, 32, 128, 1, 2**21, 65_536),
+    ],
+)
+def test_batches_on_a_cpu_fill_its_caches(dtype, hidden_size, threads, processes, cache, tokens, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"l2_cache_size": cache} if cache else {})
+    assert fast_batch_tokens("cpu", dtype, hidden_size, processes) == tokens
 
 
 @pytest.mark.parametrize("device", ["cuda:1", torch.device("mps")])

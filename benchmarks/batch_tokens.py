@@ -1,0 +1,87 @@
+"""Pairs per second of the re-ranker with several numbers of tokens in a batch.
+
+    python -m benchmarks.batch_tokens --output batch_tokens.json
+
+Each shape's checkpoint, with random weights, scores the same pairs from texts to scores; numbers of tokens take turns,
+round after round, after one round that warms up. `lost` is how much slower the re-ranker's own number is than the
+fastest one. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import environment
+from benchmarks.scoring.checkpoints import SHAPES, config_of, write_checkpoint
+from benchmarks.scoring.settings import Timed
+from benchmarks.scoring.texts import random_pairs, words_of
+from benchmarks.scoring.timing import take_turns
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.models.loading import load_tokenizer
+from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.batch_tokens",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shapes = ["4x128", "16x512", "smollm2-135m", "24x1024"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes, help="default: %(default)s")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="in a batch; default: %(default)s"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: all")
+    parser.add_argument("--pairs", type=int, default=60, help="scored per call; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="file to write the JSON to as well")
+    args = parser.parse_args()
+
+    report: dict[str, Any] = {"benchmark": "batch_tokens", "environment": environment("cpu"), "results": []}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for shape in args.shapes:
+            for dtype in args.dtypes:
+                result = {"threads": threads, "shape": shape, "dtype": dtype, **measure(shape, dtype, args)}
+                report["results"].append(result)
+                print(f"{threads} threads, {shape} in {dtype}: {result}")
+    line = json.dumps(report)
+    if args.output:
+        args.output.write_text(line + "\n")
+    print(line)
+
+
+def measure(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Pairs per second by tokens of a batch, median over rounds, and what the re-ranker's own number loses."""
+    tokenizer = load_tokenizer(SMOLLM2_BASE_NAME)
+    with tempfile.TemporaryDirectory() as path:
+        write_checkpoint(config_of(shape, len(tokenizer)), tokenizer, path, getattr(torch, dtype))
+        reranker = MatryoshkaReranker(path, dtype=dtype, devices="cpu")
+    pairs = random_pairs(words_of(tokenizer), args.pairs, random.Random(0))
+    score = partial(reranker.compute_score, pairs, show_progress_bar=False)
+    own = reranker.max_tokens_per_batch
+    timed = [
+        Timed(str(tokens), partial(score, max_tokens_per_batch=tokens), len(pairs), None)
+        for tokens in sorted({own, *args.tokens})
+    ]
+    seconds = {int(name): statistics.median(each) for name, each in take_turns(timed, args.rounds, "cpu").items()}
+    return {
+        "own": own,
+        "lost": seconds[own] / min(seconds.values()) - 1,
+        "pairs_per_s": {tokens: len(pairs) / each for tokens, each in seconds.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
