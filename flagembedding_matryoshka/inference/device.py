@@ -12,9 +12,9 @@ import torch
 _CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 MOST_TOKENS = 65_536
-VALUES = 2**26
-"""Of a batch's hidden states on an accelerator."""
-LEAST_TOKENS_ON_A_CPU = 1024
+MOST_VALUES = 2**26
+"""Of a batch's hidden states."""
+LEAST_TOKENS_OF_A_THREAD = 1024
 CACHE = 2**20
 """Bytes of a core's second-level cache, where torch does not know them."""
 
@@ -41,22 +41,23 @@ def _capabilities() -> Mapping[str, Any]:
 
 
 def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_size: int, processes: int = 1) -> int:
-    """Tokens in a batch: as many as keep an accelerator busy; on a CPU a power of two, whose hidden states about fill
-    the second-level caches of the cores that compute them.
+    """Tokens in a batch: as many as keep an accelerator or each thread of a CPU busy; of a narrow model as many as have
+    hidden states that about fill the thread's cache.
 
-    With one and two threads on cores of 1 MiB, no other power of two from 512 to 8,192 was faster by more than 2 %
-    (4 × 128 to 24 × 1024, float32 and bfloat16, `benchmarks.batch_tokens`). On an H200 65,536 tokens of a model 1,024
-    wide kept it busy where 16,384 waited to be launched, and 16,384 of one 4,096 wide were as fast as more.
+    Of a thread 1,024 were about the fastest of 512 to 8,192 for models that are 512 to 1,024 wide, and at a width of
+    128 two (float32) and four times as many (bfloat16; `benchmarks.batch_tokens`). On an H200 65,536 tokens of a model
+    1,024 wide kept it busy where 16,384 waited to be launched, and 16,384 of one 4,096 wide were as fast as more.
 
     Args:
         processes: that share the threads of a CPU.
     """
+    most = min(MOST_TOKENS, MOST_VALUES // hidden_size)
     if torch.device(device).type != "cpu":
-        return min(MOST_TOKENS, VALUES // hidden_size)
+        return most
     threads = max(1, torch.get_num_threads() // processes)
-    cache = threads * (_capabilities().get("l2_cache_size") or CACHE)
-    tokens = 2 ** round(math.log2(cache / (hidden_size * dtype.itemsize)))
-    return min(max(LEAST_TOKENS_ON_A_CPU, tokens), MOST_TOKENS)
+    cached = (_capabilities().get("l2_cache_size") or CACHE) / (hidden_size * dtype.itemsize)
+    # To a power of two, so that processors with similar caches cut the same batches.
+    return min(most, threads * max(LEAST_TOKENS_OF_A_THREAD, 2 ** round(math.log2(cached))))
 
 
 def check_batch_invariance(devices: Sequence[str], dtype: torch.dtype, quantization: str | None, compile: bool) -> None:

@@ -59,8 +59,8 @@ class MatryoshkaReranker(RankingReranker):
         batch_size: pairs scored in one pass, at most.
         max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
-            as many as have hidden states of the size of a CPU's second-level caches, at least 1,024, and elsewhere
-            65,536, or 16,384 of a model that is 4,096 wide.
+            1,024 for each thread of a CPU, more for models of less than 512 values a token, and elsewhere 65,536, or
+            16,384 of a model that is 4,096 wide.
         query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
         max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance

@@ -53,18 +53,22 @@ def test_unknown_dtype_is_refused(dtype):
     [
         (torch.bfloat16, 512, 2, 1, 2**20, 2048),
         (torch.bfloat16, 576, 2, 1, 2**20, 2048),
-        (torch.float32, 512, 2, 1, 2**20, 1024),
+        (torch.float32, 512, 2, 1, 2**20, 2048),
+        (torch.float32, 128, 2, 1, 2**20, 4096),
         (torch.bfloat16, 128, 2, 1, 2**20, 8192),
         (torch.bfloat16, 128, 1, 1, 2**20, 4096),
         (torch.bfloat16, 128, 2, 2, 2**20, 4096),
         (torch.bfloat16, 128, 2, 4, 2**20, 4096),
-        (torch.bfloat16, 1024, 32, 1, 2**21, 32_768),
-        (torch.bfloat16, 1024, 32, 1, None, 16_384),
-        (torch.float32, 4096, 2, 1, 2**20, 1024),
+        (torch.bfloat16, 256, 8, 1, 2**21, 32_768),
+        (torch.bfloat16, 128, 8, 1, None, 32_768),
+        (torch.float32, 4096, 2, 1, 2**20, 2048),
+        (torch.float32, 4096, 64, 1, 2**20, 16_384),
         (torch.float32, 32, 128, 1, 2**21, 65_536),
     ],
 )
-def test_batches_on_a_cpu_fill_its_caches(dtype, hidden_size, threads, processes, cache, tokens, monkeypatch):
+def test_batches_on_a_cpu_are_what_its_threads_compute_fast(
+    dtype, hidden_size, threads, processes, cache, tokens, monkeypatch
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"l2_cache_size": cache} if cache else {})
     assert fast_batch_tokens("cpu", dtype, hidden_size, processes) == tokens
