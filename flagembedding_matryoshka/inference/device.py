@@ -40,7 +40,13 @@ def _capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_size: int, processes: int = 1) -> int:
+def threads_of_each(devices: Sequence[str]) -> int:
+    """Threads that a CPU has for each of `devices` that is one."""
+    on_cpu = sum(torch.device(device).type == "cpu" for device in devices)
+    return max(1, torch.get_num_threads() // max(1, on_cpu))
+
+
+def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_size: int, threads: int) -> int:
     """Tokens in a batch: as many as keep an accelerator or each thread of a CPU busy; of a narrow model as many as have
     hidden states that about fill the thread's cache.
 
@@ -49,12 +55,11 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_siz
     1,024 wide kept it busy where 16,384 waited to be launched, and 16,384 of one 4,096 wide were as fast as more.
 
     Args:
-        processes: that share the threads of a CPU.
+        threads: that compute a batch, where `device` is a CPU.
     """
     most = min(MOST_TOKENS, MOST_VALUES // hidden_size)
     if torch.device(device).type != "cpu":
         return most
-    threads = max(1, torch.get_num_threads() // processes)
     cached = (_capabilities().get("l2_cache_size") or CACHE) / (hidden_size * dtype.itemsize)
     # To a power of two, so that processors with similar caches cut the same batches.
     return min(most, threads * max(LEAST_TOKENS_OF_A_THREAD, 2 ** round(math.log2(cached))))

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
-from flagembedding_matryoshka.inference.device import check_batch_invariance, fast_batch_tokens, resolve_dtype
+from flagembedding_matryoshka.inference.device import (
+    check_batch_invariance,
+    fast_batch_tokens,
+    resolve_dtype,
+    threads_of_each,
+)
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call
 from flagembedding_matryoshka.inference.plan import load_plan
@@ -159,8 +164,8 @@ class MatryoshkaReranker(RankingReranker):
         if quantization == "int8" and dtype == "auto" and not use_bf16:
             dtype = "float32"
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
-        processes = len(self.target_devices)
-        fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, processes)
+        threads = threads_of_each(self.target_devices)
+        fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, threads)
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
         check_quantization(quantization, self.target_devices, resolved)
         if batch_invariant:

@@ -12,8 +12,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from flagembedding_matryoshka.inference.device import threads_of_each
 from flagembedding_matryoshka.inference.engine import Task
 from flagembedding_matryoshka.inference.worker import Assignment, RunEnded, Worker
 from flagembedding_matryoshka.inference.worker_process import work
@@ -164,8 +163,7 @@ class WorkerPool:
             )
         self._share_weights()
         context = multiprocessing.get_context("spawn")
-        on_cpu = sum(torch.device(device).type == "cpu" for device in self._devices)
-        threads = max(1, torch.get_num_threads() // max(1, on_cpu))
+        threads = threads_of_each(self._devices)
         for device in missing:
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -27,8 +26,6 @@ _graphs_lock = Lock()
 @cache
 def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]] | None:
     """Compiled attention and what makes its mask, of the releases of torch that make one of blocks alone."""
-    if find_spec("torch.nn.attention.flex_attention") is None:
-        return None
     flex = import_module("torch.nn.attention.flex_attention")
     make_mask = flex.BlockMask.from_kv_blocks
     if not {"seq_lengths", "compute_q_blocks"} <= signature(make_mask).parameters.keys():

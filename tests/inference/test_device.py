@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.device import fast_batch_tokens, fast_dtype, resolve_dtype
+from flagembedding_matryoshka.inference.device import fast_batch_tokens, fast_dtype, resolve_dtype, threads_of_each
 from tests.batches import WIDTHS
 
 
@@ -49,34 +49,37 @@ def test_unknown_dtype_is_refused(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "hidden_size", "threads", "processes", "cache", "tokens"),
+    ("dtype", "hidden_size", "threads", "cache", "tokens"),
     [
-        (torch.bfloat16, 512, 2, 1, 2**20, 2048),
-        (torch.bfloat16, 576, 2, 1, 2**20, 2048),
-        (torch.float32, 512, 2, 1, 2**20, 2048),
-        (torch.float32, 128, 2, 1, 2**20, 4096),
-        (torch.bfloat16, 128, 2, 1, 2**20, 8192),
-        (torch.bfloat16, 128, 1, 1, 2**20, 4096),
-        (torch.bfloat16, 128, 2, 2, 2**20, 4096),
-        (torch.bfloat16, 128, 2, 4, 2**20, 4096),
-        (torch.bfloat16, 256, 8, 1, 2**21, 32_768),
-        (torch.bfloat16, 128, 8, 1, None, 32_768),
-        (torch.float32, 4096, 2, 1, 2**20, 2048),
-        (torch.float32, 4096, 64, 1, 2**20, 16_384),
-        (torch.float32, 32, 128, 1, 2**21, 65_536),
+        (torch.bfloat16, 512, 2, 2**20, 2048),
+        (torch.bfloat16, 576, 2, 2**20, 2048),
+        (torch.float32, 512, 2, 2**20, 2048),
+        (torch.float32, 128, 2, 2**20, 4096),
+        (torch.bfloat16, 128, 2, 2**20, 8192),
+        (torch.bfloat16, 128, 1, 2**20, 4096),
+        (torch.bfloat16, 256, 8, 2**21, 32_768),
+        (torch.bfloat16, 128, 8, None, 32_768),
+        (torch.float32, 4096, 2, 2**20, 2048),
+        (torch.float32, 4096, 64, 2**20, 16_384),
+        (torch.float32, 32, 128, 2**21, 65_536),
     ],
 )
-def test_batches_on_a_cpu_are_what_its_threads_compute_fast(
-    dtype, hidden_size, threads, processes, cache, tokens, monkeypatch
-):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_batches_on_a_cpu_are_what_its_threads_compute_fast(dtype, hidden_size, threads, cache, tokens, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"l2_cache_size": cache} if cache else {})
-    assert fast_batch_tokens("cpu", dtype, hidden_size, processes) == tokens
+    assert fast_batch_tokens("cpu", dtype, hidden_size, threads) == tokens
+
+
+@pytest.mark.parametrize(
+    ("devices", "threads"), [(["cpu"], 5), (["cpu", "cpu"], 2), (["cpu"] * 6, 1), (["cpu", "cuda:0"], 5), (["mps"], 5)]
+)
+def test_devices_share_the_threads_of_a_cpu(devices, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert threads_of_each(devices) == threads
 
 
 @pytest.mark.parametrize("device", ["cuda:1", torch.device("mps")])
 def test_batches_on_an_accelerator_are_as_large_in_memory_whatever_the_model(device):
-    tokens = {width: fast_batch_tokens(device, torch.bfloat16, width) for width in (64, 1024, 2048, 4096)}
+    tokens = {width: fast_batch_tokens(device, torch.bfloat16, width, 2) for width in (64, 1024, 2048, 4096)}
     assert tokens == {64: 65_536, 1024: 65_536, 2048: 32_768, 4096: 16_384}
 
 
