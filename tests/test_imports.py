@@ -65,12 +65,6 @@ def seconds(code):
     return min(times)
 
 
-def test_a_file_is_read_in_one_sitting():
-    root = Path(__file__).parents[1]
-    files = [path for room in (PACKAGE, "benchmarks") for path in (root / room).rglob("*.py")]
-    assert files and not [path for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 300]
-
-
 def test_what_is_heavy_is_imported_where_it_is_used():
     heavy = {"transformers.modeling_utils", "peft", "FlagEmbedding", "sentence_transformers", "datasets"}
     loaded = run(f"import {PACKAGE}.cli.main, sys; print(*sys.modules)").split()
