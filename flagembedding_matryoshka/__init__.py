@@ -7,6 +7,7 @@ import flagembedding_matryoshka.quiet  # noqa: F401
 from flagembedding_matryoshka.models.deferred import register_deferred
 
 if TYPE_CHECKING:
+    from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2
     from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
     from flagembedding_matryoshka.models.backbones import (
         CostWiseGemma2Config,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     )
     from flagembedding_matryoshka.models.heads import CostWiseHead
     from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
-    from flagembedding_matryoshka.models.shipped import SMOLLM2
     from flagembedding_matryoshka.registry import register
     from flagembedding_matryoshka.setting import Setting
     from flagembedding_matryoshka.setting import Setting as SubNetwork
@@ -82,7 +82,7 @@ _MODULES = {
     "CostWiseHead": "models.heads",
     "CostWiseCausalLMOutputWithPast": "models.outputs",
     "CostWiseModelOutputWithPast": "models.outputs",
-    "SMOLLM2": "models.shipped",
+    "SMOLLM2": "checkpoints.shipped",
     "Setting": "setting",
     "SubNetwork": "setting",
     "register": "registry",

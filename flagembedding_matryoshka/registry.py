@@ -5,8 +5,8 @@ from __future__ import annotations
 from FlagEmbedding.inference.reranker import LayerWiseFlagLLMReranker, LightWeightFlagLLMReranker
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
 
+from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_NAME
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.models.shipped import SMOLLM2_NAME
 
 PUBLISHED = (
     *("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir"),

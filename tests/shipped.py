@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flagembedding_matryoshka import SMOLLM2
-from flagembedding_matryoshka.models.gguf import SMOLLM2_FILE, SMOLLM2_INSTALL
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_FILE, SMOLLM2_INSTALL
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from tests.gguf_files import write_gguf
 
 EXITS = [2, 3, 5]

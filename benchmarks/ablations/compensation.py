@@ -13,9 +13,9 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.settings import grid
-from flagembedding_matryoshka.models.loading import inspect_checkpoint
 from flagembedding_matryoshka.setting import Setting
 
 

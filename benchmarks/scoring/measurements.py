@@ -18,7 +18,7 @@ from benchmarks.scoring.settings import CANDIDATES, Timed, quantizations, settin
 from benchmarks.scoring.texts import random_lists, random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.models.loading import load_tokenizer
+from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
 
 MAX_LENGTH = 512
 FIRST_PAIR = ("a query", "a passage")

@@ -5,7 +5,7 @@
 # On a processor that computes bfloat16 fast; without --bf16 it takes several times as long.
 set -euo pipefail
 dir=$1 out=$2 steps=${3:-3000} decay=${4:-500}
-base=$(python -c 'from flagembedding_matryoshka.models.gguf import smollm2_base; print(smollm2_base())')
+base=$(python -c 'from flagembedding_matryoshka.checkpoints.gguf import smollm2_base; print(smollm2_base())')
 exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetune --use_cpu True --bf16 \
     --model_name_or_path "$base" --train_data "$dir/train" --output_dir "$out" --cache_path "$out.cache" \
     --exits 6 9 12 15 18 --exit_weights 0.4 0.6 0.8 0.8 1 --compress_layers 3 6 9 --compress_ratios 1 1 2 4 \

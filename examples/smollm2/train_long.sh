@@ -8,7 +8,7 @@ dir=$1 from=$2 out=$3 steps=${4:-720} decay=${5:-250} seed=${6:-2}
 while read -r kind count; do
     [ ! -f "$dir/train/$kind.jsonl" ] || tail -n "$count" "$dir/train/$kind.jsonl" > "$dir/train_long/$kind.jsonl"
 done <<< $'code 2280\ndocstrings 2000\nsentences 1200\nsections 800\npackages 300\nglosses 300'
-base=$(python -c 'from flagembedding_matryoshka.models.gguf import smollm2_base; print(smollm2_base())')
+base=$(python -c 'from flagembedding_matryoshka.checkpoints.gguf import smollm2_base; print(smollm2_base())')
 exits=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["exits"])' "$from/config.json")
 weights=([6]=0.4 [9]=0.5 [12]=0.8 [15]=0.8 [18]=1)
 exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetune --use_cpu True --bf16 \

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, load_plan
-from flagembedding_matryoshka.models.export import write_sentence_transformers_files
-from flagembedding_matryoshka.models.loading import inspect_checkpoint
-from flagembedding_matryoshka.models.shipped import SMOLLM2_BASE_NAME
 
 WEIGHTS = "adapter_model.safetensors"
 MAX_BYTES = 10_000_000

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import as_cascades, collection_name
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
 from flagembedding_matryoshka.evaluation.calibration import refuse_one_kind
@@ -31,7 +32,6 @@ from flagembedding_matryoshka.inference.normalizing import scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.models.loading import inspect_checkpoint
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 

@@ -18,6 +18,10 @@ from FlagEmbedding.abc.finetune.reranker import (
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.checkpoints.adapters import refuse_other_heads
+from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
@@ -35,13 +39,9 @@ from flagembedding_matryoshka.finetune.rows import load_files
 from flagembedding_matryoshka.finetune.sharding import whole_while_loading
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
-from flagembedding_matryoshka.models.adapters import refuse_other_heads
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.export import write_sentence_transformers_files
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.models.nf4 import use_nf4
-from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
 
 PLAN_NAME = "matryoshka_plan.json"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-from flagembedding_matryoshka.models.adapters import token_adapter_ratios
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.nf4 import use_nf4
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from flagembedding_matryoshka.checkpoints.export import export_exits
+from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
@@ -23,8 +25,6 @@ from flagembedding_matryoshka.inference.quantization import Quantization, check_
 from flagembedding_matryoshka.inference.ranking import RankingReranker
 from flagembedding_matryoshka.inference.scoring import score_pairs
 from flagembedding_matryoshka.inference.tasks import Call
-from flagembedding_matryoshka.models.export import export_exits
-from flagembedding_matryoshka.models.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.setting import Layers
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import FLAT, Template

@@ -13,11 +13,11 @@ from sentence_transformers import CrossEncoder
 from torch import nn
 from transformers.utils import cached_file
 
+from flagembedding_matryoshka.checkpoints.gguf import resolve
+from flagembedding_matryoshka.checkpoints.loading import hub_options
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists
 from flagembedding_matryoshka.integrations.sentence_transformers import KWARGS, MatryoshkaModule
-from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.loading import hub_options
-from flagembedding_matryoshka.models.shipped import locate
 
 HUB = ("token", "cache_folder", "revision", "local_files_only", "trust_remote_code")
 FIRST_NAMES = {

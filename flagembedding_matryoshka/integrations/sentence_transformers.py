@@ -10,15 +10,15 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratio
+from flagembedding_matryoshka.checkpoints.gguf import resolve
+from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.inputs import are_tokenized, as_pairs
 from flagembedding_matryoshka.integrations.model_card import use_our_card
-from flagembedding_matryoshka.models.adapters import token_adapter_ratio
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
-from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker, Setting
-from flagembedding_matryoshka.models.loading import inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from tests.finetune.runs import close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flagembedding_matryoshka.models.loading import load_tokenizer
+from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
 from flagembedding_matryoshka.text.encoding import CHARACTERS, MARGIN, TextEncoder, whole_characters
 
 SENTENCES = [

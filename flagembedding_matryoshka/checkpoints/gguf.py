@@ -13,8 +13,8 @@ from pathlib import Path
 from huggingface_hub.utils import WeakFileLock
 from transformers.utils import logging
 
+from flagembedding_matryoshka.checkpoints.gguf_conversion import VERSION, convert
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.models.gguf_conversion import VERSION, convert
 
 logger = logging.get_logger(__name__)
 

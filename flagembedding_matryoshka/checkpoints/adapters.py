@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils import cached_file
 
+from flagembedding_matryoshka.checkpoints.shipped import checked
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.shipped import checked
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 

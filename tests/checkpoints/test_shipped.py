@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_INSTALL
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_tokenizer
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.finetune.__main__ import main as finetune
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
-from flagembedding_matryoshka.models.gguf import SMOLLM2_INSTALL
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_tokenizer
-from flagembedding_matryoshka.models.shipped import locate
 from flagembedding_matryoshka.setting import Setting
 from tests.shipped import EXITS, without_tokenizer, write_base_package, write_fine_tuned
 
@@ -53,7 +53,7 @@ def fine_tuned(tmp_path):
 def shipped(fine_tuned, tmp_path, monkeypatch):
     """What the package ships: adapters and configuration, but no tokenizer."""
     directory = without_tokenizer(fine_tuned, tmp_path / "smollm2")
-    monkeypatch.setattr("flagembedding_matryoshka.models.shipped.SMOLLM2", str(directory))
+    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.shipped.SMOLLM2", str(directory))
     return directory
 
 
@@ -87,7 +87,7 @@ def test_no_directory_is_taken_for_the_base(shipped, tiny_raw_model_path):
 
 
 def test_how_to_install_the_base_is_told(shipped, monkeypatch):
-    monkeypatch.setattr("flagembedding_matryoshka.models.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.gguf.find_spec", lambda name: None)
     with pytest.raises(ImportError) as raised:
         MatryoshkaReranker("smollm2")
     assert str(raised.value) == SMOLLM2_INSTALL

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from flagembedding_matryoshka.models.adapters import (
+from flagembedding_matryoshka.checkpoints.adapters import (
     base_of,
     fetched,
     refuse_other_heads,
@@ -22,11 +22,11 @@ from flagembedding_matryoshka.models.adapters import (
     token_adapter_ratio,
     use_token_adapter,
 )
+from flagembedding_matryoshka.checkpoints.gguf import resolve
+from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.gguf import resolve
-from flagembedding_matryoshka.models.shipped import checked, locate
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template, template_of
 
@@ -81,7 +81,7 @@ def inspect_checkpoint(
 
     Args:
         path: a local directory, a name on the hub, a GGUF file, which is then converted, or one of the names that
-            [`~flagembedding_matryoshka.models.shipped.locate`] knows.
+            [`~flagembedding_matryoshka.checkpoints.shipped.locate`] knows.
         from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
         start_layer, layer_sep: the exits to give a raw checkpoint; None is 4 and 1, or a layer-wise checkpoint's own.
         max_layer: layers above this one are not loaded.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.models.adapters import token_adapter_ratios
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 

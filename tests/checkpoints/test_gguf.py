@@ -24,10 +24,10 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, SMOLLM2_INSTALL, resolve, smollm2_base
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.models.gguf import MANIFEST, SMOLLM2_INSTALL, resolve, smollm2_base
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model, load_tokenizer
 from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,7 +251,7 @@ def test_a_damaged_cache_is_repaired(gguf_path, converted, cache, damage, caplog
 
 def test_two_processes_convert_once(gguf_path, cache):
     program = (
-        "import sys, pathlib; from flagembedding_matryoshka.models.gguf import MANIFEST, resolve; "
+        "import sys, pathlib; from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, resolve; "
         "folder = resolve(sys.argv[1]); print(folder, pathlib.Path(folder, MANIFEST).stat().st_mtime_ns)"
     )
     command = [sys.executable, "-c", program, str(gguf_path)]
@@ -347,7 +347,7 @@ def test_a_file_has_no_plan(gguf_path, monkeypatch):
 
 
 def test_how_to_install_the_base_is_told(monkeypatch):
-    monkeypatch.setattr("flagembedding_matryoshka.models.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.gguf.find_spec", lambda name: None)
     with pytest.raises(ImportError) as raised:
         smollm2_base()
     assert str(raised.value) == SMOLLM2_INSTALL

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
-from flagembedding_matryoshka.models.loading import inspect_checkpoint, load_model
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model
 from flagembedding_matryoshka.text.pairs import find_head_token_id
 from tests.backbones import write_raw
 from tests.batches import random_sequences
