@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 VOCABULARY = 300
 EXITS = (2, 3, 4, 5, 6)
@@ -32,7 +32,7 @@ def tokenized_pair(ids, query_length, prompt_length) -> TokenizedPair:
     """Lists of tokens as the package holds them."""
     ids = np.array(ids, dtype=np.int32)
     passage_end = len(ids) - prompt_length
-    return TokenizedPair(QueryPart(ids[:query_length]), ids[query_length:passage_end], ids[passage_end:])
+    return TokenizedPair(Prefix(ids[:query_length]), ids[query_length:passage_end], ids[passage_end:])
 
 
 def random_sequences(lengths, seed=0) -> list[TokenSequence]:

@@ -12,7 +12,7 @@ from flagembedding_matryoshka.finetune.collators import Group
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.text.encoding import Ids
-from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 RATIOS = (1, 2, 4, 8)
 QUERY_LENGTH, PASSAGE_LENGTHS, PROMPT_LENGTH = 32, (64, 192), 14
@@ -64,7 +64,7 @@ def make_groups(job: Job) -> list[Group]:
     shortest, longest = PASSAGE_LENGTHS
     groups: list[Group] = []
     for _ in range(job.queries):
-        query = QueryPart(tokens(QUERY_LENGTH))
+        query = Prefix(tokens(QUERY_LENGTH))
         lengths = torch.randint(shortest, longest + 1, (job.group,), generator=generator).tolist()
         pairs = [TokenizedPair(query, tokens(length), tokens(PROMPT_LENGTH)) for length in lengths]
         groups.append((pairs, torch.randn(job.group, generator=generator).tolist()))

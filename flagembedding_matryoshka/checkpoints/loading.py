@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
@@ -22,13 +22,21 @@ from flagembedding_matryoshka.checkpoints.adapters import (
     token_adapter_ratio,
     use_token_adapter,
 )
+from flagembedding_matryoshka.checkpoints.describing import (
+    Architecture,
+    Description,
+    Files,
+    describe,
+    is_classifier,
+    refuse_other_classifiers,
+)
 from flagembedding_matryoshka.checkpoints.gguf import resolve
 from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
-from flagembedding_matryoshka.text.templates import Template, template_of
+from flagembedding_matryoshka.text.templates import Template
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Checkpoint:
         base: where the weights lie that adapters are merged into, or the name that finds them.
         adapters: LoRA adapters to merge, in order.
         config: the layer-wise model to build.
+        description: what the checkpoint says of itself, and where.
         from_raw: whether `base` is a raw language model, whose heads are made while loading.
         revisions: of what on the hub which revision is to be read; the newest of anything else.
     """
@@ -47,6 +56,7 @@ class Checkpoint:
     path: str
     base: str
     config: CostWiseConfig
+    description: Description
     from_raw: bool
     adapters: list[str] = field(default_factory=list)
     revisions: dict[str, str] = field(default_factory=dict)
@@ -75,6 +85,7 @@ def inspect_checkpoint(
     max_layer: int | None = None,
     exits: Sequence[int] | None = None,
     template: str | PathLike[str] | Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
     **hub: Any,
 ) -> Checkpoint:
     """Read what lies at `path`, without its weights, and decide how to load it.
@@ -90,6 +101,7 @@ def inspect_checkpoint(
             start as that exit's.
         template: what stands around query and passage, see
             [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
+        trust_remote_code: as in transformers, for the tokenizer alone.
         hub: as of `hub_options`; `revision` is that of `path`. Of a base it is the one that adapters note.
 
     Raises:
@@ -97,8 +109,9 @@ def inspect_checkpoint(
             note is gone, or there is no such template.
         ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
             stands for.
-        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, a GGUF file
-            that cannot be converted, or a revision of a local path.
+        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, it is a
+            re-ranker whose template cannot be known, a GGUF file that cannot be converted, or a revision of a local
+            path.
     """
     adapters: list[str] = []
     given = checked(path)
@@ -107,22 +120,30 @@ def inspect_checkpoint(
     readable = resolve(path, hub.get("cache_dir"))
     if hub.get("revision") is not None and Path(readable).exists():
         raise ValueError(f"revision={hub['revision']!r}, but {readable} is a path: only names on the hub have one.")
+    described, of_described = readable, dict(hub)
     if find_adapter_config_file(readable, **hub) is not None:
         base, revision = base_of(readable, **hub)
         adapters.append(path)
         revisions = {path: hub.get("revision"), base: revision}
+        if Files(readable, hub).path(CONFIG_NAME) is None:  # an adapter that another program wrote
+            described, of_described = (
+                resolve(locate(base), hub.get("cache_dir")),
+                hub_options(**hub | {"revision": revision}),
+            )
     try:
-        config = read_config(readable, **hub)
+        config = read_config(described, **of_described)
+        stored, _ = PreTrainedConfig.get_config_dict(described, **of_described)
     except OSError as error:
         raise FileNotFoundError(
             f"there is no checkpoint at {path}: neither a file or directory here with a config.json, nor a model "
             f"of that name that could be read from the hub. ({error})"
         ) from error
+    refuse_other_classifiers(path, stored)
+    architecture: Architecture = "layer-wise" if config.layer_wise else "causal language model"
+    if is_classifier(stored):
+        architecture = "sequence classification"
+        config.become_classifier()
     is_raw = not config.layer_wise
-    if template is not None:
-        config.template = Template.load(template).to_json()
-    elif is_raw:
-        config.template = template_of(path)
     if from_raw is not None and from_raw != is_raw:
         kind = "a raw checkpoint without heads" if is_raw else "a layer-wise checkpoint that has its heads"
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
@@ -149,8 +170,12 @@ def inspect_checkpoint(
                 "would be left out. Write the model whole first, with MatryoshkaReranker.export."
             )
         _cut(config, max_layer)
+    names = [base, str(Path(readable).resolve())] if Path(readable).exists() else [base]
+    files = Files(described, of_described)
+    description = describe(path, files, stored, config, architecture, template, names, trust_remote_code)
+    config.template = description.template.value.to_json()
     pinned = {place: revision for place, revision in revisions.items() if revision is not None}
-    return Checkpoint(path, base, config, is_raw, [*config.raw_peft, *adapters], pinned)
+    return Checkpoint(path, base, config, description, is_raw, [*config.raw_peft, *adapters], pinned)
 
 
 def _refuse_other_exits(path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None) -> None:

@@ -42,18 +42,18 @@ class Effort:
         passage = packed.passage_lengths[packed.sequences]
         query = packed.sequence_lengths - passage - prompt
         parts = (query, passage, prompt)
-        shares_query = torch.arange(len(query)) % group > 0
+        shares_prefix = torch.arange(len(query)) % group > 0
         deepest = (setting.depth,)
         self.lists += len(query) // group
         self.tokens += int(packed.sequence_lengths.sum())
-        self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_query, read_alone=deepest)
+        self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_prefix, read_alone=deepest)
         if self.imitates:
-            self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_query)
+            self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_prefix)
         first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
         if self.teaches_itself and first is not None:
             full = Setting(setting.cutoff_layers)
             self.operations += estimate_flops(
-                self.config, full, *parts, shares_query, layers_run=first, read_alone=deepest
+                self.config, full, *parts, shares_prefix, layers_run=first, read_alone=deepest
             )
 
     def totals(self, history: Sequence[Mapping[str, Any]], counts: Tensor) -> dict[str, float]:

@@ -1,18 +1,18 @@
-"""Which pairs are scored together: those of one query side by side, as many as the tokens of a batch allow."""
+"""Which pairs are scored together: those of one prefix side by side, as many as the tokens of a batch allow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from flagembedding_matryoshka.text.pairs import QueryPart, TokenizedPair
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 
-def by_query(pairs: Sequence[TokenizedPair]) -> list[int]:
-    """Indices of all pairs: those of one query together and the longest first, and so the queries."""
-    groups: dict[QueryPart, list[int]] = {}
+def by_prefix(pairs: Sequence[TokenizedPair]) -> list[int]:
+    """Indices of all pairs: those of one prefix together and the longest first, and so the prefixes."""
+    groups: dict[Prefix, list[int]] = {}
     for index, pair in enumerate(pairs):
-        groups.setdefault(pair.query, []).append(index)
+        groups.setdefault(pair.prefix, []).append(index)
     for group in groups.values():
         group.sort(key=lambda index: -len(pairs[index]))
     longest_first = sorted(groups.values(), key=lambda group: -len(pairs[group[0]]))
@@ -21,12 +21,12 @@ def by_query(pairs: Sequence[TokenizedPair]) -> list[int]:
 
 def _new_tokens(pair: TokenizedPair, before: TokenizedPair | None) -> int:
     """Tokens that `pair` adds to a batch which ends with `before`."""
-    shared = before is not None and before.query == pair.query
+    shared = before is not None and before.prefix == pair.prefix
     return pair.own_length if shared else len(pair)
 
 
 def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
-    """Tokens of a batch; neighbours share their query part."""
+    """Tokens of a batch; neighbours share their prefix."""
     return sum(_new_tokens(pair, pairs[place - 1] if place else None) for place, pair in enumerate(pairs))
 
 
@@ -44,7 +44,7 @@ def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens:
 
 def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
     """All pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, as their indices."""
-    order = by_query(pairs)
+    order = by_prefix(pairs)
     start = 0
     while start < len(order):
         batch = next_batch(pairs, order[start : start + batch_size], max_tokens)

@@ -91,7 +91,7 @@ class Chunking:
                 continue
             chunks: list[Chunk] = []
             rest = self._chunks(query, text, room=whole.passage_length)
-            is_truncated = whole.query.is_cut
+            is_truncated = whole.query_is_cut
             for chunk in rest:
                 if len(chunks) == self.most:
                     is_truncated = True
@@ -116,7 +116,7 @@ class Chunking:
             window = text[start : start + (room + MARGIN) * CHARACTERS]
             offsets = self.tokenizer.passage_offsets(window, template)
             instruction = int((offsets[:, 1] == 0).sum())
-            own = room - instruction - len(self.tokenizer.fixed(template.passage_end))
+            own = room - instruction - len(self.tokenizer.plain(template.passage_end))
             if own < 1:
                 raise ValueError(f"the query {query!r:.60} leaves no room for a chunk of a document beside it.")
             if 2 * self.overlap > own:

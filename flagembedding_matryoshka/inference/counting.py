@@ -47,7 +47,8 @@ def count_operations(
             query_lengths=torch.tensor([pair.query_length for pair in pairs]),
             passage_lengths=torch.tensor([pair.passage_length for pair in pairs]),
             prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
-            shares_query=torch.tensor([False, *(a.query == b.query for a, b in pairwise(pairs))]),
+            shares_prefix=torch.tensor([False, *(a.prefix == b.prefix for a, b in pairwise(pairs))]),
+            passage_first=pairs[0].passage_first,
             depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
             read_alone=setting.cutoff_layers if depths is None else {*depths, setting.depth},
         )
@@ -55,6 +56,6 @@ def count_operations(
 
 
 def count_input_tokens(inputs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
-    """Of pairs with one query: the tokens of the query part, which a batch holds once, and each document's own."""
+    """Of pairs with one query: the tokens of their lead, which a batch holds once, and each document's own."""
     shared = inputs[0].query_length if inputs else 0
-    return shared, [pair.own_length for pair in inputs]
+    return shared, [len(pair) - pair.query_length for pair in inputs]

@@ -20,15 +20,18 @@ def normalizer(
     setting: Setting,
     plan: Callable[[], Plan],
     quantization: str | None,
+    temperature: float,
     exits: Collection[int] = (),
 ) -> Normalizer | None:
-    """By `normalize`: the sigmoid, what the plan has for each exit at which scores are read, or None for none.
+    """By `normalize`: the sigmoid of score ÷ temperature, the plan's map for each exit at which scores are read, or
+    None for none.
 
     In a cascade each exit has its own map, which was fitted to all candidates: of those that came so far more may be
     relevant than it says.
 
     Args:
         plan: gives the model's, if it is asked for.
+        temperature: see `Template`.
         exits: at which scores may be read, too.
 
     Raises:
@@ -41,7 +44,7 @@ def normalizer(
         layers = (*exits, *dict(setting.cascade), *setting.cutoff_layers)
         maps = {layer: found.calibration(setting, layer) for layer in layers}
         return lambda scores, layer: maps[layer](scores)
-    return (lambda scores, layer: scores.sigmoid()) if options.normalize else None
+    return (lambda scores, layer: (scores / temperature).sigmoid()) if options.normalize else None
 
 
 def scored_with(options: ScoringOptions, quantization: str | None) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def scored_with(options: ScoringOptions, quantization: str | None) -> dict[str, 
         "query_format": options.query_instruction_format,
         "passage_instruction": options.passage_instruction_for_rerank,
         "passage_format": options.passage_instruction_format,
+        "instruction": options.instruction,
         "prompt": options.prompt,
         "quantization": quantization,
     }

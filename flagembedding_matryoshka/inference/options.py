@@ -19,6 +19,7 @@ OF_TEXTS = (
     "query_instruction_format",
     "passage_instruction_for_rerank",
     "passage_instruction_format",
+    "instruction",
     "prompt",
     "query_max_length",
     "max_length",
@@ -33,6 +34,7 @@ class ScoringOptions:
     query_instruction_format: str
     passage_instruction_for_rerank: str
     passage_instruction_format: str
+    instruction: str | None
     prompt: str
     batch_size: int
     max_tokens_per_batch: int
@@ -61,8 +63,13 @@ class ScoringOptions:
         return cls(**chosen)
 
     def template(self, tokenizer: PairTokenizer) -> Template:
-        """What stands around query and passage."""
-        return replace(
+        """The words around query and passage.
+
+        Raises:
+            TypeError: if the instruction is not text.
+            ValueError: if the template has no place for it.
+        """
+        words = replace(
             tokenizer.template,
             query_instruction=self.query_instruction_for_rerank,
             query_format=self.query_instruction_format,
@@ -70,6 +77,7 @@ class ScoringOptions:
             passage_format=self.passage_instruction_format,
             prompt=self.prompt,
         )
+        return words.with_instruction(self.instruction)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
         """Input sequences of query and passage.

@@ -18,10 +18,12 @@ class PlannedReranker(HostedReranker):
     Attributes:
         planned: what `rank` runs by `budget` or `quality`; None without them.
         quantization: the format of the weights, if they are quantized.
+        temperature: the template's: scores are divided by it before the sigmoid.
     """
 
     planned: Setting | None = None
     quantization: str | None
+    temperature: float
     _load_plan: Callable[[], Plan]
 
     @cached_property
@@ -39,4 +41,4 @@ class PlannedReranker(HostedReranker):
             setattr(self, name, value)
 
     def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
-        return normalizer(options, setting, lambda: self.plan, self.quantization, exits)
+        return normalizer(options, setting, lambda: self.plan, self.quantization, self.temperature, exits)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
-from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, read_lists
+from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.planning import PlannedReranker
-from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_too_short, score_lists
+from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_min_score, refuse_too_short, score_lists
 from flagembedding_matryoshka.inference.tasks import Call
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
@@ -34,6 +35,7 @@ class RankingReranker(PlannedReranker):
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
         deadline_ms: float | None = None,
+        min_score: float | None = None,
         **overrides: Any,
     ) -> list[dict[str, int | float | str]]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
@@ -56,6 +58,8 @@ class RankingReranker(PlannedReranker):
                 most promising first, by what the steps so far have taken. They go to the cutoff layer at most, with a
                 cascade, also one that `budget` or `quality` chose, no more of them than that says, and rank as in a
                 cascade. Of several queries each has so long from when it is computed, which one device does.
+            min_score: hits with a lower score are left out. It is compared with the score that is returned: raw, its
+                sigmoid or the calibrated probability, as `normalize` says.
             overrides: as in `compute_score`, with one cutoff layer.
 
         Returns:
@@ -67,12 +71,13 @@ class RankingReranker(PlannedReranker):
 
         Raises:
             TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
-                above 0, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`, or
-                what is said of chunks is said without `chunk`, asks for none of them or for too much overlap, or meets
-                a tokenizer that does not say where its tokens stand.
+                above 0, `min_score` is no number or would be compared with scores of several exits that are not
+                calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
+                or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
+                meets a tokenizer that does not say where its tokens stand.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        options: dict[str, Any] = of_chunks | {"deadline_ms": deadline_ms} | overrides
+        options: dict[str, Any] = of_chunks | {"deadline_ms": deadline_ms, "min_score": min_score} | overrides
         return self.rank_batch([query], [documents], top_k, return_documents, cascade, **options)[0]
 
     def rank_batch(
@@ -86,11 +91,15 @@ class RankingReranker(PlannedReranker):
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
         deadline_ms: float | None = None,
+        min_score: float | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """`rank` for many queries, in common batches; `candidates` are the documents of each query.
 
-        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists as queries.
+        `instruction` may also be a list with an instruction, or None, for each query.
+
+        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists, or instructions,
+            as queries.
         """
         deadline = Deadline.of(deadline_ms, self._clock)
         queries, lists = as_lists(queries, candidates)
@@ -99,7 +108,11 @@ class RankingReranker(PlannedReranker):
         rows = list(zip(queries, lists, strict=True))
         total = sum(map(len, lists))
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        return list(self._rank(rows, total, top_k, return_documents, cascade, of_chunks, deadline, overrides))
+        instructions, overrides = _instructions(overrides)
+        if instructions is not None and len(instructions) != len(rows):
+            raise ValueError(f"{len(instructions)} instructions need as many queries, got {len(rows)}.")
+        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, overrides)
+        return list(self._rank(rows, total, instructions, *options))
 
     def rank_iter(
         self,
@@ -112,6 +125,7 @@ class RankingReranker(PlannedReranker):
         max_chunks_per_doc: int | None = None,
         overlap: int = 0,
         deadline_ms: float | None = None,
+        min_score: float | None = None,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
         """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
@@ -131,23 +145,36 @@ class RankingReranker(PlannedReranker):
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         lists, deadline = read_lists(queries, candidates), Deadline.of(deadline_ms, self._clock)
-        return self._rank(lists, None, top_k, return_documents, cascade, of_chunks, deadline, overrides)
+        instructions, overrides = _instructions(overrides)
+        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, overrides)
+        return self._rank(lists, None, instructions, *options)
 
     def _rank(
         self,
         lists: Iterable[tuple[str, Sequence[str]]],
         total: int | None,
+        instructions: Sequence[str | None] | None,
         top_k: int | None,
         return_documents: bool,
         cascade: Mapping[int, float] | None,
         of_chunks: Mapping[str, Any],
         deadline: Deadline | None,
+        min_score: float | None,
         overrides: Mapping[str, Any],
     ) -> Generator[list[Hit], None, None]:
-        """Rankings of lists, of `total` pairs if that is known; what is wrong with the options is raised at once."""
+        """Rankings of lists, of `total` pairs if that is known; wrong options raise at once.
+
+        Args:
+            instructions: one for each list, or None for one that has none of its own; None is none at all.
+        """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
         call, show_progress_bar = self._call(cascade, deadline, overrides)
+        if min_score is not None:
+            refuse_min_score(min_score, call)
+        own = None if instructions is None else [replace(call.options, instruction=one) for one in instructions]
+        for options in own or (call.options,):
+            options.template(self._pair_tokenizer)
         exits = [] if deadline is None else [layer for layer in self.config.exit_layers if layer <= call.setting.depth]
         normalize = self._normalizer(call.options, call.setting, exits)
         chunking = Chunking.of(call.options, self._pair_tokenizer, **of_chunks)
@@ -155,12 +182,21 @@ class RankingReranker(PlannedReranker):
 
         def checked() -> Generator[Candidates, None, None]:
             for number, (query, documents) in enumerate(lists):
-                candidates = Candidates.of(query, documents, chunking)
+                if own is None:
+                    candidates = Candidates.of(query, documents, chunking)
+                elif number >= len(own):
+                    raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
+                elif chunking is not None:
+                    candidates = Candidates.of(query, documents, replace(chunking, options=own[number]))
+                else:
+                    texts = [(query, document) for document in documents]
+                    candidates = Candidates(documents, own[number].tokenize(texts, self._pair_tokenizer))
                 if top_k is not None and cascade is not None:
                     refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
                 yield candidates
 
-        return rank_lists(self._run, checked(), call, top_k, return_documents, normalize, total, show_progress_bar)
+        shown = (top_k, return_documents, normalize, min_score, total, show_progress_bar)
+        return rank_lists(self._run, checked(), call, *shown)
 
     def cut_chunks(
         self, query: str, documents: Sequence[str], max_chunks_per_doc: int | None = None, overlap: int = 0
@@ -176,6 +212,7 @@ class RankingReranker(PlannedReranker):
         lists: Iterable[Iterable[TokenizedPair]],
         cascade: Mapping[int, float] | None = None,
         deadline_ms: float | None = None,
+        min_score: float | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
@@ -207,3 +244,20 @@ class RankingReranker(PlannedReranker):
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
         """What `rank` runs with these arguments of it; errors as there."""
         return resolve_ranking(self, overrides, cascade)[1]
+
+
+def _instructions(overrides: Mapping[str, Any]) -> tuple[Sequence[str | None] | None, dict[str, Any]]:
+    """The instructions of a call that gives one for each query, and its other arguments.
+
+    Raises:
+        TypeError: if one is neither text nor None, or they are not in a list.
+    """
+    given, others = overrides.get("instruction"), dict(overrides)
+    if given is None or isinstance(given, str):
+        return None, others
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"instruction must be a string, or a list with one for each query, got {excerpt(given)}.")
+    for number, one in enumerate(given):
+        if not isinstance(one, str | None):
+            raise TypeError(f"instruction {number} must be a string or None, got {excerpt(one)}.")
+    return given, others | {"instruction": None}

@@ -57,6 +57,7 @@ class MatryoshkaReranker(RankingReranker):
         template: what stands around query and passage, by name, as a JSON file or as what such a file holds, see
             [`~flagembedding_matryoshka.text.templates`]; None is what the checkpoint was trained with.
         prompt: text behind the passage; None is the template's.
+        instruction: what the task is, for a template that has a place for it; None is the checkpoint's own, "" is none.
         query_instruction_for_rerank, passage_instruction_for_rerank: what is put around the texts, as in FlagEmbedding.
             None is the template's; "" is no instruction.
         query_instruction_format, passage_instruction_format: how, as in FlagEmbedding. None, and its default there, is
@@ -66,8 +67,10 @@ class MatryoshkaReranker(RankingReranker):
             a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
             1,024 for each thread of a CPU, more for models of less than 512 values a token, and elsewhere 65,536, or
             16,384 of a model that is 4,096 wide.
-        query_max_length: tokens of a query with its instruction; None is three quarters of `max_length`.
-        max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own.
+        query_max_length: tokens of a query with its instruction; None is the length that the checkpoint was saved with,
+            or three quarters of `max_length`.
+        max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own; None
+            is the length that the checkpoint was saved with, or 512.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
             by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.
@@ -110,6 +113,7 @@ class MatryoshkaReranker(RankingReranker):
         quality: float | None = None,
         template: str | PathLike[str] | Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        instruction: str | None = None,
         query_instruction_for_rerank: str | None = None,
         query_instruction_format: str = FLAT,
         passage_instruction_for_rerank: str | None = None,
@@ -117,7 +121,7 @@ class MatryoshkaReranker(RankingReranker):
         batch_size: int = 1024,
         max_tokens_per_batch: int | None = None,
         query_max_length: int | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         normalize: bool | str = False,
         devices: str | int | list[str] | list[int] | None = None,
         compile: bool = False,
@@ -130,8 +134,17 @@ class MatryoshkaReranker(RankingReranker):
     ) -> None:
         hub = hub_options(cache_dir, token, revision, local_files_only)
         checkpoint = inspect_checkpoint(
-            model_name_or_path, from_raw, start_layer, layer_sep, max_layer, template=template, **hub
+            model_name_or_path,
+            from_raw,
+            start_layer,
+            layer_sep,
+            max_layer,
+            template=template,
+            trust_remote_code=trust_remote_code,
+            **hub,
         )
+        self.description = checkpoint.description
+        self.description.warn()
         words = Template.load(checkpoint.config.template).replaced(
             query_instruction=query_instruction_for_rerank,
             query_format=query_instruction_format,
@@ -148,8 +161,8 @@ class MatryoshkaReranker(RankingReranker):
             passage_instruction_format=words.passage_format,
             devices=devices,
             batch_size=batch_size,
-            query_max_length=query_max_length,
-            max_length=max_length,
+            query_max_length=self.description.query_max_length.value if query_max_length is None else query_max_length,
+            max_length=(self.description.max_length.value or 512) if max_length is None else max_length,
             normalize=normalize,
         )
         available = self.get_target_devices(devices)
@@ -159,6 +172,9 @@ class MatryoshkaReranker(RankingReranker):
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
+        self.instruction = instruction
+        self.temperature = words.temperature
+        words.with_instruction(instruction)
         self.max_layer = max_layer
         self.quantization = quantization
         if quantization == "int8" and dtype == "auto" and not use_bf16:
@@ -200,7 +216,7 @@ class MatryoshkaReranker(RankingReranker):
             show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
                 spelling), `compress_ratio`, `prompt`, `batch_size`, `max_tokens_per_batch`, `query_max_length`,
-                `max_length`, `normalize` and instructions; None keeps the default.
+                `max_length`, `instruction`, `normalize` and FlagEmbedding's instructions; None keeps the default.
 
         Returns:
             One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task
 from flagembedding_matryoshka.inference.inputs import Pairs
 from flagembedding_matryoshka.inference.normalizing import Normalizer
+from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.inference.tasks import Call, Window, Work, batches_of, tasks_of, windows_of
 from flagembedding_matryoshka.setting import Setting
 
@@ -107,6 +110,7 @@ def rank_lists(
     top_k: int | None,
     return_documents: bool,
     normalize: Normalizer | None,
+    min_score: float | None,
     total: int | None,
     show_progress_bar: bool | None,
 ) -> Generator[list[Hit], None, None]:
@@ -125,7 +129,7 @@ def rank_lists(
             if candidates.cut is not None:
                 hits = best_chunks(hits, candidates.cut)
             texts = candidates.documents if return_documents else None
-            yield ranking_of(hits, texts, top_k, normalize, call.setting.depth)
+            yield ranking_of(hits, texts, top_k, normalize, min_score, call.setting.depth)
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
@@ -159,13 +163,32 @@ def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[H
     return found
 
 
+def refuse_min_score(min_score: Any, call: Call) -> None:
+    """Raise ValueError if `min_score` is no number, or would be compared with scores of several exits that are not
+    calibrated."""
+    if not isinstance(min_score, Real) or isinstance(min_score, bool) or math.isnan(min_score):
+        raise ValueError(f"min_score is {min_score!r}, but must be a number.")
+    if call.is_cascade and not math.isinf(min_score) and call.options.normalize != CALIBRATED:
+        several = "a deadline" if call.deadline is not None else f"cascade={dict(call.setting.cascade)}"
+        raise ValueError(
+            f"min_score={min_score} beside {several}: scores of different exits do not mean the same, unless "
+            f"normalize={CALIBRATED!r}."
+        )
+
+
 def ranking_of(
-    hits: Sequence[Hit], documents: Sequence[str] | None, top_k: int | None, normalize: Normalizer | None, depth: int
+    hits: Sequence[Hit],
+    documents: Sequence[str] | None,
+    top_k: int | None,
+    normalize: Normalizer | None,
+    min_score: float | None,
+    depth: int,
 ) -> list[Hit]:
-    """A list's hits, the best first.
+    """Rank hits, best first.
 
     Args:
-        documents: texts to put beside them.
+        documents: texts to include in the hits.
+        min_score: hits with a lower score, normalised, are left out.
         normalize: applied to what is returned: it makes scores equal that are not.
         depth: where scores were read that do not say so themselves.
     """
@@ -174,5 +197,6 @@ def ranking_of(
         hit: Hit = {"corpus_id": place} | hits[place] | ({} if documents is None else {"text": documents[place]})
         if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
-        ranking.append(hit)
+        if min_score is None or hit["score"] >= min_score:
+            ranking.append(hit)
     return ranking

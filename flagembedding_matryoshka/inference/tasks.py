@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, TypeVar
 
-from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
+from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import RunCascade, RunUntil, ScoreBatch, Task
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
@@ -178,7 +178,7 @@ def _cut(inputs: Inputs, call: Call) -> Iterator[list[int]]:
     """All places in batches, at least one for each share."""
     max_tokens = call.options.max_tokens_per_batch
     if call.shares > 1:
-        together = count_tokens([inputs[place] for place in by_query(inputs)])
+        together = count_tokens([inputs[place] for place in by_prefix(inputs)])
         max_tokens = min(max_tokens, math.ceil(together / call.shares))
     return cut_batches(inputs, call.options.batch_size, max_tokens)
 

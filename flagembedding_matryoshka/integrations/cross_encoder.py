@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder
+from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers.utils import cached_file
 
@@ -99,7 +100,10 @@ def load_cross_encoder(
     activation_fn: Callable | None = None,
     **kwargs: Any,
 ) -> MatryoshkaCrossEncoder:
-    """A CrossEncoder of "smollm2" or any checkpoint, whose `predict` gives what `compute_score` does: no sigmoid.
+    """A CrossEncoder of "smollm2" or any checkpoint.
+
+    Its `predict` gives the raw scores of `compute_score`, unless the checkpoint was saved by sentence-transformers with
+    an activation function.
 
     What `export` and fine-tuning write, `CrossEncoder(path, trust_remote_code=True)` loads too: sentence-transformers
     imports modules of other packages only then. This needs none.
@@ -108,8 +112,8 @@ def load_cross_encoder(
         max_length: tokens of bos, query, separator and passage; None is the checkpoint's own.
         num_labels: 1 or None.
         backend: "torch".
-        prompts, default_prompt_name: what stands behind a passage, by names, beside those saved with the checkpoint.
-        activation_fn: of the scores; None is none.
+        prompts, default_prompt_name: instructions by name, beside those saved with the checkpoint.
+        activation_fn: of the scores; None is the one that the checkpoint was saved with, or none.
         kwargs: others of CrossEncoder, as `device`, `model_kwargs={"dtype": …}`, `revision` and `token`.
 
     Raises:
@@ -133,13 +137,19 @@ def load_cross_encoder(
     saved = _saved_config(str(path), of_loading)
     return MatryoshkaCrossEncoder(
         modules=[module],
-        activation_fn=activation_fn or nn.Identity(),
+        activation_fn=activation_fn or _activation(module.activation),
         prompts={**saved.get("prompts", {}), **(prompts or {})},
         default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
         local_files_only=of_loading.get("local_files_only", False),
         trust_remote_code=of_loading.get("trust_remote_code", False),
         **kwargs,
     )
+
+
+def _activation(name: str) -> Callable:
+    """The activation function that a checkpoint names: of torch, for no other code runs."""
+    known = {"identity": nn.Identity, "sigmoid": nn.Sigmoid}
+    return known[name]() if name in known else import_from_string(name)()
 
 
 def _renamed(given: dict[str, Any]) -> dict[str, Any]:

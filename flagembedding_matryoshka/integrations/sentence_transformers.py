@@ -59,6 +59,7 @@ class MatryoshkaModule(InputModule):
         self.query_max_length = query_max_length
         self.max_length = max_length
         self.base: str | None = None
+        self.activation = "identity"
 
     def on_model_ready(self, model: Any) -> None:
         """sentence-transformers' last step of construction."""
@@ -88,10 +89,15 @@ class MatryoshkaModule(InputModule):
         self.max_length = value
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Pairs of strings as {"pairs": a list of TokenizedPair}; `prompt` stands behind the passage.
+        """Pairs of strings as {"pairs": a list of TokenizedPair}.
+
+        Args:
+            prompt: the instruction, as of sentence-transformers' re-rankers that take messages; None is the
+                checkpoint's own, "" is none.
 
         Raises:
             TypeError: on other arguments than those of `forward`, and if something is no pair of strings.
+            ValueError: if the model's template has no place for an instruction.
         """
         if any(isinstance(text, str) for text in inputs):
             # A column alone, of which the trainer's model card counts the characters; it cannot be scored.
@@ -107,8 +113,8 @@ class MatryoshkaModule(InputModule):
             self.pair_tokenizer.template,
             query_instruction=self.query_instruction,
             passage_instruction=self.passage_instruction,
-            prompt=self.prompt if prompt is None else prompt,
-        )
+            prompt=self.prompt,
+        ).with_instruction(prompt)
         pairs = as_pairs(inputs)
         if are_tokenized(pairs):
             raise TypeError("a CrossEncoder makes tokens of texts itself: give it pairs of strings.")
@@ -168,7 +174,8 @@ class MatryoshkaModule(InputModule):
             raise ValueError(f"backend={backend!r}, but a MatryoshkaModule is computed by 'torch' alone.")
         dtype, max_length = _options_of_loading(subfolder, **{name: kwargs.get(name) for name in KWARGS})
         hub = hub_options(cache_folder, token, revision, local_files_only)
-        checkpoint = inspect_checkpoint(model_name_or_path, **hub)
+        checkpoint = inspect_checkpoint(model_name_or_path, trust_remote_code=trust_remote_code, **hub)
+        checkpoint.description.warn()
         for adapter in checkpoint.adapters:
             ratio = token_adapter_ratio(adapter, **checkpoint.hub_of(adapter, hub))
             if ratio is not None:
@@ -191,6 +198,7 @@ class MatryoshkaModule(InputModule):
             config["max_length"] = max_length
         module = cls(model, tokenizer, **config)
         module.base = checkpoint.base
+        module.activation = checkpoint.description.activation.value
         return module
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

@@ -71,6 +71,9 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
+        if any(name.endswith("ForSequenceClassification") for name in stored.architectures or ()):
+            stored.become_classifier()
+            kwargs["key_mapping"] = {r"^score\.": "lm_head.0.linear_head."}
         config = stored if config is None else config
         if not config.layer_wise:
             raise ValueError(

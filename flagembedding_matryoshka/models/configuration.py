@@ -96,6 +96,13 @@ class CostWiseConfig(_Config):
             )
         return cls.from_dict(stored)
 
+    def become_classifier(self) -> None:
+        """Describe a sequence classifier of transformers: a re-ranker with one exit, at the last layer."""
+        self.layer_wise = True
+        self.exits = [self.num_hidden_layers]
+        if hasattr(self, "final_logit_softcapping"):
+            setattr(self, "final_logit_softcapping", None)  # noqa: B010 - of Gemma alone; a classifier has no cap
+
     def cut(self, layers: int) -> None:
         """Leave the lowest `layers` decoder layers, and the exits among them."""
         if self.exits is not None:

@@ -43,6 +43,11 @@ class PackedStates:
     packed: PackedBatch
     layers_run: int = 0
 
+    def apart(self) -> PackedStates:
+        """The same states, with those of a shared segment once for each sequence."""
+        packed, tokens = self.packed.apart()
+        return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
+
     def select(self, sequences: Sequence[int]) -> PackedStates:
         """The states of some sequences, in the order given."""
         packed, tokens = self.packed.select(sequences)
@@ -146,10 +151,16 @@ class CostWiseModel(PreTrainedModel):
         position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
         for depth in range(states.layers_run + 1, until + 1):
             compresses = setting.compresses_after(depth)
+            weighs = compresses and self.config.compress_weights == "attention"
+            if weighs and states.packed.shares_passages:
+                # Each query weighs the tokens of the passage in its own way.
+                separate = states.apart()
+                states.hidden, states.packed = separate.hidden, separate.packed
+                position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
             hidden, row = self.layers[depth - 1](
                 states.hidden,
                 packed=states.packed,
-                last_row=compresses and self.config.compress_weights == "attention",
+                last_row=weighs,
                 only_last=False,
                 position_embeddings=position_embeddings,
             )

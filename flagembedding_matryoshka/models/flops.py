@@ -36,7 +36,8 @@ def estimate_flops(
     query_lengths: Tensor,
     passage_lengths: Tensor,
     prompt_lengths: Tensor,
-    shares_query: Tensor | None = None,
+    shares_prefix: Tensor | None = None,
+    passage_first: bool = False,
     depths: Tensor | None = None,
     layers_run: int = 0,
     read_alone: Collection[int] | None = None,
@@ -49,7 +50,8 @@ def estimate_flops(
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
-        shares_query: (batch,) bool, whether a sequence has its query part from the one before it; None is nowhere.
+        shares_prefix: (batch,) bool, whether a sequence has its prefix from the one before it; None is nowhere.
+        passage_first: whether the prefix is the query part and the passage, and not the query part alone.
         depths: (batch,) int64, the exit at which each sequence stops; None is the deepest of `setting`.
         layers_run: full-width layers that the pass finds done.
         read_alone: the exits that are read alone; None is all cutoff layers of `setting`.
@@ -64,20 +66,21 @@ def estimate_flops(
         read_alone = setting.cutoff_layers
     if depths is None:
         depths = torch.full_like(fixed, setting.depth)
-    if shares_query is None:
-        shares_query = torch.zeros_like(fixed, dtype=torch.bool)
-    # Neighbours with one query are a group. Where it has several members, the query is a segment of its own.
-    group = (~shares_query).cumsum(0) - 1
-    group_query = query_lengths[~shares_query]
+    shares = torch.zeros_like(fixed, dtype=torch.bool) if shares_prefix is None else shares_prefix
+    # Neighbours with one prefix are a group. Where it has several members, the prefix is a segment of its own.
+    group = (~shares).cumsum(0) - 1
     has_segment = group.bincount() > 1
+    weighs_passages = passage_first and config.compress_weights == "attention"
 
     def running(depth: int) -> tuple[Tensor, Tensor, int]:
         """Lengths of the sequences, and of the segments that they share, which reach a layer, and their tokens."""
         reach = depths >= depth
         groups = group[reach].unique()
-        queries = group_query[groups]
+        prefix = query_lengths + passage if passage_first else query_lengths
+        prefixes = prefix[~shares][groups]
         lengths = (fixed + passage)[reach]
-        return lengths, queries[has_segment[groups]], int((lengths - query_lengths[reach]).sum() + queries.sum())
+        tokens = int((lengths - prefix[reach]).sum() + prefixes.sum())
+        return lengths, prefixes[has_segment[groups]], tokens
 
     total = 0
     changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # behind them, a layer costs something else
@@ -86,6 +89,10 @@ def estimate_flops(
             lengths, segments, tokens = running(depth)
             total += before_attention * tokens + per_token * (len(lengths) + len(segments))
             total += 2 * query_width * int(lengths.sum() + segments.sum())
+        if weighs_passages and setting.compresses_after(depth):  # see CostWiseModel.run
+            group, has_segment = torch.arange(len(fixed)), torch.zeros(len(fixed), dtype=torch.bool)
+            shares = torch.zeros_like(shares)
+            changed.add(depth - 1)
         if depth - 1 in changed:
             lengths, segments, tokens = running(depth + 1)
             layer = per_token * tokens + 4 * query_width * int((lengths**2).sum() + (segments**2).sum())

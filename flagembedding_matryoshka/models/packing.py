@@ -194,11 +194,16 @@ class PackedBatch:
         return groups, on_device(own, self.device)
 
     @cached_property
-    def prefix_ids(self) -> Tensor:
-        """(total_tokens,) int64, on `device`: the segment that each token's one continues; its own, if it does none."""
+    def prefix_ids_of_segments(self) -> Tensor:
+        """(segments,) int64, CPU: the segment that each segment continues, or its own number."""
         own = torch.arange(len(self.lengths))
-        continued = own if self.prefixes is None else torch.where(self.prefixes < 0, own, self.prefixes)
-        return on_device(continued.repeat_interleave(self.lengths), self.device)
+        return own if self.prefixes is None else torch.where(self.prefixes < 0, own, self.prefixes)
+
+    @cached_property
+    def prefix_ids(self) -> Tensor:
+        """(total_tokens,) int64, on `device`: for each token, the segment that its segment continues, or its own
+        segment."""
+        return on_device(self.prefix_ids_of_segments.repeat_interleave(self.lengths), self.device)
 
     @cached_property
     def context_blocks(self) -> tuple[Tensor, Tensor]:
@@ -253,6 +258,31 @@ class PackedBatch:
         )
         tokens = selected.offsets + self.cu_seqlens[chosen].repeat_interleave(selected.lengths)
         return selected, on_device(tokens, self.device)
+
+    @cached_property
+    def shares_passages(self) -> bool:
+        """Whether a passage is in a segment that sequences share."""
+        if self.prefixes is None:
+            return False
+        return bool(self.passage_lengths[self.prefixes[self.prefixes >= 0]].any())
+
+    def apart(self) -> tuple[PackedBatch, Tensor]:
+        """The same sequences, none of which shares a segment.
+
+        Returns:
+            the sequences in a row of their own, and the (tokens,) int64 of this row, on `device`, that make it up.
+        """
+        chosen = self.sequences
+        continued = self.prefix_ids_of_segments[chosen]
+        is_continued = (continued != chosen).long()
+        query, passage, prompt = (
+            part[chosen] + part[continued] * is_continued
+            for part in (self.query_lengths, self.passage_lengths, self.prompt_lengths)
+        )
+        ends_sequence = torch.zeros(len(self.lengths), dtype=torch.bool)
+        ends_sequence[chosen] = True
+        kept = on_device(ends_sequence.repeat_interleave(self.context_lengths), self.device)
+        return PackedBatch(query, passage, prompt, self.device), self.context_tokens[kept]
 
     def pad(self, row: Tensor) -> Tensor:
         """A packed row (total_tokens, hidden) as (sequences, max_seqlen, hidden), right-padded with zeros.

@@ -57,28 +57,31 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool = False) -> tuple[Tensor, PackedBatch]:
-    """Tokenised pairs as one row; neighbours with the same query part share it.
+    """Tokenised pairs as one row; neighbours with the same prefix share it.
 
     Args:
-        apart: a query part is a segment of its own even where nobody shares it.
+        apart: a prefix is a segment of its own even where nobody shares it.
 
     Returns:
         token ids (1, total_tokens) int64 on `device` and where the segments lie among them.
     """
     parts: list[Ids] = []
     segments: list[tuple[int, int, int, int]] = []
-    for query, group in groupby(pairs, key=lambda pair: pair.query):
+    for prefix, group in groupby(pairs, key=lambda pair: pair.prefix):
         members = list(group)
-        shared = apart or len(members) > 1
-        prefix = len(segments) if shared else -1
-        if shared:
-            parts.append(query.ids)
-            segments.append((len(query), 0, 0, -1))
+        is_shared = apart or len(members) > 1
+        number = len(segments) if is_shared else -1
+        if is_shared:
+            parts.append(prefix.ids)
+            segments.append((members[0].query_length, len(prefix) - members[0].query_length, 0, -1))
         for pair in members:
-            if not shared:
-                parts.append(query.ids)
-            parts += [pair.passage_ids, pair.prompt_ids]
-            segments.append((0 if shared else len(query), pair.passage_length, pair.prompt_length, prefix))
+            if not is_shared:
+                parts.append(prefix.ids)
+            if not pair.passage_first:
+                parts.append(pair.passage_ids)
+            parts.append(pair.prompt_ids)
+            passage = 0 if is_shared and pair.passage_first else pair.passage_length
+            segments.append((0 if is_shared else pair.query_length, passage, pair.prompt_length, number))
     query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
     packed = PackedBatch(
         query_lengths, passage_lengths, prompt_lengths, device, prefixes if (prefixes >= 0).any() else None

@@ -75,7 +75,7 @@ class Shortener:
                 f"them cut; document {next(place for place, pair in enumerate(pairs) if pair.is_cut)} does not."
             )
         shared, (beside,) = self._reranker.count_tokens(query, [""])
-        rooms = [pair.own_length - beside for pair in pairs if pair.passage_is_cut][:1]
+        rooms = [pair.passage_length + pair.prompt_length - beside for pair in pairs if pair.passage_is_cut][:1]
         if lengths.pair is not None:
             if lengths.pair <= shared + beside:
                 raise ValueError(
@@ -86,7 +86,7 @@ class Shortener:
         if not rooms:
             return list(texts)
         room = min(rooms)
-        too_long = [pair.passage_is_cut or pair.own_length - beside > room for pair in pairs]
+        too_long = [pair.passage_is_cut or pair.passage_length + pair.prompt_length - beside > room for pair in pairs]
         if lengths.refuse and any(too_long):
             raise ValueError(
                 f"the request wants no text cut, and the longest have {max(map(len, pairs))} tokens, more than its "

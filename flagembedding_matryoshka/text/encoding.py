@@ -22,6 +22,8 @@ MARGIN = 128
 """Tokens in front of a cut that it may have changed: more than WordPiece makes of a word."""
 CHARACTERS = 8
 """Of a token, as a first guess; a text of shorter ones is cut later than need be, one of longer ones tried again."""
+MARK = "\ue000"
+"""Of the private use area: no vocabulary merges it with what follows."""
 NEIGHBOURS = 32
 """Characters of a piece, at most: SentencePiece's have 16."""
 
@@ -35,16 +37,24 @@ def whole_characters(text: str) -> str:
 
 
 class TextEncoder:
-    """Token ids of what users write; control tokens that it spells are text.
+    """Token ids of the texts of users; control tokens that they spell are text.
 
     Args:
         tokenizer: used without special tokens, and left as it is.
+        continues: whether texts continue other words. SentencePiece's tokenizers put a blank before every text that
+            they get, also before one that continues a line; here it is left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, continues: bool = False) -> None:
         # A copy: which texts may hold control tokens is a tokenizer's state, which threads would share.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.split_special_tokens = True
+        self._mark = ""
+        self._mark_tokens = 0
+        if continues:
+            alone, mark, within = self.whole(["a b", MARK, f"{MARK}a b"])
+            if not np.array_equal(within[len(mark) :], alone):
+                self._mark, self._mark_tokens = MARK, len(mark)
 
     def whole(self, texts: Sequence[str]) -> list[Ids]:
         """(tokens,) int32 ids of each text."""
@@ -52,13 +62,13 @@ class TextEncoder:
         for portion in _portions(texts):
             # The tokenizer's own truncation is state, too, and its warning of long input is moot here.
             encoded = self._tokenizer(
-                list(map(whole_characters, portion)),
+                [self._mark + whole_characters(text) for text in portion],
                 add_special_tokens=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,
             )
-            found += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            found += [np.array(ids[self._mark_tokens :], dtype=np.int32) for ids in encoded["input_ids"]]
         return found
 
     def offsets(self, text: str) -> NDArray[np.int64]:
@@ -69,8 +79,10 @@ class TextEncoder:
         """
         if not self._tokenizer.is_fast:
             raise ValueError(f"the tokenizer {type(self._tokenizer).__name__} does not say where its tokens stand.")
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        marked = self._mark + text
+        encoded = self._tokenizer(marked, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return found[self._mark_tokens :] - len(self._mark)
 
     def beginnings(self, texts: Sequence[str], tokens: int) -> list[Ids]:
         """The first `tokens` of `whole`, or all where there are fewer.

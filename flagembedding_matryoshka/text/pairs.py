@@ -1,13 +1,17 @@
 """From a query and a passage to token ids and part lengths; the only place that joins and truncates.
 
 [bos] before query between passage behind prompt
-|----- query part --------|        |prompt part|
+|--------- lead ---------|        |prompt part |
+
+[bos] before passage between query behind prompt         (a template with passage_first)
+|-- lead --|        |-------- prompt part --------|
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.text.encoding import Ids, TextEncoder, whole_characters
-from flagembedding_matryoshka.text.templates import Template
+from flagembedding_matryoshka.text.templates import Template, Words
 
 
 class Encoded(NamedTuple):
@@ -26,16 +30,14 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QueryPart:
-    """What the candidates of a query have in common. Equal ids are equal parts, whichever call made them.
+class Prefix:
+    """Token ids that sequences begin with and may share. Equal ids are equal prefixes, whichever call made them.
 
     Attributes:
         ids: (tokens,) int32.
-        is_cut: whether the query is longer than what is left of it.
     """
 
     ids: Ids = field(compare=False)
-    is_cut: bool = field(default=False, compare=False)
     _key: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,32 +49,41 @@ class QueryPart:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPair:
-    """One input sequence in its three parts, of which compression may merge the passage.
+    """One input sequence in three parts, of which compression may merge the passage.
 
     Attributes:
-        query: of all pairs of a query that were built together the same object.
-        passage_ids, prompt_ids: (tokens,) int32.
-        passage_is_cut: whether the passage is longer than what is left of it.
+        lead: the tokens before the passage; pairs of one query that were built together hold the same object.
+        passage_ids, prompt_ids: (tokens,) int32: the passage, and the tokens after it.
+        query_is_cut, passage_is_cut: whether the text is longer than the tokens that are left of it.
+        passage_first: whether the query is in the prompt part, so that sequences may share their passage.
     """
 
-    query: QueryPart
+    lead: Prefix
     passage_ids: Ids
     prompt_ids: Ids
+    query_is_cut: bool = False
     passage_is_cut: bool = False
+    passage_first: bool = False
 
     @property
     def is_cut(self) -> bool:
-        """Whether query or passage is longer than what is left of it."""
-        return self.passage_is_cut or self.query.is_cut
+        """Whether query or passage is longer than the tokens that are left of it."""
+        return self.passage_is_cut or self.query_is_cut
 
     @property
     def input_ids(self) -> Ids:
         """(tokens,) int32: the whole sequence."""
-        return np.concatenate([self.query.ids, self.passage_ids, self.prompt_ids])
+        return np.concatenate([self.lead.ids, self.passage_ids, self.prompt_ids])
+
+    @cached_property
+    def prefix(self) -> Prefix:
+        """The tokens that neighbours in a batch may share: the lead, and with `passage_first` the passage."""
+        return Prefix(np.concatenate([self.lead.ids, self.passage_ids])) if self.passage_first else self.lead
 
     @property
     def query_length(self) -> int:
-        return len(self.query)
+        """Tokens before the passage, in the model's words."""
+        return len(self.lead)
 
     @property
     def passage_length(self) -> int:
@@ -80,21 +91,23 @@ class TokenizedPair:
 
     @property
     def prompt_length(self) -> int:
+        """Tokens after the passage, in the model's words."""
         return len(self.prompt_ids)
 
     @property
     def own_length(self) -> int:
-        """Tokens behind the query part."""
-        return len(self.passage_ids) + len(self.prompt_ids)
+        """Tokens after the prefix."""
+        return len(self) - len(self.prefix)
 
     def __len__(self) -> int:
-        return len(self.query) + self.own_length
+        return len(self.lead) + len(self.passage_ids) + len(self.prompt_ids)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenizedPair):
             return NotImplemented
         return (
-            (self.query, self.is_cut) == (other.query, other.is_cut)
+            (self.lead, self.query_is_cut, self.passage_is_cut)
+            == (other.lead, other.query_is_cut, other.passage_is_cut)
             and np.array_equal(self.passage_ids, other.passage_ids)
             and np.array_equal(self.prompt_ids, other.prompt_ids)
         )
@@ -105,15 +118,18 @@ def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") ->
     return tokenizer(text, add_special_tokens=False)["input_ids"][0]
 
 
-def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """The first token of each of a template's `head_tokens`.
+def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequence[str | int]) -> list[int]:
+    """The token ids of a template's `head_tokens`: of a word its first token, of a number itself.
 
     Raises:
-        ValueError: if two words begin with the same token: a head made of them would score everything alike.
+        ValueError: if two are the same token: a head made of them would score everything alike; or if an id is not in
+            the vocabulary.
     """
-    found = [find_head_token_id(tokenizer, word) for word in words]
+    found = [token if isinstance(token, int) else find_head_token_id(tokenizer, token) for token in head_tokens]
     if len(set(found)) < len(found):
-        raise ValueError(f"the head_tokens {list(words)} begin with the same token, {found[0]}.")
+        raise ValueError(f"the head_tokens {list(head_tokens)} begin with the same token, {found[0]}.")
+    if beyond := [token for token in found if token >= len(tokenizer)]:
+        raise ValueError(f"the head_tokens {beyond} are not in the tokenizer's vocabulary of {len(tokenizer)} tokens.")
     return found
 
 
@@ -121,46 +137,94 @@ class PairTokenizer:
     """Joins tokenised queries and passages into input sequences.
 
     Args:
-        tokenizer: used without special tokens; its bos opens a sequence unless it is also the pad token.
-        template: what stands around queries and passages, unless a call says otherwise.
+        tokenizer: used without special tokens; a template says where its begin-of-sequence token stands.
+        template: the words around queries and passages, unless a call gives others.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> None:
         self.template = Template() if template is None else template
         self.tokenizer = tokenizer
         self._encoder = TextEncoder(tokenizer)
-        has_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.pad_token_id
-        self.bos_ids = _as_ids([tokenizer.bos_token_id] if has_bos else [])
-        self._fixed: dict[str, Ids] = {}
-        self._prompts: dict[tuple[str, str], Ids] = {}
+        self._fixed: dict[Words, Ids] = {}
+        self._prompts: dict[tuple[Words, str], Ids] = {}
 
-    def encode(self, texts: Sequence[str], max_length: int, end: str = "") -> dict[str, Encoded]:
+    @cached_property
+    def _within(self) -> TextEncoder:
+        """Encodes texts that continue others."""
+        return TextEncoder(self.tokenizer, continues=True)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts a begin-of-sequence token before a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special)
+
+    @property
+    def bos_ids(self) -> Ids:
+        """(0 or 1,) int32: the begin-of-sequence token of the tokenizer's own template."""
+        return self.opening(self.template)
+
+    def opening(self, template: Template) -> Ids:
+        """(0 or 1,) int32: the begin-of-sequence token that stands before the template's words, see `Template.bos`."""
+        bos, token = self.tokenizer.bos_token_id, self.tokenizer.bos_token
+        before = template.before if isinstance(template.before, str) else template.before[0]
+        rule = template.bos
+        if rule == "reference" and before.startswith(self._control_tokens):
+            rule = "tokenizer"
+        if rule == "reference":
+            has_bos = bos is not None and bos != self.tokenizer.pad_token_id
+        else:
+            has_bos = rule == "tokenizer" and self._adds_bos and not before.startswith(token)
+        return _as_ids([bos] if has_bos else [])
+
+    def encode(
+        self, texts: Sequence[str], max_length: int, end: str = "", continues: bool = False
+    ) -> dict[str, Encoded]:
         """Token ids of each text; one that occurs several times is tokenised once.
 
         Args:
-            max_length: tokens that a text is cut to, its end excepted.
-            end: what all texts end with.
+            max_length: tokens that a text is cut to, its end included.
+            end: the words that all texts end with, which are kept.
+            continues: whether the texts stand behind other words, whose tokens they must not begin anew.
         """
         different = list(dict.fromkeys(texts))
-        kept = max(0, max_length - len(self.fixed(end)))
-        found = self._encoder.beginnings(different, max_length + 1)
+        encoder = self._within if continues else self._encoder
+        end_ids = self.plain(end)
+        kept = max(0, max_length - len(end_ids))
+        found = encoder.beginnings(different, max_length + 1)
         return {
-            text: Encoded(ids)
-            if len(ids) <= max_length
-            else Encoded(np.concatenate([ids[:kept], self.fixed(end)]), True)
+            text: Encoded(ids) if len(ids) <= max_length else Encoded(np.concatenate([ids[:kept], end_ids]), True)
             for text, ids in zip(different, found, strict=True)
         }
 
-    def fixed(self, text: str) -> Ids:
-        """(tokens,) int32 ids of a template's text, in which control tokens are control tokens."""
-        if text not in self._fixed:
-            found = self.tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"] if text else []
-            self._fixed[text] = _as_ids(found)
-        return self._fixed[text]
+    def fixed(self, words: Words) -> Ids:
+        """(tokens,) int32 ids of a template's words, in which control tokens are control tokens; of a tuple, in every
+        other text."""
+        if words not in self._fixed:
+            if isinstance(words, str):
+                text = whole_characters(words)
+                self._fixed[words] = _as_ids(
+                    self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+                )
+            else:
+                parts = [self.plain(part) if place % 2 else self.fixed(part) for place, part in enumerate(words)]
+                return np.concatenate(parts)  # which holds the text of a user: not kept
+        return self._fixed[words]
+
+    def plain(self, text: str) -> Ids:
+        """(tokens,) int32 ids of words in which control tokens are text."""
+        return self._encoder.whole([text])[0] if text else _as_ids([])
 
     def prompt_ids(self, template: Template) -> Ids:
-        """(tokens,) int32: the prompt part, of which all pairs hold the same array."""
+        """(tokens,) int32: the words at the end of every sequence; pairs of one template hold the same array."""
         words = (template.behind, template.prompt)
+        if not isinstance(template.behind, str):
+            return np.concatenate(list(map(self.fixed, words)))
         if words not in self._prompts:
             self._prompts[words] = np.concatenate(list(map(self.fixed, words)))
         return self._prompts[words]
@@ -172,7 +236,10 @@ class PairTokenizer:
             ValueError: if the tokenizer does not know.
         """
         lead = len(template.passage("")) - len(template.passage_end)
-        offsets = self._encoder.offsets(template.passage(passage)) - lead
+        if "passage" in template.strip:
+            lead -= len(passage) - len(passage.lstrip())
+        encoder = self._within if _continues(template) else self._encoder
+        offsets = encoder.offsets(template.passage(passage)) - lead
         return np.maximum.accumulate(offsets.clip(0, len(passage)), axis=0)
 
     def build(
@@ -187,7 +254,7 @@ class PairTokenizer:
 
         Args:
             query_max_length, passage_max_length: tokens that query and passage, with their instructions, are cut to.
-            max_length: tokens before the prompt part; the passage is cut to what the query leaves of them.
+            max_length: tokens of all but `behind` and `prompt`; the passage is cut to what the query leaves of them.
             template: None is the tokenizer's own.
 
         Raises:
@@ -196,11 +263,13 @@ class PairTokenizer:
         template = self.template if template is None else template
         queries = [template.query(query) for query, _ in pairs]
         passages = [template.passage(passage) for _, passage in pairs]
-        encoded_queries = self.encode(queries, query_max_length, template.query_end)
-        encoded = self.encode(passages, passage_max_length, template.passage_end)
-        parts = {text: self.query_part(query, template) for text, query in encoded_queries.items()}
+        continues = _continues(template)
+        encoded_queries = self.encode(queries, query_max_length, template.query_end, continues)
+        encoded = self.encode(passages, passage_max_length, template.passage_end, continues)
+        parts = {text: self._query_parts(query, template) for text, query in encoded_queries.items()}
+        end = self.plain(template.passage_end)
         return [
-            self.join(parts[query], encoded[passage], max_length, template)
+            self._join(parts[query], encoded[passage], end, max_length, template)
             for query, passage in zip(queries, passages, strict=True)
         ]
 
@@ -223,33 +292,67 @@ class PairTokenizer:
             raise ValueError(f"max_length={max_length} leaves no token of a query, which gets three quarters of it.")
         return self.build(pairs, query_max_length, max_length, max_length + beside, template)
 
-    def query_part(self, query: Encoded, template: Template) -> QueryPart:
-        """All that stands in front of the passage."""
-        before, between = self._beside(template)
-        return QueryPart(np.concatenate([before, query.ids, between]), query.is_cut)
+    def build_texts(
+        self, pairs: Sequence[tuple[str, str]], query_max_length: int, passage_max_length: int, template: Template
+    ) -> list[TokenizedPair]:
+        """`build` with lengths that count the texts alone: the template's words come on top.
 
-    def join(self, query: QueryPart, passage: Encoded, max_length: int, template: Template) -> TokenizedPair:
-        """Build the sequence; the passage is cut so that all before the prompt part holds `max_length` tokens.
+        Args:
+            query_max_length, passage_max_length: tokens that query and passage are cut to, without their instructions.
+        """
+        of_query, of_passage = (len(self.plain(text)) for text in (template.query(""), template.passage("")))
+        lengths = query_max_length + of_query, passage_max_length + of_passage
+        beside = len(self.opening(template)) + len(self.fixed(template.before)) + len(self.fixed(template.between))
+        return self.build(pairs, *lengths, sum(lengths) + beside, template)
+
+    def _query_parts(self, query: Encoded, template: Template) -> QueryParts:
+        opening = np.concatenate([self.opening(template), self.fixed(template.before)])
+        between, behind = self.fixed(template.between), self.prompt_ids(template)
+        if template.passage_first:
+            return QueryParts(Prefix(opening), np.concatenate([between, query.ids, behind]), len(behind), query)
+        return QueryParts(Prefix(np.concatenate([opening, query.ids, between])), behind, len(behind), query)
+
+    def _join(
+        self, parts: QueryParts, passage: Encoded, end: Ids, max_length: int, template: Template
+    ) -> TokenizedPair:
+        """Build the sequence; the passage is cut, but for its `end`, so that all but `behind` and `prompt` holds
+        `max_length` tokens.
 
         Raises:
             ValueError: if the query leaves no room for its passage.
         """
         ids, is_cut = passage
-        room = max_length - len(query)
-        end_ids = self.fixed(template.passage_end)
-        if room < max(len(end_ids), min(1, len(ids))):
-            beside = sum(map(len, self._beside(template)))
+        used = len(parts.lead) + len(parts.prompt_ids) - parts.closing
+        room = max_length - used
+        if room < max(len(end), min(1, len(ids))):
+            beside = used - len(parts.query.ids)
             raise ValueError(
-                f"a query of {len(query) - beside} tokens leaves no room for its passage: with {beside} tokens beside "
+                f"a query of {len(parts.query.ids)} tokens leaves no room for its passage: with {beside} tokens beside "
                 f"it, it must fit into {max_length}. Cut queries shorter or raise the maximal length."
             )
         if len(ids) > room:
-            ids, is_cut = np.concatenate([ids[: room - len(end_ids)], end_ids]), True
-        return TokenizedPair(query, ids, self.prompt_ids(template), is_cut)
+            ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
+        return TokenizedPair(parts.lead, ids, parts.prompt_ids, parts.query.is_cut, is_cut, template.passage_first)
 
-    def _beside(self, template: Template) -> tuple[Ids, Ids]:
-        """What stands before and behind the query in its part."""
-        return np.concatenate([self.bos_ids, self.fixed(template.before)]), self.fixed(template.between)
+
+class QueryParts(NamedTuple):
+    """The parts of a sequence that depend on its query alone.
+
+    Attributes:
+        lead, prompt_ids: as in `TokenizedPair`.
+        closing: how many of `prompt_ids` are `behind` and `prompt`.
+    """
+
+    lead: Prefix
+    prompt_ids: Ids
+    closing: int
+    query: Encoded
+
+
+def _continues(template: Template) -> bool:
+    """Whether query and passage are tokenised as they are within the whole text. By the reference's rule each stands
+    for itself."""
+    return template.bos != "reference"
 
 
 def _as_ids(values: Sequence[int]) -> Ids:

@@ -1,10 +1,14 @@
-"""What stands around a query and a passage: data, which is saved with a checkpoint.
+"""The words around a query and a passage: data, which is saved with a checkpoint.
 
 before  query  between  passage  behind  prompt
 |----- query part -----|         |- prompt part -|
 
-Each of the six is tokenised by itself. `before`, `between`, `behind` and `prompt` may hold control tokens; what a user
-writes never becomes one.
+With `passage_first` the passage comes before the query:
+
+before  passage  between  query  behind  prompt
+                |------ prompt part -----------|
+
+`before`, `between`, `behind` and `prompt` may hold control tokens. The text of a user never becomes one.
 """
 
 from __future__ import annotations
@@ -12,14 +16,22 @@ from __future__ import annotations
 import json
 import os.path
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 FLAT = "{}{}"
-"""FlagEmbedding's format of an instruction and a text where nothing else is said."""
+"""FlagEmbedding's default format of an instruction and a text."""
+INSTRUCTION = "{instruction}"
+Words = str | tuple[str, ...]
+"""Fixed words. A tuple alternates words in which control tokens are control tokens with words in which they are text,
+and begins with the former."""
+Bos = Literal["reference", "tokenizer", "template"]
+Text = Literal["query", "passage", "instruction"]
+OF_AN_INSTRUCTION = ("before", "query_instruction", "query_format", "behind")
+"""Fields that an instruction may change."""
 
 
 @dataclass(frozen=True)
@@ -27,76 +39,138 @@ class Template:
     """The words of one kind of re-ranker.
 
     Attributes:
-        before, between, behind: in front of the query, between query and passage, behind the passage.
-        query_instruction, passage_instruction: "" is none.
-        query_format, passage_format: how instruction and text are put together, as in FlagEmbedding, with {} for each.
-        prompt: what the score is read behind.
-        head_tokens: the word whose logit is the score, or two, whose logits' difference it is.
+        before, between, behind: in front of the first text, between the texts, behind the second text.
+        query_instruction, passage_instruction: words that go with a text; "" is none.
+        query_format, passage_format: how instruction and text are put together, as in FlagEmbedding: {} for the
+            instruction, then {} for the text, or {0} and {1} in any order.
+        prompt: the last words of the sequence, after which the score is read.
+        head_tokens: the token whose logit is the score, or two tokens, whose logits' difference it is. A word stands
+            for its first token; a number is a token id.
+        instruction: the instruction of a call that gives none; "" is none.
+        instructed: the fields of `OF_AN_INSTRUCTION` that have another value where there is an instruction, with
+            "{instruction}" in its place. `before` and `behind` are then lists, see `Words`. None: the template has no
+            place for an instruction.
+        passage_first: whether the passage comes before the query.
+        bos: when a sequence begins with the tokenizer's begin-of-sequence token. "reference": always, unless it is also
+            the pad token; each field is tokenised by itself (reference of CostWise Mistral). If the template begins
+            with a control token, "reference" means "tokenizer". "tokenizer": if the tokenizer adds one to a text.
+            "template": never, since the template writes its own, if any.
+        strip: texts whose surrounding white space is removed.
+        temperature: raw scores are divided by it before the sigmoid.
 
     Raises:
-        TypeError: if a value is not text.
-        ValueError: if a format has not two {}, or there are not one or two words.
+        TypeError: if a value has another type.
+        ValueError: if a format has not two {}, there are not one or two head tokens, or a value is not allowed.
     """
 
-    before: str = ""
+    before: Words = ""
     query_instruction: str = "A: "
     query_format: str = FLAT
     between: str = "\n"
     passage_instruction: str = "B: "
     passage_format: str = FLAT
-    behind: str = "\n"
+    behind: Words = "\n"
     prompt: str = "Predict whether passage B contains an answer to query A."
-    head_tokens: tuple[str, ...] = ("Yes",)
+    head_tokens: tuple[str | int, ...] = ("Yes",)
+    instruction: str = ""
+    instructed: Mapping[str, Any] | None = None
+    passage_first: bool = False
+    bos: Bos = "reference"
+    strip: tuple[Text, ...] = ()
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.name != "head_tokens"):
+        for name in ("query_instruction", "between", "passage_instruction", "prompt", "instruction"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"a template's {name} must be text, got {getattr(self, name)!r}.")
+        for name in ("before", "behind"):
+            object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in ("query_format", "passage_format"):
-            # FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
-            object.__setattr__(self, name, getattr(self, name).replace("\\n", "\n"))
-            if _fields(getattr(self, name)) != ["", ""]:
-                raise ValueError(
-                    f"a template's {name} must have a {{}} for the instruction and one for the text, got "
-                    f"{getattr(self, name)!r}."
-                )
-        words = self.head_tokens
-        is_list = isinstance(words, list | tuple) and len(words) in (1, 2)
-        if not is_list or not all(isinstance(word, str) and word for word in words):
-            raise ValueError(f"a template's head_tokens must be one word or two in a list, got {words!r}.")
-        object.__setattr__(self, "head_tokens", tuple(words))
+            object.__setattr__(self, name, _format(name, getattr(self, name)))
+        object.__setattr__(self, "head_tokens", _head_tokens(self.head_tokens))
+        object.__setattr__(self, "instructed", _instructed(self.instructed))
+        if self.instruction and self.instructed is None:
+            raise ValueError(f"a template without `instructed` has no place for its instruction {self.instruction!r}.")
+        if not isinstance(self.passage_first, bool):
+            raise TypeError(f"a template's passage_first must be true or false, got {self.passage_first!r}.")
+        if self.bos not in get_args(Bos):
+            raise ValueError(f"a template's bos must be one of {list(get_args(Bos))}, got {self.bos!r}.")
+        if not isinstance(self.strip, list | tuple) or set(self.strip) - set(get_args(Text)):
+            raise ValueError(f"a template's strip must be a list of {list(get_args(Text))}, got {self.strip!r}.")
+        object.__setattr__(self, "strip", tuple(self.strip))
+        is_number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not is_number or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"a template's temperature must be a number above 0, got {self.temperature!r}.")
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_json(), sort_keys=True))
 
     def replaced(self, **given: str | None) -> Template:
-        """With other words where they are given: None is not, nor is a format that is FlagEmbedding's default."""
+        """Replace fields; None, or a format that is FlagEmbedding's default, leaves a field as it is."""
         is_default = {"query_format": FLAT, "passage_format": FLAT}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(self, **{name: value for name, value in chosen.items() if value != is_default.get(name)})
 
+    def with_instruction(self, instruction: str | None) -> Template:
+        """The template of one call.
+
+        Args:
+            instruction: None is the template's own `instruction`; "" is none.
+
+        Raises:
+            TypeError: if the instruction is not text.
+            ValueError: if the template has no place for it.
+        """
+        text = self.instruction if instruction is None else instruction
+        if not isinstance(text, str):
+            raise TypeError(f"an instruction must be a string, got {text!r:.80}.")
+        if not text:
+            return self
+        if self.instructed is None:
+            takers = [name for name, template in TEMPLATES.items() if template.instructed is not None]
+            raise ValueError(
+                f"the model's template has no place for the instruction {text!r:.80}. Templates that have one: "
+                f"{', '.join(takers)}, and those of a chat template with the role system."
+            )
+        text = text.strip() if "instruction" in self.strip else text
+        changed: dict[str, Any] = {name: _filled(value, text) for name, value in self.instructed.items()}
+        return replace(self, **changed)
+
     def query(self, text: str) -> str:
         """`text` with its instruction."""
+        text = text.strip() if "query" in self.strip else text
         return self.query_format.format(self.query_instruction, text)
 
     def passage(self, text: str) -> str:
         """`text` with its instruction."""
+        text = text.strip() if "passage" in self.strip else text
         return self.passage_format.format(self.passage_instruction, text)
 
     @property
     def query_end(self) -> str:
-        """What `query_format` puts behind the text, and no truncation takes away."""
-        return _end(self.query_format)
+        """The words of `query_format` behind the text, which truncation keeps."""
+        return _end(self.query_format, self.query_instruction)
 
     @property
     def passage_end(self) -> str:
-        """What `passage_format` puts behind the text, and no truncation takes away."""
-        return _end(self.passage_format)
+        """The words of `passage_format` behind the text, which truncation keeps."""
+        return _end(self.passage_format, self.passage_instruction)
+
+    @property
+    def has_reference_lengths(self) -> bool:
+        """Whether lengths in training are those of the reference: sequences of the form [bos] query sep passage sep
+        prompt. Of any other template they count the user's text alone."""
+        is_flat = (self.before, self.between, self.behind, self.query_format, self.passage_format)
+        return is_flat == ("", "\n", "\n", FLAT, FLAT) and not self.passage_first and self.bos == "reference"
 
     def to_json(self) -> dict[str, Any]:
-        """As `Template.load` reads it."""
-        return asdict(self) | {"head_tokens": list(self.head_tokens)}
+        """The fields as `Template.load` reads them."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, given: str | PathLike[str] | Mapping[str, Any] | Template) -> Template:
-        """A template by name, from a JSON file that says what differs from "cost_wise", or from what such a file holds.
+        """Load a template by name, from a JSON file that holds the fields that differ from "cost_wise", or from such
+        fields.
 
         Raises:
             FileNotFoundError: if there is neither a template nor a file of that name.
@@ -115,7 +189,7 @@ class Template:
         if not isinstance(given, str | PathLike):
             raise TypeError(f"a template must be a name, a JSON file or what such a file holds, got {given!r}.")
         path = Path(os.path.expanduser(given))
-        if not os.path.isfile(path):  # of whatever a path cannot be, too
+        if not os.path.isfile(path):  # also of a string that cannot be a path
             raise FileNotFoundError(
                 f"there is no template {str(given)!r:.200}: name a JSON file or one of {list(TEMPLATES)}."
             )
@@ -128,8 +202,75 @@ class Template:
         return cls.load(stored)
 
 
+def _words(name: str, value: Any) -> Words:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    raise TypeError(f"a template's {name} must be text, or a list of texts, got {value!r}.")
+
+
+def _format(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a template's {name} must be text, got {value!r}.")
+    # FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
+    value = value.replace("\\n", "\n")
+    if _fields(value) not in (["", ""], ["0", "1"], ["1", "0"]):
+        raise ValueError(
+            f"a template's {name} must have a {{}} for the instruction and one for the text, got {value!r}."
+        )
+    return value
+
+
+def _head_tokens(given: Any) -> tuple[str | int, ...]:
+    is_list = isinstance(given, list | tuple) and len(given) in (1, 2)
+    if not is_list or not all(
+        (isinstance(token, str) and token) or (type(token) is int and token >= 0) for token in given
+    ):
+        raise ValueError(f"a template's head_tokens must be one word or two, or token ids, in a list, got {given!r}.")
+    return tuple(given)
+
+
+def _instructed(given: Any) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(f"a template's instructed must be an object of fields, got {given!r}.")
+    if unknown := [name for name in given if name not in OF_AN_INSTRUCTION]:
+        raise ValueError(f"a template's instructed may hold {list(OF_AN_INSTRUCTION)}, got {unknown}.")
+    found: dict[str, Any] = {}
+    places = 0
+    for name, value in given.items():
+        if name in ("before", "behind"):
+            found[name] = _words(name, value)
+            parts = (found[name],) if isinstance(found[name], str) else found[name]
+            if any(INSTRUCTION in part for part in parts[::2]):
+                raise ValueError(
+                    f"a template's instructed {name} must be a list whose second, fourth, … text holds {INSTRUCTION}, "
+                    f"got {value!r}: in the others control tokens are control tokens."
+                )
+            places += sum(part.count(INSTRUCTION) for part in parts)
+        elif name == "query_format":
+            found[name] = _format(name, value)
+        elif isinstance(value, str):
+            found[name] = value
+            places += value.count(INSTRUCTION)
+        else:
+            raise TypeError(f"a template's instructed {name} must be text, got {value!r}.")
+    if places != 1:
+        raise ValueError(f"a template's instructed must hold {INSTRUCTION} once, got {dict(given)!r}.")
+    return found
+
+
+def _filled(value: Words, instruction: str) -> Words:
+    """A field of `instructed` with the instruction in its place."""
+    if isinstance(value, str):
+        return value.replace(INSTRUCTION, instruction)
+    return tuple(part.replace(INSTRUCTION, instruction) for part in value)
+
+
 def _fields(pattern: str) -> list[str]:
-    """What a format has between its braces, doubled ones excepted; of one that is none, nothing."""
+    """The names between the braces of a format; none if it is not a format."""
     try:
         parts = list(string.Formatter().parse(pattern))
     except ValueError:
@@ -137,13 +278,31 @@ def _fields(pattern: str) -> list[str]:
     return [f"{name}{f'!{kind}' if kind else ''}{spec}" for _, name, spec, kind in parts if name is not None]
 
 
-def _end(pattern: str) -> str:
-    """What stands behind the last field of a format."""
-    end = ""
-    for literal, name, _, _ in string.Formatter().parse(pattern):
-        end = end + literal if name is None else ""
+def _end(pattern: str, instruction: str) -> str:
+    """The words behind the text of a format, which may be the instruction."""
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(pattern)]
+    names = [name for _, name in parts if name is not None]
+    last = names.index("1") if "1" in names else 1
+    end, seen = "", -1
+    for literal, name in parts:
+        if seen >= last:
+            end += literal
+        if name is not None:
+            end += instruction if seen >= last else ""
+            seen += 1
     return end
 
+
+def of_head(words: Sequence[str | int]) -> str:
+    """How an error or a page shows head tokens."""
+    return " − ".join(f"id {word}" if isinstance(word, int) else repr(word) for word in words)
+
+
+QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+MINICPM_PROMPT = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
 
 TEMPLATES = {
     # FlagEmbedding's CostWise Mistral (Matroyshka-ReRanker)
@@ -151,10 +310,9 @@ TEMPLATES = {
     # BAAI/bge-reranker-v2.5-gemma2-lightweight: the same words
     "gemma2-lightweight": Template(),
     # BAAI/bge-reranker-v2-minicpm-layerwise, FlagEmbedding's LayerWiseFlagLLMReranker
-    "minicpm": Template(
-        prompt="Given a query A and a passage B, determine whether the passage contains an answer to the query by "
-        "providing a prediction of either 'Yes' or 'No'."
-    ),
+    "minicpm": Template(prompt=MINICPM_PROMPT),
+    # BAAI/bge-reranker-v2-gemma, FlagEmbedding's FlagLLMReranker
+    "bge-gemma": Template(prompt=MINICPM_PROMPT),
     # Qwen/Qwen3-Reranker-0.6B, -4B and -8B, by the usage in their model cards
     "qwen3-reranker": Template(
         before="<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
@@ -167,17 +325,65 @@ TEMPLATES = {
         behind="",
         prompt="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         head_tokens=("yes", "no"),
+        instructed={"query_instruction": INSTRUCTION},
+        bos="tokenizer",
+    ),
+    # zeroentropy/zerank-1, -1-small and -2: the query is the system's message, the document the user's
+    "zerank": Template(
+        before="<|im_start|>",
+        query_instruction="",
+        query_format="system\n{}{}",
+        between="<|im_end|>\n<|im_start|>",
+        passage_instruction="",
+        passage_format="user\n{}{}",
+        behind="",
+        prompt="<|im_end|>\n<|im_start|>assistant\n",
+        head_tokens=("Yes",),
+        instructed={
+            "query_instruction": INSTRUCTION,
+            "query_format": "system\n<query>{1}</query>\n<instruction>{0}</instruction>",
+        },
+        bos="tokenizer",
+        strip=("query", "passage"),
+        temperature=5.0,
+    ),
+    # mixedbread-ai/mxbai-rerank-base-v2 and -large-v2
+    "mxbai-v2": Template(
+        before=QWEN_SYSTEM + "<|im_start|>user\n",
+        query_instruction="",
+        query_format="{}query: {}\ndocument:",
+        between="",
+        passage_instruction="",
+        passage_format="{} {}\nYou",
+        behind=" are a search relevance expert who evaluates how well documents match search queries. For each "
+        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:",
+        prompt="<|im_end|>\n<|im_start|>assistant\n",
+        head_tokens=("1", "0"),
+        instructed={"query_instruction": f"instruction: {INSTRUCTION}\n"},
+        bos="tokenizer",
+    ),
+    # ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b, -2b and -6b
+    "ctxl-v2": Template(
+        before="Check whether a given document contains information helpful to answer the query.\n<Document>",
+        passage_instruction="",
+        passage_format="{} {}\n",
+        between="",
+        query_instruction="",
+        query_format="<Query> {1}{0} ??",
+        behind="",
+        prompt="",
+        head_tokens=(0,),
+        instructed={"query_instruction": f" {INSTRUCTION}"},
+        passage_first=True,
+        bos="tokenizer",
     ),
     "question-passage": Template(
-        query_instruction="question: ", between=" ", passage_instruction="passage: ", behind="", prompt=""
+        query_instruction="question: ",
+        between="",
+        passage_instruction="passage: ",
+        passage_format=" {}{}",
+        behind="",
+        prompt="",
     ),
 }
-
-PUBLISHED = {"Qwen3-Reranker": "qwen3-reranker"}
-"""How the names of published checkpoints that do not store a template begin."""
-
-
-def template_of(path: str) -> str:
-    """The name of the template that a checkpoint was trained with, where it does not store one."""
-    name = Path(path).name
-    return next((template for begin, template in PUBLISHED.items() if name.startswith(begin)), "cost_wise")

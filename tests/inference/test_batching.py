@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.inference.batching import by_query, count_tokens, cut_batches
+from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.models.query_sharing import pack_pairs
 from tests.batches import tokenized_pair
 
@@ -17,9 +17,9 @@ def tokenized_pairs(draw, min_size=0):
 
 @given(tokenized_pairs())
 def test_pairs_of_a_query_stand_together_and_the_longest_first(pairs):
-    order = by_query(pairs)
+    order = by_prefix(pairs)
     assert sorted(order) == list(range(len(pairs)))
-    queries = [tuple(pairs[index].query.ids.tolist()) for index in order]
+    queries = [tuple(pairs[index].lead.ids.tolist()) for index in order]
     assert len(list(dict.fromkeys(queries))) == sum(a != b for a, b in zip(queries, [None, *queries], strict=False))
     lengths: dict[tuple[int, ...], list[int]] = {}
     for query, index in zip(queries, order, strict=True):
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_the_packed_row(pairs):
 @given(tokenized_pairs(), st.integers(1, 40), st.integers(1, 5))
 def test_batches_are_as_large_as_both_limits_allow(pairs, max_tokens, batch_size):
     batches = list(cut_batches(pairs, batch_size, max_tokens))
-    assert [index for batch in batches for index in batch] == by_query(pairs)
+    assert [index for batch in batches for index in batch] == by_prefix(pairs)
     for number, batch in enumerate(batches):
         assert len(batch) == 1 or count_tokens([pairs[index] for index in batch]) <= max_tokens
         assert len(batch) <= batch_size

@@ -168,8 +168,8 @@ def test_tokenised_lists_score_as_their_texts_rank(reranker, options):
 
 def test_candidates_of_a_query_hold_the_same_part_and_say_whether_they_were_cut(reranker):
     first, second, other = reranker.tokenize([("wing", "a"), ("wing", "air " * 300), ("flow", "a")], max_length=30)
-    assert first.query is second.query and first.query != other.query
-    assert first.query == reranker.tokenize(("wing", "b"))[0].query
+    assert first.lead is second.lead and first.lead != other.lead
+    assert first.lead == reranker.tokenize(("wing", "b"))[0].lead
     assert (first.is_cut, second.is_cut, other.is_cut) == (False, True, False)
     assert reranker.tokenize(("wing " * 40, "a"), max_length=30)[0].is_cut
     assert reranker.tokenize([]) == []

@@ -20,6 +20,7 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
+from flagembedding_matryoshka.text.templates import Template
 
 PAIRS = [
     ("how does a wing lift", "air flows over the upper side"),
@@ -83,20 +84,31 @@ def test_pairs_of_any_iterable(cross_encoder):
 
 
 @pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
-def test_prompts_stand_behind_the_passage_and_are_saved(load, tiny_layerwise_path, cross_encoder, tmp_path):
-    prompts = {"heat": "Is B about heat?", "none": ""}
-    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu", prompts=prompts, default_prompt_name="heat")
-    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", prompt=prompts["heat"])
-    expected = reranker.compute_score(PAIRS)
+def test_prompts_are_instructions_and_are_saved(load, tiny_layerwise_path, tmp_path):
+    MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="float32", devices="cpu", template=Template.load("mxbai-v2").to_json()
+    ).export(str(tmp_path / "mxbai"), cutoff_layers=[3, 6])
+    prompts = {"heat": "Is it about heat?", "none": ""}
+    model = load_cross_encoder(str(tmp_path / "mxbai"), device="cpu", prompts=prompts, default_prompt_name="heat")
+    reranker = MatryoshkaReranker(str(tmp_path / "mxbai"), dtype="float32", devices="cpu", instruction=prompts["heat"])
+    expected, without = reranker.compute_score(PAIRS), reranker.compute_score(PAIRS, instruction="")
+    assert expected != pytest.approx(without, abs=1e-3)
     assert model.predict(PAIRS).tolist() == pytest.approx(expected, abs=1e-5)
-    assert cross_encoder.predict(PAIRS, prompt=prompts["heat"]).tolist() == pytest.approx(expected, abs=1e-5)
-    model.save_pretrained(str(tmp_path), create_model_card=False)
-    again = load(str(tmp_path), device="cpu")
+    assert model.predict(PAIRS, prompt="").tolist() == pytest.approx(without, abs=1e-5)
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    again = load(str(tmp_path / "saved"), device="cpu")
     assert (again.prompts, again.default_prompt_name) == (prompts, "heat")
     assert again.predict(PAIRS).tolist() == pytest.approx(expected, abs=1e-5)
-    found = again.rank("heat", [PAIRS[1][1]], prompt_name="none")
-    (hit,) = reranker.rank("heat", [PAIRS[1][1]], prompt="")
-    assert found[0]["score"] == pytest.approx(hit["score"], abs=1e-5)
+    found = again.rank(*PAIRS[1][:1], [PAIRS[1][1]], prompt_name="none")
+    assert found[0]["score"] == pytest.approx(without[1], abs=1e-5)
+    same = MatryoshkaReranker(str(tmp_path / "saved"), dtype="float32", devices="cpu")
+    assert same.description.instruction.value == prompts["heat"]
+    assert same.compute_score(PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_template_without_a_place_refuses_a_prompt(cross_encoder):
+    with pytest.raises(ValueError, match=r"no place for the instruction 'Is B about heat\?'.*qwen3-reranker, zerank"):
+        cross_encoder.predict(PAIRS, prompt="Is B about heat?")
 
 
 def blocks(card):

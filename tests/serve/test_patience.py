@@ -168,7 +168,7 @@ def test_a_request_that_fails_alone(reranker, monkeypatch, error, status):
     (poison,) = reranker.tokenize(("poison", "a text"))
 
     def failing(lists, **options):
-        if any(pair.query == poison.query for pairs in lists for pair in pairs):
+        if any(pair.lead == poison.lead for pairs in lists for pair in pairs):
             raise error
         return score_lists(lists, **options)
 

@@ -33,8 +33,9 @@ def test_pairs_become_the_ids_of_the_reference(shared_parity):
 
 def join(pair_tokenizer, query, passage, max_length):
     query, passage = (Encoded(np.array(ids, dtype=np.int32)) for ids in (query, passage))
-    part = pair_tokenizer.query_part(query, pair_tokenizer.template)
-    return pair_tokenizer.join(part, passage, max_length, pair_tokenizer.template)
+    template = pair_tokenizer.template
+    parts, end = pair_tokenizer._query_parts(query, template), pair_tokenizer.plain(template.passage_end)
+    return pair_tokenizer._join(parts, passage, end, max_length, template)
 
 
 @given(query=IDS, passage=IDS, spare=st.integers(0, 12))

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from flagembedding_matryoshka.text.pairs import PairTokenizer
-from flagembedding_matryoshka.text.templates import TEMPLATES, Template, template_of
+from flagembedding_matryoshka.text.templates import TEMPLATES, Template
 
 EVERY = pytest.mark.parametrize("name", TEMPLATES)
 LONG = "air flows faster over the upper side of a wing. " * 30
@@ -29,21 +29,29 @@ def test_truncation_leaves_all_of_the_templates_words(name, lengths, tiny_tokeni
     template = TEMPLATES[name]
     tokenizer = PairTokenizer(tiny_tokenizer, template)
     bos = tokenizer.bos_ids.tolist()
-    ends = {end: tokenizer.fixed(end).tolist() for end in (template.query_end, template.passage_end)}
+    ends = {end: tokenizer.plain(end).tolist() for end in (template.query_end, template.passage_end)}
     before, between, behind, prompt = (
         tokenizer.fixed(text).tolist() for text in (template.before, template.between, template.behind, template.prompt)
     )
     for query, passage in [(LONG, LONG), ("a wing", LONG), (LONG, "a wing"), ("", LONG), ("a", "")]:
         room = len(bos + before + between) + sum(lengths) + 10
         (pair,) = tokenizer.build([(query, passage)], *lengths, room)
-        query_part, rest = pair.query.ids.tolist(), [*pair.passage_ids, *pair.prompt_ids]
-        assert pair.prompt_ids.tolist() == behind + prompt
-        assert pair.prompt_length == len(behind + prompt)
-        assert query_part[: len(bos + before)] == bos + before
-        assert query_part[len(query_part) - len(between) :] == between
-        own = query_part[len(bos + before) : len(query_part) - len(between)]
-        assert own[len(own) - len(ends[template.query_end]) :] == ends[template.query_end]
-        assert (len(own) <= lengths[0] and pair.passage_length <= lengths[1] and len(rest) > 0) or not passage
+        ids, passage_ids, last = pair.input_ids.tolist(), pair.passage_ids.tolist(), len(behind + prompt)
+        assert ids[: len(bos + before)] == bos + before
+        assert ids[len(ids) - last :] == behind + prompt
+        if pair.passage_is_cut:
+            assert passage_ids[len(passage_ids) - len(ends[template.passage_end]) :] == ends[template.passage_end]
+        if template.passage_first:
+            assert pair.lead.ids.tolist() == bos + before
+            own = pair.prompt_ids.tolist()[len(between) : pair.prompt_length - last]
+            assert pair.prompt_ids.tolist()[: len(between)] == between
+        else:
+            assert pair.prompt_length == last
+            own = pair.lead.ids.tolist()[len(bos + before) : pair.query_length - len(between)]
+            assert pair.lead.ids.tolist()[pair.query_length - len(between) :] == between
+        if pair.query_is_cut:
+            assert own[len(own) - len(ends[template.query_end]) :] == ends[template.query_end]
+        assert len(own) <= lengths[0] and pair.passage_length <= lengths[1]
 
 
 def test_words_around_the_texts():
@@ -65,7 +73,7 @@ def test_words_around_the_texts():
         ({"head_tokens": [""]}, ValueError, "head_tokens must be one word or two"),
         ({3: "x", "sufix": "x"}, ValueError, r"a template has no \[3, 'sufix'\]"),
         ({"prompt": None}, TypeError, "a template's prompt must be text, got None"),
-        ({"head_tokens": "yes"}, ValueError, "head_tokens must be one word or two in a list, got 'yes'"),
+        ({"head_tokens": "yes"}, ValueError, "head_tokens must be one word or two, or token ids, in a list, got 'yes'"),
         ({"head_tokens": []}, ValueError, "head_tokens must be one word or two"),
         ({"sufix": "x"}, ValueError, r"a template has no \['sufix'\]; it has \['before', "),
     ],
@@ -101,8 +109,3 @@ def test_what_is_not_there_or_no_json_is_refused(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=r"must be a JSON object, got list"):
         Template.load(tmp_path / "list.json")
-
-
-def test_published_checkpoints_are_known_by_name():
-    assert template_of("Qwen/Qwen3-Reranker-0.6B") == template_of("/models/Qwen3-Reranker-8B") == "qwen3-reranker"
-    assert template_of("Qwen/Qwen3-0.6B") == "cost_wise"
