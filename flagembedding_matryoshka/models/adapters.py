@@ -14,7 +14,8 @@ from transformers.utils import cached_file
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.shipped import checked
+from flagembedding_matryoshka.models.gguf import resolve
+from flagembedding_matryoshka.models.shipped import checked, locate
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 
@@ -23,15 +24,46 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: if that is a path which is no longer there.
+        ValueError: if the adapter notes no base.
     """
     noted = PeftConfig.from_pretrained(adapter, **hub)
     base = noted.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter_config.json of {adapter} has base_model_name_or_path={base!r}. Load the base that it was "
+            f"trained on, with peft_path={adapter!r}."
+        )
     try:
         return checked(base), noted.revision
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
             f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
+        ) from error
+
+
+def read_adapted_config(adapter: str, base: str, revision: str | None, **hub: Any) -> CostWiseConfig:
+    """Read the configuration of a base with its adapter.
+
+    Args:
+        adapter: the adapter's directory or name. Fine-tuning in this package writes a config.json into it, which is
+            read. Other programs, as FlagEmbedding's runners, write none; then the base's is read.
+        base, revision: as of `base_of`.
+        hub: as of `hub_options`; `revision` is that of the adapter.
+
+    Raises:
+        FileNotFoundError: if neither the adapter nor the base has a configuration that can be read.
+        ValueError: if there is no backbone for the model.
+    """
+    if _noted(adapter, **hub):
+        return read_config(adapter, **hub)
+    try:
+        return read_config(resolve(locate(base), hub.get("cache_dir")), **{**hub, "revision": revision})
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the adapter {adapter} was trained on {base}, which is neither a directory here with a config.json nor a "
+            f"model that could be read from the hub. Load the base from where it is, with peft_path={adapter!r}. "
+            f"({error})"
         ) from error
 
 
