@@ -211,9 +211,14 @@ class CostWiseGraniteModel(CostWiseModel, GraniteModel):
 class CostWiseGraniteForCausalLM(CostWiseForCausalLM, GraniteForCausalLM):
     config_class = CostWiseGraniteConfig
     model_class = CostWiseGraniteModel
-    # FlagEmbedding's runner, when it trains a MiniCPM whole, saves a copy of the embedding under this name, which its
-    # own heads do not read.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
+    def __init__(self, config: CostWiseGraniteConfig) -> None:
+        super().__init__(config)
+        if config.layer_wise:
+            # A MiniCPM that FlagEmbedding's runner trained without LoRA holds a copy of the embedding under this name.
+            # The heads do not read it.
+            ignored = self._keys_to_ignore_on_load_unexpected or ()
+            self._keys_to_ignore_on_load_unexpected = {*ignored, r"^lm_head\.weight$"}
 
     def finish(self, scores: Tensor) -> Tensor:
         return scores / self.config.logits_scaling

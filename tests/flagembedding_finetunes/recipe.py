@@ -32,7 +32,22 @@ PROMPT = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
-WORDS = "wing lift air flow heat flux shock wave layer plate body drag jet cone nose tube".split()
+WORDS = [
+    "wing",
+    "lift",
+    "air",
+    "flow",
+    "heat",
+    "flux",
+    "shock",
+    "wave",
+    "layer",
+    "plate",
+    "body",
+    "drag",
+    "jet",
+    "nose",
+]
 SENTENCES = [
     "The {0} of a {1} is measured in a {2}.",
     "A {1} with {0} behind the {2}!",
@@ -41,7 +56,7 @@ SENTENCES = [
 START_LAYER, LAYERS = 2, 4
 LENGTHS = {"query_max_length": 24, "max_length": 96}
 REMOTE_CODE = ("configuration_minicpm_reranker.py", "modeling_minicpm_reranker.py")
-KEPT = ("config.json", "generation_config.json", "adapter_config.json", "special_tokens_map.json")
+KEPT = ("config.json", "adapter_config.json", "special_tokens_map.json")
 KEPT += ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 RUNS = {
@@ -80,18 +95,26 @@ def scored_pairs() -> list[tuple[str, str]]:
     draw = random.Random(1)
     pairs = [(f"what about the {draw.choice(WORDS)}", sentence(draw, draw.choice(WORDS))) for _ in range(7)]
     long = " ".join(sentence(draw, word) for word in WORDS)
-    return [*pairs, ("", "a wing"), ("what lifts", ""), ("größe der 翼", "Größe:\n\n 12 №"), ("wing", long), (long, long)]
+    return [
+        *pairs,
+        ("", "a wing"),
+        ("what lifts", ""),
+        ("größe der 翼", "Größe:\n\n 12 №"),
+        ("wing", long),
+        (long, long),
+    ]
 
 
 def write_tokenizer(directory: Path, texts: list[str]) -> LlamaTokenizer:
     """A SentencePiece vocabulary with byte fallback, as MiniCPM's and Mistral's, in which "Yes" is one token."""
-    corpus, model = directory / "corpus.txt", directory / "tokenizer"
-    corpus.write_text("\n".join([*texts * 3, *["Yes"] * 500]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(model), vocab_size=352, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, normalization_rule_name="identity", num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = LlamaTokenizer(str(model) + ".model", legacy=True, pad_token="<unk>")
+    file = directory / "tokenizer.model"
+    with file.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*texts * 3, *["Yes"] * 500]), model_writer=model, vocab_size=352, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", num_threads=1,
+            minloglevel=2,
+        )  # fmt: skip
+    tokenizer = LlamaTokenizer(str(file), legacy=True, pad_token="<unk>")
     assert len(tokenizer("Yes", add_special_tokens=False)["input_ids"]) == 1
     return tokenizer
 
@@ -144,7 +167,9 @@ def fine_tune(directory: Path, name: str) -> None:
     command += ["--start_layer", str(START_LAYER)] if runner == "layerwise" else []
     command += ["--target_modules", *target_modules] if target_modules else []
     command += ["--modules_to_save", *modules_to_save] if modules_to_save else []
-    subprocess.run(command, cwd=directory, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # The adapter_config.json lists its modules in the order of a set.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HF_MODULES_CACHE": str(directory / "modules")}
+    subprocess.run(command, cwd=directory, check=True, env=os.environ | environment)
 
 
 def scores(name: str, base: str, peft_path: str | None = None) -> list[list[float]]:
