@@ -42,13 +42,13 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
         ) from error
 
 
-def read_adapted_config(adapter: str, base: str, revision: str | None, **hub: Any) -> CostWiseConfig:
+def read_adapted_config(adapter: str, base: str, base_revision: str | None, **hub: Any) -> CostWiseConfig:
     """Read the configuration of a base with its adapter.
 
     Args:
         adapter: the adapter's directory or name. Fine-tuning in this package writes a config.json into it, which is
             read. Other programs, as FlagEmbedding's runners, write none; then the base's is read.
-        base, revision: as of `base_of`.
+        base, base_revision: as `base_of` returns them.
         hub: as of `hub_options`; `revision` is that of the adapter.
 
     Raises:
@@ -58,7 +58,7 @@ def read_adapted_config(adapter: str, base: str, revision: str | None, **hub: An
     if _noted(adapter, **hub):
         return read_config(adapter, **hub)
     try:
-        return read_config(resolve(locate(base), hub.get("cache_dir")), **{**hub, "revision": revision})
+        return read_config(resolve(locate(base), hub.get("cache_dir")), **{**hub, "revision": base_revision})
     except OSError as error:
         raise FileNotFoundError(
             f"the adapter {adapter} was trained on {base}, which is neither a directory here with a config.json nor a "
