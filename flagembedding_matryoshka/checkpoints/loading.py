@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
     base_of,
     fetched,
+    place_of_config,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
@@ -35,6 +37,7 @@ from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.minicpm import MINICPM
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
 
@@ -125,11 +128,7 @@ def inspect_checkpoint(
         base, revision = base_of(readable, **hub)
         adapters.append(path)
         revisions = {path: hub.get("revision"), base: revision}
-        if Files(readable, hub).path(CONFIG_NAME) is None:  # an adapter that another program wrote
-            described, of_described = (
-                resolve(locate(base), hub.get("cache_dir")),
-                hub_options(**hub | {"revision": revision}),
-            )
+        described, of_described = place_of_config(readable, base, revision, **hub)
     try:
         config = read_config(described, **of_described)
         stored, _ = PreTrainedConfig.get_config_dict(described, **of_described)
@@ -225,9 +224,39 @@ def load_tokenizer(
     ):
         base, revision = base_of(readable, **hub)
         return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
+    if _is_llama_sentencepiece(readable, **hub):
+        return LlamaTokenizer.from_pretrained(readable, padding_side="right", **hub)
+    stored, _ = PreTrainedConfig.get_config_dict(readable, **hub)
+    # transformers knows no MiniCPM: AutoTokenizer would read its configuration as one of no type, and warn of it.
+    config = read_config(readable, **hub) if stored.get("model_type") == MINICPM else None
     return AutoTokenizer.from_pretrained(
-        readable, trust_remote_code=trust_remote_code, use_fast=use_fast, padding_side="right", **hub
+        readable,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        use_fast=use_fast,
+        padding_side="right",
+        **hub,
     )
+
+
+def _is_llama_sentencepiece(path: str, **hub: Any) -> bool:
+    """Whether a checkpoint's tokenizer is a LlamaTokenizer's SentencePiece model without a tokenizer.json.
+
+    FlagEmbedding's decoder-only runner saves such tokenizers. For several model types, Mistral among them,
+    AutoTokenizer of transformers 5 converts them by other rules than the class that the checkpoint names: no space is
+    put in front of a text, so that texts have other tokens.
+    """
+    file = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        return False
+    declared = json.loads(Path(file).read_text(encoding="utf-8")).get("tokenizer_class") or ""
+    if declared.removesuffix("Fast") != "LlamaTokenizer":
+        return False
+    found = [
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) is not None
+        for name in ("tokenizer.json", "tokenizer.model")
+    ]
+    return found == [False, True]
 
 
 def load_model(

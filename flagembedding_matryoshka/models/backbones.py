@@ -52,7 +52,7 @@ from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel
 from flagembedding_matryoshka.models.layers import CostWiseLayer
-from flagembedding_matryoshka.models.minicpm import granite_from_minicpm
+from flagembedding_matryoshka.models.minicpm import MINICPM, granite_from_minicpm
 
 
 @strict
@@ -182,7 +182,7 @@ class CostWiseGemmaForCausalLM(CostWiseGemma2ForCausalLM):
 @strict
 class CostWiseGraniteConfig(CostWiseConfig, GraniteConfig):
     model_type = "cost_wise_granite"
-    made_from: ClassVar[tuple[str, ...]] = ("granite", "minicpm")
+    made_from: ClassVar[tuple[str, ...]] = ("granite", MINICPM)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ class CostWiseGraniteConfig(CostWiseConfig, GraniteConfig):
         Raises:
             ValueError: if its heads are of another kind than one linear map per exit.
         """
-        if config_dict.get("model_type") == "minicpm":
+        if config_dict.get("model_type") == MINICPM:
             config_dict = granite_from_minicpm(config_dict) | {"model_type": cls.model_type}
         return super().from_dict(config_dict, **kwargs)
 
@@ -211,6 +211,14 @@ class CostWiseGraniteModel(CostWiseModel, GraniteModel):
 class CostWiseGraniteForCausalLM(CostWiseForCausalLM, GraniteForCausalLM):
     config_class = CostWiseGraniteConfig
     model_class = CostWiseGraniteModel
+
+    def __init__(self, config: CostWiseGraniteConfig) -> None:
+        super().__init__(config)
+        if config.layer_wise:
+            # A MiniCPM that FlagEmbedding's runner trained without LoRA holds a copy of the embedding under this name.
+            # The heads do not read it.
+            ignored = self._keys_to_ignore_on_load_unexpected or ()
+            self._keys_to_ignore_on_load_unexpected = {*ignored, r"^lm_head\.weight$"}
 
     def finish(self, scores: Tensor) -> Tensor:
         return scores / self.config.logits_scaling
