@@ -25,6 +25,7 @@ WORDS = [
     "You are a search relevance expert who evaluates how well documents match search queries.\nRelevance:",
     "Check whether a given document contains information helpful to answer the query.",
     "system user assistant query document instruction: ?\n.\n!\n :\n",
+    "question: is it a passage: it is",
 ]
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 

@@ -367,10 +367,10 @@ TEMPLATES = {
     "ctxl-v2": Template(
         before="Check whether a given document contains information helpful to answer the query.\n<Document>",
         passage_instruction="",
-        passage_format="{} {}\n",
+        passage_format="{} {}\n<Query>",
         between="",
         query_instruction="",
-        query_format="<Query> {1}{0} ??",
+        query_format=" {1}{0} ??",
         behind="",
         prompt="",
         head_tokens=(0,),
