@@ -3,7 +3,7 @@ import random
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
@@ -171,6 +171,8 @@ def sentence_piece():
     """A tokenizer that puts a blank before each text that it gets, as Mistral's does."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # SentencePiece's tokens have a blank at their beginning alone
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         special_tokens=["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))],
