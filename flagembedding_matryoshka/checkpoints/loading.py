@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
@@ -40,6 +40,8 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.minicpm import MINICPM
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,11 @@ def inspect_checkpoint(
         config.become_classifier()
     is_raw = not config.layer_wise
     if from_raw is not None and from_raw != is_raw:
-        kind = "a raw checkpoint without heads" if is_raw else "a layer-wise checkpoint that has its heads"
+        kind = {
+            "causal language model": "a raw checkpoint without heads",
+            "layer-wise": "a layer-wise checkpoint that has its heads",
+            "sequence classification": "a sequence classifier, which has its head",
+        }[architecture]
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
     if is_raw:
         config.layer_wise = True
@@ -279,6 +285,7 @@ def load_model(
         ValueError: if two adapters to attach are for the same ratio, an adapter is for the heads of other exits, or the
             tokenizer has tokens that the model has no embedding of.
     """
+    logger.info(checkpoint.description.summary)
     adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
     _refuse_other_vocabulary(checkpoint, tokenizer)
     for adapter in adapters:
