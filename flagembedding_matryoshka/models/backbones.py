@@ -101,6 +101,8 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel
 from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.minicpm import granite_from_minicpm
+from flagembedding_matryoshka.models.refusals import refuse_model_type, refuse_not_causal
+from flagembedding_matryoshka.models.self_check import self_check
 
 
 @strict
@@ -560,13 +562,21 @@ def register_backbone(model: type[CostWiseForCausalLM]) -> None:
     """Let checkpoints of a backbone be loaded, here and by transformers' AutoConfig and AutoModelForCausalLM.
 
     Raises:
-        ValueError: if another class loads one of its model types.
+        ValueError: if another class loads one of its model types, or the backbone does not score as transformers' own
+            model, see [`~flagembedding_matryoshka.models.self_check.self_check`].
     """
+    self_check(model)
+    _register(model)
+
+
+def _register(model: type[CostWiseForCausalLM]) -> None:
     config = model.config_class
-    for name in (config.model_type, *config.made_from):
-        present = _BY_MODEL_TYPE.setdefault(name, model)
+    names = (config.model_type, *config.made_from)
+    for name in names:
+        present = _BY_MODEL_TYPE.get(name, model)
         if present is not model:
             raise ValueError(f"checkpoints of model type {name!r} are loaded by {present.__name__} already.")
+    _BY_MODEL_TYPE.update(dict.fromkeys(names, model))
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
@@ -578,16 +588,13 @@ def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
-        ValueError: if there is no backbone of its model type.
+        ValueError: if there is no backbone of its model type, or its configuration says that it is no causal decoder.
     """
     stored, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    model = _BY_MODEL_TYPE.get(stored.get("model_type", ""))
-    if model is None:
-        raise ValueError(
-            f"{path} holds a model of type {stored.get('model_type')!r}; a re-ranker is made or loaded from one of "
-            f"{', '.join(_BY_MODEL_TYPE)}."
-        )
-    return model.config_class.from_dict(stored)
+    model_type = stored.get("model_type", "")
+    refuse_model_type(path, model_type, _BY_MODEL_TYPE)
+    refuse_not_causal(path, stored)
+    return _BY_MODEL_TYPE[model_type].config_class.from_dict(stored)
 
 
 def causal_lm_class(config: Any) -> type[CostWiseForCausalLM]:
@@ -596,4 +603,4 @@ def causal_lm_class(config: Any) -> type[CostWiseForCausalLM]:
 
 
 for _model in BACKBONES:
-    register_backbone(_model)
+    _register(_model)  # checked when one is first loaded: importing the package must be quick
