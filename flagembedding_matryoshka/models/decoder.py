@@ -72,8 +72,23 @@ class CostWiseModel(PreTrainedModel):
         super().__init__(config)
         self.become_layer_wise()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks into the source of a class's module, which a class from a notebook does not have.
+        bases: Any = cls.__mro__
+        return bases[bases.index(CostWiseModel) + 1]._can_set_attn_implementation()
+
     def become_layer_wise(self) -> None:
-        """Turn a stock decoder's layers, with their weights, into ones that run on a packed row."""
+        """Turn a stock decoder's layers, with their weights, into ones that run on a packed row.
+
+        Raises:
+            ValueError: if they do not take attention from `transformers.AttentionInterface`.
+        """
+        if not self._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(self).__name__} cannot run on a packed row: in transformers, its layers do not take attention "
+                "from AttentionInterface."
+            )
         for layer in self.layers:
             layer.__class__ = self.layer_class
         self._no_split_modules = {self.layer_class.__name__}
@@ -129,7 +144,7 @@ class CostWiseModel(PreTrainedModel):
         """
         limit, reason = self.config.max_position_embeddings, "max_position_embeddings"
         for rope in self._rope_parameters():
-            if rope.get("rope_type") == "longrope":
+            if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < limit:
                 # Beyond, frequencies depend on the longest sequence of a batch, and so would scores.
                 limit, reason = rope["original_max_position_embeddings"], "original_max_position_embeddings of longrope"
         if packed.max_seqlen > limit:

@@ -196,3 +196,34 @@ def test_a_cross_encoder_gives_the_same_scores(reranker, path):
     for width in WIDTHS:
         actual = torch.tensor(encoder.predict(PAIRS, cutoff_layers=[4], **width))
         close(actual, torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=[4], **width)))
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE_CONFIGS = {
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    "gemma3_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": LONGROPE,
+        },
+        "head_dim": 8,
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LONGROPE_CONFIGS)
+def test_a_sequence_beyond_the_reach_of_longrope_is_refused(name, tiny_tokenizer, tmp_path):
+    model = layer_wise(write_raw(name, tiny_tokenizer, tmp_path, **copy.deepcopy(LONGROPE_CONFIGS[name])))
+    fits, longer = random_sequences([(32, 0, 0), (33, 0, 0)])
+    assert scores(model, [fits]).isfinite().all()
+    message = "row 1 has 33 tokens, more than original_max_position_embeddings of longrope=32"
+    with pytest.raises(ValueError, match=message):
+        scores(model, [fits, longer])

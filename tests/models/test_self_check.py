@@ -139,6 +139,20 @@ def test_a_rotary_embedding_by_layer_type_must_be_said():
     self_check.self_check(naive("Olmo3", *parts, rotary_by_layer_type=True))
 
 
+def test_a_backbone_may_be_written_in_a_notebook():
+    """transformers looks for the source of a class, and warns that attention cannot be set where there is none."""
+    parts = (Olmo3Config, Olmo3DecoderLayer, Olmo3Model, Olmo3ForCausalLM)
+    model = naive("Olmo3", *parts, rotary_by_layer_type=True, __module__="a_notebook")
+    self_check.self_check(model)
+
+
+def test_a_model_with_attention_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(Olmo3Model, "_can_set_attn_implementation", classmethod(lambda cls: False))
+    parts = (Olmo3Config, Olmo3DecoderLayer, Olmo3Model, Olmo3ForCausalLM)
+    with pytest.raises(ValueError, match=r"NaiveOlmo3Model cannot run on a packed row: .*AttentionInterface"):
+        self_check.self_check(naive("Olmo3", *parts, rotary_by_layer_type=True))
+
+
 def forget_finish(model):
     return type("Broken", (model,), {"finish": lambda self, scores: scores})
 
@@ -167,6 +181,15 @@ def change_attention(model, **values):
     return with_model(model, layer_class=BrokenLayer)
 
 
+def forget_biases(model):
+    class BrokenLayer(model.model_class.layer_class):
+        def forward(self, *args, **kwargs):
+            self.self_attn.q_proj.bias = None
+            return super().forward(*args, **kwargs)
+
+    return with_model(model, layer_class=BrokenLayer)
+
+
 def swap_rotary_embeddings(model):
     def rotary_embeddings(self, hidden, packed):
         return model.model_class.rotary_embeddings(self, hidden, packed)[::-1]
@@ -180,6 +203,7 @@ MISTAKES = {
     "embeddings scaled twice": scale_again(backbones.CostWiseGraniteForCausalLM),
     "embeddings scaled twice, Gemma": scale_again(backbones.CostWiseGemma1ForCausalLM),
     "embeddings scaled twice, Gemma-3": scale_again(backbones.CostWiseGemma3ForCausalLM),
+    "no biases": forget_biases(backbones.CostWiseQwen2ForCausalLM),
     "another scale of attention": change_attention(backbones.CostWiseMistralForCausalLM, scaling=0.1),
     "no window": change_attention(backbones.CostWiseGemma3ForCausalLM, sliding_window=None),
     "rotary embedding in all layers": change_attention(backbones.CostWiseSmolLM3ForCausalLM, use_rope=1),
