@@ -389,7 +389,7 @@ def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequen
     for source, name in sources:
         plain = name.lower().replace("_", "-")
         for known in PUBLISHED:
-            if known.name in plain and backbone.removeprefix("cost_wise_") in (*known.backbones, "granite"):
+            if known.name in plain and backbone in known.backbones:
                 return known.template, f"{source}: {name}"
     return None
 

@@ -38,6 +38,7 @@ from flagembedding_matryoshka.models.backbones import causal_lm_class, read_conf
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.minicpm import MINICPM
+from flagembedding_matryoshka.models.self_check import self_check
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
 
@@ -298,6 +299,7 @@ def load_model(
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
+    self_check(causal_lm_class(config), config)
     model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **of_base)
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
     # on any machine, not the cache that a GGUF was converted into.
