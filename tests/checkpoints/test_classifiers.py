@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
@@ -10,7 +10,7 @@ from tests.backbones import BACKBONES, LAYERS
 from tests.batches import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSIFIERS = ("mistral", "llama", "qwen2", "qwen3", "gemma2", "phi3")
+CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("heat", "heat " * 20), ("a", "")]
 
 
@@ -52,6 +52,10 @@ def test_scores_are_those_of_transformers(name, tiny_tokenizer, tmp_path):
     close(torch.tensor(reranker.compute_score(PAIRS)), expected, 1e-5)
     narrow = reranker.compute_score(PAIRS, compress_layers=[2], compress_ratio=2)
     assert narrow != pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_those_that_are_published_are_among_them():
+    assert {"mistral", "llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "smollm3"} <= set(CLASSIFIERS)
 
 
 @torch.no_grad()
