@@ -190,7 +190,7 @@ def _apart(
         given: the caller's instruction, of queries without one; None is the task's prompt.
     """
     prompt = task_metadata.prompt
-    of_task = prompt.get("query") if isinstance(prompt, dict) else prompt
+    of_task: Any = prompt.get("query") if isinstance(prompt, dict) else prompt
     texts: dict[str, str] = {}
     instructions: dict[str, str | None] = {}
     loader = create_dataloader(queries, task_metadata=task_metadata, prompt_type=PromptType("query"), num_proc=num_proc)
