@@ -178,7 +178,6 @@ class Service:
             instruction = asked.wanted_instruction
             of_scale = (setting, asked.scores_shown, asked.deadline_ms, instruction)
             scale = await asyncio.to_thread(scorer.scale, *of_scale)
-            depth = scorer.reranker.setting(**setting).depth
             for query, texts in asked.lists:
                 of_work = (query, texts, setting, asked.lengths, asked.chunks, instruction)
                 work = await asyncio.to_thread(scorer.prepare, *of_work)
@@ -202,6 +201,7 @@ class Service:
             operations = await asyncio.to_thread(sum, counted)
         tokens = sum(work.all_tokens for work in works)
         hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
+        depth = works[0].setting.depth
         return Scored(list(chain.from_iterable(hits)), tokens, self.name, scale, depth, asked.min_score, operations)
 
     def _degrades(self, asked: Asked) -> bool:
