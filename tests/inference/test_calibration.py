@@ -164,3 +164,13 @@ def test_an_older_plan_has_no_calibration(model):
     Plan(EXITS, (), "d/test", 9, "x", (Measured(Setting(6), 1.0, 1.0),)).write(Path(model) / PLAN_NAME)
     with pytest.raises(ValueError, match="no calibration of 6 layers; it has none at all"):
         MatryoshkaReranker(model, devices="cpu", normalize="calibrated")
+
+
+def test_min_score_of_probabilities_holds_beside_a_cascade(model):
+    reranker = MatryoshkaReranker(model, dtype="float32", devices="cpu", normalize="calibrated")
+    options = {"cascade": {3: 0.5}}
+    every = reranker.rank("the wing", DOCUMENTS, **options)
+    least = sorted(hit["score"] for hit in every)[4]
+    kept = [hit for hit in every if hit["score"] >= least]
+    assert {hit["cutoff_layer"] for hit in every} == {3, 6} and 0 < len(kept) < len(every)
+    assert reranker.rank("the wing", DOCUMENTS, min_score=least, **options) == kept
