@@ -1,14 +1,21 @@
-"""LoRA adapters: what they note of themselves, and which of them act."""
+"""Adapters: what they note of themselves, how they are merged, and which of them act."""
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from flagembedding_matryoshka.checkpoints.shipped import checked
@@ -16,6 +23,63 @@ from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
+
+MERGED_TYPES = (
+    PeftType.LORA,
+    PeftType.ADALORA,
+    PeftType.LOHA,
+    PeftType.LOKR,
+    PeftType.IA3,
+    PeftType.OFT,
+    PeftType.LN_TUNING,
+    PeftType.TRAINABLE_TOKENS,
+)
+"""Kinds of adapters that become weights of the model. Merged models were compared with peft's for each of them."""
+PREFIX = "base_model.model."
+VOCABULARY = ("embed_tokens", "lm_head")
+
+
+class Adapter(NamedTuple):
+    """An adapter that is read.
+
+    Attributes:
+        path: where it lies, as the caller says it.
+        config: its adapter_config.json.
+        weights: its tensors, by peft's names without "base_model.model.".
+        of_exits: whether it was trained on a layer-wise model, with its scoring heads.
+    """
+
+    path: str
+    config: PeftConfig
+    weights: dict[str, Tensor]
+    of_exits: bool
+
+    @property
+    def has_score(self) -> bool:
+        """Whether it brings the head of a sequence classifier."""
+        return any(name.startswith("score.") for name in self.weights)
+
+    def names(self, parts: Collection[str]) -> list[str]:
+        """The weights in modules of these names."""
+        return [name for name in self.weights if not {*name.split(".")}.isdisjoint(parts)]
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The weights that belong to the embedding and the vocabulary head of a language model."""
+        return [name for name in self.names(VOCABULARY) if "linear_head" not in name]
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The rows of the embedding and the vocabulary head that it was trained on; None if it does not say."""
+        for module in VOCABULARY:
+            for name, weight in self.weights.items():
+                parts = name.split(".")
+                if module in parts and "linear_head" not in parts:
+                    if parts[-1] == "lora_embedding_A":
+                        return weight.shape[1]
+                    if parts[parts.index(module) + 1 :] in (["weight"], ["base_layer", "weight"], ["lora_B", "weight"]):
+                        return weight.shape[0]
+        return None
 
 
 def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
@@ -60,6 +124,148 @@ def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None
         exits = read_config(adapter, **hub).exit_layers
         if exits[: len(config.exit_layers)] != config.exit_layers:
             raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
+
+
+def read_adapter(path: str, **hub: Any) -> Adapter:
+    """Read an adapter's files.
+
+    Args:
+        path: a directory, or a name on the hub.
+        hub: `cache_dir`, `token`, `revision`, … as in transformers.
+
+    Raises:
+        FileNotFoundError: if it has no weights.
+        ValueError: if adapters of its kind cannot become weights of the model.
+    """
+    directory = fetched(path, **hub)
+    config = PeftConfig.from_pretrained(directory)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.peft_type not in MERGED_TYPES:
+        raise ValueError(
+            f"the adapter {path} has the type {kind} (peft_type of its adapter_config.json), which cannot be merged "
+            f"into the model. Adapters of these types can: {', '.join(one.value for one in MERGED_TYPES)}."
+        )
+    for name in ("alora_invocation_tokens", "layer_replication", "arrow_config", "target_parameters"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"the adapter {path} has {name}={getattr(config, name)!r:.80} in its adapter_config.json, which cannot "
+                "be merged into a re-ranker."
+            )
+    weights = {name.removeprefix(PREFIX): value for name, value in load_peft_weights(directory, device="cpu").items()}
+    of_exits = bool(_noted(path, **hub).get("layer_wise")) or any("linear_head" in name for name in weights)
+    return Adapter(path, config, weights, of_exits)
+
+
+def trains_classifier(path: str, **hub: Any) -> bool:
+    """Whether an adapter was trained on a sequence classifier, and brings its head."""
+    noted = PeftConfig.from_pretrained(path, **hub)
+    if noted.task_type != "SEQ_CLS" or noted.peft_type not in MERGED_TYPES:
+        return False
+    return read_adapter(path, **hub).has_score
+
+
+def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> PeftModel:
+    """Put an adapter into a model, without merging it.
+
+    Args:
+        model: a layer-wise model, or a language model or classifier with the module names of transformers.
+        depth: the layers of the whole checkpoint, of which `model` may have fewer. Weights of layers that are not there
+            are left out.
+        name: what the adapter is called in the model.
+
+    Raises:
+        ValueError: if it has weights that no module of the model takes, lacks weights of the modules that it names, or
+            has weights of other shapes.
+    """
+    config: Any = adapter.config
+    kind = type(model).__name__.removeprefix("_")
+    weights = {PREFIX + key: value for key, value in adapter.weights.items() if not _is_cut(key, model.config, depth)}
+    if adapter.has_score and "score" not in (config.modules_to_save or ()) and f"{PREFIX}score.weight" in weights:
+        # Older releases of peft train the head of every SEQ_CLS model and do not note it.
+        config.modules_to_save = [*(config.modules_to_save or ()), "score"]
+    config.inference_mode = True
+    try:
+        with _no_warnings_of_ties():
+            peft_model = PeftModel(model, config, adapter_name=name)
+    except ValueError as error:
+        raise ValueError(f"the adapter {adapter.path} does not fit a {kind}: {error}") from error
+    with _no_warnings_of_ties():
+        expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    present = peft_model.state_dict()
+    unused = [key.removeprefix(PREFIX) for key in weights if key not in expected and key not in present]
+    missing = [key.removeprefix(PREFIX) for key in expected if key not in weights]
+    for keys, fault in ((unused, "has weights that no module of a {} takes"), (missing, "lacks weights for a {}")):
+        if keys:
+            raise ValueError(
+                f"the adapter {adapter.path} {fault.format(kind)}: {', '.join(keys[:5])}"
+                f"{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}. It belongs to another model."
+            )
+    for key, value in weights.items():
+        shape = expected[key].shape if key in expected else present[key].shape
+        if value.shape != shape and value.numel() != 0:
+            raise ValueError(
+                f"the adapter {adapter.path} has {key.removeprefix(PREFIX)} of shape {tuple(value.shape)}, but a "
+                f"{kind} takes {tuple(shape)}. It belongs to another model."
+            )
+    set_peft_model_state_dict(peft_model, weights, adapter_name=name)
+    return peft_model.eval()
+
+
+def merge(model: Any, adapter: Adapter, depth: int) -> Any:
+    """Merge an adapter into a model, whose weights change.
+
+    A language model whose vocabulary head is tied to its embedding keeps two matrices if the adapter changes them.
+
+    Args:
+        model, depth: as of `attach`.
+
+    Raises:
+        ValueError: as `attach`, or if peft cannot merge it.
+    """
+    tied = _untie(model) if adapter.names(VOCABULARY) else False
+    size = adapter.vocabulary_size
+    if not adapter.of_exits and size not in (None, model.config.vocab_size):
+        model.resize_token_embeddings(size, mean_resizing=False)
+        tied = _untie(model) or tied
+    peft_model = attach(model, adapter, depth)
+    if tied:
+        model.config.tie_word_embeddings = False  # peft does not merge into matrices that are tied
+    try:
+        merged = peft_model.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"the adapter {adapter.path} cannot be merged into the model: {error}") from error
+    if tied:
+        embedding, head = merged.get_input_embeddings().weight, merged.lm_head.weight
+        merged.config.tie_word_embeddings = torch.equal(embedding, head)
+    return merged
+
+
+def _untie(model: Any) -> bool:
+    """Give a tied vocabulary head its own matrix, as a model with an adapter that is not merged computes."""
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or not model.config.tie_word_embeddings:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    return True
+
+
+def _is_cut(name: str, config: CostWiseConfig, depth: int) -> bool:
+    """Whether a weight belongs to a layer, or to a head of an exit, that is not loaded."""
+    if config.num_hidden_layers == depth:
+        return False
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None:
+        return config.num_hidden_layers <= int(layer[1]) < depth
+    head = re.match(r"lm_head\.(\d+)\.", name)
+    return head is not None and config.layer_wise and int(head[1]) >= len(config.exit_layers)
+
+
+@contextmanager
+def _no_warnings_of_ties() -> Iterator[None]:
+    """Silence peft's warnings about tied embeddings, which `merge` takes care of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
 
 
 def token_adapter_ratio(path: str, **hub: Any) -> int | None:

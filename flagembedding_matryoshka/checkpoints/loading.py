@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
+    Adapter,
+    attach,
     base_of,
-    fetched,
+    merge,
+    read_adapter,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
+    trains_classifier,
     use_token_adapter,
 )
 from flagembedding_matryoshka.checkpoints.describing import (
@@ -140,7 +143,7 @@ def inspect_checkpoint(
         ) from error
     refuse_other_classifiers(path, stored)
     architecture: Architecture = "layer-wise" if config.layer_wise else "causal language model"
-    if is_classifier(stored):
+    if is_classifier(stored) or (adapters and not config.layer_wise and trains_classifier(path, **hub)):
         architecture = "sequence classification"
         config.become_classifier()
     is_raw = not config.layer_wise
@@ -240,60 +243,107 @@ def load_model(
 ) -> CostWiseForCausalLM:
     """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
 
+    Adapters of a raw language model or a sequence classifier are merged before its head becomes the heads of exits.
+    Adapters of the layer-wise model are merged after that, so they come later in the order.
+
     Args:
         hub: as of `hub_options`, but for a revision, which the checkpoint knows.
         attach_token_adapters: keep adapters that make up for a compression ratio apart, switched off, so that
             `use_token_adapter` can choose among them; False merges them as all others.
 
     Raises:
-        FileNotFoundError: if an adapter has no adapter_config.json.
-        ValueError: if two adapters to attach are for the same ratio, an adapter is for the heads of other exits, or the
+        FileNotFoundError: if an adapter has no adapter_config.json or no weights.
+        ValueError: if an adapter cannot be merged, is for another model, for the heads of other exits, or changes the
+            vocabulary head of a model that has none; if two adapters to attach are for the same ratio; or if the
             tokenizer has tokens that the model has no embedding of.
     """
-    adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
-    _refuse_other_vocabulary(checkpoint, tokenizer)
-    for adapter in adapters:
-        if find_adapter_config_file(adapter, **checkpoint.hub_of(adapter, hub)) is None:
-            raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
-        refuse_other_heads(adapter, checkpoint.config, **checkpoint.hub_of(adapter, hub))
+    paths = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
+    for path in paths:
+        if find_adapter_config_file(path, **checkpoint.hub_of(path, hub)) is None:
+            raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {path}")
+        refuse_other_heads(path, checkpoint.config, **checkpoint.hub_of(path, hub))
+    adapters = [read_adapter(path, **checkpoint.hub_of(path, hub)) for path in paths]
     config = checkpoint.config
+    sizes = [adapter.vocabulary_size for adapter in adapters if not adapter.of_exits]
+    _refuse_other_vocabulary(checkpoint, tokenizer, max([config.vocab_size, *(size or 0 for size in sizes)]))
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
-    model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **of_base)
+    stored = read_config(base, **of_base)
+    depth = stored.num_hidden_layers
+    remaining = list(adapters)
+
+    def adapt(model: Any) -> Any:
+        while remaining and not remaining[0].of_exits:
+            if remaining[0].has_score and isinstance(model, CostWiseForCausalLM):
+                raise ValueError(
+                    f"the adapter {remaining[0].path} brings the head of a sequence classifier, but {checkpoint.path} "
+                    "is loaded as a language model. Give the adapter's directory itself as the model."
+                )
+            model = merge(model, remaining.pop(0), depth)
+        return model
+
+    model = causal_lm_class(config).from_pretrained(
+        base,
+        config=config,
+        dtype=dtype,
+        adapt=adapt,
+        as_classifier=bool(checkpoint.adapters) and adapters[0].has_score,
+        **of_base,
+    )
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
     # on any machine, not the cache that a GGUF was converted into.
     if located != checkpoint.base:
         model.name_or_path = checkpoint.base
     elif Path(located).exists():
         model.name_or_path = str(Path(located).absolute())
-    attached: dict[int, str] = {}
-    for adapter in adapters:
-        of_adapter = checkpoint.hub_of(adapter, hub)
-        ratio = token_adapter_ratio(adapter, **of_adapter) if attach_token_adapters else None
+    attached: dict[int, Adapter] = {}
+    for adapter in remaining:
+        if not adapter.of_exits:
+            _refuse_changed_head(checkpoint, adapter, None if stored.layer_wise else remaining[0].path)
+        ratio = None
+        if attach_token_adapters:
+            ratio = token_adapter_ratio(adapter.path, **checkpoint.hub_of(adapter.path, hub))
         if ratio is None:
-            model = PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), **of_adapter).merge_and_unload()
+            model = merge(model, adapter, depth)
         elif ratio in attached:
-            raise ValueError(f"{attached[ratio]} and {adapter} are both token adapters for compress_ratio={ratio}.")
+            raise ValueError(
+                f"{attached[ratio].path} and {adapter.path} are both token adapters for compress_ratio={ratio}."
+            )
         else:
             attached[ratio] = adapter
     for ratio, adapter in attached.items():
         # Adapters go into the model's own layers; the wrapper around it is not needed.
-        of_adapter = checkpoint.hub_of(adapter, hub)
-        name = token_adapter_name(ratio)
-        PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), adapter_name=name, **of_adapter)
+        attach(model, adapter, depth, token_adapter_name(ratio))
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
 
 
-def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+def _refuse_changed_head(checkpoint: Checkpoint, adapter: Adapter, after: str | None) -> None:
+    """Raise ValueError if an adapter of a language model or classifier meets a model with the heads of exits.
+
+    Args:
+        after: the adapter of the layer-wise model that comes before it; None if the base itself is layer-wise.
+    """
+    changed = adapter.names(("lm_head", "score") if after is None else ("lm_head", "score", "embed_tokens"))
+    if not changed:
+        return
+    subject = f"the adapter {adapter.path} of a language model or classifier changes {', '.join(changed[:5])}"
+    if after is not None:
+        raise ValueError(f"{subject}, but comes after {after}, an adapter of the layer-wise model. List it first.")
+    raise ValueError(
+        f"{subject}, but {checkpoint.base} has a scoring head for each exit instead. Merge it into the raw checkpoint "
+        "before heads are made of that."
+    )
+
+
+def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     # Special tokens may have been added beyond the embedding: no text becomes one, and padding is never embedded.
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     of_text = set(tokenizer.get_vocab().values()) - special
-    size = checkpoint.config.vocab_size
     if beyond := [index for index in of_text if index >= size]:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {size}: "
