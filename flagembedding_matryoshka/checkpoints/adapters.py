@@ -63,23 +63,17 @@ class Adapter(NamedTuple):
         """The weights in modules of these names."""
         return [name for name in self.weights if not {*name.split(".")}.isdisjoint(parts)]
 
-    @property
-    def vocabulary(self) -> list[str]:
-        """The weights that belong to the embedding and the vocabulary head of a language model."""
-        return [name for name in self.names(VOCABULARY) if "linear_head" not in name]
+    def rows(self, module: str) -> int:
+        """The rows that it brings of the embedding ("embed_tokens") or the vocabulary head ("lm_head"); 0 for none."""
+        pattern = re.compile(
+            rf"(.*\.)?{module}\.((token_adapter\.)?base_layer\.|original_module\.|modules_to_save\.)?weight"
+        )
+        return max((len(weight) for name, weight in self.weights.items() if pattern.fullmatch(name)), default=0)
 
     @property
-    def vocabulary_size(self) -> int | None:
-        """The rows of the embedding and the vocabulary head that it was trained on; None if it does not say."""
-        for module in VOCABULARY:
-            for name, weight in self.weights.items():
-                parts = name.split(".")
-                if module in parts and "linear_head" not in parts:
-                    if parts[-1] == "lora_embedding_A":
-                        return weight.shape[1]
-                    if parts[parts.index(module) + 1 :] in (["weight"], ["base_layer", "weight"], ["lora_B", "weight"]):
-                        return weight.shape[0]
-        return None
+    def vocabulary_size(self) -> int:
+        """The tokens of the language model that it was trained on; 0 if it does not say."""
+        return 0 if self.of_exits else self.rows("embed_tokens") or self.rows("lm_head")
 
 
 def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
@@ -192,6 +186,8 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> P
     with _no_warnings_of_ties():
         expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     present = peft_model.state_dict()
+    # A trainer that resized the vocabulary saves its embedding and head, too, by the names that they have inside peft.
+    present |= {re.sub(rf"\.{name}(?=\.|$)", "", key): value for key, value in present.items()}
     unused = [key.removeprefix(PREFIX) for key in weights if key not in expected and key not in present]
     missing = [key.removeprefix(PREFIX) for key in expected if key not in weights]
     for keys, fault in ((unused, "has weights that no module of a {} takes"), (missing, "lacks weights for a {}")):
@@ -222,31 +218,31 @@ def merge(model: Any, adapter: Adapter, depth: int) -> Any:
     Raises:
         ValueError: as `attach`, or if peft cannot merge it.
     """
-    tied = _untie(model) if adapter.names(VOCABULARY) else False
-    size = adapter.vocabulary_size
-    if not adapter.of_exits and size not in (None, model.config.vocab_size):
-        model.resize_token_embeddings(size, mean_resizing=False)
-        tied = _untie(model) or tied
+    if adapter.vocabulary_size not in (0, model.config.vocab_size):
+        model.resize_token_embeddings(adapter.vocabulary_size, mean_resizing=False)
     peft_model = attach(model, adapter, depth)
-    if tied:
+    is_tied = isinstance(model, CostWiseForCausalLM) and model.config.tie_word_embeddings
+    if is_tied and adapter.names(VOCABULARY):
+        _untie(peft_model)
         model.config.tie_word_embeddings = False  # peft does not merge into matrices that are tied
     try:
         merged = peft_model.merge_and_unload()
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"the adapter {adapter.path} cannot be merged into the model: {error}") from error
-    if tied:
+    if is_tied:
         embedding, head = merged.get_input_embeddings().weight, merged.lm_head.weight
         merged.config.tie_word_embeddings = torch.equal(embedding, head)
     return merged
 
 
-def _untie(model: Any) -> bool:
+def _untie(peft_model: PeftModel) -> None:
     """Give a tied vocabulary head its own matrix, as a model with an adapter that is not merged computes."""
-    head = getattr(model, "lm_head", None)
-    if not isinstance(head, nn.Linear) or not model.config.tie_word_embeddings:
-        return False
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    return True
+    language_model: Any = peft_model.get_base_model()
+    of_embedding = {id(parameter) for parameter in language_model.get_input_embeddings().parameters()}
+    for module in language_model.lm_head.modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None and id(weight) in of_embedding:
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
 def _is_cut(name: str, config: CostWiseConfig, depth: int) -> bool:

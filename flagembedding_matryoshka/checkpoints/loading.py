@@ -264,8 +264,6 @@ def load_model(
         refuse_other_heads(path, checkpoint.config, **checkpoint.hub_of(path, hub))
     adapters = [read_adapter(path, **checkpoint.hub_of(path, hub)) for path in paths]
     config = checkpoint.config
-    sizes = [adapter.vocabulary_size for adapter in adapters if not adapter.of_exits]
-    _refuse_other_vocabulary(checkpoint, tokenizer, max([config.vocab_size, *(size or 0 for size in sizes)]))
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
@@ -273,6 +271,7 @@ def load_model(
     of_base = checkpoint.hub_of(checkpoint.base, hub)
     stored = read_config(base, **of_base)
     depth = stored.num_hidden_layers
+    _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     remaining = list(adapters)
 
     def adapt(model: Any) -> Any:
@@ -340,12 +339,27 @@ def _refuse_changed_head(checkpoint: Checkpoint, adapter: Adapter, after: str | 
     )
 
 
-def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+def _refuse_other_vocabulary(
+    checkpoint: Checkpoint, stored: CostWiseConfig, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[Adapter]
+) -> None:
+    """Raise ValueError if texts or the score need tokens that neither the base (`stored`) nor an adapter has."""
+    embeddings, rows = (
+        max([stored.vocab_size, *(adapter.rows(module) for adapter in adapters if not adapter.of_exits)])
+        for module in ("embed_tokens", "lm_head")
+    )
+    if stored.tie_word_embeddings:
+        embeddings = rows = max(embeddings, rows)
     # Special tokens may have been added beyond the embedding: no text becomes one, and padding is never embedded.
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     of_text = set(tokenizer.get_vocab().values()) - special
-    if beyond := [index for index in of_text if index >= size]:
+    if beyond := [index for index in of_text if index >= embeddings]:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {size}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {embeddings}: "
             f"{len(beyond)} tokens that texts become have none. It belongs to another model."
+        )
+    head = checkpoint.config.head_token_id if checkpoint.from_raw else None
+    if beyond := [index for index in ([head] if isinstance(head, int) else head or ()) if index >= rows]:
+        raise ValueError(
+            f"the score is the logit of the tokens {beyond}, but the vocabulary head of {checkpoint.base} with its "
+            f"adapters has {rows} rows."
         )
