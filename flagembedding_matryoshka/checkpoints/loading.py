@@ -26,6 +26,7 @@ from flagembedding_matryoshka.checkpoints.adapters import (
     use_token_adapter,
 )
 from flagembedding_matryoshka.checkpoints.describing import (
+    MODULES_FILE,
     Architecture,
     Description,
     Files,
@@ -174,7 +175,9 @@ def inspect_checkpoint(
             )
         _cut(config, max_layer)
     names = [base, str(Path(readable).resolve())] if Path(readable).exists() else [base]
-    files = Files(described, of_described)
+    files = Files(readable, hub)
+    if described != readable and files.path(MODULES_FILE) is None:  # CrossEncoder writes its files beside an adapter
+        files = Files(described, of_described)
     description = describe(path, files, stored, config, architecture, template, names, trust_remote_code)
     config.template = description.template.value.to_json()
     pinned = {place: revision for place, revision in revisions.items() if revision is not None}

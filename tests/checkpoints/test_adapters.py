@@ -338,19 +338,28 @@ class TestCrossEncoders:
         close(torch.tensor(found), torch.tensor(expected))
 
     @pytest.mark.parametrize("modules_to_save", [None, ["score"]])
-    def test_of_a_classifier(self, modules_to_save, classifiers, tmp_path):
-        model = CrossEncoder(str(classifiers["own head"]), device="cpu")
-        model.save_pretrained(str(tmp_path / "base"))
+    @pytest.mark.parametrize("is_cross_encoder", [False, True])
+    def test_of_a_classifier(self, is_cross_encoder, modules_to_save, classifiers, tmp_path):
+        base = classifiers["own head"]
+        if is_cross_encoder:
+            CrossEncoder(str(base), device="cpu").save_pretrained(str(tmp_path / "base"))
+            base = tmp_path / "base"
         config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=ATTENTION, modules_to_save=modules_to_save)
-        self.save(CrossEncoder(str(tmp_path / "base"), device="cpu"), config, tmp_path / "adapter")
-        self.compare(tmp_path / "adapter", tmp_path / "base")
+        self.save(CrossEncoder(str(base), device="cpu"), config, tmp_path / "adapter")
+        self.compare(tmp_path / "adapter", base)
 
-    @pytest.mark.parametrize("target_modules", [ATTENTION, [*ATTENTION, "lm_head"]])
+    @pytest.mark.parametrize("target_modules", [ATTENTION, [*ATTENTION, "lm_head"]], ids=["layers", "head"])
     @pytest.mark.parametrize("base", ["own head", "tied"])
-    def test_of_a_language_model(self, base, target_modules, bases, tmp_path):
+    @pytest.mark.parametrize("is_cross_encoder", [False, True])
+    def test_of_a_language_model(self, is_cross_encoder, base, target_modules, bases, tmp_path):
         transformer = Transformer(str(bases[base]), transformer_task="text-generation")
-        CrossEncoder(modules=[transformer, LogitScore(YES)], device="cpu").save_pretrained(str(tmp_path / "base"))
-        self.save(CrossEncoder(str(tmp_path / "base"), device="cpu"), lora(*target_modules), tmp_path / "adapter")
+        model = CrossEncoder(modules=[transformer, LogitScore(YES)], device="cpu")
+        model.save_pretrained(str(tmp_path / "base"))
+        if is_cross_encoder:
+            model = CrossEncoder(str(tmp_path / "base"), device="cpu")
+        self.save(model, lora(*target_modules), tmp_path / "adapter")
+        noted = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert noted == str(tmp_path / "base" if is_cross_encoder else bases[base])
         self.compare(tmp_path / "adapter", tmp_path / "base")
 
 
