@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import cached_file
@@ -81,9 +81,15 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: if that is a path which is no longer there.
+        ValueError: if it notes none, or adapters of its kind cannot become weights of the model.
     """
-    noted = PeftConfig.from_pretrained(adapter, **hub)
+    noted = _config(adapter, **hub)
     base = noted.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter {adapter} notes no base (base_model_name_or_path of its adapter_config.json). Give its base "
+            f"as the model, with peft_path={adapter!r}."
+        )
     try:
         return checked(base), noted.revision
     except FileNotFoundError as error:
@@ -120,6 +126,28 @@ def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None
             raise ValueError(f"the adapter {adapter} is for the exits {exits}, but the model has {config.exit_layers}.")
 
 
+def refuse_other_head(adapter: Adapter, model: str, after: str | None = None) -> None:
+    """Refuse an adapter of a language model or classifier whose head it changes, where the model has heads of exits.
+
+    Args:
+        model: what the error calls the model.
+        after: the adapter of the layer-wise model that comes before it; None if the model was layer-wise before.
+
+    Raises:
+        ValueError: if the adapter changes the head or, with `after`, the embedding.
+    """
+    changed = adapter.names(("lm_head", "score") if after is None else ("lm_head", "score", "embed_tokens"))
+    if adapter.of_exits or not changed:
+        return
+    subject = f"the adapter {adapter.path} of a language model or classifier changes {', '.join(changed[:5])}"
+    if after is not None:
+        raise ValueError(f"{subject}, but comes after {after}, an adapter of the layer-wise model. List it first.")
+    raise ValueError(
+        f"{subject}, but {model} has a scoring head for each exit instead. Merge it into the raw checkpoint before "
+        "heads are made of that: give the raw checkpoint, with the adapter as peft_path or raw_peft."
+    )
+
+
 def read_adapter(path: str, **hub: Any) -> Adapter:
     """Read an adapter's files.
 
@@ -131,34 +159,41 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
         FileNotFoundError: if it has no weights.
         ValueError: if adapters of its kind cannot become weights of the model.
     """
-    directory = fetched(path, **hub)
-    config = PeftConfig.from_pretrained(directory)
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if config.peft_type not in MERGED_TYPES:
-        raise ValueError(
-            f"the adapter {path} has the type {kind} (peft_type of its adapter_config.json), which cannot be merged "
-            f"into the model. Adapters of these types can: {', '.join(one.value for one in MERGED_TYPES)}."
-        )
+    config = _config(path, **hub)
     for name in ("alora_invocation_tokens", "layer_replication", "arrow_config", "target_parameters"):
         if getattr(config, name, None):
             raise ValueError(
                 f"the adapter {path} has {name}={getattr(config, name)!r:.80} in its adapter_config.json, which cannot "
                 "be merged into a re-ranker."
             )
-    weights = {name.removeprefix(PREFIX): value for name, value in load_peft_weights(directory, device="cpu").items()}
+    stored = load_peft_weights(fetched(path, **hub), device="cpu")
+    weights = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     of_exits = bool(_noted(path, **hub).get("layer_wise")) or any("linear_head" in name for name in weights)
     return Adapter(path, config, weights, of_exits)
 
 
 def trains_classifier(path: str, **hub: Any) -> bool:
     """Whether an adapter was trained on a sequence classifier, and brings its head."""
-    noted = PeftConfig.from_pretrained(path, **hub)
-    if noted.task_type != "SEQ_CLS" or noted.peft_type not in MERGED_TYPES:
-        return False
-    return read_adapter(path, **hub).has_score
+    return _config(path, **hub).task_type == TaskType.SEQ_CLS and read_adapter(path, **hub).has_score
 
 
-def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> PeftModel:
+def _config(adapter: str, **hub: Any) -> PeftConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        ValueError: if adapters of its kind cannot become weights of the model, or peft does not know it.
+    """
+    file = cached_file(adapter, CONFIG_NAME, **hub)
+    kind = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("peft_type")
+    if kind not in {one.value for one in MERGED_TYPES}:
+        raise ValueError(
+            f"the adapter {adapter} has the type {kind} (peft_type of its adapter_config.json), which cannot be merged "
+            f"into the model. Adapters of these types can: {', '.join(one.value for one in MERGED_TYPES)}."
+        )
+    return PeftConfig.from_pretrained(str(Path(str(file)).parent))
+
+
+def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_trainable: bool = False) -> PeftModel:
     """Put an adapter into a model, without merging it.
 
     Args:
@@ -166,6 +201,7 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> P
         depth: the layers of the whole checkpoint, of which `model` may have fewer. Weights of layers that are not there
             are left out.
         name: what the adapter is called in the model.
+        is_trainable: let the adapter learn.
 
     Raises:
         ValueError: if it has weights that no module of the model takes, lacks weights of the modules that it names, or
@@ -177,11 +213,11 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> P
     if adapter.has_score and "score" not in (config.modules_to_save or ()) and f"{PREFIX}score.weight" in weights:
         # Older releases of peft train the head of every SEQ_CLS model and do not note it.
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
-    config.inference_mode = True
+    config.inference_mode = not is_trainable
     try:
         with _no_warnings_of_ties():
             peft_model = PeftModel(model, config, adapter_name=name)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the adapter {adapter.path} does not fit a {kind}: {error}") from error
     with _no_warnings_of_ties():
         expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
@@ -198,7 +234,7 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default") -> P
             )
     for key, value in weights.items():
         shape = expected[key].shape if key in expected else present[key].shape
-        if value.shape != shape and value.numel() != 0:
+        if value.shape != shape:
             raise ValueError(
                 f"the adapter {adapter.path} has {key.removeprefix(PREFIX)} of shape {tuple(value.shape)}, but a "
                 f"{kind} takes {tuple(shape)}. It belongs to another model."

@@ -19,6 +19,7 @@ from flagembedding_matryoshka.checkpoints.adapters import (
     base_of,
     merge,
     read_adapter,
+    refuse_other_head,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
@@ -236,6 +237,12 @@ def load_tokenizer(
     )
 
 
+def depth_of(checkpoint: Checkpoint, **hub: Any) -> int:
+    """Return how many decoder layers a checkpoint stores, of which fewer may be loaded."""
+    base = resolve(locate(checkpoint.base), hub.get("cache_dir"))
+    return read_config(base, **checkpoint.hub_of(checkpoint.base, hub)).num_hidden_layers
+
+
 def load_model(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
@@ -272,8 +279,7 @@ def load_model(
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
-    stored = read_config(base, **of_base)
-    depth = stored.num_hidden_layers
+    stored, depth = read_config(base, **of_base), depth_of(checkpoint, **hub)
     _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     remaining = list(adapters)
 
@@ -303,8 +309,7 @@ def load_model(
         model.name_or_path = str(Path(located).absolute())
     attached: dict[int, Adapter] = {}
     for adapter in remaining:
-        if not adapter.of_exits:
-            _refuse_changed_head(checkpoint, adapter, None if stored.layer_wise else remaining[0].path)
+        refuse_other_head(adapter, checkpoint.base, None if stored.layer_wise else remaining[0].path)
         ratio = None
         if attach_token_adapters:
             ratio = token_adapter_ratio(adapter.path, **checkpoint.hub_of(adapter.path, hub))
@@ -322,24 +327,6 @@ def load_model(
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
-
-
-def _refuse_changed_head(checkpoint: Checkpoint, adapter: Adapter, after: str | None) -> None:
-    """Raise ValueError if an adapter of a language model or classifier meets a model with the heads of exits.
-
-    Args:
-        after: the adapter of the layer-wise model that comes before it; None if the base itself is layer-wise.
-    """
-    changed = adapter.names(("lm_head", "score") if after is None else ("lm_head", "score", "embed_tokens"))
-    if not changed:
-        return
-    subject = f"the adapter {adapter.path} of a language model or classifier changes {', '.join(changed[:5])}"
-    if after is not None:
-        raise ValueError(f"{subject}, but comes after {after}, an adapter of the layer-wise model. List it first.")
-    raise ValueError(
-        f"{subject}, but {checkpoint.base} has a scoring head for each exit instead. Merge it into the raw checkpoint "
-        "before heads are made of that."
-    )
 
 
 def _refuse_other_vocabulary(

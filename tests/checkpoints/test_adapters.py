@@ -376,6 +376,17 @@ class TestRefused:
                 with pytest.raises(ValueError, match=rf"the adapter .*{kind} has the type {kind} .* cannot be merged"):
                     load(path, tmp_path, **options)
 
+    def test_a_kind_that_peft_does_not_know_and_a_base_that_is_not_noted(self, bases, tmp_path):
+        adapter = train_language_model(bases["tied"], lora(), tmp_path / "adapter")
+        note = json.loads((adapter / "adapter_config.json").read_text())
+        for change, message in (
+            ({"peft_type": "NEWEST"}, r"has the type NEWEST .* which cannot be merged"),
+            ({"base_model_name_or_path": None}, r"notes no base .*peft_path="),
+        ):
+            (adapter / "adapter_config.json").write_text(json.dumps(note | change))
+            with pytest.raises(ValueError, match=message):
+                load(adapter, tmp_path)
+
     def test_an_adapter_that_acts_from_some_tokens_on(self, bases, tmp_path):
         config = lora("q_proj", alora_invocation_tokens=[5])
         adapter = train_language_model(bases["tied"], config, tmp_path / "adapter")
