@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ pytestmark = [
 IDS = torch.tensor([[*random_sequences([(3, 12, 4)])[0].ids, 5]])
 YES = 17
 """A token whose embedding adapters train."""
+STOCK = {"num_labels": 1, "pad_token_id": 3, "attn_implementation": "eager"}
+NEEDS_PEFT_20 = pytest.mark.skipif(version("peft") < "0.20", reason="transformers' add_adapter needs peft 0.20")
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("Yes", "no")]
 
 
@@ -61,7 +64,7 @@ def classifiers(bases, tiny_tokenizer, tmp_path_factory):
     for name, base in bases.items():
         torch.manual_seed(3)
         paths[name] = tmp_path_factory.mktemp("classifier")
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=3)
+        model = AutoModelForSequenceClassification.from_pretrained(base, **STOCK)
         model.save_pretrained(paths[name])
         tiny_tokenizer.save_pretrained(paths[name])
     return paths
@@ -82,7 +85,7 @@ def train(model, config, path, seed=5):
 
 
 def train_language_model(base, config, path, rows=None, seed=5):
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return train(model, config, path, seed)
@@ -90,7 +93,7 @@ def train_language_model(base, config, path, rows=None, seed=5):
 
 def stock_scores(base, adapter, token=YES, rows=None):
     """(exits,) the token's logit behind each layer from the second on, of the language model with its adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     adapted = PeftModel.from_pretrained(model, adapter).eval()
@@ -176,6 +179,8 @@ OF_HEADS = ("head", "embeddings in full", "tokens", "dora")
     [(kind, base) for kind in ADAPTERS for base in ("own head", "tied")] + [(kind, "capped") for kind in OF_HEADS],
 )
 def test_an_adapter_scores_as_in_transformers(kind, base, bases, tmp_path):
+    if (kind, base) == ("tokens of both", "tied") and version("peft") < "0.20":
+        pytest.skip("peft cannot compute it")
     adapter = train_language_model(bases[base], ADAPTERS[kind](), tmp_path / "adapter")
     expected = stock_scores(bases[base], adapter)
     assert (expected[-1] - scores(load(bases[base], tmp_path))[-1]).abs() > 1e-3
@@ -214,7 +219,9 @@ def test_an_adapter_on_fewer_layers(bases, tmp_path):
 def test_the_next_adapter_begins_where_the_last_one_ended(bases, tmp_path):
     base = bases["tied"]
     first = train_language_model(base, ADAPTERS["tokens"](), tmp_path / "first")
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first).merge_and_unload()
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), first
+    ).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     second = train_language_model(
         tmp_path / "merged", lora(trainable_token_indices=[5, YES]), tmp_path / "second", None, 6
@@ -261,13 +268,13 @@ class TestClassifiers:
 
     @staticmethod
     def stock_score(base, adapter):
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=3)
+        model = AutoModelForSequenceClassification.from_pretrained(base, **STOCK)
         with torch.no_grad():
             return PeftModel.from_pretrained(model, adapter).eval()(input_ids=IDS).logits[0]
 
     @staticmethod
     def train(base, config, path, labels=1):
-        options = {"num_labels": labels, "pad_token_id": 3}
+        options = STOCK | {"num_labels": labels}
         return train(AutoModelForSequenceClassification.from_pretrained(base, **options), config, path)
 
     @pytest.mark.parametrize("base", ["own head", "capped"])
@@ -314,6 +321,7 @@ class TestClassifiers:
             load(adapter, tmp_path, start_layer=None)
 
 
+@NEEDS_PEFT_20
 class TestCrossEncoders:
     """Adapters of `CrossEncoder.add_adapter`, as its `save_pretrained` writes them."""
 
