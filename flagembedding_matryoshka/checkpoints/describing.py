@@ -31,6 +31,8 @@ CLASSIFIER = "ForSequenceClassification"
 ASSUMED = "assumed"
 MODULES_FILE = "modules.json"
 MODULE_SETTINGS_FILE = "matryoshka_config.json"
+UNSAID = ("max_length", "query_max_length")
+"""Facts that are left out where a checkpoint does not say them."""
 OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
 """Fields of a template that `MatryoshkaModule` saves in it."""
 OURS = "flagembedding_matryoshka."
@@ -122,6 +124,15 @@ class Description:
             f"{', '.join(TEMPLATES)}."
         )
 
+    @property
+    def summary(self) -> str:
+        """One line of a log."""
+        name = self.template_name.value or "of its own"
+        return (
+            f"{self.path}: {self.backbone.value}, {self.architecture.value}, exits {list(self.exits.value)}, template "
+            f"{name} [{self.template.source}], instruction {self.instruction.value!r} [{self.instruction.source}]"
+        )
+
     def warn(self) -> None:
         """Warn once where the template is assumed."""
         if self.is_assumed:
@@ -131,16 +142,20 @@ class Description:
         """Name, value and source of each fact, as text."""
         for field in fields(self):
             fact = getattr(self, field.name)
-            if not isinstance(fact, Fact) or field.name == "template":
+            if not isinstance(fact, Fact) or (fact.value is None and field.name in UNSAID):
                 continue
             name, value = field.name.replace("_", " "), fact.value
-            if field.name == "template_name":
-                name, value = "template", value or json.dumps(self.template.value.to_json(), ensure_ascii=False)
+            if isinstance(value, Template):
+                name, value = "words", repr(value.words)
+            elif field.name == "template_name":
+                name, value = "template", value or "its own"
             elif field.name == "head_tokens":
                 value = of_head(value)
             elif field.name == "exits":
                 value = ", ".join(map(str, value))
-            elif value is None or value == "":
+            elif field.name == "instruction" and value == "":
+                value = "none" if self.template.value.instructed is not None else "none, and no place for one"
+            elif value is None:
                 value = "none"
             yield name, str(value), fact.source
 
@@ -199,12 +214,14 @@ class Found(NamedTuple):
     Attributes:
         name: of a known template, else None.
         instruction: the instruction of calls that give none, and what says it.
+        head_source: what says the head tokens, if it is another source.
     """
 
     template: Template
     source: str
     name: str | None = None
     instruction: Fact[str] | None = None
+    head_source: str | None = None
 
 
 def is_classifier(stored: Mapping[str, Any]) -> bool:
@@ -264,8 +281,8 @@ def describe(
         if changed != words:
             found = found._replace(template=changed, source=MODULE_SETTINGS_FILE, name=None)
             words = changed
-    instruction = found.instruction or Fact(words.instruction, found.source)
-    if instruction.value != words.instruction:
+    instruction = found.instruction or Fact(words.default_instruction, found.source)
+    if found.instruction is not None and instruction.value != words.instruction:
         words = Template.load(words.to_json() | {"instruction": instruction.value})
     activation = _activation(files, stored, modules)
     quantization = (stored.get("quantization_config") or {}).get("quant_method")
@@ -287,7 +304,7 @@ def describe(
         template=Fact(words, found.source),
         template_name=Fact(found.name or _name_of(words), found.source),
         instruction=instruction,
-        head_tokens=Fact(words.head_tokens, found.source),
+        head_tokens=Fact(words.head_tokens, found.head_source or found.source),
         activation=activation,
         dtype=Fact(stored.get("dtype") or stored.get("torch_dtype"), "config.json"),
         quantization=Fact(quantization, "quantization_config in config.json" if quantization else "config.json"),
@@ -372,7 +389,7 @@ def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequen
     for source, name in sources:
         plain = name.lower().replace("_", "-")
         for known in PUBLISHED:
-            if known.name in plain and backbone.removeprefix("cost_wise_") in (*known.backbones, "granite"):
+            if known.name in plain and backbone in known.backbones:
                 return known.template, f"{source}: {name}"
     return None
 
@@ -419,7 +436,9 @@ def _of_sentence_transformers(
         )
     score = {} if len(modules) == 1 else files.json(f"{modules[1].get('path')}/config.json") or {}
     head_tokens: tuple[str | int, ...] = ("Yes",)
+    head_source = None
     if len(modules) == 2:
+        head_source = f"{modules[1].get('path')}/config.json"
         ids = [score.get(name) for name in ("true_token_id", "false_token_id")]
         if type(ids[0]) is not int:
             raise ValueError(f"{modules[1].get('path')}/config.json of {files.place} names no true_token_id: {score}")
@@ -439,7 +458,7 @@ def _of_sentence_transformers(
         source = "chat_template.jinja"
     else:
         made, source = template_of_pairs(tokenizer, head_tokens), "the tokenizer's pairs"
-    return Found(made, source, None, _default_prompt(files, made))
+    return Found(made, source, None, _default_prompt(files, made), head_source)
 
 
 def _transformer_settings(files: Files, module: Mapping[str, Any]) -> Mapping[str, Any]:

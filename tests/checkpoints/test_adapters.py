@@ -389,7 +389,7 @@ class TestRefused:
         note = json.loads((adapter / "adapter_config.json").read_text())
         for change, message in (
             ({"peft_type": "NEWEST"}, r"has the type NEWEST .* which cannot be merged"),
-            ({"base_model_name_or_path": None}, r"notes no base .*peft_path="),
+            ({"base_model_name_or_path": None}, r"has base_model_name_or_path=None\. .*peft_path="),
         ):
             (adapter / "adapter_config.json").write_text(json.dumps(note | change))
             with pytest.raises(ValueError, match=message):

@@ -87,6 +87,15 @@ def test_a_revision_is_of_the_adapter_and_not_of_its_base(versions, adapter, tmp
     assert scores("somebody/adapter", revision="stage1", **local) == expected
 
 
+@pytest.mark.usefixtures("offline")
+def test_an_adapter_without_a_configuration_is_read_with_that_of_its_bases_revision(versions, adapter, tmp_path):
+    assert not (adapter / "config.json").exists()
+    cached(tmp_path, "somebody/base", {"v2": versions[1]})
+    cached(tmp_path, "somebody/adapter", {"stage1": adapter})
+    local = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert scores("somebody/adapter", revision="stage1", **local) == scores(versions[1], peft_path=adapter)
+
+
 def with_config(adapter, base, tmp_path):
     """As fine-tuning leaves it: the model's configuration beside the adapter."""
     path = shutil.copytree(adapter, tmp_path / "with_config")
