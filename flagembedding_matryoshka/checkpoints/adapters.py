@@ -279,7 +279,7 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_t
                 f"{kind} takes {tuple(shape)}. It belongs to another model."
             )
     set_peft_model_state_dict(peft_model, weights, adapter_name=name)
-    return peft_model.eval()
+    return peft_model
 
 
 def merge(model: Any, adapter: Adapter, depth: int) -> Any:
