@@ -225,8 +225,13 @@ class Found(NamedTuple):
 
 
 def is_classifier(stored: Mapping[str, Any]) -> bool:
-    """Whether a stored configuration is one of a sequence classifier of transformers."""
-    return any(str(name).endswith(CLASSIFIER) for name in stored.get("architectures") or ())
+    """Whether a stored configuration is one of a sequence classifier of transformers.
+
+    Fine-tuning leaves the architecture of its base in a layer-wise configuration.
+    """
+    return not stored.get("layer_wise") and any(
+        str(name).endswith(CLASSIFIER) for name in stored.get("architectures") or ()
+    )
 
 
 def refuse_other_classifiers(path: str, stored: Mapping[str, Any]) -> None:
@@ -286,19 +291,14 @@ def describe(
         words = Template.load(words.to_json() | {"instruction": instruction.value})
     activation = _activation(files, stored, modules)
     quantization = (stored.get("quantization_config") or {}).get("quant_method")
-    source = (
-        "architectures in config.json" if architecture == "sequence classification" else "layer_wise in config.json"
-    )
-    has_own_exits = architecture != "causal language model"
-    if architecture == "causal language model":
-        source = "architectures in config.json"
+    exits_source = "the caller, or by default 4, 5, 6, …" if architecture == "causal language model" else "config.json"
     return Description(
         path=path,
         backbone=Fact(str(stored.get("model_type")), "model_type in config.json"),
-        architecture=Fact(architecture, source),
-        exits=Fact(
-            tuple(config.exit_layers), "config.json" if has_own_exits else "the caller, or by default 4, 5, 6, …"
+        architecture=Fact(
+            architecture, f"{'layer_wise' if architecture == 'layer-wise' else 'architectures'} in config.json"
         ),
+        exits=Fact(tuple(config.exit_layers), exits_source),
         heads=_heads(architecture, words),
         causality=Fact("causal", "the backbone"),
         template=Fact(words, found.source),
@@ -345,9 +345,7 @@ def _template(
         source = "template in config.json" if "template" in stored else f"model_type {stored.get('model_type')!r}"
         return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
     if modules is not None and not _is_ours(modules):
-        found = _of_sentence_transformers(files, modules, trust_remote_code, architecture)
-        if found is not None:
-            return found
+        return _of_sentence_transformers(files, modules, trust_remote_code, architecture)
     chat = files.text("chat_template.jinja") or ""
     if not chat:
         inside = (files.json("tokenizer_config.json") or {}).get("chat_template")
@@ -421,7 +419,7 @@ def _is_ours(modules: Sequence[Mapping[str, Any]] | None) -> bool:
 
 def _of_sentence_transformers(
     files: Files, modules: Sequence[Mapping[str, Any]], trust_remote_code: bool, architecture: Architecture
-) -> Found | None:
+) -> Found:
     """The template of a CrossEncoder.
 
     Raises:
@@ -432,16 +430,17 @@ def _of_sentence_transformers(
     if kinds != wanted:
         raise ValueError(
             f"{MODULES_FILE} of {files.place} has the modules {kinds}; of a {architecture} {wanted} are loaded: a "
-            "score is read at the last token, without pooling or further layers."
+            "score is read at the last token, without pooling or further layers. With a template of the caller's, by "
+            "template= or --template, it is taken as a raw language model."
         )
-    score = {} if len(modules) == 1 else files.json(f"{modules[1].get('path')}/config.json") or {}
     head_tokens: tuple[str | int, ...] = ("Yes",)
     head_source = None
     if len(modules) == 2:
-        head_source = f"{modules[1].get('path')}/config.json"
+        head_source = f"{modules[1].get('path') or '.'}/config.json"
+        score = files.json(head_source) or {}
         ids = [score.get(name) for name in ("true_token_id", "false_token_id")]
         if type(ids[0]) is not int:
-            raise ValueError(f"{modules[1].get('path')}/config.json of {files.place} names no true_token_id: {score}")
+            raise ValueError(f"{head_source} of {files.place} names no true_token_id: {score}")
         head_tokens = tuple(one for one in ids if one is not None)
     transformer = _transformer_settings(files, modules[0])
     options = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})

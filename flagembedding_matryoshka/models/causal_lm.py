@@ -96,7 +96,9 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
-        has_score = any(name.endswith("ForSequenceClassification") for name in stored.architectures or ())
+        has_score = not stored.layer_wise and any(
+            name.endswith("ForSequenceClassification") for name in stored.architectures or ()
+        )
         is_classifier = has_score or (as_classifier and not stored.layer_wise)
         if is_classifier:
             stored.become_classifier()
@@ -136,6 +138,8 @@ class CostWiseForCausalLM(PreTrainedModel):
         if is_classifier and not has_score:
             info["unexpected_keys"].discard("lm_head.weight")
             info["missing_keys"].discard("lm_head.0.linear_head.weight")
+        if "key_mapping" in kwargs:
+            model._weight_conversions = []  # transformers would save the head under its former name
         unknown = [name for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name]
         if unknown:
             raise ValueError(

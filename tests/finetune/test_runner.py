@@ -20,7 +20,7 @@ from FlagEmbedding.abc.finetune.reranker import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.finetune import (
@@ -116,19 +116,37 @@ def test_modules_that_get_an_adapter(target_modules, adapted, tiny_raw_model_pat
         assert {name.split("layers.")[1][0] for name in found} == {"1", "3"}
 
 
-def test_training_starts_from_an_adapter_of_the_language_model(tiny_raw_model_path, training_file, tmp_path):
-    """It is merged before the heads are made, whether it is the model or is merged first; it cannot go on learning."""
-    model = MistralForCausalLM.from_pretrained(tiny_raw_model_path)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    expected = scores_of(MatryoshkaReranker(tmp_path / "adapter", dtype="float32", devices="cpu"))
-    adapter = str(tmp_path / "adapter")
-    for base, arguments in ((adapter, {}), (tiny_raw_model_path, {"raw_peft": [adapter]})):
-        out = tmp_path / f"out_{len(arguments)}"
-        run = runner(base, training_file, out, arguments | {"head_scale": 1.0}, learning_rate=1e-9)
-        run.run()
-        close(scores_of(MatryoshkaReranker(out, dtype="float32", devices="cpu")), expected)
-    with pytest.raises(ValueError, match=r"adapter .*changes lm_head\..* give the raw checkpoint, with the adapter as"):
+def write_adapter(kind, base, path):
+    """An adapter that transformers and peft write for the raw checkpoint at `base`."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    if kind == "classifier":
+        model = MistralForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=3)
+        options |= {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    else:
+        model = MistralForCausalLM.from_pretrained(base)
+        if kind == "grown":
+            model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+    get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["language model", "grown", "classifier"])
+def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
+    """It is merged before the heads are made, and again when what was learnt is loaded; it cannot go on learning."""
+    adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
+    options = {"dtype": "float32", "devices": "cpu", "template": "cost_wise"}
+    expected = scores_of(MatryoshkaReranker(adapter, **options))
+    starts = [(adapter, {})]
+    if kind != "classifier":
+        starts.append((tiny_raw_model_path, {"raw_peft": [adapter]}))
+    for number, (base, arguments) in enumerate(starts):
+        out = tmp_path / f"out_{number}"
+        arguments = arguments | {"head_scale": 1.0, "template": "cost_wise", "save_merged_lora_model": True}
+        runner(base, training_file, out, arguments, learning_rate=1e-9).run()
+        for path in (out, out / "merged_model"):
+            close(scores_of(MatryoshkaReranker(path, dtype="float32", devices="cpu")), expected)
+    with pytest.raises(ValueError, match=r"adapter .*changes (lm_head|score)\..* give the raw checkpoint, with the"):
         runner(tiny_raw_model_path, training_file, tmp_path / "third", {"from_peft": adapter})
 
 

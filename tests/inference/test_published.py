@@ -125,6 +125,19 @@ def test_a_name_is_known_wherever_it_stands_in_a_path(published, place, tmp_path
         close(torch.tensor(reranker.compute_score(PAIRS)), expected, 2e-5)
 
 
+def test_a_sharded_snapshot_of_links_into_a_cache(published, tmp_path):
+    path, *usage = published
+    blobs, snapshot = tmp_path / "blobs", tmp_path / f"models--Somebody--{path.name}" / "snapshots" / "9c8d"
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(blobs, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(path).save_pretrained(blobs)
+    assert len(list(blobs.glob("*.safetensors"))) > 1
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    reranker = MatryoshkaReranker(str(snapshot), dtype="float32", devices="cpu")
+    close(torch.tensor(reranker.compute_score(PAIRS)), published_usage(path, *usage, PAIRS, None), 2e-5)
+
+
 def test_zeranks_sigmoid_is_of_a_fifth(published):
     path, words, _ = published
     reranker = MatryoshkaReranker(str(path), dtype="float32", devices="cpu")
