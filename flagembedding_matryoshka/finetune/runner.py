@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.adapters import refuse_other_heads
-from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
@@ -151,6 +152,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             layers = self.training_args.compress_layers
             Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
         raw_peft = [locate(path) for path in args.raw_peft or []]
+        if args.use_lora:
+            self._refuse_to_replace([checkpoint.base, *checkpoint.adapters, *raw_peft])
         with whole_while_loading(self.training_args):
             model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)
         if args.load_in_4bit:
@@ -173,6 +176,16 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.training_args.gradient_checkpointing and args.use_lora:
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
+
+    def _refuse_to_replace(self, places: Sequence[str]) -> None:
+        """Raise ValueError if what the new adapters are loaded with lies where they are written."""
+        output_dir = Path(self.training_args.output_dir).resolve()
+        for place in places:
+            if Path(place).resolve() in (output_dir, output_dir / MERGED):
+                raise ValueError(
+                    f"output_dir={self.training_args.output_dir} is where {place} lies, which the new adapters need: "
+                    "they are loaded on top of it. Name another output_dir."
+                )
 
     @property
     def _hub(self) -> dict[str, Any]:
@@ -260,11 +273,12 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.training_args.process_index == 0:
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
-            merged = Path(self.training_args.output_dir) / "merged_model"
+            merged = Path(self.training_args.output_dir) / MERGED
             checkpoint = inspect_checkpoint(self.training_args.output_dir, **self._hub)
             with whole_while_loading(self.training_args):
                 model = load_model(checkpoint, self.tokenizer, self._weights_dtype(), **self._hub)
             model.config.raw_peft, model.config.base_exits = [], None
+            remove_written(merged)
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             write_sentence_transformers_files(merged)

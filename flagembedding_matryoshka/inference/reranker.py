@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.checkpoints.export import export_exits
+from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import (
@@ -247,13 +247,19 @@ class MatryoshkaReranker(RankingReranker):
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
-        Raises ValueError if an exit does not exist, token adapters are attached, or the weights are quantized.
+        The words, the instruction and the lengths that the re-ranker was made with become the checkpoint's. It replaces
+        a checkpoint in `output_dir`, by the list
+        [`WRITTEN`][flagembedding_matryoshka.checkpoints.export.WRITTEN]; other files there are not touched.
+
+        Raises:
+            ValueError: if an exit does not exist, token adapters are attached, or the weights are quantized.
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
-        _, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
-        export_exits(self.model, setting.cutoff_layers, output_dir)
+        options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
+        export_exits(self.model, setting.cutoff_layers, output_dir, options.saved_template(self._pair_tokenizer))
         self.tokenizer.save_pretrained(output_dir)
+        write_lengths(output_dir, options.query_max_length, options.max_length)
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
         """Pairs as `compute_score`, `score_lists` and `estimate_flops` take them at any depth and width, so that texts
