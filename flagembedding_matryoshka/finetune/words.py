@@ -16,7 +16,6 @@ from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 2**16
 Counts = Mapping[str, Mapping[str, int]]
 """{column of `INSTRUCTIONS`: {value: how many rows have it}}; "" is none."""
 
@@ -25,11 +24,11 @@ def count_words(files: Iterable[Dataset]) -> Counts:
     """Count the rows of each value, reading the columns of `INSTRUCTIONS` alone, in place."""
     found: dict[str, Counter[str]] = {column: Counter() for column in INSTRUCTIONS}
     for rows in files:
-        columns = rows.select_columns(list(INSTRUCTIONS)).with_format("arrow")
-        for table in columns.iter(ROWS_AT_ONCE):
-            for column, counts in found.items():
-                for item in pc.value_counts(table.column(column)).to_pylist():
-                    counts[item["values"] or ""] += item["counts"]
+        indices = rows._indices  # of rows that were selected: reading these through `Dataset` takes 100 times as long
+        for column, counts in found.items():
+            values = rows.data.column(column)
+            for item in pc.value_counts(values if indices is None else values.take(indices.column(0))).to_pylist():
+                counts[item["values"] or ""] += item["counts"]
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 
 from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
@@ -173,13 +174,12 @@ class MatryoshkaReranker(RankingReranker):
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.instruction = instruction
-        self.temperature = words.temperature
+        self.temperature, self.own_instruction = words.temperature, words.instruction
         words.with_instruction(instruction)
         self.max_layer = max_layer
         self.quantization = quantization
-        if quantization == "int8" and dtype == "auto" and not use_bf16:
-            dtype = "float32"
-        resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
+        resolved = resolve_dtype(dtype, use_fp16, use_bf16, first, quantization)
+        self.dtype = str(resolved).removeprefix("torch.")
         threads = threads_of_each(self.target_devices)
         fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, threads)
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
@@ -188,7 +188,9 @@ class MatryoshkaReranker(RankingReranker):
             check_batch_invariance(self.target_devices, resolved, quantization, compile)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
-        self._load_plan = partial(load_plan, str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
+        weights = partial(weights_fingerprint, checkpoint, peft_paths, **hub)
+        adapters = list(map(str, peft_paths))
+        self._load_plan = partial(load_plan, str(model_name_or_path), self.config, adapters, weights, **hub)
         self._follow_plan(budget, quality)
         self._normalizer(*resolve_call(self, {}))
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
