@@ -10,6 +10,7 @@ from torch import Tensor
 from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions
 from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 Normalizer = Callable[[Tensor, int], Tensor]
 """Scores that were read at an exit to what is returned in their place; it never changes their order."""
@@ -48,24 +49,20 @@ def normalizer(
     return (lambda scores, layer: (scores / temperature).sigmoid()) if options.normalize else None
 
 
-def scored_with(
-    options: ScoringOptions, quantization: str | None, dtype: str, temperature: float, instruction: str
-) -> dict[str, Any]:
-    """What makes scores of the same weights others, beside depth, width and where texts are cut.
+def scored_with(options: ScoringOptions, quantization: str | None, dtype: str, template: Template) -> dict[str, Any]:
+    """What makes scores of the same weights others, beside depth, width and where texts are cut, as JSON can hold it.
 
     Args:
         dtype: the format that weights are loaded in, such as "float32".
-        temperature: the template's.
-        instruction: of calls that give none.
+        template: the model's, with its temperature, its head tokens and the instruction of calls that give none.
     """
-    return {
+    return template.to_json() | {
         "query_instruction": options.query_instruction_for_rerank,
         "query_format": options.query_instruction_format,
         "passage_instruction": options.passage_instruction_for_rerank,
         "passage_format": options.passage_instruction_format,
-        "instruction": instruction if options.instruction is None else options.instruction,
+        "instruction": template.instruction if options.instruction is None else options.instruction,
         "prompt": options.prompt,
-        "temperature": temperature,
         "quantization": quantization,
         "dtype": dtype,
     }

@@ -11,6 +11,7 @@ from flagembedding_matryoshka.inference.normalizing import Normalizer, normalize
 from flagembedding_matryoshka.inference.options import ScoringOptions, refuse_beside_plan
 from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 
 class PlannedReranker(HostedReranker):
@@ -20,15 +21,15 @@ class PlannedReranker(HostedReranker):
         planned: what `rank` runs by `budget` or `quality`; None without them.
         quantization: the format of the weights, if they are quantized.
         dtype: the format that weights are loaded in, such as "float32".
+        words: the template.
         temperature: the template's: scores are divided by it before the sigmoid.
-        own_instruction: the template's, of calls that give none.
     """
 
     planned: Setting | None = None
     quantization: str | None
     dtype: str
+    words: Template
     temperature: float
-    own_instruction: str
     _load_plan: Callable[[], Plan]
 
     @cached_property
@@ -50,4 +51,4 @@ class PlannedReranker(HostedReranker):
 
     def scored_with(self, options: ScoringOptions) -> dict[str, Any]:
         """What scores of a call depend on beside weights, depth, width and lengths; a plan notes it."""
-        return scored_with(options, self.quantization, self.dtype, self.temperature, self.own_instruction)
+        return scored_with(options, self.quantization, self.dtype, self.words)

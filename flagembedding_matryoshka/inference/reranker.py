@@ -174,7 +174,8 @@ class MatryoshkaReranker(RankingReranker):
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.instruction = instruction
-        self.temperature, self.own_instruction = words.temperature, words.instruction
+        self.words = words
+        self.temperature = words.temperature
         words.with_instruction(instruction)
         self.max_layer = max_layer
         self.quantization = quantization
