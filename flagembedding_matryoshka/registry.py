@@ -11,6 +11,8 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 PUBLISHED = (
     *("Matroyshka-ReRanker-passage", "Matroyshka-ReRanker-document", "Matroyshka-ReRanker-beir"),
     *("Qwen3-Reranker-0.6B", "Qwen3-Reranker-4B", "Qwen3-Reranker-8B"),
+    *("zerank-1", "zerank-1-small", "zerank-2", "mxbai-rerank-base-v2", "mxbai-rerank-large-v2"),
+    *(f"ctxl-rerank-v2-instruct-multilingual-{size}" for size in ("1b", "2b", "6b")),
 )
 """Spelled as they were published."""
 INSTEAD = {

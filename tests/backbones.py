@@ -4,18 +4,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
@@ -67,7 +80,83 @@ BACKBONES = {
         finish=lambda logits: logits / 2,
     ),
     "phi3": Tiny(Phi3Config, {"sliding_window": 9}),
+    "gemma": Tiny(GemmaConfig, {"head_dim": 16}),
+    "gemma3_text": Tiny(
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            },
+            "final_logit_softcapping": 3.0,
+        },
+        finish=lambda logits: 3 * torch.tanh(logits / 3),
+    ),
+    "smollm3": Tiny(
+        SmolLM3Config, {"no_rope_layers": [1, 1, 0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 9}
+    ),
+    "olmo2": Tiny(Olmo2Config),
+    "ministral": Tiny(
+        MinistralConfig,
+        {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
+    "ministral3": Tiny(
+        Ministral3Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 8,
+                "max_position_embeddings": 128,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+            "max_position_embeddings": 128,
+        },
+    ),
+    "glm4": Tiny(Glm4Config, {"head_dim": 16, "attention_bias": True}),
+    "exaone4": Tiny(
+        Exaone4Config,
+        {"sliding_window": 9, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    ),
+    "seed_oss": Tiny(
+        SeedOssConfig,
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+        },
+    ),
+    "hunyuan_v1_dense": Tiny(
+        HunYuanDenseV1Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+        },
+    ),
+    "ernie4_5": Tiny(Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
+    "arcee": Tiny(ArceeConfig, {"attention_bias": True, "mlp_bias": True}),
 }
+FIRST = tuple(BACKBONES)[:7]
+"""Those that every test runs on. Of the others, only what can go wrong by their arithmetic is a quick test."""
+ESSENTIAL = pytest.mark.parametrize("backbone", BACKBONES, scope="module")
+THOROUGH = pytest.mark.parametrize(
+    "backbone",
+    [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in BACKBONES],
+    scope="module",
+)
 
 
 def write_raw(name, tokenizer, path, **values):

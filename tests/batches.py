@@ -1,5 +1,6 @@
 """Batches of random tokens for the tiny models, and a slow and obvious model to hold their scores against."""
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +86,8 @@ def slow_scores(
     compress_layers = [compress_layers] if isinstance(compress_layers, int) else compress_layers
     hidden = plain.model.embed_tokens(torch.tensor([sequence.ids])) * scale
     result = {}
-    for depth, layer in enumerate(plain.model.layers[: max(cutoff_layers)], start=1):
-        hidden, attention = _eager_layer(plain, layer, hidden)
+    for depth in range(1, max(cutoff_layers) + 1):
+        hidden, attention = _eager_layer(plain, depth - 1, hidden)
         if depth in cutoff_layers:
             result[depth] = heads[EXITS.index(depth)](plain.model.norm(hidden[:, -1]))
         if compress_ratio > 1 and depth in compress_layers:
@@ -97,10 +98,15 @@ def slow_scores(
     return torch.cat([result[depth] for depth in cutoff_layers])
 
 
-def _eager_layer(plain, layer, hidden):
+def _eager_layer(plain, index, hidden):
     """The layer's output and its attention map (1, heads, length, length)."""
-    length = hidden.shape[1]
-    window = getattr(layer.self_attn, "sliding_window", getattr(layer.self_attn.config, "sliding_window", None))
+    layer, length = plain.model.layers[index], hidden.shape[1]
+    layer_types = getattr(plain.config, "layer_types", None)
+    # Mistral, Ministral 3 and Phi-3 name no types: their window is every layer's.
+    is_sliding = layer_types is None or layer_types[index] == "sliding_attention"
+    window = plain.config.sliding_window if is_sliding and hasattr(plain.config, "sliding_window") else None
+    positions = torch.arange(length)[None]
+    by_type = "layer_type" in inspect.signature(plain.model.rotary_emb.forward).parameters
     mask = torch.full((1, 1, length, length), -torch.inf).triu(1)
     if window is not None:
         mask += torch.full((length, length), -torch.inf).tril(-window)
@@ -109,7 +115,8 @@ def _eager_layer(plain, layer, hidden):
     output = layer(
         hidden,
         attention_mask=mask,
-        position_embeddings=plain.model.rotary_emb(hidden, torch.arange(length)[None]),
+        position_embeddings=plain.model.rotary_emb(hidden, positions, *([layer_types[index]] if by_type else [])),
+        position_ids=positions,
     )
     hook.remove()
     return output, maps[0]

@@ -23,7 +23,11 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def add(self, name: str, revision: str, directory: Path) -> None:
-        files = {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+        files = {
+            file.relative_to(directory).as_posix(): file.read_bytes()
+            for file in Path(directory).rglob("*")
+            if file.is_file()
+        }
         self.models.setdefault(name, {"main": {}})[revision] = files
 
 
@@ -41,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path[4:5] == ["tree"]:  # of a folder: no model here has any
             self._send(404, {"X-Error-Code": "EntryNotFound"})
         elif path[2:3] == ["resolve"]:
-            self._send_file("/".join(path[:2]), path[3], path[4])
+            self._send_file("/".join(path[:2]), path[3], "/".join(path[4:]))
         else:
             self._send(404)
 

@@ -6,7 +6,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -25,6 +24,7 @@ WORDS = [
     "You are a search relevance expert who evaluates how well documents match search queries.\nRelevance:",
     "Check whether a given document contains information helpful to answer the query.",
     "system user assistant query document instruction: ?\n.\n!\n :\n",
+    "question: is it a passage: it is",
 ]
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "mistral": MistralConfig}
 
@@ -76,17 +76,3 @@ def write_causal_lm(path: Path, model_type: str = "qwen3", auto=AutoModelForCaus
     auto.from_config(CONFIGS[model_type](**common | values)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-@torch.no_grad()
-def logits_of(path, texts, model_type=AutoModelForCausalLM):
-    """(texts, vocabulary): the last logits of whole texts, by transformers alone; control tokens that users write are
-    text, as they are here: `texts` are lists of (text, whether control tokens in it are control tokens)."""
-    tokenizer, model = AutoTokenizer.from_pretrained(path), model_type.from_pretrained(path).eval()
-    rows = []
-    for parts in texts:
-        ids = []
-        for text, is_control in parts:
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=not is_control)["input_ids"]
-        rows.append(model(torch.tensor([ids])).logits[0, -1] if ids else None)
-    return torch.stack(rows)

@@ -12,9 +12,10 @@ import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.cli.inspect import main
 from tests.collection import QUERIES, write_collection
 from tests.encoders import save_bi_encoder, save_cross_encoder
-from tests.pages import PAGES, commands
+from tests.pages import PAGES, blocks, commands
 from tests.shipped import needs_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -57,13 +58,19 @@ def workplace(tmp_path, tiny_tokenizer, monkeypatch):
     return tmp_path
 
 
+def test_what_inspect_shows_is_what_it_prints(capsys):
+    main(["smollm2"])
+    (shown,) = (block for block in blocks("docs/backbones.md", "text") if block.startswith("backbone"))
+    assert capsys.readouterr().out == shown
+
+
 @needs_smollm2
 def test_rank_and_score(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = ["Sort the items of the list in place.", *(f"Open file {number}." for number in range(39))]
     Path("lists.jsonl").write_text(json.dumps({"query": "how to sort a list", "documents": documents}))
     Path("pairs.tsv").write_text("".join(f"how to sort a list\t{document}\n" for document in documents))
-    run(*commands_of("flagembedding-matryoshka ", 2))
+    run(*commands_of("flagembedding-matryoshka rank ", 1), *commands_of("flagembedding-matryoshka score ", 1))
     (ranked,) = (json.loads(line) for line in Path("ranked.jsonl").read_text().splitlines())
     assert ranked["ranking"][0]["corpus_id"] == 0 and len(ranked["ranking"]) == 10
     scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """The weights that the package ships."""
 
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ TEXTS = {
 }
 
 
+SCORES = [1.4143, 0.1782, -2.6151, -0.6469, -0.855]
+
+
 @pytest.fixture(scope="module")
 def reranker():
     return MatryoshkaReranker(SMOLLM2, dtype="float32", devices="cpu")
@@ -33,6 +37,22 @@ def test_every_exit_and_width_ranks(reranker):
             )
             right = sum(ranking[0]["corpus_id"] == place for place, ranking in enumerate(rankings))
             assert right >= len(TEXTS) - 1, (layer, width, rankings)
+
+
+def test_its_sequences_are_those_of_the_reference(reranker):
+    """[bos] tok("A: " + query) sep tok("B: " + passage) sep prompt, each tokenised by itself, with one bos."""
+    tokenizer = reranker.tokenizer
+    assert tokenizer.bos_token == "<|im_start|>"
+    for (query, passage), pair in zip(TEXTS.items(), reranker.tokenize(list(TEXTS.items())), strict=True):
+        prompt = "Predict whether passage B contains an answer to query A."
+        parts = [f"A: {query}", "\n", f"B: {passage}", "\n", prompt]
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        assert pair.input_ids.tolist() == [tokenizer.bos_token_id, *chain(*ids)]
+
+
+def test_its_scores_stay(reranker):
+    """As of the first release of its weights, in float32."""
+    assert reranker.compute_score(list(TEXTS.items())) == pytest.approx(SCORES, abs=2e-3)
 
 
 def test_the_name_is_the_directory(reranker, tmp_path, monkeypatch):

@@ -9,9 +9,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
-from flagembedding_matryoshka.checkpoints.shipped import checked
+from flagembedding_matryoshka.checkpoints.gguf import resolve
+from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -23,9 +24,15 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: if that is a path which is no longer there.
+        ValueError: if the adapter notes no base.
     """
     noted = PeftConfig.from_pretrained(adapter, **hub)
     base = noted.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter_config.json of {adapter} has base_model_name_or_path={base!r}. Load the base that it was "
+            f"trained on, with peft_path={adapter!r}."
+        )
     try:
         return checked(base), noted.revision
     except FileNotFoundError as error:
@@ -33,6 +40,44 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
             f"the adapter {adapter} was trained on {base}, which is not there. If the base has moved, load it from "
             f"where it is, with the adapter on top: its path as the model, and peft_path={adapter!r}."
         ) from error
+
+
+def place_of_config(adapter: str, base: str, base_revision: str | None, **hub: Any) -> tuple[str, dict[str, Any]]:
+    """Where the configuration of a base with its adapter lies.
+
+    Fine-tuning in this package writes a config.json into the adapter's directory. Other programs, as FlagEmbedding's
+    runners, write none; then it is the base's.
+
+    Args:
+        adapter: the adapter's directory or name.
+        base, base_revision: as `base_of` returns them.
+        hub: as of `hub_options`; `revision` is that of the adapter.
+
+    Returns:
+        the directory or name, and the options of `hub` for it.
+
+    Raises:
+        FileNotFoundError: if neither the adapter nor the base has a configuration that can be read.
+    """
+    if _noted(adapter, **hub):
+        return adapter, dict(hub)
+    place = resolve(locate(base), hub.get("cache_dir"))
+    of_base = {name: value for name, value in {**hub, "revision": base_revision}.items() if value is not None}
+    try:
+        found = cached_file(place, CONFIG_NAME, **of_base)
+    except OSError as error:
+        raise _no_base(adapter, base, error) from error
+    if found is None:
+        raise _no_base(adapter, base)
+    return place, of_base
+
+
+def _no_base(adapter: str, base: str, error: OSError | None = None) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the adapter {adapter} was trained on {base}, which is neither a directory here with a config.json nor a "
+        f"model that could be read from the hub. Load the base from where it is, with peft_path={adapter!r}."
+        + (f" ({error})" if error else "")
+    )
 
 
 def fetched(adapter: str, **hub: Any) -> str:
@@ -79,7 +124,7 @@ def token_adapter_ratio(path: str, **hub: Any) -> int | None:
 
 def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
     """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
-    file = cached_file(adapter, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    file = cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 

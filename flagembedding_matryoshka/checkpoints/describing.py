@@ -31,6 +31,8 @@ CLASSIFIER = "ForSequenceClassification"
 ASSUMED = "assumed"
 MODULES_FILE = "modules.json"
 MODULE_SETTINGS_FILE = "matryoshka_config.json"
+UNSAID = ("max_length", "query_max_length")
+"""Facts that are left out where a checkpoint does not say them."""
 OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
 """Fields of a template that `MatryoshkaModule` saves in it."""
 OURS = "flagembedding_matryoshka."
@@ -122,6 +124,15 @@ class Description:
             f"{', '.join(TEMPLATES)}."
         )
 
+    @property
+    def summary(self) -> str:
+        """One line of a log."""
+        name = self.template_name.value or "of its own"
+        return (
+            f"{self.path}: {self.backbone.value}, {self.architecture.value}, exits {list(self.exits.value)}, template "
+            f"{name} [{self.template.source}], instruction {self.instruction.value!r} [{self.instruction.source}]"
+        )
+
     def warn(self) -> None:
         """Warn once where the template is assumed."""
         if self.is_assumed:
@@ -131,16 +142,20 @@ class Description:
         """Name, value and source of each fact, as text."""
         for field in fields(self):
             fact = getattr(self, field.name)
-            if not isinstance(fact, Fact) or field.name == "template":
+            if not isinstance(fact, Fact) or (fact.value is None and field.name in UNSAID):
                 continue
             name, value = field.name.replace("_", " "), fact.value
-            if field.name == "template_name":
-                name, value = "template", value or json.dumps(self.template.value.to_json(), ensure_ascii=False)
+            if isinstance(value, Template):
+                name, value = "words", repr(value.words)
+            elif field.name == "template_name":
+                name, value = "template", value or "its own"
             elif field.name == "head_tokens":
                 value = of_head(value)
             elif field.name == "exits":
                 value = ", ".join(map(str, value))
-            elif value is None or value == "":
+            elif field.name == "instruction" and value == "":
+                value = "none" if self.template.value.instructed is not None else "none, and no place for one"
+            elif value is None:
                 value = "none"
             yield name, str(value), fact.source
 
@@ -199,17 +214,24 @@ class Found(NamedTuple):
     Attributes:
         name: of a known template, else None.
         instruction: the instruction of calls that give none, and what says it.
+        head_source: what says the head tokens, if it is another source.
     """
 
     template: Template
     source: str
     name: str | None = None
     instruction: Fact[str] | None = None
+    head_source: str | None = None
 
 
 def is_classifier(stored: Mapping[str, Any]) -> bool:
-    """Whether a stored configuration is one of a sequence classifier of transformers."""
-    return any(str(name).endswith(CLASSIFIER) for name in stored.get("architectures") or ())
+    """Whether a stored configuration is one of a sequence classifier of transformers.
+
+    Fine-tuning leaves the architecture of its base in a layer-wise configuration.
+    """
+    return not stored.get("layer_wise") and any(
+        str(name).endswith(CLASSIFIER) for name in stored.get("architectures") or ()
+    )
 
 
 def refuse_other_classifiers(path: str, stored: Mapping[str, Any]) -> None:
@@ -264,30 +286,25 @@ def describe(
         if changed != words:
             found = found._replace(template=changed, source=MODULE_SETTINGS_FILE, name=None)
             words = changed
-    instruction = found.instruction or Fact(words.instruction, found.source)
-    if instruction.value != words.instruction:
+    instruction = found.instruction or Fact(words.default_instruction, found.source)
+    if found.instruction is not None and instruction.value != words.instruction:
         words = Template.load(words.to_json() | {"instruction": instruction.value})
     activation = _activation(files, stored, modules)
     quantization = (stored.get("quantization_config") or {}).get("quant_method")
-    source = (
-        "architectures in config.json" if architecture == "sequence classification" else "layer_wise in config.json"
-    )
-    has_own_exits = architecture != "causal language model"
-    if architecture == "causal language model":
-        source = "architectures in config.json"
+    exits_source = "the caller, or by default 4, 5, 6, …" if architecture == "causal language model" else "config.json"
     return Description(
         path=path,
         backbone=Fact(str(stored.get("model_type")), "model_type in config.json"),
-        architecture=Fact(architecture, source),
-        exits=Fact(
-            tuple(config.exit_layers), "config.json" if has_own_exits else "the caller, or by default 4, 5, 6, …"
+        architecture=Fact(
+            architecture, f"{'layer_wise' if architecture == 'layer-wise' else 'architectures'} in config.json"
         ),
+        exits=Fact(tuple(config.exit_layers), exits_source),
         heads=_heads(architecture, words),
         causality=Fact("causal", "the backbone"),
         template=Fact(words, found.source),
         template_name=Fact(found.name or _name_of(words), found.source),
         instruction=instruction,
-        head_tokens=Fact(words.head_tokens, found.source),
+        head_tokens=Fact(words.head_tokens, found.head_source or found.source),
         activation=activation,
         dtype=Fact(stored.get("dtype") or stored.get("torch_dtype"), "config.json"),
         quantization=Fact(quantization, "quantization_config in config.json" if quantization else "config.json"),
@@ -328,9 +345,7 @@ def _template(
         source = "template in config.json" if "template" in stored else f"model_type {stored.get('model_type')!r}"
         return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
     if modules is not None and not _is_ours(modules):
-        found = _of_sentence_transformers(files, modules, trust_remote_code, architecture)
-        if found is not None:
-            return found
+        return _of_sentence_transformers(files, modules, trust_remote_code, architecture)
     chat = files.text("chat_template.jinja") or ""
     if not chat:
         inside = (files.json("tokenizer_config.json") or {}).get("chat_template")
@@ -372,7 +387,7 @@ def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequen
     for source, name in sources:
         plain = name.lower().replace("_", "-")
         for known in PUBLISHED:
-            if known.name in plain and backbone.removeprefix("cost_wise_") in (*known.backbones, "granite"):
+            if known.name in plain and backbone in known.backbones:
                 return known.template, f"{source}: {name}"
     return None
 
@@ -404,7 +419,7 @@ def _is_ours(modules: Sequence[Mapping[str, Any]] | None) -> bool:
 
 def _of_sentence_transformers(
     files: Files, modules: Sequence[Mapping[str, Any]], trust_remote_code: bool, architecture: Architecture
-) -> Found | None:
+) -> Found:
     """The template of a CrossEncoder.
 
     Raises:
@@ -415,14 +430,17 @@ def _of_sentence_transformers(
     if kinds != wanted:
         raise ValueError(
             f"{MODULES_FILE} of {files.place} has the modules {kinds}; of a {architecture} {wanted} are loaded: a "
-            "score is read at the last token, without pooling or further layers."
+            "score is read at the last token, without pooling or further layers. With a template of the caller's, by "
+            "template= or --template, it is taken as a raw language model."
         )
-    score = {} if len(modules) == 1 else files.json(f"{modules[1].get('path')}/config.json") or {}
     head_tokens: tuple[str | int, ...] = ("Yes",)
+    head_source = None
     if len(modules) == 2:
+        head_source = f"{modules[1].get('path') or '.'}/config.json"
+        score = files.json(head_source) or {}
         ids = [score.get(name) for name in ("true_token_id", "false_token_id")]
         if type(ids[0]) is not int:
-            raise ValueError(f"{modules[1].get('path')}/config.json of {files.place} names no true_token_id: {score}")
+            raise ValueError(f"{head_source} of {files.place} names no true_token_id: {score}")
         head_tokens = tuple(one for one in ids if one is not None)
     transformer = _transformer_settings(files, modules[0])
     options = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
@@ -439,7 +457,7 @@ def _of_sentence_transformers(
         source = "chat_template.jinja"
     else:
         made, source = template_of_pairs(tokenizer, head_tokens), "the tokenizer's pairs"
-    return Found(made, source, None, _default_prompt(files, made))
+    return Found(made, source, None, _default_prompt(files, made), head_source)
 
 
 def _transformer_settings(files: Files, module: Mapping[str, Any]) -> Mapping[str, Any]:

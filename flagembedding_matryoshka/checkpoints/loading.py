@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
     base_of,
     fetched,
+    place_of_config,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
@@ -35,8 +37,12 @@ from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.minicpm import MINICPM
+from flagembedding_matryoshka.models.self_check import self_check
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,7 @@ def inspect_checkpoint(
         base, revision = base_of(readable, **hub)
         adapters.append(path)
         revisions = {path: hub.get("revision"), base: revision}
-        if Files(readable, hub).path(CONFIG_NAME) is None:  # an adapter that another program wrote
-            described, of_described = (
-                resolve(locate(base), hub.get("cache_dir")),
-                hub_options(**hub | {"revision": revision}),
-            )
+        described, of_described = place_of_config(readable, base, revision, **hub)
     try:
         config = read_config(described, **of_described)
         stored, _ = PreTrainedConfig.get_config_dict(described, **of_described)
@@ -145,7 +147,11 @@ def inspect_checkpoint(
         config.become_classifier()
     is_raw = not config.layer_wise
     if from_raw is not None and from_raw != is_raw:
-        kind = "a raw checkpoint without heads" if is_raw else "a layer-wise checkpoint that has its heads"
+        kind = {
+            "causal language model": "a raw checkpoint without heads",
+            "layer-wise": "a layer-wise checkpoint that has its heads",
+            "sequence classification": "a sequence classifier, which has its head",
+        }[architecture]
         raise ValueError(f"from_raw={from_raw}, but {path} is {kind}.")
     if is_raw:
         config.layer_wise = True
@@ -225,9 +231,39 @@ def load_tokenizer(
     ):
         base, revision = base_of(readable, **hub)
         return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
+    if _is_llama_sentencepiece(readable, **hub):
+        return LlamaTokenizer.from_pretrained(readable, padding_side="right", **hub)
+    stored, _ = PreTrainedConfig.get_config_dict(readable, **hub)
+    # transformers knows no MiniCPM: AutoTokenizer would read its configuration as one of no type, and warn of it.
+    config = read_config(readable, **hub) if stored.get("model_type") == MINICPM else None
     return AutoTokenizer.from_pretrained(
-        readable, trust_remote_code=trust_remote_code, use_fast=use_fast, padding_side="right", **hub
+        readable,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        use_fast=use_fast,
+        padding_side="right",
+        **hub,
     )
+
+
+def _is_llama_sentencepiece(path: str, **hub: Any) -> bool:
+    """Whether a checkpoint's tokenizer is a LlamaTokenizer's SentencePiece model without a tokenizer.json.
+
+    FlagEmbedding's decoder-only runner saves such tokenizers. For several model types, Mistral among them,
+    AutoTokenizer of transformers 5 converts them by other rules than the class that the checkpoint names: no space is
+    put in front of a text, so that texts have other tokens.
+    """
+    file = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        return False
+    declared = json.loads(Path(file).read_text(encoding="utf-8")).get("tokenizer_class") or ""
+    if declared.removesuffix("Fast") != "LlamaTokenizer":
+        return False
+    found = [
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) is not None
+        for name in ("tokenizer.json", "tokenizer.model")
+    ]
+    return found == [False, True]
 
 
 def load_model(
@@ -250,6 +286,7 @@ def load_model(
         ValueError: if two adapters to attach are for the same ratio, an adapter is for the heads of other exits, or the
             tokenizer has tokens that the model has no embedding of.
     """
+    logger.info(checkpoint.description.summary)
     adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
     _refuse_other_vocabulary(checkpoint, tokenizer)
     for adapter in adapters:
@@ -262,6 +299,7 @@ def load_model(
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
+    self_check(causal_lm_class(config), config)
     model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **of_base)
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
     # on any machine, not the cache that a GGUF was converted into.

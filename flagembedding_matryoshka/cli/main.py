@@ -1,4 +1,4 @@
-"""Matryoshka re-rankers: rank and score files, train, evaluate, serve. `COMMAND --help` explains a command.
+"""Matryoshka re-rankers: rank and score files, inspect, train, evaluate, serve. `COMMAND --help` explains a command.
 
 commands:
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "lists": ("finetune.lists", "make lists for training without labels"),
     "teach": ("finetune.teacher_scores", "add a teacher's scores to training data"),
     "evaluate": ("evaluation.__main__", "measure quality and cost of depths, widths and cascades"),
+    "inspect": ("cli.inspect", "show what a checkpoint says of itself"),
     "export": ("cli.export", "write some exits as a smaller checkpoint"),
     "serve": ("serve.__main__", "answer over HTTP"),
 }

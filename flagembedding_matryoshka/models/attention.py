@@ -72,7 +72,7 @@ def packed_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    position_ids: None = None,
+    position_ids: Tensor | None = None,
     use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
     """Attention function in the form of `transformers.AttentionInterface`.
@@ -84,7 +84,8 @@ def packed_attention(
         query: (1, heads, total_tokens, head_dim), after rotary embedding; with `only_last` (1, heads, segments,
             head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
-        attention_mask, position_ids, use_cache: not used by this form; `packed` says what belongs together.
+        attention_mask, position_ids, use_cache: not used: `packed` says what belongs together, and a layer has applied
+            positions to its queries and keys.
         packed: where the sequences lie.
         last_rows: if given, `last_token_row` is appended to it.
         separately: no call computes several segments, on which what comes out could depend.

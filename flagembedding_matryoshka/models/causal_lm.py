@@ -71,7 +71,9 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
-        if any(name.endswith("ForSequenceClassification") for name in stored.architectures or ()):
+        if not stored.layer_wise and any(
+            name.endswith("ForSequenceClassification") for name in stored.architectures or ()
+        ):
             stored.become_classifier()
             kwargs["key_mapping"] = {r"^score\.": "lm_head.0.linear_head."}
         config = stored if config is None else config
@@ -105,6 +107,8 @@ class CostWiseForCausalLM(PreTrainedModel):
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
         model, info = loaded
+        if "key_mapping" in kwargs:
+            model._weight_conversions = []  # transformers would save the head under its former name
         unknown = [name for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name]
         if unknown:
             raise ValueError(

@@ -80,7 +80,7 @@ def opaque_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    position_ids: None = None,
+    position_ids: Tensor | None = None,
     use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
     """`packed_attention`, without gradients, where `packed` is what `name_of` calls a batch."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from flagembedding_matryoshka.models.refusals import refuse_not_causal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Config
     from typing_extensions import Self
@@ -94,6 +96,7 @@ class CostWiseConfig(_Config):
                 f"{path} holds a model of type {stored.get('model_type')!r}; a {cls.model_type!r} is made from "
                 f"{' or '.join(map(repr, cls.made_from))}, or loaded from its own checkpoints."
             )
+        refuse_not_causal(path, stored)
         return cls.from_dict(stored)
 
     def become_classifier(self) -> None:

@@ -59,10 +59,12 @@ class CostWiseModel(PreTrainedModel):
 
     Attributes:
         layer_class: what the decoder's layers become.
+        rotary_by_layer_type: whether `rotary_emb` takes a layer type, of which `config.layer_types` names each layer's.
         batch_invariant: whether a sequence's states are the same bits whatever is computed beside it.
     """
 
     layer_class: ClassVar[type[CostWiseLayer]]
+    rotary_by_layer_type: ClassVar[bool] = False
     batch_invariant = False
     # The backbone says what these are; its configuration is a CostWiseConfig, too.
     config: Any
@@ -75,8 +77,23 @@ class CostWiseModel(PreTrainedModel):
         super().__init__(config)
         self.become_layer_wise()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks into the source of a class's module, which a class from a notebook does not have.
+        bases: Any = cls.__mro__
+        return bases[bases.index(CostWiseModel) + 1]._can_set_attn_implementation()
+
     def become_layer_wise(self) -> None:
-        """Turn a stock decoder's layers, with their weights, into ones that run on a packed row."""
+        """Turn a stock decoder's layers, with their weights, into ones that run on a packed row.
+
+        Raises:
+            ValueError: if they do not take attention from `transformers.AttentionInterface`.
+        """
+        if not self._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(self).__name__} cannot run on a packed row: in transformers, its layers do not take attention "
+                "from AttentionInterface."
+            )
         for layer in self.layers:
             layer.__class__ = self.layer_class
         self._no_split_modules = {self.layer_class.__name__}
@@ -131,10 +148,10 @@ class CostWiseModel(PreTrainedModel):
             ValueError: if a sequence is longer than the positions that the model knows.
         """
         limit, reason = self.config.max_position_embeddings, "max_position_embeddings"
-        rope = self.config.rope_parameters or {}
-        if rope.get("rope_type") == "longrope":
-            # Beyond, frequencies depend on the longest sequence of a batch, and so would scores.
-            limit, reason = rope["original_max_position_embeddings"], "original_max_position_embeddings of longrope"
+        for rope in self._rope_parameters():
+            if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < limit:
+                # Beyond, frequencies depend on the longest sequence of a batch, and so would scores.
+                limit, reason = rope["original_max_position_embeddings"], "original_max_position_embeddings of longrope"
         if packed.max_seqlen > limit:
             longest = int(packed.sequence_lengths.argmax())
             raise ValueError(
@@ -142,13 +159,28 @@ class CostWiseModel(PreTrainedModel):
             )
         return PackedStates(self.embeddings(token_ids), packed)
 
+    def _rope_parameters(self) -> list[dict[str, Any]]:
+        """Parameters of the rotary embedding, one dict for each layer type where they differ."""
+        rope = self.config.rope_parameters or {}
+        if not self.rotary_by_layer_type:
+            return [rope]
+        return [rope[layer_type] for layer_type in sorted(set(self.config.layer_types))]
+
+    def rotary_embeddings(self, hidden: Tensor, packed: PackedBatch) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of each layer, (1, total_tokens, rotary_dim) each."""
+        if not self.rotary_by_layer_type:
+            return [self.rotary_emb(hidden, packed.position_ids)] * len(self.layers)
+        types = self.config.layer_types[: len(self.layers)]
+        by_type = {name: self.rotary_emb(hidden, packed.position_ids, name) for name in set(types)}
+        return [by_type[name] for name in types]
+
     def run(self, states: PackedStates, setting: Setting, until: int) -> Iterator[tuple[int, Tensor, PackedBatch]]:
         """Bring `states` to `until` layers, yielding what each layer gives before it is compressed.
 
         Yields:
             the number of layers run, (1, total_tokens, hidden) and where the sequences lie in it.
         """
-        position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
+        rotary = self.rotary_embeddings(states.hidden, states.packed)
         for depth in range(states.layers_run + 1, until + 1):
             compresses = setting.compresses_after(depth)
             weighs = compresses and self.config.compress_weights == "attention"
@@ -156,18 +188,18 @@ class CostWiseModel(PreTrainedModel):
                 # Each query weighs the tokens of the passage in its own way.
                 separate = states.apart()
                 states.hidden, states.packed = separate.hidden, separate.packed
-                position_embeddings = self.rotary_emb(states.hidden, states.packed.position_ids)
+                rotary = self.rotary_embeddings(states.hidden, states.packed)
             hidden, row = self.layers[depth - 1](
                 states.hidden,
                 packed=states.packed,
                 last_row=weighs,
                 only_last=False,
-                position_embeddings=position_embeddings,
+                position_embeddings=rotary[depth - 1],
             )
             yield depth, hidden, states.packed
             if compresses:
                 hidden, states.packed = compress(hidden, row, states.packed, setting.compress_ratio)
-                position_embeddings = self.rotary_emb(hidden, states.packed.position_ids)
+                rotary = self.rotary_embeddings(hidden, states.packed)
             states.hidden, states.layers_run = hidden, depth
 
     def read(self, states: PackedStates) -> Tensor:
@@ -178,7 +210,7 @@ class CostWiseModel(PreTrainedModel):
             packed=packed,
             last_row=False,
             only_last=True,
-            position_embeddings=self.rotary_emb(states.hidden, packed.position_ids),
+            position_embeddings=self.rotary_embeddings(states.hidden, packed)[states.layers_run],
         )
         return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
 

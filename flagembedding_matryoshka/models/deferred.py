@@ -7,7 +7,29 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 
 MODEL_TYPES = tuple(
-    f"cost_wise_{name}" for name in ("gemma", "gemma2", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    f"cost_wise_{name}"
+    for name in (
+        "arcee",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma1",
+        "gemma2",
+        "gemma3",
+        "glm4",
+        "granite",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "seed_oss",
+        "smollm3",
+    )
 )
 
 

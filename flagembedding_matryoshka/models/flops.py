@@ -98,7 +98,8 @@ def estimate_flops(
             layer = per_token * tokens + 4 * query_width * int((lengths**2).sum() + (segments**2).sum())
         total += layer
         if setting.compresses_after(depth):
-            total += 2 * query_width * int(lengths.sum() + segments.sum())
+            if config.compress_weights == "attention":
+                total += 2 * query_width * int(lengths.sum() + segments.sum())
             passage = torch.div(passage + setting.compress_ratio - 1, setting.compress_ratio, rounding_mode="floor")
             changed.add(depth)
     return total

@@ -56,8 +56,11 @@ class CostWiseLayer(GradientCheckpointingLayer):
         """
         if only_last:
             return self._last_tokens(hidden_states, **kwargs), None
-        attended = self._attended(kwargs.pop("packed"))
-        return self._all_tokens(hidden_states, *args, packed=attended, last_row=last_row, **kwargs)
+        packed = kwargs.pop("packed")
+        attended = self._attended(packed)
+        return self._all_tokens(
+            hidden_states, *args, packed=attended, position_ids=packed.position_ids, last_row=last_row, **kwargs
+        )
 
     def _attended(self, packed: PackedBatch) -> PackedBatch | Tensor:
         """What attention gets."""
@@ -70,14 +73,20 @@ class CostWiseLayer(GradientCheckpointingLayer):
 
     def _last_tokens(self, hidden: Tensor, position_embeddings: tuple[Tensor, ...], packed: PackedBatch) -> Tensor:
         context, ends, attended = Context(), packed.segment_ends, self._attended(packed)
+        positions = packed.position_ids
         with suppress(ContextKnown):
             whole = super().forward(
-                hidden, position_embeddings=position_embeddings, packed=attended, past_key_values=context
+                hidden,
+                position_embeddings=position_embeddings,
+                position_ids=positions,
+                packed=attended,
+                past_key_values=context,
             )
             return whole[:, ends]  # of a layer that keeps no keys and values
         return super().forward(
             hidden[:, ends],
             position_embeddings=tuple(part[:, ends] for part in position_embeddings),
+            position_ids=positions[:, ends],
             packed=attended,
             past_key_values=context,
             only_last=True,

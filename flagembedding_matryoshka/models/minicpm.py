@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+MINICPM = "minicpm"
+"""The model type, which transformers has no configuration for."""
+
 
 def granite_from_minicpm(stored: dict[str, Any]) -> dict[str, Any]:
     """The configuration of BAAI/bge-reranker-v2-minicpm-layerwise, said in Granite's words.

@@ -147,6 +147,20 @@ class Template:
         return self.passage_format.format(self.passage_instruction, text)
 
     @property
+    def default_instruction(self) -> str:
+        """The instruction of a call that gives none, which may stand in `query_instruction`; "" is none."""
+        is_in_query = self.instructed is not None and self.instructed.get("query_instruction") == INSTRUCTION
+        return self.instruction or (self.query_instruction if is_in_query else "")
+
+    @property
+    def words(self) -> str:
+        """The whole text of a call without an instruction of its own, with {query} and {passage} in their places."""
+        own = self.with_instruction(None)
+        before, behind = (part if isinstance(part, str) else "".join(part) for part in (own.before, own.behind))
+        texts = [own.query("{query}"), own.between, own.passage("{passage}")]
+        return "".join([before, *(texts[::-1] if own.passage_first else texts), behind, own.prompt])
+
+    @property
     def query_end(self) -> str:
         """The words of `query_format` behind the text, which truncation keeps."""
         return _end(self.query_format, self.query_instruction)
@@ -367,10 +381,10 @@ TEMPLATES = {
     "ctxl-v2": Template(
         before="Check whether a given document contains information helpful to answer the query.\n<Document>",
         passage_instruction="",
-        passage_format="{} {}\n",
+        passage_format="{} {}\n<Query>",
         between="",
         query_instruction="",
-        query_format="<Query> {1}{0} ??",
+        query_format=" {1}{0} ??",
         behind="",
         prompt="",
         head_tokens=(0,),

@@ -10,6 +10,8 @@ from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReran
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.setting import Setting
+from tests.chat_templates import DOCUMENT_FIRST, JUDGE, write_cross_encoder
+from tests.qwen import write_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("how does a wing lift", "air flows over the upper side"), ("heat", "a wing")]
@@ -87,6 +89,15 @@ def test_a_revision_is_of_the_adapter_and_not_of_its_base(versions, adapter, tmp
     assert scores("somebody/adapter", revision="stage1", **local) == expected
 
 
+@pytest.mark.usefixtures("offline")
+def test_an_adapter_without_a_configuration_is_read_with_that_of_its_bases_revision(versions, adapter, tmp_path):
+    assert not (adapter / "config.json").exists()
+    cached(tmp_path, "somebody/base", {"v2": versions[1]})
+    cached(tmp_path, "somebody/adapter", {"stage1": adapter})
+    local = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert scores("somebody/adapter", revision="stage1", **local) == scores(versions[1], peft_path=adapter)
+
+
 def with_config(adapter, base, tmp_path):
     """As fine-tuning leaves it: the model's configuration beside the adapter."""
     path = shutil.copytree(adapter, tmp_path / "with_config")
@@ -136,3 +147,25 @@ def test_every_file_is_asked_for_with_the_token(hub, versions, adapter, tmp_path
     hub.asked.clear()
     assert scores("somebody/base", token=False, revision="v2") == scores(versions[1])
     assert {token for _, token in hub.asked} == {None}
+
+
+def test_a_description_is_of_the_files_of_its_revision(hub, tmp_path):
+    prompts = {"task": "Find it."}
+    for revision, template in (("v1", JUDGE), ("v2", DOCUMENT_FIRST)):
+        path = write_cross_encoder(tmp_path / revision, template, prompts=prompts, default_prompt_name="task")
+        hub.add("somebody/reranker", revision, path)
+        reranker = MatryoshkaReranker("somebody/reranker", revision=revision, dtype="float32", devices="cpu")
+        assert reranker.description.instruction.value == "Find it."
+        assert reranker.description.template.value.passage_first == (template is DOCUMENT_FIRST)
+        assert reranker.compute_score(PAIRS) == pytest.approx(scores(path), abs=1e-6)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_cached_checkpoint_is_described_without_the_hub(tmp_path):
+    path = write_cross_encoder(tmp_path / "files", JUDGE)
+    plain = write_causal_lm(tmp_path / "plain")
+    cached(tmp_path, "somebody/reranker", {"main": path})
+    cached(tmp_path, "somebody/mxbai-rerank-base-v2", {"main": plain})
+    local = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert inspect_checkpoint("somebody/reranker", **local).description.template.source == "chat_template.jinja"
+    assert inspect_checkpoint("somebody/mxbai-rerank-base-v2", **local).description.is_assumed  # a Qwen3, not a Qwen2

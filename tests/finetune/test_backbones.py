@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from tests.backbones import BACKBONES, write_raw
+from tests.backbones import THOROUGH, write_raw
 from tests.batches import TokenSequence, collate
 from tests.finetune.runs import WIDTHS, close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
-def raw_path(request, tiny_tokenizer, tmp_path_factory):
-    return write_raw(request.param, tiny_tokenizer, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def raw_path(backbone, tiny_tokenizer, tmp_path_factory):
+    return write_raw(backbone, tiny_tokenizer, tmp_path_factory.mktemp(backbone))
 
 
+@THOROUGH
 @pytest.mark.parametrize("kind", ["adapters", "all_weights", "adapters_on_4_bits"])
 def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_file, tmp_path):
     model_args = {"start_layer": 2, "use_lora": kind != "all_weights", "load_in_4bit": kind == "adapters_on_4_bits"}
@@ -50,6 +51,7 @@ def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_fil
 
 
 @pytest.mark.slow
+@THOROUGH
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(use_lora, raw_path, training_file, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}

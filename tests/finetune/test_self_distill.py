@@ -7,6 +7,7 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker, Setting
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+from tests.checkpoints.test_classifiers import write_classifier
 from tests.finetune.runs import close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,3 +137,24 @@ def test_labelled_rows_and_random_passages_serve_as_well(one_exit, training_file
     run = distil(one_exit, training_file, tmp_path / "out", {"exits": [2, 6]}, {"random_negatives": 0.5})
     run.run()
     assert len(run.trainer.state.log_history) > 1
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_sequence_classifier_gets_other_exits(use_lora, lists, tiny_tokenizer, tmp_path):
+    path = write_classifier("qwen3", tiny_tokenizer, tmp_path / "classifier")
+    model_args = {"exits": [2, 4, 6], "template": "question-passage", "use_lora": use_lora}
+    method = {} if use_lora else {"train_method": "normal"}
+    data = lists if use_lora else tmp_path / "train.jsonl"
+    if not use_lora:
+        rows = [json.loads(line)["passages"] for line in lists.read_text().splitlines()]
+        texts = [{"query": passages[-1][:9], "pos": passages[-1:], "neg": passages[:-1]} for passages in rows]
+        data.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    run = distil(path, data, tmp_path / "out", model_args, learning_rate=1e-2, max_steps=4, **method)
+    run.run()
+    reranker = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert reranker.config.exit_layers == [2, 4, 6]
+    assert reranker.description.template_name.value == "question-passage"
+    scores = scores_of(reranker)
+    assert scores.isfinite().all() and (scores[0] - scores[2]).abs().max() > 1e-3
+    classifier = MatryoshkaReranker(str(path), template="question-passage", dtype="float32", devices="cpu")
+    assert (scores[-1] - scores_of(classifier)).abs().max() > 1e-4

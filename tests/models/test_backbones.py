@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from tests.backbones import BACKBONES, HEAD_TOKEN, layer_wise, write_raw
+from tests.backbones import BACKBONES, ESSENTIAL, HEAD_TOKEN, THOROUGH, layer_wise, write_raw
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,11 +19,6 @@ SEQUENCES = random_sequences(LENGTHS)
 QUERY = "how does a wing lift"
 DOCUMENTS = ["air flows faster over the upper side of a wing.", "a wing", "heat " * 20, "", "air of a wing " * 6]
 PAIRS = [(QUERY, document) for document in DOCUMENTS] + [("what is heat", "heat")]
-
-
-@pytest.fixture(scope="module", params=BACKBONES)
-def backbone(request):
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +51,7 @@ def path(model, tiny_tokenizer, tmp_path_factory):
     return path
 
 
+@ESSENTIAL
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_deepest_exit_is_the_logit_that_transformers_computes(raw_path, plain, attention):
@@ -70,6 +66,7 @@ def test_the_deepest_exit_is_the_logit_that_transformers_computes(raw_path, plai
     close(expected, logits[range(len(last)), last, HEAD_TOKEN], 2e-5)
 
 
+@ESSENTIAL
 @torch.no_grad()
 @EVERY_WIDTH
 @pytest.mark.parametrize("weights", ["attention", "equal"])
@@ -82,6 +79,7 @@ def test_a_batch_scores_as_transformers_layers_on_one_sequence_at_a_time(backbon
     close(scores(model, SEQUENCES, **width), tiny.finish(torch.stack(slow, 1)), 2e-5)
 
 
+@THOROUGH
 @torch.no_grad()
 @EVERY_WIDTH
 def test_a_row_scores_the_same_alone_and_in_any_batch(model, width):
@@ -90,6 +88,7 @@ def test_a_row_scores_the_same_alone_and_in_any_batch(model, width):
     close(scores(model, SEQUENCES[::-1], **width), expected.flip(1))
 
 
+@THOROUGH
 @EVERY_WIDTH
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_all_weights_have_the_gradients_of_transformers_layers(backbone, model, plain, width):
@@ -110,6 +109,7 @@ def test_all_weights_have_the_gradients_of_transformers_layers(backbone, model, 
         close(actual[name].grad, gradient, 2e-5 * max(1, float(gradient.abs().max())))
 
 
+@ESSENTIAL
 @torch.no_grad()
 def test_saving_and_loading_change_no_bit(model, path, tmp_path):
     for again in (AutoModelForCausalLM.from_pretrained(path), type(model).from_pretrained(path, dtype=torch.float32)):
@@ -131,12 +131,14 @@ def all_scores(reranker, pairs=PAIRS, **width):
     return torch.tensor(reranker.compute_score(pairs, cutoff_layers=[2, 4, 6], **width))
 
 
+@ESSENTIAL
 @EVERY_WIDTH
 def test_candidates_that_share_their_query_score_as_alone(reranker, width):
     alone = torch.stack([all_scores(reranker, [pair], **width)[:, 0] for pair in PAIRS], 1)
     close(all_scores(reranker, **width), alone)
 
 
+@THOROUGH
 @EVERY_WIDTH
 def test_a_cascade_is_dropping_by_hand(reranker, width):
     second, full = (reranker.rank(QUERY, DOCUMENTS, cutoff_layers=[layer], **width) for layer in (3, 6))
@@ -147,6 +149,7 @@ def test_a_cascade_is_dropping_by_hand(reranker, width):
     assert [item["corpus_id"] for item in found] == expected
 
 
+@THOROUGH
 def test_what_is_exported_scores_the_same(reranker, tmp_path):
     reranker.export(str(tmp_path), [2, 4])
     part = MatryoshkaReranker(str(tmp_path), dtype="float32", devices="cpu")
@@ -156,6 +159,7 @@ def test_what_is_exported_scores_the_same(reranker, tmp_path):
     close(torch.tensor(actual), torch.tensor(expected), 1e-6)
 
 
+@THOROUGH
 def test_int8_is_close(reranker, path):
     small = MatryoshkaReranker(str(path), dtype="float32", devices="cpu", quantization="int8")
     expected = all_scores(reranker)
@@ -163,6 +167,7 @@ def test_int8_is_close(reranker, path):
     assert 1e-6 < (all_scores(small) - expected).abs().mean() / expected.std() < 0.4
 
 
+@THOROUGH
 def test_nf4_computes_with_the_weights_that_4_bits_hold(reranker, path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     small = MatryoshkaReranker(str(path), dtype="float32", devices="cpu", quantization="nf4")
@@ -176,6 +181,7 @@ def test_nf4_computes_with_the_weights_that_4_bits_hold(reranker, path):
     close(all_scores(small), all_scores(rounded), 1e-4)
 
 
+@THOROUGH
 @EVERY_WIDTH
 def test_operations_are_those_that_torch_counts(reranker, width):
     request = {"cutoff_layers": [2, 5], **width}
@@ -184,8 +190,40 @@ def test_operations_are_those_that_torch_counts(reranker, width):
     assert counter.get_total_flops() == reranker.estimate_flops(PAIRS, **request)
 
 
+@THOROUGH
 def test_a_cross_encoder_gives_the_same_scores(reranker, path):
     encoder = load_cross_encoder(str(path), device="cpu")
     for width in WIDTHS:
         actual = torch.tensor(encoder.predict(PAIRS, cutoff_layers=[4], **width))
         close(actual, torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=[4], **width)))
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE_CONFIGS = {
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    "gemma3_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": LONGROPE,
+        },
+        "head_dim": 8,
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LONGROPE_CONFIGS)
+def test_a_sequence_beyond_the_reach_of_longrope_is_refused(name, tiny_tokenizer, tmp_path):
+    model = layer_wise(write_raw(name, tiny_tokenizer, tmp_path, **copy.deepcopy(LONGROPE_CONFIGS[name])))
+    fits, longer = random_sequences([(32, 0, 0), (33, 0, 0)])
+    assert scores(model, [fits]).isfinite().all()
+    message = "row 1 has 33 tokens, more than original_max_position_embeddings of longrope=32"
+    with pytest.raises(ValueError, match=message):
+        scores(model, [fits, longer])
