@@ -184,7 +184,6 @@ class _Cutter:
         """The fields of a template with query and passage, and with an instruction where the layout has one."""
         order = [name for name in layout.names if name != "instruction"]
         groups = self._groups(layout)
-        lead = self._outer(layout, 0, groups[0][0])
         first_begin = self._cut(layout, groups[0][0], from_end=True)
         first_end, second_begin = self._between(layout, groups[0][1])
         second_end = self._cut(layout, groups[1][1], from_end=False)
@@ -194,17 +193,14 @@ class _Cutter:
             (order[1], groups[1], second_begin, second_end),
         ):
             formats[name] = self._format(layout, start, end, begin, stop)
-        between = layout.words[groups[0][1]][first_end:second_begin]
+        first, last = groups[0][0], groups[1][1]
+        is_before, is_behind = first > 0, last + 1 < len(layout.words)
         return {
-            "before": self._piece(lead, layout.words[groups[0][0]][:first_begin], at_end=False),
+            "before": self._fixed(layout.words[first][:first_begin], layout.words[0] if is_before else None, False),
             "query_format": formats["query"],
-            "between": between,
+            "between": layout.words[groups[0][1]][first_end:second_begin],
             "passage_format": formats["passage"],
-            "behind": self._piece(
-                self._outer(layout, groups[1][1] + 1, len(layout.words)),
-                layout.words[groups[1][1]][second_end:],
-                at_end=True,
-            ),
+            "behind": self._fixed(layout.words[last][second_end:], layout.words[-1] if is_behind else None, True),
             "passage_first": order[0] == "passage",
         }
 
@@ -225,28 +221,19 @@ class _Cutter:
             )
         return found
 
-    def _outer(self, layout: _Layout, start: int, end: int) -> list[str]:
-        """The words and the instruction from `start` on, up to the words at `end`, which are not among them."""
-        parts: list[str] = []
-        for place in range(start, end):
-            if place > 0 and start > 0:
-                parts.append(INSTRUCTION)
-            parts.append(layout.words[place])
-            if start == 0:
-                parts.append(INSTRUCTION)
-        return parts
+    def _fixed(self, own: str, outer: str | None, at_end: bool) -> str | list[str]:
+        """`before` or `behind`: the words beside a text, and the words on the other side of an instruction that stands
+        further out.
 
-    def _piece(self, outer: Sequence[str], own: str, at_end: bool) -> str | list[str]:
-        """`before` or `behind`: the fixed words beside a text, with those around an instruction further out."""
-        if not outer:
+        Args:
+            outer: None if no instruction does.
+        """
+        if outer is None:
             return own
-        words = [part for part in outer if part != INSTRUCTION]
-        if len(words) != 1:
-            raise ValueError(f"the chat template has more texts than instruction, query and document: {outer}")
-        ahead, behind = (own, words[0]) if at_end else (words[0], own)
-        begin = max((ahead.rfind(token) + len(token) for token in self.control if token in ahead), default=0)
-        stops = [behind.find(token) for token in self.control if token in behind]
-        stop = min(stops, default=len(behind))
+        ahead, behind = (own, outer) if at_end else (outer, own)
+        begins, stops = self._control_spans(ahead), self._control_spans(behind)
+        begin = begins[-1][1] if begins else 0
+        stop = stops[0][0] if stops else len(behind)
         return [ahead[:begin], f"{ahead[begin:]}{INSTRUCTION}{behind[:stop]}", behind[stop:]]
 
     def _format(self, layout: _Layout, start: int, end: int, begin: int, stop: int) -> str:

@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
+    Adapter,
+    attach,
     base_of,
-    fetched,
+    merge,
     place_of_config,
+    read_adapter,
+    refuse_other_head,
     refuse_other_heads,
     token_adapter_name,
     token_adapter_ratio,
+    trains_classifier,
     use_token_adapter,
 )
 from flagembedding_matryoshka.checkpoints.describing import (
+    MODULES_FILE,
     Architecture,
     Description,
     Files,
@@ -142,7 +147,7 @@ def inspect_checkpoint(
         ) from error
     refuse_other_classifiers(path, stored)
     architecture: Architecture = "layer-wise" if config.layer_wise else "causal language model"
-    if is_classifier(stored):
+    if is_classifier(stored) or (adapters and not config.layer_wise and trains_classifier(path, **hub)):
         architecture = "sequence classification"
         config.become_classifier()
     is_raw = not config.layer_wise
@@ -177,7 +182,9 @@ def inspect_checkpoint(
             )
         _cut(config, max_layer)
     names = [base, str(Path(readable).resolve())] if Path(readable).exists() else [base]
-    files = Files(described, of_described)
+    files = Files(readable, hub)
+    if described != readable and files.path(MODULES_FILE) is None:  # CrossEncoder writes its files beside an adapter
+        files = Files(described, of_described)
     description = describe(path, files, stored, config, architecture, template, names, trust_remote_code)
     config.template = description.template.value.to_json()
     pinned = {place: revision for place, revision in revisions.items() if revision is not None}
@@ -233,8 +240,8 @@ def load_tokenizer(
         return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
     if _is_llama_sentencepiece(readable, **hub):
         return LlamaTokenizer.from_pretrained(readable, padding_side="right", **hub)
-    stored, _ = PreTrainedConfig.get_config_dict(readable, **hub)
     # transformers knows no MiniCPM: AutoTokenizer would read its configuration as one of no type, and warn of it.
+    stored = Files(readable, hub).json(CONFIG_NAME) or {}  # an adapter may lie beside a tokenizer without one
     config = read_config(readable, **hub) if stored.get("model_type") == MINICPM else None
     return AutoTokenizer.from_pretrained(
         readable,
@@ -244,6 +251,12 @@ def load_tokenizer(
         padding_side="right",
         **hub,
     )
+
+
+def depth_of(checkpoint: Checkpoint, **hub: Any) -> int:
+    """Return how many decoder layers a checkpoint stores, of which fewer may be loaded."""
+    base = resolve(locate(checkpoint.base), hub.get("cache_dir"))
+    return read_config(base, **checkpoint.hub_of(checkpoint.base, hub)).num_hidden_layers
 
 
 def _is_llama_sentencepiece(path: str, **hub: Any) -> bool:
@@ -276,64 +289,105 @@ def load_model(
 ) -> CostWiseForCausalLM:
     """Load the weights and merge the checkpoint's own adapters, then `peft_paths`, one after another.
 
+    Adapters of a raw language model or a sequence classifier are merged before its head becomes the heads of exits.
+    Adapters of the layer-wise model are merged after that, so they come later in the order.
+
     Args:
         hub: as of `hub_options`, but for a revision, which the checkpoint knows.
         attach_token_adapters: keep adapters that make up for a compression ratio apart, switched off, so that
             `use_token_adapter` can choose among them; False merges them as all others.
 
     Raises:
-        FileNotFoundError: if an adapter has no adapter_config.json.
-        ValueError: if two adapters to attach are for the same ratio, an adapter is for the heads of other exits, or the
+        FileNotFoundError: if an adapter has no adapter_config.json or no weights.
+        ValueError: if an adapter cannot be merged, is for another model, for the heads of other exits, or changes the
+            vocabulary head of a model that has none; if two adapters to attach are for the same ratio; or if the
             tokenizer has tokens that the model has no embedding of.
     """
     logger.info(checkpoint.description.summary)
-    adapters = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
-    _refuse_other_vocabulary(checkpoint, tokenizer)
-    for adapter in adapters:
-        if find_adapter_config_file(adapter, **checkpoint.hub_of(adapter, hub)) is None:
-            raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {adapter}")
-        refuse_other_heads(adapter, checkpoint.config, **checkpoint.hub_of(adapter, hub))
+    paths = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
+    for path in paths:
+        if find_adapter_config_file(path, **checkpoint.hub_of(path, hub)) is None:
+            raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {path}")
+        refuse_other_heads(path, checkpoint.config, **checkpoint.hub_of(path, hub))
+    adapters = [read_adapter(path, **checkpoint.hub_of(path, hub)) for path in paths]
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
+    stored, depth = read_config(base, **of_base), depth_of(checkpoint, **hub)
+    _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     self_check(causal_lm_class(config), config)
-    model = causal_lm_class(config).from_pretrained(base, config=config, dtype=dtype, **of_base)
+    remaining = list(adapters)
+
+    def adapt(model: Any) -> Any:
+        while remaining and not remaining[0].of_exits:
+            if remaining[0].has_score and isinstance(model, CostWiseForCausalLM):
+                raise ValueError(
+                    f"the adapter {remaining[0].path} brings the head of a sequence classifier, but {checkpoint.path} "
+                    "is loaded as a language model. Give the adapter's directory itself as the model."
+                )
+            model = merge(model, remaining.pop(0), depth)
+        return model
+
+    model = causal_lm_class(config).from_pretrained(
+        base,
+        config=config,
+        dtype=dtype,
+        adapt=adapt,
+        as_classifier=bool(checkpoint.adapters) and adapters[0].has_score,
+        **of_base,
+    )
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
     # on any machine, not the cache that a GGUF was converted into.
     if located != checkpoint.base:
         model.name_or_path = checkpoint.base
     elif Path(located).exists():
         model.name_or_path = str(Path(located).absolute())
-    attached: dict[int, str] = {}
-    for adapter in adapters:
-        of_adapter = checkpoint.hub_of(adapter, hub)
-        ratio = token_adapter_ratio(adapter, **of_adapter) if attach_token_adapters else None
+    attached: dict[int, Adapter] = {}
+    for adapter in remaining:
+        refuse_other_head(adapter, checkpoint.base, None if stored.layer_wise else remaining[0].path)
+        ratio = None
+        if attach_token_adapters:
+            ratio = token_adapter_ratio(adapter.path, **checkpoint.hub_of(adapter.path, hub))
         if ratio is None:
-            model = PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), **of_adapter).merge_and_unload()
+            model = merge(model, adapter, depth)
         elif ratio in attached:
-            raise ValueError(f"{attached[ratio]} and {adapter} are both token adapters for compress_ratio={ratio}.")
+            raise ValueError(
+                f"{attached[ratio].path} and {adapter.path} are both token adapters for compress_ratio={ratio}."
+            )
         else:
             attached[ratio] = adapter
     for ratio, adapter in attached.items():
         # Adapters go into the model's own layers; the wrapper around it is not needed.
-        of_adapter = checkpoint.hub_of(adapter, hub)
-        name = token_adapter_name(ratio)
-        PeftModel.from_pretrained(model, fetched(adapter, **of_adapter), adapter_name=name, **of_adapter)
+        attach(model, adapter, depth, token_adapter_name(ratio))
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
 
 
-def _refuse_other_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+def _refuse_other_vocabulary(
+    checkpoint: Checkpoint, stored: CostWiseConfig, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[Adapter]
+) -> None:
+    """Raise ValueError if texts or the score need tokens that neither the base (`stored`) nor an adapter has."""
+    embeddings, rows = (
+        max([stored.vocab_size, *(adapter.rows(module) for adapter in adapters if not adapter.of_exits)])
+        for module in ("embed_tokens", "lm_head")
+    )
+    if stored.tie_word_embeddings:
+        embeddings = rows = max(embeddings, rows)
     # Special tokens may have been added beyond the embedding: no text becomes one, and padding is never embedded.
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     of_text = set(tokenizer.get_vocab().values()) - special
-    size = checkpoint.config.vocab_size
-    if beyond := [index for index in of_text if index >= size]:
+    if beyond := [index for index in of_text if index >= embeddings]:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {size}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but {checkpoint.base} has embeddings of {embeddings}: "
             f"{len(beyond)} tokens that texts become have none. It belongs to another model."
+        )
+    head = checkpoint.config.head_token_id if checkpoint.from_raw else None
+    if beyond := [index for index in ([head] if isinstance(head, int) else head or ()) if index >= rows]:
+        raise ValueError(
+            f"the score is the logit of the tokens {beyond}, but the vocabulary head of {checkpoint.base} with its "
+            f"adapters has {rows} rows."
         )

@@ -24,7 +24,16 @@ logger = logging.get_logger(__name__)
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Files of weights, in the order in which transformers looks for them; each may be in shards, with an index."""
-OF_AN_ADAPTER = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+OF_AN_ADAPTER = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+)
 """Fields of an adapter's configuration that say what its weights do."""
 NOTED_FROM = 2**26
 """Bytes from which on a file's hash is noted in the cache."""

@@ -3,10 +3,10 @@
 flagembedding-matryoshka rank --model smollm2 --input lists.jsonl --output ranked.jsonl --top_k 10
 
 A line is {"query": …, "documents": […]}, where "passages" is another name of the documents, ["query", "document", …],
-or the query and its documents with tabs between them. A document is a string, or an object with "text". The line is
-written back with "ranking" in place of the documents, the best first: "corpus_id", which is the document's place in
-the line from 0, "score", and what else the document has. An output that is there is continued behind its last whole
-line.
+or the query and its documents with tabs between them. A document is a string, or an object with "text". A line that is
+an object may have an "instruction" of its own, which goes before --instruction. The line is written back with "ranking"
+in place of the documents, the best first: "corpus_id", which is the document's place in the line from 0, "score", and
+what else the document has. An output that is there is continued behind its last whole line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Rank(Job):
         lists = [row[name_of(row, DOCUMENTS)] for row in rows]
         texts = [[text_of(document) for document in documents] for documents in lists]
         queries = [row["query"] for row in rows]
-        rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **self.call)
+        own = [row.get("instruction") for row in rows]
+        instructed: dict[str, Any] = {} if own == [None] * len(own) else {"instruction": own}
+        rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **self.call, **instructed)
         return [
             [hit | _beside(documents[hit["corpus_id"]], hit) for hit in ranking]
             for documents, ranking in zip(lists, rankings, strict=True)

@@ -44,7 +44,8 @@ def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
 
 
 def as_pair(value: Any) -> Row:
-    """A row with `query` and either `passage` or `document`, strings, of an object or of a list of the two.
+    """A row with `query` and either `passage` or `document`, strings, of an object or of a list of the two; an object
+    may have an `instruction`, a string or None.
 
     Raises:
         ValueError: if it is none.
@@ -62,7 +63,7 @@ def as_pair(value: Any) -> Row:
 
 def as_list(value: Any) -> Row:
     """A row with `query` and either `documents` or `passages`, each of them a string or an object with a string `text`,
-    of an object or of a list of a query and its documents.
+    of an object or of a list of a query and its documents; an object may have an `instruction`, a string or None.
 
     Raises:
         ValueError: if it is none.
@@ -126,6 +127,8 @@ def _with_query(value: Any) -> Row:
         raise ValueError(f"an object or an array is wanted, got {excerpt(value)}")
     if not isinstance(value.get("query"), str):
         raise ValueError(f"query must be a string, got {excerpt(value.get('query'))}")
+    if not isinstance(value.get("instruction"), str | None):
+        raise ValueError(f"instruction must be a string, got {excerpt(value['instruction'])}")
     return value
 
 

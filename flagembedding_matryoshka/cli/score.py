@@ -3,8 +3,9 @@
 flagembedding-matryoshka score --model smollm2 --input pairs.jsonl --output scored.jsonl
 
 A line is {"query": …, "passage": …}, where "document" is another name of the passage, ["query", "passage"], or the two
-with a tab between them. It is written back with "score" and all else that it has; with several --cutoff_layers
-"score" is a list, in their order. An output that is there is continued behind its last whole line.
+with a tab between them. An object may have an "instruction" of its own, which goes before --instruction. The line is
+written back with "score" and all else that it has; with several --cutoff_layers "score" is a list, in their order. An
+output that is there is continued behind its last whole line.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from flagembedding_matryoshka.cli.job import Job, add_files, run_job
 from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
 class Score(Job):
@@ -34,7 +36,9 @@ class Score(Job):
 
     def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
         pairs = [(row["query"], row[name_of(row, PASSAGE)]) for row in rows]
-        scores: list[Any] = reranker.compute_score(pairs, show_progress_bar=False, **self.call)
+        own = [row.get("instruction") for row in rows]
+        inputs = pairs if own == [None] * len(own) else _tokenized(reranker, pairs, own)
+        scores: list[Any] = reranker.compute_score(inputs, show_progress_bar=False, **self.call)
         return [list(of_pair) for of_pair in zip(*scores, strict=True)] if isinstance(scores[0], list) else scores
 
 
@@ -42,6 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_files(parser)
     return parser
+
+
+def _tokenized(
+    reranker: MatryoshkaReranker, pairs: Sequence[tuple[str, str]], instructions: Sequence[str | None]
+) -> list[TokenizedPair]:
+    """Pairs with an instruction each; None is the re-ranker's own. Those of one instruction are tokenised together."""
+    places: dict[str | None, list[int]] = {}
+    for place, instruction in enumerate(instructions):
+        places.setdefault(instruction, []).append(place)
+    found: dict[int, TokenizedPair] = {}
+    for instruction, own in places.items():
+        found |= zip(own, reranker.tokenize([pairs[place] for place in own], instruction=instruction), strict=True)
+    return [found[place] for place in range(len(pairs))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -63,8 +63,8 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules that get an adapter (default: all linear ones of the decoder's layers, and linear_head, "
-            "the scoring heads)."
+            "help": "Modules that get an adapter: names, a single regular expression, or all-linear (default: all "
+            "linear ones of the decoder's layers, and linear_head, the scoring heads)."
         },
     )
     modules_to_save: list[str] | None = field(

@@ -19,9 +19,9 @@ from FlagEmbedding.abc.finetune.reranker import (
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.checkpoints.adapters import refuse_other_heads
+from flagembedding_matryoshka.checkpoints.adapters import attach, read_adapter, refuse_other_head, refuse_other_heads
 from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
-from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
 from flagembedding_matryoshka.finetune.checkpoints import resolve
@@ -38,6 +38,7 @@ from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArg
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.finetune.rows import load_files, sampled
 from flagembedding_matryoshka.finetune.sharding import whole_while_loading
+from flagembedding_matryoshka.finetune.targets import as_peft_takes_them, refuse_unknown_modules
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
 from flagembedding_matryoshka.finetune.words import count_words, refuse_misplaced, template_of_rows
@@ -162,6 +163,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
         raw_peft = [locate(path) for path in args.raw_peft or []]
         if args.use_lora:
             self._refuse_to_replace([checkpoint.base, *checkpoint.adapters, *raw_peft])
+        if args.use_lora and args.from_peft is None:
+            targets = as_peft_takes_them(args.target_modules)
+            refuse_unknown_modules(checkpoint.config, targets, args.modules_to_save)
         with whole_while_loading(self.training_args):
             model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)
         if args.load_in_4bit:
@@ -173,7 +177,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             model.config.base_exits = checkpoint.config.base_exits
         model.config.compensation = self._compensation()
         cross_encoder = MatryoshkaRerankerModel(
-            self._add_adapters(model) if args.use_lora else model,
+            self._add_adapters(model, depth_of(checkpoint, **self._hub)) if args.use_lora else model,
             tokenizer,
             self.method,
             self.training_args.per_device_train_batch_size,
@@ -230,18 +234,19 @@ class MatryoshkaRunner(AbsRerankerRunner):
             return torch.bfloat16
         return torch.float16 if self.training_args.fp16 else torch.float32
 
-    def _add_adapters(self, model: CostWiseForCausalLM) -> PeftModel:
+    def _add_adapters(self, model: CostWiseForCausalLM, depth: int) -> PeftModel:
         args = self.model_args
         if args.from_peft is not None:
-            adapter = locate(args.from_peft)
-            refuse_other_heads(adapter, model.config, **self._hub)
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True, **self._hub)
+            adapter = read_adapter(locate(args.from_peft), **self._hub)
+            refuse_other_heads(adapter.path, model.config, **self._hub)
+            refuse_other_head(adapter, "the model that learns")
+            return attach(model, adapter, depth, is_trainable=True)
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            target_modules=args.target_modules or model.linear_names,
+            target_modules=as_peft_takes_them(args.target_modules) or model.linear_names,
             modules_to_save=args.modules_to_save,
         )
         return get_peft_model(model, config)

@@ -10,6 +10,7 @@ from typing import Any
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
+from flagembedding_matryoshka.inference.normalizing import Normalizer
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call, resolve_ranking
 from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_min_score, refuse_too_short, score_lists
@@ -170,17 +171,17 @@ class RankingReranker(PlannedReranker):
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
         call, show_progress_bar = self._call(cascade, deadline, overrides)
-        if min_score is not None:
-            refuse_min_score(min_score, call)
-        own = None if instructions is None else [replace(call.options, instruction=one) for one in instructions]
-        for options in own or (call.options,):
-            options.template(self._pair_tokenizer)
-        exits = [] if deadline is None else [layer for layer in self.config.exit_layers if layer <= call.setting.depth]
-        normalize = self._normalizer(call.options, call.setting, exits)
+        normalize = self._normalizer_of(call, min_score)
+        own = None
+        if instructions is not None:
+            own = [call.options if one is None else replace(call.options, instruction=one) for one in instructions]
+            for options in {one.instruction: one for one in own}.values():
+                self._normalizer_of(replace(call, options=options), min_score)
         chunking = Chunking.of(call.options, self._pair_tokenizer, **of_chunks)
         total = total if chunking is None else None
 
         def checked() -> Generator[Candidates, None, None]:
+            number = -1
             for number, (query, documents) in enumerate(lists):
                 if own is None:
                     candidates = Candidates.of(query, documents, chunking)
@@ -194,16 +195,24 @@ class RankingReranker(PlannedReranker):
                 if top_k is not None and cascade is not None:
                     refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
                 yield candidates
+            if own is not None and number + 1 < len(own):
+                raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
         shown = (top_k, return_documents, normalize, min_score, total, show_progress_bar)
         return rank_lists(self._run, checked(), call, *shown)
 
     def cut_chunks(
-        self, query: str, documents: Sequence[str], max_chunks_per_doc: int | None = None, overlap: int = 0
+        self,
+        query: str,
+        documents: Sequence[str],
+        max_chunks_per_doc: int | None = None,
+        overlap: int = 0,
+        **overrides: Any,
     ) -> list[CutDocument]:
         """The chunks of each document, tokenised beside the query, that `rank` scores with these arguments; errors as
         there."""
-        chunking = Chunking.of(resolve_call(self, {})[0], self._pair_tokenizer, True, max_chunks_per_doc, overlap)
+        options, _ = resolve_call(self, overrides)
+        chunking = Chunking.of(options, self._pair_tokenizer, True, max_chunks_per_doc, overlap)
         assert chunking is not None
         return chunking.cut(query, documents)
 
@@ -212,7 +221,6 @@ class RankingReranker(PlannedReranker):
         lists: Iterable[Iterable[TokenizedPair]],
         cascade: Mapping[int, float] | None = None,
         deadline_ms: float | None = None,
-        min_score: float | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
@@ -244,6 +252,27 @@ class RankingReranker(PlannedReranker):
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
         """What `rank` runs with these arguments of it; errors as there."""
         return resolve_ranking(self, overrides, cascade)[1]
+
+    def normalizer(
+        self,
+        cascade: Mapping[int, float] | None = None,
+        deadline_ms: float | None = None,
+        min_score: float | None = None,
+        **overrides: Any,
+    ) -> Normalizer | None:
+        """What `rank` with these arguments turns raw scores into, given them and the exit at which they were read; None
+        leaves them raw. Errors as there."""
+        return self._normalizer_of(self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)[0], min_score)
+
+    def _normalizer_of(self, call: Call, min_score: float | None) -> Normalizer | None:
+        """Check what a ranking needs beside its setting: a place for the instruction, a calibration of each exit, and
+        scores that `min_score` can be compared with."""
+        if min_score is not None:
+            refuse_min_score(min_score, call)
+        call.options.template(self._pair_tokenizer)
+        layers, depth = self.config.exit_layers, call.setting.depth
+        exits = [] if call.deadline is None else [layer for layer in layers if layer <= depth]
+        return self._normalizer(call.options, call.setting, exits)
 
 
 def _instructions(overrides: Mapping[str, Any]) -> tuple[Sequence[str | None] | None, dict[str, Any]]:

@@ -169,7 +169,8 @@ def refuse_min_score(min_score: Any, call: Call) -> None:
     if not isinstance(min_score, Real) or isinstance(min_score, bool) or math.isnan(min_score):
         raise ValueError(f"min_score is {min_score!r}, but must be a number.")
     if call.is_cascade and not math.isinf(min_score) and call.options.normalize != CALIBRATED:
-        several = "a deadline" if call.deadline is not None else f"cascade={dict(call.setting.cascade)}"
+        of_deadline = None if call.deadline is None else f"deadline_ms={call.deadline.seconds * 1000:g}"
+        several = of_deadline or f"cascade={dict(call.setting.cascade)}"
         raise ValueError(
             f"min_score={min_score} beside {several}: scores of different exits do not mean the same, unless "
             f"normalize={CALIBRATED!r}."

@@ -90,6 +90,7 @@ class MatryoshkaRanker:
         top_k: int | None = None,
         scale_score: bool | None = None,
         score_threshold: float | None = None,
+        instruction: str | None = None,
     ) -> dict[str, list[Document]]:
         """Copies of the best documents; `top_k` and the others override the ranker's own."""
         best: dict[str, Document] = {}
@@ -105,6 +106,7 @@ class MatryoshkaRanker:
             self.top_k if top_k is None else top_k,
             score_threshold,
             normalize=scale_score,
+            instruction=instruction,
         )
         return {"documents": [replace(documents[index], score=score) for index, score in found]}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 QUERIES_AT_ONCE = 1024
 WITHOUT_EFFECT = ("normalize", "show_progress_bar", "return_documents")
+THRESHOLDS = ("min_score", "score_threshold")
 TAKEN = ("batch_size", "show_progress_bar")
 """What may be among `encode_kwargs`: mteb itself sets both."""
 
@@ -44,6 +45,10 @@ class MatryoshkaSearch:
     mteb keeps results by name, revision and `experiment_kwargs`; all that scores depend on is in one of them, so that
     no setting finds another's. `encode_kwargs` are not, and only mteb's own are taken; its `batch_size` is for
     encoders: pairs are put together as the re-ranker says.
+
+    If the model's template has a place for an instruction, a query's own instruction stands there; of queries without
+    one the option `instruction`, or else the task's prompt. If it has none, a query's own instruction stands behind the
+    query, as mteb puts it, and a task's prompt is not used.
 
     Args:
         reranker: or the path of one.
@@ -64,7 +69,10 @@ class MatryoshkaSearch:
     ) -> None:
         if given := sorted(set(options) & set(WITHOUT_EFFECT)):
             raise ValueError(f"{given} would change nothing that mteb measures; leave it out.")
+        if given := sorted(set(options) & set(THRESHOLDS)):
+            raise ValueError(f"{given} would leave out candidates, which mteb then takes for irrelevant.")
         self._ranking = Ranking(reranker, **options)
+        self._ranking.check()
         self.mteb_model_meta = _model_meta(self._ranking, name, revision)
         self._passages: dict[str, str] | None = None
 
@@ -98,7 +106,7 @@ class MatryoshkaSearch:
         """The best `top_k` of each query's candidates, {query: {passage: score}}; a query without any has none.
 
         Args:
-            queries: text, and behind it the instruction, of tasks that have one.
+            queries: text, and the instruction of tasks that have one for each query.
             top_ranked: the candidates.
 
         Raises:
@@ -116,7 +124,12 @@ class MatryoshkaSearch:
             )
         if self._passages is None:
             raise ValueError("search comes after index, which has the passages.")
-        texts = dict(_texts(queries, task_metadata, PromptType("query"), num_proc))
+        reranker, options = self._ranking.load(), dict(self._ranking.options)
+        instructions: dict[str, str | None] = {}
+        if _has_place(reranker):
+            texts, instructions = _apart(queries, task_metadata, num_proc, _instruction_of(reranker, options))
+        else:
+            texts = dict(_texts(queries, task_metadata, PromptType("query"), num_proc))
         without = [query for query in texts if not top_ranked.get(query)]
         if without:
             logger.warning("%d queries have no candidates and find nothing, such as %r", len(without), without[0])
@@ -126,10 +139,12 @@ class MatryoshkaSearch:
         for start in range(0, len(ranked), QUERIES_AT_ONCE):
             some = ranked[start : start + QUERIES_AT_ONCE]
             names = [list(top_ranked[query]) for query in some]
-            rankings = self._ranking.load().rank_batch(
+            if instructions:
+                options["instruction"] = [instructions[query] for query in some]
+            rankings = reranker.rank_batch(
                 [texts[query] for query in some],
                 [[self._passage(query, passage) for passage in ids] for query, ids in zip(some, names, strict=True)],
-                **self._ranking.options,
+                **options,
                 normalize=False,
                 show_progress_bar=show_progress_bar,
             )
@@ -156,12 +171,45 @@ def _texts(
         yield from zip(batch["id"], batch["text"], strict=True)
 
 
+def _has_place(reranker: MatryoshkaReranker) -> bool:
+    """Whether the model's template has a place for an instruction."""
+    return Template.load(reranker.config.template).instructed is not None
+
+
+def _instruction_of(reranker: MatryoshkaReranker, options: Mapping[str, Any]) -> str | None:
+    """The instruction that the caller gave, not the checkpoint's own."""
+    return reranker.instruction if options.get("instruction") is None else options["instruction"]
+
+
+def _apart(
+    queries: QueryDatasetType, task_metadata: TaskMetadata, num_proc: int | None, given: str | None
+) -> tuple[dict[str, str], dict[str, str | None]]:
+    """The text and the instruction of each query.
+
+    Args:
+        given: the caller's instruction, of queries without one; None is the task's prompt.
+    """
+    prompt = task_metadata.prompt
+    of_task: Any = prompt.get("query") if isinstance(prompt, dict) else prompt
+    texts: dict[str, str] = {}
+    instructions: dict[str, str | None] = {}
+    loader = create_dataloader(queries, task_metadata=task_metadata, prompt_type=PromptType("query"), num_proc=num_proc)
+    for batch in loader:
+        own = batch.get("instruction") or [None] * len(batch["id"])
+        for query, text, instruction in zip(batch["id"], batch["query"], own, strict=True):
+            texts[query] = text
+            instructions[query] = instruction or (of_task if given is None else given)
+    return texts, instructions
+
+
 def _model_meta(ranking: Ranking, name: str | None, revision: str | None) -> ModelMeta:
     """Under `experiment_kwargs` the setting, lengths, and words that are not the checkpoint's own."""
     reranker, options = ranking.load(), dict(ranking.options)
     cascade = options.pop("cascade", None)
     chosen, setting = resolve_ranking(reranker, options, cascade)
     own = asdict(Template.load(reranker.config.template))
+    given = _instruction_of(reranker, options)
+    instructed = {"instruction": "the task's" if given is None else given} if _has_place(reranker) else {}
     words = {
         "query_instruction": chosen.query_instruction_for_rerank,
         "query_format": chosen.query_instruction_format,
@@ -196,5 +244,6 @@ def _model_meta(ranking: Ranking, name: str | None, revision: str | None) -> Mod
             "query_max_length": chosen.query_max_length,
             "max_length": chosen.max_length,
             **{name: text for name, text in words.items() if text != own[name]},
+            **instructed,
         },
     )

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.inference.options import CALIBRATED, DEPTH_AND_WIDTH, ScoringOptions
+from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import as_stages
 
 OF_LOADING = {"device", *signature(MatryoshkaReranker).parameters} - {"model_name_or_path"}
 OF_RANKING = {
-    *("cascade", "compress_layer", "deadline_ms", "show_progress_bar"),
+    *("cascade", "compress_layer", "deadline_ms", "min_score", "show_progress_bar"),
     *DEPTH_AND_WIDTH,
     *(field.name for field in fields(ScoringOptions)),
 }
@@ -31,18 +31,19 @@ class Ranking:
         reranker: or the path of one, which `load` loads.
         meta_fields_to_embed: metadata that stands before a text, where there is some of that name.
         embedding_separator: what stands between them.
-        score_threshold: texts with a lower score are left out; of the scores that are returned, which mean the same at
-            the several exits of a cascade or a deadline only with `normalize="calibrated"`.
+        score_threshold: another name of `min_score`: texts with a lower score are left out; of the scores that are
+            returned, which mean the same at the several exits of a cascade or a deadline only with
+            `normalize="calibrated"`.
         options: what `MatryoshkaReranker.rank` takes: `cutoff_layers`, `compress_layers`, `compress_ratio`, `cascade`,
-            `normalize`, …; with a path also what its constructor takes: `devices` (or `device`), `dtype`, `budget`,
-            `token`, `revision`, … None keeps a default.
+            `normalize`, `instruction`, `min_score`, …; with a path also what its constructor takes: `devices` (or
+            `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
 
     Attributes:
         options: those that are given to each call.
 
     Raises:
         TypeError: if an option is unknown, or one of loading is given with a re-ranker that is loaded.
-        ValueError: if `score_threshold` is not a number, or a device is given twice.
+        ValueError: if `min_score` is not a number, or it or a device is given twice.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Ranking:
             raise TypeError(f"meta_fields_to_embed must be a list of names, got the string {meta_fields_to_embed!r}.")
         if "device" in given and "devices" in given:
             raise ValueError(f"device={given['device']!r} and devices={given['devices']!r}: give one of them.")
-        self.score_threshold = _threshold(score_threshold)
+        self.min_score = _least(score_threshold, given.pop("min_score", None))
         self.meta_fields_to_embed = list(meta_fields_to_embed or ())
         self.embedding_separator = embedding_separator
         self.given = given
@@ -91,8 +92,7 @@ class Ranking:
 
     def check(self, top_k: int | None = None) -> None:
         """Load the re-ranker, and raise what `rank` raises with these options."""
-        self._refuse_several_exits(self.score_threshold, self.options)
-        self.load().rank("", [], top_k, **self.options)
+        self._rank("", [], top_k, self.min_score, self.options)
 
     def __call__(
         self,
@@ -111,32 +111,18 @@ class Ranking:
             overrides: of `MatryoshkaReranker.rank`; as with `score_threshold`, None keeps the ranking's own.
 
         Raises:
-            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `score_threshold` would be compared
-                with scores of different exits.
+            TypeError, ValueError: as `MatryoshkaReranker.rank`.
         """
-        least = self.score_threshold if score_threshold is None else _threshold(score_threshold)
+        own = _least(score_threshold, overrides.pop("min_score", None))
         texts = [self._text(content, found) for content, found in self._described(contents, metadata)]
         given = {name: value for name, value in overrides.items() if value is not None}
-        self._refuse_several_exits(least, self.options | given)
-        hits = self.load().rank(query, texts, top_k, **self.options | given)
-        found = [(int(hit["corpus_id"]), float(hit["score"])) for hit in hits]
-        return [(index, score) for index, score in found if least is None or score >= least]
+        hits = self._rank(query, texts, top_k, self.min_score if own is None else own, self.options | given)
+        return [(int(hit["corpus_id"]), float(hit["score"])) for hit in hits]
 
-    def _refuse_several_exits(self, least: float | None, options: Mapping[str, Any]) -> None:
-        """Raise ValueError if scores that do not mean the same are compared with `least`."""
-        if least is None or math.isinf(least):
-            return
-        reranker = self.load()
-        normalize = reranker.normalize if options.get("normalize") is None else options["normalize"]
-        of_setting = {name: options[name] for name in options if name not in ("show_progress_bar", "deadline_ms")}
-        cascade = dict(reranker.setting(**of_setting).cascade)
-        deadline = options.get("deadline_ms")
-        several = [f"cascade={cascade}"] * bool(cascade) + [f"deadline_ms={deadline}"] * (deadline is not None)
-        if several and normalize != CALIBRATED:
-            raise ValueError(
-                f"score_threshold={least} beside {' and '.join(several)}: scores of different exits do not mean the "
-                f"same, unless normalize={CALIBRATED!r}."
-            )
+    def _rank(
+        self, query: str, texts: Sequence[Any], top_k: int | None, least: float | None, options: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        return self.load().rank(query, texts, top_k, min_score=least, **options)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's, as JSON can hold them but for the keys of a cascade.
@@ -149,7 +135,7 @@ class Ranking:
         own = {
             "meta_fields_to_embed": self.meta_fields_to_embed or None,
             "embedding_separator": None if self.embedding_separator == "\n" else self.embedding_separator,
-            "score_threshold": self.score_threshold,
+            "score_threshold": self.min_score,
         }
         return {
             "reranker": self._path,
@@ -183,9 +169,17 @@ def _ranking(arguments: dict[str, Any]) -> Ranking:
     return Ranking(**arguments)
 
 
-def _threshold(value: float | None) -> float | None:
+def _least(score_threshold: float | None, min_score: float | None) -> float | None:
+    """The one of both that is given.
+
+    Raises:
+        ValueError: if both are, or it is not a number.
+    """
+    if score_threshold is not None and min_score is not None:
+        raise ValueError(f"score_threshold={score_threshold!r} and min_score={min_score!r}: give one of them.")
+    name, value = ("score_threshold", score_threshold) if min_score is None else ("min_score", min_score)
     if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value)):
-        raise ValueError(f"score_threshold is {value!r}, but must be a number.")
+        raise ValueError(f"{name} is {value!r}, but must be a number.")
     return value
 
 

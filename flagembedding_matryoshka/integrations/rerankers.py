@@ -59,8 +59,12 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
         metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int | None = None,
         max_sequence_length: int | None = None,
+        instruction: str | None = None,
     ) -> RankedResults:
         """All documents, the best first. With a cascade, ranks and not scores say their order.
+
+        Args:
+            instruction: None is the ranker's own, "" is none.
 
         Raises:
             TypeError: if a document has no text, as an image.
@@ -73,6 +77,7 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
             [document.metadata for document in documents],
             batch_size=batch_size,
             max_length=max_sequence_length,
+            instruction=instruction,
         )
         results = [Result(documents[index], score, rank) for rank, (index, score) in enumerate(found, start=1)]
         return RankedResults(results, query, has_scores="cascade" not in self._ranking.given)

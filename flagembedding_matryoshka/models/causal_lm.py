@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -20,6 +20,22 @@ from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPa
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
 
 logger = logging.get_logger(__name__)
+
+
+class _Classifier(nn.Module):
+    """Module names of a sequence classifier of transformers."""
+
+    def __init__(self, config: CostWiseConfig, model: CostWiseModel, score: nn.Linear) -> None:
+        super().__init__()
+        self.config, self.model, self.score = config, model, score
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.model.get_input_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in transformers."""
+        return self.model.resize_token_embeddings(*args, **kwargs)
 
 
 class CostWiseForCausalLM(PreTrainedModel):
@@ -59,11 +75,20 @@ class CostWiseForCausalLM(PreTrainedModel):
         pretrained_model_name_or_path: str | PathLike[str],
         *args: Any,
         config: CostWiseConfig | None = None,
+        adapt: Callable[[Any], Any] | None = None,
+        as_classifier: bool = False,
         **kwargs: Any,
     ) -> Any:
         """As in transformers; a layer-wise `config` also turns a raw checkpoint into a re-ranker.
 
         Where `config.base_exits` are set, they are the checkpoint's own, and what comes back has those of `config`.
+
+        Args:
+            adapt: A callable that gets a raw checkpoint while it has the head and the module names of transformers'
+                own language model (`lm_head`) or sequence classifier (`score`), and returns the model to go on with.
+                It is not called for a layer-wise checkpoint.
+            as_classifier: Read the decoder of a raw language model as that of a sequence classifier. Its `score` head
+                starts at random, so `adapt` must set it.
 
         Raises:
             ValueError: if the checkpoint is of another backbone, is raw and `config` does not say which exits it gets,
@@ -71,9 +96,11 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         stored = cls.config_class.read(pretrained_model_name_or_path, **hub)
-        if not stored.layer_wise and any(
+        has_score = not stored.layer_wise and any(
             name.endswith("ForSequenceClassification") for name in stored.architectures or ()
-        ):
+        )
+        is_classifier = has_score or (as_classifier and not stored.layer_wise)
+        if is_classifier:
             stored.become_classifier()
             kwargs["key_mapping"] = {r"^score\.": "lm_head.0.linear_head."}
         config = stored if config is None else config
@@ -88,9 +115,10 @@ class CostWiseForCausalLM(PreTrainedModel):
                 "its own attention. Leave the argument out."
             )
         exits = config.exit_layers
-        if config.base_exits is not None:
+        if config.base_exits is not None or config.vocab_size != stored.vocab_size:
             config = copy.deepcopy(config)
-            config.exits = config.base_exits
+            config.vocab_size = stored.vocab_size  # an adapter may bring more embeddings than its base has
+            config.exits = config.exits if config.base_exits is None else config.base_exits
         if not stored.layer_wise:
             config = copy.deepcopy(config)
             config.layer_wise = False
@@ -107,6 +135,9 @@ class CostWiseForCausalLM(PreTrainedModel):
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
         model, info = loaded
+        if is_classifier and not has_score:
+            info["unexpected_keys"].discard("lm_head.weight")
+            info["missing_keys"].discard("lm_head.0.linear_head.weight")
         if "key_mapping" in kwargs:
             model._weight_conversions = []  # transformers would save the head under its former name
         unknown = [name for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name]
@@ -117,10 +148,21 @@ class CostWiseForCausalLM(PreTrainedModel):
         if info["missing_keys"]:
             raise ValueError(f"{pretrained_model_name_or_path} lacks the weights {sorted(info['missing_keys'])[:5]}.")
         if not config.layer_wise:
+            if adapt is not None:
+                model = adapt(model)
             model._become_layer_wise()
-        elif config.base_exits is not None:
-            model._use_exits(exits)
+        else:
+            if is_classifier and adapt is not None:
+                model._adapt_classifier(adapt)
+            if config.base_exits is not None:
+                model._use_exits(exits)
         return (model, info) if wants_info else model
+
+    def _adapt_classifier(self, adapt: Callable[[Any], Any]) -> None:
+        """Let `adapt` see the decoder and the head of the only exit under the names of transformers' classifiers."""
+        (head,) = self.lm_head
+        classifier = adapt(_Classifier(self.config, self.model, head.linear_head))
+        self.model, head.linear_head = classifier.model, classifier.score
 
     def _become_layer_wise(self) -> None:
         """Replace the vocabulary head by one scoring head per exit."""

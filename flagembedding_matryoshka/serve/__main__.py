@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -124,6 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         body_seconds=options.body_seconds,
         degrade_to=options.degrade_to,
     )
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "nothing in .* says which template", UserWarning)  # it is in the log
+        _serve(options, limits, api_key)
+
+
+def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> None:
+    """Load the model and answer requests, until the process is told to end."""
 
     def load() -> MatryoshkaReranker:
         reranker = MatryoshkaReranker(options.model, **given_options(MatryoshkaReranker, options))

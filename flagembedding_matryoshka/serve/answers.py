@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from flagembedding_matryoshka.inference.normalizing import Normalizer
+
 OF_HITS = ("cutoff_layer", "chunk", "is_truncated")
+
+
+Scale = Callable[[float, int], float]
+"""Turns a raw score that was read at an exit into the score that an answer shows."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +28,30 @@ class Scored:
         hits: for each document what `MatryoshkaReranker.rank` says of it, not normalised.
         tokens: that were read for it.
         model: its name.
+        scale: gives the scores that the answer shows.
+        depth: the exit of hits that name none.
+        min_score: hits that would show a lower score are left out; None leaves out none.
         operations: floating-point operations that were spent on it, if they were asked for.
     """
 
     hits: Sequence[Mapping[str, Any]]
     tokens: int
     model: str
+    scale: Scale
+    depth: int
+    min_score: float | None = None
     operations: int | None = None
 
-    def best(self, name: str, raw: bool, count: int | None) -> list[dict[str, Any]]:
-        """ "index", the score or its sigmoid under `name` and what else there is of OF_HITS, of the best `count`
-        documents; the deeper one came in a cascade the better."""
-        found = sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
-        return [
-            {"index": index, name: _shown(hit["score"], raw)}
+    def best(self, name: str, count: int | None) -> list[dict[str, Any]]:
+        """ "index", the score under `name` and what else there is of OF_HITS, of the best `count` documents; the deeper
+        one came in a cascade the better."""
+        ranked = sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
+        found = [
+            {"index": index, name: self.scale(hit["score"], hit.get("cutoff_layer", self.depth))}
             | {key: value for key, value in hit.items() if key in OF_HITS}
-            for index, hit in found[:count]
+            for index, hit in ranked[:count]
         ]
+        return [hit for hit in found if self.min_score is None or hit[name] >= self.min_score]
 
     @property
     def usage(self) -> dict[str, int]:
@@ -45,14 +60,14 @@ class Scored:
 
 
 def cohere_answer(
-    scored: Scored, raw: bool, count: int | None, documents: Sequence[str | Mapping[str, Any]] | None
+    scored: Scored, count: int | None, documents: Sequence[str | Mapping[str, Any]] | None
 ) -> dict[str, Any]:
     """Cohere's answer with Jina's `usage`.
 
     Args:
         documents: what is sent back; None is nothing.
     """
-    results = scored.best("relevance_score", raw, count)
+    results = scored.best("relevance_score", count)
     if documents is not None:
         for result in results:
             document = documents[result["index"]]
@@ -66,29 +81,29 @@ def cohere_answer(
     }
 
 
-def voyage_answer(scored: Scored, raw: bool, count: int | None, texts: Sequence[str] | None) -> dict[str, Any]:
+def voyage_answer(scored: Scored, count: int | None, texts: Sequence[str] | None) -> dict[str, Any]:
     """Voyage's answer."""
-    data = scored.best("relevance_score", raw, count)
+    data = scored.best("relevance_score", count)
     if texts is not None:
         for result in data:
             result["document"] = texts[result["index"]]
     return {"object": "list", "data": data, "model": scored.model, "usage": scored.usage}
 
 
-def tei_answer(scored: Scored, raw: bool, count: int | None, texts: Sequence[str] | None) -> list[dict[str, Any]]:
+def tei_answer(scored: Scored, count: int | None, texts: Sequence[str] | None) -> list[dict[str, Any]]:
     """TEI's answer."""
-    results = scored.best("score", raw, count)
+    results = scored.best("score", count)
     if texts is not None:
         for result in results:
             result["text"] = texts[result["index"]]
     return results
 
 
-def vllm_scores(scored: Scored, raw: bool) -> dict[str, Any]:
+def vllm_scores(scored: Scored) -> dict[str, Any]:
     """vLLM's answer to /score, in the order of the request."""
     data = [
         {"object": "score", **result}
-        for result in sorted(scored.best("score", raw, None), key=lambda result: result["index"])
+        for result in sorted(scored.best("score", None), key=lambda result: result["index"])
     ]
     return {
         "id": f"score-{uuid.uuid4().hex}",
@@ -100,8 +115,21 @@ def vllm_scores(scored: Scored, raw: bool) -> dict[str, Any]:
     }
 
 
-def _shown(score: float, raw: bool) -> float:
-    if raw:
-        return score
+def scale_of(normalize: bool | str, normalizer: Normalizer | None, temperature: float) -> Scale:
+    """The scores that an answer shows.
+
+    Args:
+        normalize: as of `MatryoshkaReranker`.
+        normalizer: of the same; a sigmoid is computed in 64 bits, in which it reaches 1 later.
+        temperature: scores are divided by it before the sigmoid.
+    """
+    if normalizer is None:
+        return lambda score, layer: score
+    if normalize is True:
+        return lambda score, layer: _sigmoid(score / temperature)
+    return lambda score, layer: normalizer(torch.tensor(score), layer).item()
+
+
+def _sigmoid(score: float) -> float:
     small = math.exp(-abs(score))
     return (1 if score >= 0 else small) / (1 + small)

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.serve.description import describe
+from flagembedding_matryoshka.serve.description import checkpoint_facts, describe
 from flagembedding_matryoshka.serve.logs import RequestIds
 from flagembedding_matryoshka.serve.page import add_page
 from flagembedding_matryoshka.serve.schemas import RERANK, RERANK_SCHEMA, SCORE, SCORE_SCHEMA
@@ -126,6 +126,7 @@ def create_app(
             "exits": reranker.config.exit_layers,
             "num_hidden_layers": reranker.config.num_hidden_layers,
             "compress_ratios": COMPRESS_RATIOS,
+            "checkpoint": checkpoint_facts(reranker),
         }
 
     add_page(app)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+
+FOLDERS = re.compile(r"(?<=: ).*[/\\]|[^\s'\"]*[/\\]")
+"""All of a path but its last part."""
 ERROR = {
     "description": "the same message under three names",
     "content": {
@@ -69,6 +74,15 @@ ERRORS = {
     "/v1/models/{model_id}": (404,),
 }
 ERRORS_OF_RANKING = (408, 413, 415, 422, 429, 500, 503)
+
+
+def checkpoint_facts(reranker: MatryoshkaReranker) -> dict[str, dict[str, Any]]:
+    """What the checkpoint says of itself, and where; an instruction that the server was started with comes first. Of a
+    path in a source, which may be one of this machine, the last part is left."""
+    found = reranker.description.to_json()
+    if reranker.instruction is not None:
+        found["instruction"] = {"value": reranker.instruction, "source": "the server's --instruction"}
+    return {name: fact | {"source": FOLDERS.sub("", fact["source"])} for name, fact in found.items()}
 
 
 def describe(path: str, body: dict[str, Any] | None = None, secured: bool = False) -> dict[str, Any]:

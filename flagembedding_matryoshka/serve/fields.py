@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema
 
 
 def _as_flag(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def _of_chat_template(values: dict[str, Any]) -> dict[str, str | None]:
+    if others := [name for name in values if name != "instruction"]:
+        raise ValueError(f"only an instruction can be given to the template, not {others!s:.200}")
+    if not isinstance(values.get("instruction"), str | None):
+        raise ValueError(f"the instruction must be a string, got {values['instruction']!r:.80}")
+    return values
+
+
 Flag = Annotated[bool, BeforeValidator(_as_flag)]
 """A boolean, or "true" or "false", which some clients send."""
+Normalize = Flag | Literal["calibrated"]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if type(side) is str else side)]
 Cascade = Annotated[
     dict[int, float],
@@ -21,6 +31,17 @@ Cascade = Annotated[
             "type": "object",
             "propertyNames": {"pattern": "^[1-9][0-9]*$"},
             "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        }
+    ),
+]
+OfChatTemplate = Annotated[
+    dict[str, Any],
+    AfterValidator(_of_chat_template),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"instruction": {"anyOf": [{"type": "string"}, {"type": "null"}]}},
+            "additionalProperties": False,
         }
     ),
 ]

@@ -22,11 +22,23 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.serve.answers import Scored, cohere_answer, tei_answer, vllm_scores, voyage_answer
-from flagembedding_matryoshka.serve.fields import Cascade, Flag, Milliseconds, OneOrMore, Side, Texts
+from flagembedding_matryoshka.serve.fields import (
+    Cascade,
+    Flag,
+    Milliseconds,
+    Normalize,
+    Number,
+    OfChatTemplate,
+    OneOrMore,
+    Side,
+    Texts,
+)
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
+NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score")
 MOST_UNKNOWN_FIELDS = 100
 T = TypeVar("T")
 
@@ -49,6 +61,25 @@ class Request(BaseModel):
         description="from the request's arrival; documents go as deep as there is time, the most promising first, and "
         "each result says in cutoff_layer which exit it came to",
     )
+    instruction: str | None = Field(
+        None,
+        description="what the task is, for a model whose template has a place for it; the model's own if missing, and "
+        "an empty one is none",
+    )
+    instruct: str | None = Field(None, description="instruction, in SGLang's words")
+    chat_template_kwargs: OfChatTemplate | None = Field(
+        None, description="instruction, as vLLM gives it to a chat template; nothing else may be in it"
+    )
+    min_score: Number | None = Field(
+        None,
+        description="results that would show a lower score are left out; not beside a cascade or a deadline, unless "
+        'normalize is "calibrated"',
+    )
+    normalize: Normalize | None = Field(
+        None,
+        description='true (default) is the sigmoid of scores, false is raw_scores, and "calibrated" the probability of '
+        "relevance by the model's plan",
+    )
     raw_scores: Flag | None = Field(None, description="scores instead of their sigmoid")
     use_activation: Flag | None = Field(None, description="false is raw_scores, in vLLM's words")
     truncate: Flag | None = Field(None, description="false refuses texts that would be cut; else they are cut")
@@ -70,11 +101,28 @@ class Request(BaseModel):
         for name, value in unknown.items():
             if name in self.other_texts and value is not None:
                 raise ValueError(f"there are texts in {name!r}, too; give one list of them")
-            if close := get_close_matches(name[:40], (*SETTING, "deadline_ms"), 1, 0.8):
+            if close := get_close_matches(name[:40], NOT_TO_MISSPELL, 1, 0.8):
                 raise ValueError(f"{name!r:.40} is unknown; {close[0]!r} is what it looks like")
         if None not in (self.truncation_direction, self.truncation_side):
             raise ValueError("truncation_direction and truncation_side are one; give one")
+        if len(set(self._instructions.values())) > 1:
+            raise ValueError(f"{' and '.join(self._instructions)} are one option with several names, and differ")
+        if self.normalize is not None and not {self.raw_scores, self.use_activation} <= {None}:
+            raise ValueError("normalize says what raw_scores and use_activation say, too; give one of them")
         return self
+
+    @property
+    def _instructions(self) -> dict[str, str]:
+        """Each name of the instruction under which there is one."""
+        in_kwargs = (self.chat_template_kwargs or {}).get("instruction")
+        names = ("instruction", "instruct", "chat_template_kwargs.instruction")
+        found = zip(names, (self.instruction, self.instruct, in_kwargs), strict=True)
+        return {name: text for name, text in found if text is not None}
+
+    @property
+    def wanted_instruction(self) -> str | None:
+        """The instruction, whatever its name; None is the model's own."""
+        return next(iter(self._instructions.values()), None)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -82,9 +130,10 @@ class Request(BaseModel):
         return {name: getattr(self, name) for name in SETTING}
 
     @property
-    def names_depth(self) -> bool:
-        """Whether it says at which exits, or until when, it is to be answered."""
-        return (self.cutoff_layers, self.cascade, self.deadline_ms) != (None, None, None)
+    def needs_its_depth(self) -> bool:
+        """Whether it says at which exits, or until when, it is to be answered, or what a score of its exit means."""
+        names_depth = (self.cutoff_layers, self.cascade, self.deadline_ms) != (None, None, None)
+        return names_depth or self.min_score is not None or self.normalize == CALIBRATED
 
     @property
     def lengths(self) -> Lengths:
@@ -103,9 +152,10 @@ class Request(BaseModel):
         return None
 
     @property
-    def raw(self) -> bool:
-        """Whether scores are wanted and not their sigmoid."""
-        return bool(self.raw_scores) or self.use_activation is False
+    def scores_shown(self) -> dict[str, Any]:
+        """Which scores an answer shows, as keyword arguments of `MatryoshkaReranker.normalizer`."""
+        normalize = not (self.raw_scores or self.use_activation is False) if self.normalize is None else self.normalize
+        return {"normalize": normalize, "min_score": self.min_score}
 
     @property
     def counts_operations(self) -> bool:
@@ -179,8 +229,8 @@ class DocumentsRequest(Request):
     def answer(self, scored: Scored) -> dict[str, Any]:
         """Voyage's answer to who says `top_k`; else Cohere's, with Jina's `usage`."""
         if "top_k" in self.model_fields_set:
-            return voyage_answer(scored, self.raw, self.top_k, self._texts if self.return_documents else None)
-        return cohere_answer(scored, self.raw, self.top_n, self.documents if self.return_documents else None)
+            return voyage_answer(scored, self.top_k, self._texts if self.return_documents else None)
+        return cohere_answer(scored, self.top_n, self.documents if self.return_documents else None)
 
 
 class TextsRequest(Request):
@@ -198,7 +248,7 @@ class TextsRequest(Request):
         return [(self.query, self.texts)]
 
     def answer(self, scored: Scored) -> list[dict[str, Any]]:
-        return tei_answer(scored, self.raw, self.top_n, self.texts if self.return_text else None)
+        return tei_answer(scored, self.top_n, self.texts if self.return_text else None)
 
 
 class ScoreRequest(Request):
@@ -227,6 +277,8 @@ class ScoreRequest(Request):
     def _check_pairs(self) -> Self:
         if not self.pairs:
             raise ValueError("there are no texts")
+        if self.min_score is not None:
+            raise ValueError("min_score leaves results out of a ranking; /score answers every pair")
         return self
 
     @property
@@ -234,7 +286,7 @@ class ScoreRequest(Request):
         return [(query, [text for _, text in pairs]) for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])]
 
     def answer(self, scored: Scored) -> dict[str, Any]:
-        return vllm_scores(scored, self.raw)
+        return vllm_scores(scored)
 
 
 def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:

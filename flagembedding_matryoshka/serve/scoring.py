@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from flagembedding_matryoshka.inference.chunking import CutDocument
 from flagembedding_matryoshka.inference.counting import count_input_tokens
+from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_chunks
+from flagembedding_matryoshka.serve.answers import Scale, scale_of
 from flagembedding_matryoshka.serve.shortening import Lengths, Shortener
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+logger = logging.getLogger(__name__)
 
 NO_TIME = 1e-9
 """Seconds: the first exit is all that there is time for."""
@@ -104,6 +110,38 @@ class Scorer:
         """That one call spreads over the devices in one pass on each."""
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
+    @cached_property
+    def _has_plan(self) -> bool:
+        """Whether the model has one. Looked for once; what is wrong with it is for the log, since it names paths."""
+        try:
+            return self.reranker.plan is not None
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning("requests ask for calibrated scores: %s", error)
+            return False
+
+    def scale(
+        self,
+        asked: Mapping[str, Any],
+        shown: Mapping[str, Any],
+        deadline_ms: float | None = None,
+        instruction: str | None = None,
+    ) -> Scale:
+        """The scores that an answer shows. Nothing is computed.
+
+        Args:
+            asked: arguments of `MatryoshkaReranker.setting`.
+            shown: arguments of `MatryoshkaReranker.normalizer`.
+
+        Raises:
+            TypeError, ValueError: as `MatryoshkaReranker.normalizer`, and ValueError if the model has no plan, or the
+                instruction has more tokens than `max_length`.
+        """
+        if shown["normalize"] == CALIBRATED and not self._has_plan:
+            raise ValueError(f"normalize={CALIBRATED!r}: the model has no plan, which would say how.")
+        normalizer = self.reranker.normalizer(**asked, **shown, deadline_ms=deadline_ms, instruction=instruction)
+        self._shortener.refuse_too_long(instruction)
+        return scale_of(shown["normalize"], normalizer, self.reranker.temperature)
+
     def prepare(
         self,
         query: str,
@@ -111,31 +149,32 @@ class Scorer:
         asked: Mapping[str, Any],
         lengths: Lengths,
         chunks: Mapping[str, Any] | None = None,
+        instruction: str | None = None,
     ) -> Work:
         """What scoring these documents runs. The model does not run.
 
         Args:
             asked: arguments of `MatryoshkaReranker.setting`.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
+            instruction: of the query; None is the model's own, "" is none.
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
                 `Shortener.shorten`.
         """
         setting = self.reranker.setting(**asked)
-        short = self._shortener.shorten(query, documents, lengths)
+        short = self._shortener.shorten(query, documents, lengths, instruction)
         if chunks is None:
-            pairs = self.reranker.tokenize([(short.query, text) for text in short.documents])
+            pairs = self.reranker.tokenize([(short.query, text) for text in short.documents], instruction=instruction)
             pairs = [
                 replace(pair, passage_is_cut=pair.passage_is_cut or is_cut)
                 for pair, is_cut in zip(pairs, short.is_cut, strict=True)
             ]
             return Work(setting, pairs, *count_input_tokens(pairs))
+        whole = self.reranker.cut_chunks(short.query, short.documents, **chunks, instruction=instruction)
         cut = [
             document._replace(is_truncated=document.is_truncated or is_cut)
-            for document, is_cut in zip(
-                self.reranker.cut_chunks(short.query, short.documents, **chunks), short.is_cut, strict=True
-            )
+            for document, is_cut in zip(whole, short.is_cut, strict=True)
         ]
         pairs = [chunk.pair for document in cut for chunk in document.chunks]
         return Work(setting, pairs, *count_input_tokens(pairs), cut)

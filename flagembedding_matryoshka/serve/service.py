@@ -45,8 +45,8 @@ class Limits:
         requests: that wait or are computed at one time, at most, else 429.
         batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
         body_seconds: from a request's header to the end of its body, at most, else 408.
-        degrade_to: the exit at which requests are answered that name no depth, while those that wait or are computed
-            are more than half of `requests`; None is none.
+        degrade_to: the exit at which requests are answered that name no depth, no `min_score` and no calibration, while
+            those that wait or are computed are more than half of `requests`; None is none.
     """
 
     documents: int = 1000
@@ -96,6 +96,8 @@ class Service:
         try:
             reranker = await asyncio.wrap_future(self._loading)
             check_degrade_to(self.limits.degrade_to, reranker)
+            if reranker.description.is_assumed:
+                logger.warning("%s", reranker.description.assumption)
             self._scorer = Scorer(reranker)
         except Exception as error:
             logger.error("the model cannot be loaded: %s", error)
@@ -173,8 +175,12 @@ class Service:
         try:
             degraded = self._degrades(asked)
             setting = asked.setting | ({"cutoff_layers": self.limits.degrade_to} if degraded else {})
+            instruction = asked.wanted_instruction
+            of_scale = (setting, asked.scores_shown, asked.deadline_ms, instruction)
+            scale = await asyncio.to_thread(scorer.scale, *of_scale)
             for query, texts in asked.lists:
-                work = await asyncio.to_thread(scorer.prepare, query, texts, setting, asked.lengths, asked.chunks)
+                of_work = (query, texts, setting, asked.lengths, asked.chunks, instruction)
+                work = await asyncio.to_thread(scorer.prepare, *of_work)
                 if len(work.pairs) > self.limits.documents:
                     raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
                 end = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
@@ -195,13 +201,14 @@ class Service:
             operations = await asyncio.to_thread(sum, counted)
         tokens = sum(work.all_tokens for work in works)
         hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
-        return Scored(list(chain.from_iterable(hits)), tokens, self.name, operations)
+        depth = works[0].setting.depth
+        return Scored(list(chain.from_iterable(hits)), tokens, self.name, scale, depth, asked.min_score, operations)
 
     def _degrades(self, asked: Asked) -> bool:
         """Whether a request is answered at `degrade_to`; raises as `MatryoshkaReranker.setting`."""
         scorer, batcher = self._ready()
         exit = self.limits.degrade_to
-        if exit is None or asked.names_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
+        if exit is None or asked.needs_its_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
             return False
         return is_shallower(exit, scorer.reranker.setting(**asked.setting))
 

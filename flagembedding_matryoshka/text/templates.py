@@ -128,8 +128,9 @@ class Template:
             return self
         if self.instructed is None:
             takers = [name for name, template in TEMPLATES.items() if template.instructed is not None]
+            name = next((f" {name!r}" for name, template in TEMPLATES.items() if template == self), "")
             raise ValueError(
-                f"the model's template has no place for the instruction {text!r:.80}. Templates that have one: "
+                f"the model's template{name} has no place for the instruction {text!r:.80}. Templates that have one: "
                 f"{', '.join(takers)}, and those of a chat template with the role system."
             )
         text = text.strip() if "instruction" in self.strip else text

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerModelArguments,
     AbsRerankerTrainingArguments,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.finetune import (
@@ -32,6 +33,7 @@ from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.text.templates import Template
+from tests.backbones import write_raw
 from tests.finetune.runs import PAIRS, WIDTHS, close, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +50,104 @@ def tied_raw_model_path(tiny_raw_model_path, tiny_tokenizer, tmp_path_factory):
     tiny_tokenizer.save_pretrained(path)
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
     return path
+
+
+@pytest.fixture
+def no_weights(tiny_raw_model_path, tmp_path):
+    """A checkpoint that can be described, but not loaded."""
+    path = shutil.copytree(tiny_raw_model_path, tmp_path / "no_weights")
+    (path / "model.safetensors").unlink()
+    return path
+
+
+MATRICES = "down_proj, embed_tokens, gate_proj, k_proj, linear_head, o_proj, q_proj, up_proj, v_proj"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "nosuch_proj"]},
+            f"target_modules: a mistral re-ranker has no nosuch_proj. It has {MATRICES}.",
+        ),
+        ({"target_modules": ["proj", "qkv_proj", "k_proj"]}, f"has no proj, qkv_proj. It has {MATRICES}."),
+        ({"target_modules": ["self_attn"]}, f"has no self_attn. It has {MATRICES}."),
+        ({"target_modules": ["lm_head"]}, f"has no lm_head. It has {MATRICES}."),
+        ({"target_modules": [r"q_proj|k_proj"]}, "matches the whole name of no linear module, as 'lm_head.2.linear_he"),
+        ({"modules_to_save": ["norm", "score"]}, "modules_to_save: a mistral re-ranker has no score. It has down_proj"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "has no lm_head. It has down_proj, embed_tokens, gate_proj, input_layernorm",
+        ),
+    ],
+    ids=str,
+)
+def test_modules_that_are_not_there_are_named_before_weights_are_read(
+    arguments, message, no_weights, training_file, tmp_path
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner(no_weights, training_file, tmp_path / "out", arguments)
+
+
+def test_split_names_of_a_fused_model_are_refused(tiny_tokenizer, training_file, tmp_path):
+    base = write_raw("phi3", tiny_tokenizer, tmp_path / "phi3")
+    known = "down_proj, embed_tokens, gate_up_proj, linear_head, o_proj, qkv_proj"
+    with pytest.raises(ValueError, match=rf"a phi3 re-ranker has no q_proj, k_proj\. It has {known}\."):
+        runner(base, training_file, tmp_path / "out", {"target_modules": ["q_proj", "k_proj", "o_proj"]})
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "adapted"),
+    [
+        (["q_proj", "linear_head"], {"q_proj", "linear_head"}),
+        (["self_attn.q_proj"], {"q_proj"}),
+        ([r".*layers\.[13]\.self_attn\.(q|v)_proj"], {"q_proj", "v_proj"}),
+        (["all-linear"], {*MATRICES.split(", ")} - {"embed_tokens"}),
+        ("all-linear", {*MATRICES.split(", ")} - {"embed_tokens"}),
+        (None, {*MATRICES.split(", ")} - {"embed_tokens"}),
+    ],
+    ids=str,
+)
+def test_modules_that_get_an_adapter(target_modules, adapted, tiny_raw_model_path, training_file, tmp_path):
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"target_modules": target_modules})
+    found = {name.rpartition(".lora_")[0] for name, value in run.model.named_parameters() if value.requires_grad}
+    assert {name.rpartition(".")[2] for name in found} == adapted
+    if target_modules and "layers" in target_modules[0]:
+        assert {name.split("layers.")[1][0] for name in found} == {"1", "3"}
+
+
+def write_adapter(kind, base, path):
+    """An adapter that transformers and peft write for the raw checkpoint at `base`."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    if kind == "classifier":
+        model = MistralForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=3)
+        options |= {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    else:
+        model = MistralForCausalLM.from_pretrained(base)
+        if kind == "grown":
+            model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+    get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["language model", "grown", "classifier"])
+def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
+    """It is merged before the heads are made, and again when what was learnt is loaded; it cannot go on learning."""
+    adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
+    options = {"dtype": "float32", "devices": "cpu", "template": "cost_wise"}
+    expected = scores_of(MatryoshkaReranker(adapter, **options))
+    starts = [(adapter, {})]
+    if kind != "classifier":
+        starts.append((tiny_raw_model_path, {"raw_peft": [adapter]}))
+    for number, (base, arguments) in enumerate(starts):
+        out = tmp_path / f"out_{number}"
+        arguments = arguments | {"head_scale": 1.0, "template": "cost_wise", "save_merged_lora_model": True}
+        runner(base, training_file, out, arguments, learning_rate=1e-9).run()
+        for path in (out, out / "merged_model"):
+            close(scores_of(MatryoshkaReranker(path, dtype="float32", devices="cpu")), expected)
+    with pytest.raises(ValueError, match=r"adapter .*changes (lm_head|score)\..* give the raw checkpoint, with the"):
+        runner(tiny_raw_model_path, training_file, tmp_path / "third", {"from_peft": adapter})
 
 
 @pytest.mark.parametrize("start", ["raw", "tied", "layer-wise", "merged adapters", "fine-tuned", "all weights"])

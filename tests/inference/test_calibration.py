@@ -204,3 +204,13 @@ def test_the_checkpoints_own_instruction_is_the_same_as_naming_it(model, plain):
     assert calibrated.compute_score(PAIRS) == calibrated.compute_score(PAIRS, instruction="Heat?")
     with pytest.raises(ValueError, match=r"was measured with instruction 'Heat.', and not 'Wing"):
         calibrated.compute_score(PAIRS, instruction="Wing?")
+
+
+def test_min_score_of_probabilities_holds_beside_a_cascade(model):
+    reranker = MatryoshkaReranker(model, dtype="float32", devices="cpu", normalize="calibrated")
+    options = {"cascade": {3: 0.5}}
+    every = reranker.rank("the wing", DOCUMENTS, **options)
+    least = sorted(hit["score"] for hit in every)[4]
+    kept = [hit for hit in every if hit["score"] >= least]
+    assert {hit["cutoff_layer"] for hit in every} == {3, 6} and 0 < len(kept) < len(every)
+    assert reranker.rank("the wing", DOCUMENTS, min_score=least, **options) == kept

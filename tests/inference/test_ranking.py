@@ -185,3 +185,43 @@ def test_what_says_how_texts_become_tokens_is_not_taken_beside_tokens(reranker):
         reranker.score_lists([[("wing", "a")]])
     with pytest.raises(TypeError, match="pair 0 must be a query and a passage"):
         reranker.compute_score([*inputs, ("wing", "a")])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_min_score_leaves_out_what_is_lower_than_what_is_returned(reranker, normalize, top_k):
+    expected = reranker.rank_batch(QUERIES[:3], [DOCUMENTS] * 3, top_k, normalize=normalize)
+    least = expected[0][2]["score"]
+    kept = [[hit for hit in ranking if hit["score"] >= least] for ranking in expected]
+    assert len(kept[0]) == 3 and sum(map(len, kept)) < sum(map(len, expected))
+    arguments = {"top_k": top_k, "normalize": normalize, "min_score": least}
+    assert reranker.rank_batch(QUERIES[:3], [DOCUMENTS] * 3, **arguments) == kept
+    rows = ((query, DOCUMENTS) for query in QUERIES[:3])
+    assert list(reranker.rank_iter(rows, **arguments)) == kept
+    (alone,) = [reranker.rank(QUERIES[0], DOCUMENTS, **arguments)]
+    assert [hit["corpus_id"] for hit in alone] == [hit["corpus_id"] for hit in kept[0]]
+    assert reranker.rank(QUERIES[0], DOCUMENTS, normalize=True, min_score=1.5) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cascade": {2: 0.5}}, r"min_score=0.5 beside cascade=\{2: 0.5\}: scores of different exits"),
+        ({"deadline_ms": 1000}, r"min_score=0.5 beside deadline_ms=1000: scores of different exits"),
+        ({"cascade": {2: 0.5}, "normalize": True}, "unless normalize='calibrated'"),
+    ],
+)
+def test_min_score_is_not_compared_with_scores_of_several_exits(reranker, options, message):
+    for documents in (DOCUMENTS, []):
+        with pytest.raises(ValueError, match=message):
+            reranker.rank(QUERIES[0], documents, min_score=0.5, **options)
+    every = reranker.rank(QUERIES[0], DOCUMENTS, min_score=float("-inf"), **options)
+    assert len(every) == len(DOCUMENTS)
+    with pytest.raises(TypeError, match="min_score"):
+        reranker.score_lists([reranker.tokenize([("q", "d")])], min_score=0.5)
+
+
+@pytest.mark.parametrize("least", [float("nan"), True, "0.5"])
+def test_a_min_score_that_is_no_number_is_refused(reranker, least):
+    with pytest.raises(ValueError, match=r"min_score is .*, but must be a number"):
+        reranker.rank(QUERIES[0], DOCUMENTS, min_score=least)

@@ -75,7 +75,7 @@ def test_scores_are_scaled_and_cut(reranker):
 
 @pytest.mark.parametrize("options", [{"cascade": {3: 0.5}}, {"deadline_ms": 1000}])
 def test_no_threshold_holds_at_several_exits(reranker, options):
-    with pytest.raises(ValueError, match=r"score_threshold=0.5 beside \w+=.*: scores of different exits do not mean"):
+    with pytest.raises(ValueError, match=r"min_score=0.5 beside \w+=.*: scores of different exits do not mean"):
         MatryoshkaRanker(reranker, score_threshold=0.5, **options).run(QUERY, DOCUMENTS)
     assert MatryoshkaRanker(reranker, **options).run(QUERY, DOCUMENTS)["documents"]
 

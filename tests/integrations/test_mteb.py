@@ -16,6 +16,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.integrations.mteb import MatryoshkaSearch
 from flagembedding_matryoshka.setting import Setting
+from tests.qwen import write_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASCADE = {"compress_layers": [2], "compress_ratio": 2, "cascade": {3: 0.5}}
@@ -185,3 +186,78 @@ def test_a_query_without_candidates_finds_nothing_and_is_named(reranker, tmp_pat
     _, predictions = run(MatryoshkaSearch(reranker), task, tmp_path)
     assert predictions["default"]["test"]["q2"] == {} and predictions["default"]["test"]["q1"]
     assert "1 queries have no candidates and find nothing, such as 'q2'" in caplog.text
+
+
+PROMPT = "judge by the topic"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    path = write_causal_lm(tmp_path_factory.mktemp("models") / "Qwen3-Reranker-tiny", initializer_range=0.1)
+    return MatryoshkaReranker(str(path), dtype="float32", devices="cpu")
+
+
+def with_prompt(task_class, prompt):
+    """A task whose queries have this prompt."""
+    task = task_class()
+    task.metadata = task.metadata.model_copy(update={"prompt": prompt})
+    task.load_data()
+    return task
+
+
+def scores_by(reranker, task, instruction_of):
+    data = task.dataset["default"]["test"]
+    passages = texts_of(data["corpus"])
+    found = {}
+    for row in data["queries"]:
+        names = data["top_ranked"][row["id"]]
+        hits = reranker.rank(row["text"], [passages[name] for name in names], instruction=instruction_of(row))
+        found[row["id"]] = {names[hit["corpus_id"]]: pytest.approx(hit["score"], abs=1e-5) for hit in hits}
+    return found
+
+
+def predicted(reranker, task, folder, **options):
+    return run(MatryoshkaSearch(reranker, **options), task, folder)[1]["default"]["test"]
+
+
+def test_a_querys_own_instruction_stands_in_the_templates_place(qwen, tmp_path):
+    task = with_prompt(MockInstructionReranking, PROMPT)
+    expected = scores_by(qwen, task, lambda row: row["instruction"])
+    assert predicted(qwen, task, tmp_path / "own") == expected
+    assert predicted(qwen, task, tmp_path / "given", instruction="find heat") == expected
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, {"query": PROMPT}])
+def test_a_tasks_prompt_stands_in_the_templates_place(qwen, prompt, tmp_path):
+    task = with_prompt(MockRerankingTask, prompt)
+    expected = scores_by(qwen, task, lambda row: PROMPT)
+    assert predicted(qwen, task, tmp_path / "task") == expected != scores_by(qwen, task, lambda row: None)
+    given = predicted(qwen, task, tmp_path / "given", instruction="find heat")
+    assert given == scores_by(qwen, task, lambda row: "find heat") != expected
+    loaded = MatryoshkaReranker(qwen.model_name_or_path, dtype="float32", devices="cpu", instruction="find heat")
+    assert predicted(loaded, task, tmp_path / "loaded") == given
+
+
+@pytest.mark.parametrize("prompt", [None, {"document": PROMPT}])
+def test_a_task_without_a_prompt_gets_the_checkpoints_own_instruction(qwen, prompt, tmp_path):
+    task = with_prompt(MockRerankingTask, prompt)
+    assert predicted(qwen, task, tmp_path) == scores_by(qwen, task, lambda row: None)
+
+
+def test_a_template_without_a_place_does_not_use_a_tasks_prompt(reranker, tmp_path):
+    task = with_prompt(MockRerankingTask, PROMPT)
+    assert predicted(reranker, task, tmp_path) == scores_by(reranker, task, lambda row: None)
+    with pytest.raises(ValueError, match="has no place for the instruction 'find heat'"):
+        MatryoshkaSearch(reranker, instruction="find heat")
+
+
+def test_each_instruction_has_a_cache_of_its_own(qwen):
+    options = [{}, {"instruction": "find heat"}, {"instruction": ""}, {"instruction": PROMPT}]
+    found = [MatryoshkaSearch(qwen, **given).mteb_model_meta.experiment_kwargs["instruction"] for given in options]
+    assert found == ["the task's", "find heat", "", PROMPT]
+
+
+@pytest.mark.parametrize("name", ["min_score", "score_threshold"])
+def test_a_least_score_is_refused(reranker, name):
+    with pytest.raises(ValueError, match=rf"\['{name}'\] would leave out candidates"):
+        MatryoshkaSearch(reranker, **{name: 0.5})

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flagembedding_matryoshka import MatryoshkaReranker
+from tests.qwen import write_causal_lm
 from tests.serve.conftest import client_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -184,3 +186,50 @@ def test_rerankers(address, expected_texts):
         ranker = module.APIRanker("m", "key", provider, url=f"{address}/v1/rerank")
         found = ranker.rank(QUERY, DOCUMENTS).results[:2]
         assert [(result.document.text, result.score) for result in found] == expected_texts
+
+
+TASK = "judge by the topic"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    path = write_causal_lm(tmp_path_factory.mktemp("models") / "Qwen3-Reranker-tiny", initializer_range=0.1)
+    return MatryoshkaReranker(str(path), dtype="float32", devices="cpu")
+
+
+@pytest.fixture(scope="module")
+def address_of_qwen(qwen):
+    with client_of(qwen) as client:
+        yield str(client.base_url).rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def instructed(qwen):
+    """(index, relevance) of the best two with an instruction."""
+    plain, own = (qwen.rank(QUERY, DOCUMENTS, 2, normalize=True, instruction=one) for one in (None, TASK))
+    assert [hit["score"] for hit in plain] != [hit["score"] for hit in own]
+    return [(hit["corpus_id"], pytest.approx(hit["score"], abs=1e-6)) for hit in own]
+
+
+def test_an_instruction_of_litellm(address_of_qwen, instructed, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    given = {"query": QUERY, "documents": DOCUMENTS, "top_n": 2, "api_base": address_of_qwen, "api_key": "key"}
+    answer = litellm.rerank(model="hosted_vllm/tiny", instruction=TASK, **given)
+    assert [(result["index"], result["relevance_score"]) for result in answer.results] == instructed
+
+
+def test_an_instruction_of_xinference(address_of_qwen, instructed):
+    xinference = pytest.importorskip("xinference_client")
+    model = xinference.RESTfulClient(address_of_qwen).get_model("tiny")
+    answer = model.rerank(DOCUMENTS, QUERY, top_n=2, instruction=TASK)
+    assert [(result["index"], result["relevance_score"]) for result in answer["results"]] == instructed
+
+
+@pytest.mark.parametrize("name", ["instruction", "instruct"])
+def test_an_instruction_of_cohere(address_of_qwen, instructed, name):
+    cohere = pytest.importorskip("cohere")
+    client = cohere.ClientV2("key", base_url=address_of_qwen)
+    options = {"additional_body_parameters": {name: TASK}}
+    answer = client.rerank(model="m", query=QUERY, documents=DOCUMENTS, top_n=2, request_options=options)
+    assert [(result.index, result.relevance_score) for result in answer.results] == instructed

@@ -26,6 +26,7 @@ from flagembedding_matryoshka.serve.__main__ import (
 )
 from flagembedding_matryoshka.serve.logs import REQUEST_ID, log_config
 from flagembedding_matryoshka.serve.options import given_options
+from tests.qwen import write_causal_lm
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -53,13 +54,15 @@ def test_the_command_line_takes_what_the_class_takes():
     taken = {action.dest for action in build_parser()._actions}
     assert set(inspect.signature(MatryoshkaReranker).parameters) - taken == set(NOT_OF_A_SERVER)
     line = (
-        "--model m --quantization int8 --budget 0.5 --template minicpm --query_max_length 9 --start_layer 2 "
-        "--compress_layers 2 3 --cutoff_layers 4 --peft_path a b --no-from_raw --use_bf16 --max_batch_tokens 7"
+        "--model m --quantization int8 --budget 0.5 --template minicpm --instruction task --query_max_length 9 "
+        "--start_layer 2 --compress_layers 2 3 --cutoff_layers 4 --peft_path a b --no-from_raw --use_bf16 "
+        "--max_batch_tokens 7"
     )
     assert given_options(MatryoshkaReranker, build_parser().parse_args(line.split())) == {
         "quantization": "int8",
         "budget": 0.5,
         "template": "minicpm",
+        "instruction": "task",
         "query_max_length": 9,
         "start_layer": 2,
         "compress_layers": [2, 3],
@@ -210,3 +213,11 @@ def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
         | ({"is_truncated": True} if "is_truncated" in hit else {})
         for hit in scores
     ]
+
+
+@pytest.mark.slow
+def test_an_assumed_template_is_said_once(tmp_path):
+    with process(write_causal_lm(tmp_path / "mine"), "--dtype", "float32") as (server, address):
+        assert httpx.post(f"{address}/rerank", json={"query": "q", "texts": ["t"]}).status_code == 200
+        log = "".join(server.log)
+    assert log.count("'cost_wise' is assumed") == 1 and "WARNING: nothing in" in log
