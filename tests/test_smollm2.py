@@ -1,5 +1,6 @@
 """The weights that the package ships."""
 
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def test_the_name_is_the_directory(reranker, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
-def test_its_plan_has_a_setting_for_a_budget(budget):
-    assert MatryoshkaReranker(SMOLLM2, budget=budget, devices="cpu").planned is not None
+def test_its_plan_has_a_setting_for_a_budget_and_was_measured_with_its_weights(budget):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*names no weights")
+        assert MatryoshkaReranker(SMOLLM2, budget=budget, devices="cpu").planned is not None
 
 
 @pytest.mark.parametrize("width", [{}, *({"compress_layers": [3], "compress_ratio": ratio} for ratio in (2, 4))])

@@ -144,10 +144,19 @@ def fetched(adapter: str, **hub: Any) -> str:
     Raises:
         FileNotFoundError: if it has no weights.
     """
+    return str(adapter_file(adapter, **hub).parent)
+
+
+def adapter_file(adapter: str, **hub: Any) -> Path:
+    """Where the weights of an adapter lie.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         file = cached_file(adapter, name, _raise_exceptions_for_missing_entries=False, **hub)
         if file is not None:
-            return str(Path(file).parent)
+            return Path(file)
     raise FileNotFoundError(
         f"the adapter {adapter} has no weights: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}."
     )

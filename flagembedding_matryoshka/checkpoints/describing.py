@@ -477,9 +477,9 @@ def _default_prompt(files: Files, template: Template) -> Fact[str] | None:
     saved = files.json(name) or {}
     default = saved.get("default_prompt_name")
     text = (saved.get("prompts") or {}).get(default) if default is not None else None
-    if not text:
+    if text is None:
         return None
-    if template.instructed is None:
+    if text and template.instructed is None:
         raise ValueError(
             f"{name} of {files.place} has the default prompt {text!r:.80}, but the template has no place for it."
         )

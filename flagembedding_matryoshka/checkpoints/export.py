@@ -4,19 +4,87 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
+from flagembedding_matryoshka.checkpoints.describing import MODULE_SETTINGS_FILE
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.text.templates import Template
+
+MERGED = "merged_model"
+"""The folder in which fine-tuning writes the model with its adapters merged."""
+SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
+WRITTEN = (
+    # the configuration and the weights, whole or in shards
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+    # adapters: a directory that holds them is loaded through their base
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    # the tokenizer
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    # what says how the model is used
+    "matryoshka_plan.json",
+    "matryoshka_config.json",
+    "modules.json",
+    SENTENCE_TRANSFORMERS_FILE,
+    # the last file of a checkpoint of a training run, which says that the others are complete
+    "trainer_state.json",
+)
+"""The files that this package writes into a directory of a checkpoint, as shell patterns of their names.
+
+A new checkpoint replaces all of them, and those in the folder `MERGED`. No other file of the directory is touched:
+neither the checkpoints of a training run, nor a README.md, nor weights in other formats.
+"""
 
 
-def export_exits(model: CostWiseForCausalLM, cutoff_layers: Sequence[int], output_dir: str) -> None:
+def remove_written(directory: str | Path, kept: Collection[str] = ()) -> None:
+    """Remove the files of an earlier checkpoint, right before a new one is written in its place.
+
+    Args:
+        directory: a directory; nothing happens if it does not exist.
+        kept: names of files that belong to the new checkpoint already.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        is_written = any(fnmatchcase(path.name, pattern) for pattern in WRITTEN)
+        if is_written and path.name not in kept and (path.is_file() or path.is_symlink()):
+            path.unlink()
+    merged = directory / MERGED
+    if merged.is_dir() and not merged.is_symlink():
+        remove_written(merged)
+        if not any(merged.iterdir()):
+            merged.rmdir()
+
+
+def export_exits(
+    model: CostWiseForCausalLM, cutoff_layers: Sequence[int], output_dir: str, template: Template | None = None
+) -> None:
     """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
+
+    It replaces the checkpoint that the directory holds, see `WRITTEN`.
+
+    Args:
+        template: the words that the checkpoint is scored with; None is the model's.
 
     Raises:
         ValueError: if token adapters are attached, of which a checkpoint can hold one.
@@ -30,6 +98,8 @@ def export_exits(model: CostWiseForCausalLM, cutoff_layers: Sequence[int], outpu
     config.exits = sorted(set(cutoff_layers))
     config.cut(config.exits[-1])
     config.raw_peft, config.compensation = [], None
+    if template is not None:
+        config.template = template.to_json()
     heads = {
         f"lm_head.{old}.": f"lm_head.{config.exit_layers.index(layer)}."
         for old, layer in enumerate(model.config.exit_layers)
@@ -46,6 +116,7 @@ def export_exits(model: CostWiseForCausalLM, cutoff_layers: Sequence[int], outpu
         elif name in wanted:
             weights[name] = value
     part.load_state_dict(weights, assign=True)
+    remove_written(output_dir)
     part.save_pretrained(output_dir)
     write_sentence_transformers_files(output_dir)
 
@@ -55,10 +126,17 @@ def write_sentence_transformers_files(directory: str | Path) -> None:
     module = "flagembedding_matryoshka.cross_encoder.MatryoshkaModule"
     contents: dict[str, Any] = {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": module}],
-        "config_sentence_transformers.json": {
+        SENTENCE_TRANSFORMERS_FILE: {
             "model_type": "CrossEncoder",
             "activation_fn": "torch.nn.modules.linear.Identity",
         },
     }
     for name, content in contents.items():
         Path(directory, name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_lengths(directory: str | Path, query_max_length: int | None, max_length: int) -> None:
+    """Note the lengths that texts are cut to, as `MatryoshkaModule` does: CrossEncoder and `MatryoshkaReranker` read
+    them."""
+    lengths = {"query_max_length": query_max_length, "max_length": max_length}
+    Path(directory, MODULE_SETTINGS_FILE).write_text(json.dumps(lengths, indent=2) + "\n")

@@ -12,7 +12,18 @@ from pathlib import Path
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
-READ = ("cutoff_layers", "peft_path", "from_raw", "start_layer", "layer_sep", "max_layer", "template")
+READ = (
+    "cutoff_layers",
+    "peft_path",
+    "from_raw",
+    "start_layer",
+    "layer_sep",
+    "max_layer",
+    "template",
+    "instruction",
+    "query_max_length",
+    "max_length",
+)
 """What a checkpoint depends on, beside its dtype."""
 
 

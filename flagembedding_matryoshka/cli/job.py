@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flagembedding_matryoshka.cli.output import Output, open_output
 from flagembedding_matryoshka.cli.rows import Row, read, without
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
+from flagembedding_matryoshka.inference.fingerprint import identity
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.text.lines import STANDARD_INPUT, parse
 
@@ -123,6 +124,8 @@ def run_job(
     total = sum(1 for _ in rows()) if source.is_file() else None
     given = given_options(options)
     settings = {"command": kind.__name__.lower(), "model": options.model, **given, **call}
+    if options.output != STANDARD_INPUT:
+        settings |= identity(options.model, given, options.ray is None)
     output = open_output(options.output, {name: value for name, value in settings.items() if name not in SPEED_ALONE})
     left = rows()
     done = _pass_over(kind, output, left, options.output)

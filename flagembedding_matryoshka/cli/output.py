@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.text.lines import STANDARD_INPUT
+
+NOT_ALWAYS = ("weights", "resolved_dtype")
+"""Settings that not every run notes: no older version did, and the dtype of a cluster's workers is not known."""
 
 
 class Output(Protocol):
@@ -122,7 +126,16 @@ def _difference(before: Path, new: Mapping[str, Any]) -> str | None:
         raise ValueError(f"{before} is no JSON: {error}") from error
     if not isinstance(old, dict):
         raise ValueError(f"{before} holds no object of settings.")
+    if "weights" not in old:
+        warnings.warn(
+            f"{before} names no weights: a version wrote it that did not note them. Whether the lines before were "
+            "written with the same is not known.",
+            UserWarning,
+            stacklevel=4,
+        )
     for name in (*old, *new):
+        if name in NOT_ALWAYS and not (name in old and name in new):
+            continue
         if (name in old, old.get(name)) != (name in new, new.get(name)):
             return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
     return None

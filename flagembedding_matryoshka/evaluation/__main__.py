@@ -11,9 +11,11 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.evaluation.arguments import as_cascades, collection_name
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
 from flagembedding_matryoshka.evaluation.calibration import refuse_one_kind
@@ -28,7 +30,6 @@ from flagembedding_matryoshka.evaluation.settings import by_width, full_network,
 from flagembedding_matryoshka.evaluation.stage import Stage, side_by_side
 from flagembedding_matryoshka.evaluation.store import Store, about, conditions
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.inference.normalizing import scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
@@ -49,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--run names files by what they are called, and {twice[0]} is there twice")
     cascades = as_cascades(parser, options.cascade)
     exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
-    config = inspect_checkpoint(options.model, **exits).config
+    checkpoint = inspect_checkpoint(options.model, **exits, template=options.template)
+    config = checkpoint.config
+    weights = partial(weights_fingerprint, checkpoint, options.peft_path)
     settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
     chosen: dict[float, Setting] = {}
     if options.budgets:
-        plan = load_plan(options.model, config, options.peft_path)
+        plan = load_plan(options.model, config, options.peft_path, weights)
         chosen = {budget: plan.choose(budget) for budget in options.budgets}
         settings = by_width([*settings, *chosen.values()])
     collection = sample_queries(read_collection(options.data, options.split), options.queries, options.query_seed)
@@ -115,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             candidates=first.candidates.source,
             settings=measured([item.result for item in first.compared], full, halves, maps),
             held_out_queries=len(halves.held_out),
-            scored_with=scored_with(ScoringOptions.resolve(reranker, {}), reranker.quantization),
+            scored_with=reranker.scored_with(ScoringOptions.resolve(reranker, {})),
+            weights=weights(),
         )
         plan.write(path)
         print(f"Wrote {path}: {plan.queries} queries choose, {plan.held_out_queries} others were held out.")

@@ -15,13 +15,15 @@ from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset, AbsR
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.losses import Reads
-from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, load_files, load_rows
+from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, load_files, load_rows, sampled
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 RANDOM_MARGIN = 10.0
 """How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
 DRAWS = 100
+ROWS_LOOKED_AT, PASSAGES_LOOKED_AT = 1000, 8
+"""Of how many rows, and of how many passages of each, `MatryoshkaTrainDataset.cut_shares` speaks."""
 
 
 class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
@@ -31,7 +33,10 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         args: where the rows are and how pairs are joined; `args.knowledge_distillation` says whether teacher scores
             are read.
         seed: of all that is drawn.
-        template: what stands around query and passage; a row may bring its own prompt and instructions.
+        template: the words around query and passage; a row may bring its own prompt, instructions and `instruction`.
+
+    Lengths are those of the reference for a template that has them, see `Template.has_reference_lengths`. For any other
+    `query_max_len` and `passage_max_len` count the user's text, and the template comes on top.
 
     Raises:
         ValueError: naming file and line of a row that is wrong, or if there is no row.
@@ -59,17 +64,18 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 
     def _load_dataset(self, file_path: str) -> Dataset:
         rows = load_rows(file_path, self.reads(self.args), self.args.cache_path, self.args.skip_bad_lines)
-        limit = self.args.max_example_num_per_dataset
-        if len(rows) > limit:
-            rows = rows.select(random.Random(f"{self.seed}-{file_path}").sample(range(len(rows)), limit))
+        rows = sampled(rows, file_path, self.args.max_example_num_per_dataset, self.seed)
         self._file_sizes.append(len(rows))
         return rows
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[TokenizedPair]:
         own = {name: row[column] for column, name in INSTRUCTIONS.items() if row.get(column)}
-        template = replace(self.pair_tokenizer.template, **own)
+        template = replace(self.pair_tokenizer.template, **own).with_instruction(None)
+        pairs = [(row["query"], passage) for passage in passages]
+        if not self.pair_tokenizer.template.has_reference_lengths:
+            return self.pair_tokenizer.build_texts(pairs, self.args.query_max_len, self.args.passage_max_len, template)
         return self.pair_tokenizer.build(
-            [(row["query"], passage) for passage in passages],
+            pairs,
             self.args.query_max_len,
             self.args.passage_max_len + self.args.query_max_len // 2,
             self.max_length - len(self.pair_tokenizer.prompt_ids(template)),
@@ -104,6 +110,21 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
     def passages_of(self, row: dict[str, Any]) -> list[str]:
         """All of them."""
         return [*row["pos"], *row["neg"]]
+
+    def cut_shares(self) -> tuple[float, float, int]:
+        """Tokenise rows at even distances, always the same, and the first passages of each.
+
+        Returns:
+            the shares of their queries and of their passages that are cut, in [0, 1], and how many rows these are.
+        """
+        items = range(0, len(self), math.ceil(len(self) / ROWS_LOOKED_AT))
+        queries, passages = [], []
+        for item in items:
+            row = self.dataset[item]
+            pairs = self._sequences(row, self.passages_of(row)[:PASSAGES_LOOKED_AT])
+            queries.append(pairs[0].query_is_cut)
+            passages += [pair.passage_is_cut for pair in pairs]
+        return sum(queries) / len(queries), sum(passages) / len(passages), len(items)
 
     def start_epoch(self, epoch: int) -> None:
         """Draw other positives and negatives than in other epochs.

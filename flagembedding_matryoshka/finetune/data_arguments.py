@@ -28,9 +28,19 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
     sep_token: str | None = field(
         default=None, metadata={"help": "Text behind the query and behind the passage (default: the template's)."}
     )
+    query_max_len: int = field(
+        default=32,
+        metadata={
+            "help": "Tokens of a query. With the templates cost_wise, gemma2-lightweight, minicpm and bge-gemma, its "
+            "instruction counts too; with any other the template comes on top."
+        },
+    )
     passage_max_len: int = field(
         default=192,
-        metadata={"help": "Tokens of a passage; the whole sequence is cut to query_max_len + passage_max_len."},
+        metadata={
+            "help": "Tokens of a passage. With the templates cost_wise, gemma2-lightweight, minicpm and bge-gemma, the "
+            "whole sequence is cut to query_max_len + passage_max_len; with any other the template comes on top."
+        },
     )
 
     pad_to_multiple_of: int | None = field(

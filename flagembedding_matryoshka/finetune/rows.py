@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,14 @@ from flagembedding_matryoshka.text.lines import read_rows
 logger = logging.get_logger(__name__)
 
 SUFFIXES = (".json", ".jsonl")
-INSTRUCTIONS = {"prompt": "prompt", "query_prompt": "query_instruction", "passage_prompt": "passage_instruction"}
-"""What a row may bring of a template: its column to the template's name."""
+INSTRUCTIONS = {
+    "prompt": "prompt",
+    "query_prompt": "query_instruction",
+    "passage_prompt": "passage_instruction",
+    "instruction": "instruction",
+}
+"""What a row may bring of a template: its column to the template's field. The first three are FlagEmbedding's and
+replace words; `instruction` goes into the place that the template has for one."""
 TEXTS, NUMBERS = ListOf(Value("string")), ListOf(Value("float64"))
 LABELS = {"pos": TEXTS, "neg": TEXTS}
 COLUMNS: dict[Reads, dict[str, Any]] = {
@@ -33,7 +40,7 @@ COLUMNS: dict[Reads, dict[str, Any]] = {
     "passages": {"passages": TEXTS},
 }
 NO_ROW = "no row"
-LAYOUT = 2
+LAYOUT = 3
 """Of what the cache holds and which rows are right: what an older version has written is not read."""
 
 
@@ -111,6 +118,13 @@ def load_files(
     if not any(map(len, files)):
         raise ValueError(f"there is no row in {', '.join(paths)}")
     return files
+
+
+def sampled(rows: Dataset, path: str, limit: int, seed: int) -> Dataset:
+    """At most `limit` rows of the file at `path`, drawn by `seed`."""
+    if len(rows) <= limit:
+        return rows
+    return rows.select(random.Random(f"{seed}-{path}").sample(range(len(rows)), limit))
 
 
 def _arrow_rows(path: str, reads: Reads) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.adapters import attach, read_adapter, refuse_other_head, refuse_other_heads
-from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
@@ -35,11 +36,12 @@ from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints, ranki
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
-from flagembedding_matryoshka.finetune.rows import load_files
+from flagembedding_matryoshka.finetune.rows import load_files, sampled
 from flagembedding_matryoshka.finetune.sharding import whole_while_loading
 from flagembedding_matryoshka.finetune.targets import as_peft_takes_them, refuse_unknown_modules
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
+from flagembedding_matryoshka.finetune.words import count_words, refuse_misplaced, template_of_rows
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.nf4 import use_nf4
@@ -99,9 +101,16 @@ class MatryoshkaRunner(AbsRerankerRunner):
             )
         with training_args.main_process_first(desc="reading the training files"):
             options = data_args.cache_path, data_args.skip_bad_lines
-            load_files(data_args.train_data, self.method.reads, *options)
+            files = load_files(data_args.train_data, self.method.reads, *options)
+            limit = data_args.max_example_num_per_dataset
+            used = (
+                sampled(rows, path, limit, training_args.seed)
+                for path, rows in zip(data_args.train_data, files, strict=True)
+            )
+            self._words_of_rows = count_words(used)
+            self._words_of_eval_rows = None
             if data_args.eval_data is not None:
-                load_files(data_args.eval_data, "labels", *options)
+                self._words_of_eval_rows = count_words(load_files(data_args.eval_data, "labels", *options))
         if data_args.eval_data is not None:
             rank_checkpoints(training_args)
             if training_args.eval_strategy == "no":
@@ -152,6 +161,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             layers = self.training_args.compress_layers
             Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
         raw_peft = [locate(path) for path in args.raw_peft or []]
+        if args.use_lora:
+            self._refuse_to_replace([checkpoint.base, *checkpoint.adapters, *raw_peft])
         if args.use_lora and args.from_peft is None:
             targets = as_peft_takes_them(args.target_modules)
             refuse_unknown_modules(checkpoint.config, targets, args.modules_to_save)
@@ -178,6 +189,16 @@ class MatryoshkaRunner(AbsRerankerRunner):
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
 
+    def _refuse_to_replace(self, places: Sequence[str]) -> None:
+        """Raise ValueError if what the new adapters are loaded with lies where they are written."""
+        output_dir = Path(self.training_args.output_dir).resolve()
+        for place in places:
+            if Path(place).resolve() in (output_dir, output_dir / MERGED):
+                raise ValueError(
+                    f"output_dir={self.training_args.output_dir} is where {place} lies, which the new adapters need: "
+                    "they are loaded on top of it. Name another output_dir."
+                )
+
     @property
     def _hub(self) -> dict[str, Any]:
         """How names are found on the hub, by everything that reads a model, a tokenizer or an adapter."""
@@ -185,9 +206,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
         return {name: value for name, value in given.items() if value}
 
     def _template(self, config: CostWiseConfig) -> Template:
-        """The checkpoint's, with what the arguments say: it is saved beside what is trained."""
+        """The checkpoint's, with what the arguments and all rows say: it is saved beside what is trained."""
         args = self.data_args
-        return Template.load(config.template).replaced(
+        template = Template.load(config.template).replaced(
             query_instruction=args.query_instruction_for_rerank,
             query_format=args.query_instruction_format,
             between=args.sep_token,
@@ -195,6 +216,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
             passage_format=args.passage_instruction_format,
             behind=args.sep_token,
         )
+        if self._words_of_eval_rows is not None:
+            refuse_misplaced(template, self._words_of_eval_rows)
+        return template_of_rows(template, self._words_of_rows, warns=self.training_args.process_index == 0)
 
     def _compensation(self) -> dict[str, int | str] | None:
         """What the adapter makes up for: a note that is saved beside it."""
@@ -259,17 +283,34 @@ class MatryoshkaRunner(AbsRerankerRunner):
             compress_ratios=self.training_args.compress_ratios,
         )
 
+    def _log_lengths(self) -> None:
+        queries, passages, rows = self.train_dataset.cut_shares()
+        is_reference = self.train_dataset.pair_tokenizer.template.has_reference_lengths
+        logger.info(
+            "%.1f %% of queries and %.1f %% of passages are cut (in %d rows): query_max_len=%d, passage_max_len=%d, "
+            "%s.",
+            100 * queries,
+            100 * passages,
+            rows,
+            self.data_args.query_max_len,
+            self.data_args.passage_max_len,
+            "which count the template too, as the reference does" if is_reference else "the template on top",
+        )
+
     def run(self) -> None:
         """Train, and save what was learnt to output_dir."""
+        if self.training_args.process_index == 0:
+            self._log_lengths()
         super().run()
         if self.training_args.process_index == 0:
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
-            merged = Path(self.training_args.output_dir) / "merged_model"
+            merged = Path(self.training_args.output_dir) / MERGED
             checkpoint = inspect_checkpoint(self.training_args.output_dir, **self._hub)
             with whole_while_loading(self.training_args):
                 model = load_model(checkpoint, self.tokenizer, self._weights_dtype(), **self._hub)
             model.config.raw_peft, model.config.base_exits = [], None
+            remove_written(merged)
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             write_sentence_transformers_files(merged)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flagembedding_matryoshka.checkpoints.export import remove_written
 from flagembedding_matryoshka.finetune.balancing import BalancedSampler
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
@@ -201,5 +202,6 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         if not self.args.should_save:
             return
         directory = output_dir or self.args.output_dir
+        remove_written(directory)
         self.model.save(directory, state_dict)
         self._save_processing_class(directory)

@@ -78,17 +78,26 @@ def check_batch_invariance(devices: Sequence[str], dtype: torch.dtype, quantizat
         )
 
 
-def resolve_dtype(dtype: str | torch.dtype, use_fp16: bool, use_bf16: bool, device: str | torch.device) -> torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype,
+    use_fp16: bool,
+    use_bf16: bool,
+    device: str | torch.device,
+    quantization: str | None = None,
+) -> torch.dtype:
     """The format that weights are loaded in.
 
     Args:
         dtype: "auto", a torch dtype or its name.
         use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU, where float16 is slow and its
             sums overflow, `use_fp16` leaves the choice to `dtype`: it is a default of FlagEmbedding's callers.
+        quantization: of the weights; "auto" is float32 beside "int8".
 
     Raises:
         ValueError: if they contradict each other or name no floating-point format.
     """
+    if quantization == "int8" and dtype == "auto" and not use_bf16:
+        dtype = "float32"
     flagged = [torch.bfloat16] * use_bf16
     if use_fp16 and torch.device(device).type != "cpu":
         flagged.append(torch.float16)

@@ -1,16 +1,30 @@
-"""Which model it is: a digest by which results of the same weights are known again."""
+"""Which model it is: digests by which results of the same weights are known again.
+
+`model_fingerprint` is of all that was loaded, merged and quantized, and takes as long as reading all weights. An
+evaluation keeps its results by it. `identity` is of the files, without loading them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
+from flagembedding_matryoshka.inference.device import resolve_dtype
+from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+
+HUB = ("cache_dir", "token", "revision", "local_files_only")
+OF_A_CHECKPOINT = ("from_raw", "start_layer", "layer_sep", "max_layer", "template", "trust_remote_code")
 
 
 def model_fingerprint(reranker: MatryoshkaReranker) -> str:
@@ -33,3 +47,34 @@ def model_fingerprint(reranker: MatryoshkaReranker) -> str:
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def identity(model: str, options: Mapping[str, Any], is_here: bool) -> dict[str, str]:
+    """The weights that `MatryoshkaReranker(model, **options)` would load, and the format that it would load them in.
+
+    Args:
+        options: of the constructor, those that were given.
+        is_here: whether it would be made in this process, so that its device is known.
+
+    Returns:
+        "weights", the fingerprint of their files, and, if it is known, "resolved_dtype", such as "float32".
+
+    Raises:
+        FileNotFoundError, ValueError: as the constructor.
+    """
+    hub = hub_options(**{name: options[name] for name in HUB if name in options})
+    given: Any = {name: options[name] for name in OF_A_CHECKPOINT if name in options}
+    adapters = options.get("peft_path") or ()
+    adapters = [adapters] if isinstance(adapters, str | PathLike) else adapters
+    found = {"weights": weights_fingerprint(inspect_checkpoint(model, **given, **hub), adapters, **hub)}
+    if is_here:
+        device = HostedReranker.get_target_devices(options.get("devices"))[0]
+        dtype = resolve_dtype(
+            options.get("dtype", "auto"),
+            options.get("use_fp16", False),
+            options.get("use_bf16", False),
+            device,
+            options.get("quantization"),
+        )
+        found["resolved_dtype"] = str(dtype).removeprefix("torch.")
+    return found

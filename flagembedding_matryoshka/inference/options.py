@@ -69,6 +69,15 @@ class ScoringOptions:
             TypeError: if the instruction is not text.
             ValueError: if the template has no place for it.
         """
+        return self.saved_template(tokenizer).with_instruction(None)
+
+    def saved_template(self, tokenizer: PairTokenizer) -> Template:
+        """The template to save with a checkpoint, so that it is scored with these words; the instruction is its
+        `instruction`.
+
+        Raises:
+            TypeError, ValueError: as `template`.
+        """
         words = replace(
             tokenizer.template,
             query_instruction=self.query_instruction_for_rerank,
@@ -77,7 +86,10 @@ class ScoringOptions:
             passage_format=self.passage_instruction_format,
             prompt=self.prompt,
         )
-        return words.with_instruction(self.instruction)
+        if self.instruction is None:
+            return words
+        words.with_instruction(self.instruction)  # refuses one that it has no place for
+        return replace(words, instruction=self.instruction)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
         """Input sequences of query and passage.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.shipped import locate
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -58,8 +61,13 @@ class Plan:
         data, queries, candidates: on what it was measured: the collection, how many queries choose, whose lists.
         settings: everything measured.
         held_out_queries: how many others of the collection `held_out_ndcg_share` is of.
-        scored_with: words around the texts and the format of the weights, on which calibrations depend; see
+        scored_with: words around the texts, dtype and quantization, on which calibrations depend; see
             [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
+        weights: the fingerprint of the weights, see
+            [`~flagembedding_matryoshka.checkpoints.weights.weights_fingerprint`]; None in plans of older versions.
+
+    Which setting is best hardly depends on rounding: a plan chooses settings in any dtype. A calibration maps scores
+    themselves, and is used in the dtype that it was fitted in alone.
     """
 
     exit_layers: tuple[int, ...]
@@ -70,6 +78,7 @@ class Plan:
     settings: tuple[Measured, ...]
     held_out_queries: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     def choose(self, budget: float | None = None, quality: float | None = None, cascades: bool = True) -> Setting:
         """The best setting within `budget`, or the cheapest that reaches `quality`; give one of them.
@@ -126,7 +135,9 @@ class Plan:
     def check_conditions(self, scored_with: Mapping[str, Any]) -> None:
         """Raise ValueError unless scores come about as those did that the calibrations were fitted to."""
         others = {
-            name: (value, scored_with[name]) for name, value in self.scored_with.items() if value != scored_with[name]
+            name: (value, scored_with.get(name))
+            for name, value in self.scored_with.items()
+            if value != scored_with.get(name)
         }
         if others:
             said = ", ".join(f"{name} {measured!r}, and not {given!r}" for name, (measured, given) in others.items())
@@ -176,17 +187,24 @@ def adapter_names(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(Path(path).name for path in paths)
 
 
-def load_plan(model: str, config: CostWiseConfig, adapters: Sequence[str] = (), **hub: Any) -> Plan:
+def load_plan(
+    model: str,
+    config: CostWiseConfig,
+    adapters: Sequence[str] = (),
+    weights: Callable[[], str] | None = None,
+    **hub: Any,
+) -> Plan:
     """The plan beside a model, a local directory or a name as `inspect_checkpoint` takes it.
 
     Args:
         config: the model's.
         adapters: paths of the adapters that are merged into it or attached.
+        weights: returns the fingerprint of the weights; None computes it.
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
         FileNotFoundError: if there is none, with the command that writes it.
-        ValueError: if the file is no plan, or another model's.
+        ValueError: if the file is no plan, another model's, or was measured with other weights.
     """
     # A GGUF file has none: it is no directory, and no name on the hub.
     located = locate(model)
@@ -205,6 +223,20 @@ def load_plan(model: str, config: CostWiseConfig, adapters: Sequence[str] = (), 
         plan.check(config, adapters)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is the plan of another model: {error}. {COMMAND.format(model)} makes one.") from error
+    if plan.weights is None:
+        warnings.warn(
+            f"{path} names no weights: a version wrote it that did not note them. Whether it was measured with those "
+            f"of {model} is not known. {COMMAND.format(model)} makes one that does.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return plan
+    found = weights_fingerprint(inspect_checkpoint(model, **hub), adapters, **hub) if weights is None else weights()
+    if found != plan.weights:
+        raise ValueError(
+            f"{path} was measured with other weights, whose fingerprint is {plan.weights:.12}…; that of {model} is "
+            f"{found:.12}…. {COMMAND.format(model)} measures these."
+        )
     return plan
 
 

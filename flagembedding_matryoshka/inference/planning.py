@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cached_property
+from typing import Any
 
 from flagembedding_matryoshka.inference.hosting import HostedReranker
-from flagembedding_matryoshka.inference.normalizing import Normalizer, normalizer
+from flagembedding_matryoshka.inference.normalizing import Normalizer, normalizer, scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions, refuse_beside_plan
 from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 
 class PlannedReranker(HostedReranker):
@@ -18,11 +20,15 @@ class PlannedReranker(HostedReranker):
     Attributes:
         planned: what `rank` runs by `budget` or `quality`; None without them.
         quantization: the format of the weights, if they are quantized.
+        dtype: the format that weights are loaded in, such as "float32".
+        words: the template.
         temperature: the template's: scores are divided by it before the sigmoid.
     """
 
     planned: Setting | None = None
     quantization: str | None
+    dtype: str
+    words: Template
     temperature: float
     _load_plan: Callable[[], Plan]
 
@@ -41,4 +47,8 @@ class PlannedReranker(HostedReranker):
             setattr(self, name, value)
 
     def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
-        return normalizer(options, setting, lambda: self.plan, self.quantization, self.temperature, exits)
+        return normalizer(options, setting, lambda: self.plan, self.scored_with(options), self.temperature, exits)
+
+    def scored_with(self, options: ScoringOptions) -> dict[str, Any]:
+        """What scores of a call depend on beside weights, depth, width and lengths; a plan notes it."""
+        return scored_with(options, self.quantization, self.dtype, self.words)

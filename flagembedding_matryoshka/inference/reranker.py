@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.checkpoints.export import export_exits
+from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
@@ -173,13 +174,13 @@ class MatryoshkaReranker(RankingReranker):
         self.compress_ratio = compress_ratio
         self.prompt = words.prompt
         self.instruction = instruction
+        self.words = words
         self.temperature = words.temperature
         words.with_instruction(instruction)
         self.max_layer = max_layer
         self.quantization = quantization
-        if quantization == "int8" and dtype == "auto" and not use_bf16:
-            dtype = "float32"
-        resolved = resolve_dtype(dtype, use_fp16, use_bf16, first)
+        resolved = resolve_dtype(dtype, use_fp16, use_bf16, first, quantization)
+        self.dtype = str(resolved).removeprefix("torch.")
         threads = threads_of_each(self.target_devices)
         fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, threads)
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
@@ -188,7 +189,9 @@ class MatryoshkaReranker(RankingReranker):
             check_batch_invariance(self.target_devices, resolved, quantization, compile)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
-        self._load_plan = partial(load_plan, str(model_name_or_path), self.config, list(map(str, peft_paths)), **hub)
+        weights = partial(weights_fingerprint, checkpoint, peft_paths, **hub)
+        adapters = list(map(str, peft_paths))
+        self._load_plan = partial(load_plan, str(model_name_or_path), self.config, adapters, weights, **hub)
         self._follow_plan(budget, quality)
         self._normalizer(*resolve_call(self, {}))
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
@@ -247,13 +250,19 @@ class MatryoshkaReranker(RankingReranker):
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
-        Raises ValueError if an exit does not exist, token adapters are attached, or the weights are quantized.
+        The words, the instruction and the lengths that the re-ranker was made with become the checkpoint's. It replaces
+        a checkpoint in `output_dir`, by the list
+        [`WRITTEN`][flagembedding_matryoshka.checkpoints.export.WRITTEN]; other files there are not touched.
+
+        Raises:
+            ValueError: if an exit does not exist, token adapters are attached, or the weights are quantized.
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
-        _, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
-        export_exits(self.model, setting.cutoff_layers, output_dir)
+        options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
+        export_exits(self.model, setting.cutoff_layers, output_dir, options.saved_template(self._pair_tokenizer))
         self.tokenizer.save_pretrained(output_dir)
+        write_lengths(output_dir, options.query_max_length, options.max_length)
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
         """Pairs as `compute_score`, `score_lists` and `estimate_flops` take them at any depth and width, so that texts

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratio
+from flagembedding_matryoshka.checkpoints.export import SENTENCE_TRANSFORMERS_FILE, remove_written
 from flagembedding_matryoshka.checkpoints.gguf import resolve
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
@@ -202,13 +203,14 @@ class MatryoshkaModule(InputModule):
         return module
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write a checkpoint that `MatryoshkaReranker` loads too.
+        """Write a checkpoint that `MatryoshkaReranker` loads too, in place of one that the directory holds.
 
         Raises:
             ValueError: if the weights are not to be in safetensors.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False: weights are written in safetensors alone.")
+        remove_written(output_path, kept=[SENTENCE_TRANSFORMERS_FILE])  # which CrossEncoder writes before its modules
         self.model.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)

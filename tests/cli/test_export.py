@@ -14,6 +14,13 @@ def test_what_is_exported_scores_as_the_whole(tiny_layerwise_path, reranker, tmp
     assert "Wrote" in capsys.readouterr().out
 
 
+def test_instruction_and_lengths_are_written(tiny_layerwise_path, tmp_path):
+    words = ["--template", "mxbai-v2", "--instruction", "Is it?", "--max_length", "40", "--query_max_length", "9"]
+    main(["--model", str(tiny_layerwise_path), "--output", str(tmp_path / "part"), *words])
+    part = MatryoshkaReranker(str(tmp_path / "part"), devices="cpu")
+    assert (part.description.instruction.value, part.max_length, part.query_max_length) == ("Is it?", 40, 9)
+
+
 def test_a_directory_that_holds_something_is_left_alone(tiny_layerwise_path, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for output in (tmp_path, tmp_path / "file"):

@@ -85,3 +85,12 @@ def test_where_nobody_reads_on_the_process_ends_without_a_fault(monkeypatch):
         with pytest.raises(SystemExit) as ended:
             StandardOutput().append(["x"])
         assert ended.value.code == 1
+
+
+def test_where_the_dtype_is_not_known_it_is_not_compared_and_weights_are(tmp_path):
+    path, weights = tmp_path / "out.jsonl", {"weights": "a"}
+    FileOutput(path, SETTINGS | weights | {"resolved_dtype": "float32"}).append(["a"])
+    assert list(FileOutput(path, SETTINGS | weights).lines()) == ["a\n"]
+    for other, said in ((weights | {"resolved_dtype": "bfloat16"}, "dtype was 'float32'"), ({"weights": "b"}, "'a'")):
+        with pytest.raises(ValueError, match=said):
+            FileOutput(path, SETTINGS | other)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -122,6 +123,35 @@ def test_other_settings_are_refused(desk):
     main(desk.words())
     with pytest.raises(ValueError, match="cutoff_layers was None and is"):
         main(desk.words("--cutoff_layers", "3"))
+
+
+def test_other_weights_and_another_dtype_are_refused(desk, tmp_path):
+    desk.model = str(shutil.copytree(desk.model, tmp_path / "model"))
+    desk.write(PAIRS)
+    main(desk.words())
+    noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert noted["resolved_dtype"] == "float32" and len(noted["weights"]) == 64
+    with pytest.raises(ValueError, match="dtype was 'float32' and is 'bfloat16'"):
+        main(desk.words("--dtype", "bfloat16"))
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"written with other settings, .* weights was '\w+' and is '\w+'"):
+        main(desk.words())
+
+
+def test_settings_of_an_older_version_name_no_weights_and_are_continued_with_a_warning(desk, tmp_path):
+    desk.write(PAIRS)
+    main(desk.words())
+    before = desk.output.read_bytes()
+    beside = tmp_path / "out.jsonl.settings.json"
+    noted = json.loads(beside.read_text())
+    beside.write_text(json.dumps({name: noted[name] for name in noted if name not in ("weights", "resolved_dtype")}))
+    desk.output.write_bytes(before[:300])
+    with pytest.warns(UserWarning, match=r"out.jsonl.settings.json names no weights"):
+        main(desk.words())
+    assert len(desk.read()) == len(PAIRS)
 
 
 def test_a_row_that_has_a_score_is_refused(desk):

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.calibration import Isotonic, Platt, from_json, to_json
-from flagembedding_matryoshka.inference.normalizing import scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)
@@ -86,7 +88,8 @@ def model(tiny_layerwise_path, tmp_path, plain):
             Measured(Setting(6, cascade=((3, 0.5),)), 0.75, 0.9),
         ),
         held_out_queries=8,
-        scored_with=scored_with(ScoringOptions.resolve(plain, {}), None),
+        scored_with=plain.scored_with(ScoringOptions.resolve(plain, {})),
+        weights=weights_fingerprint(inspect_checkpoint(model)),
     )
     plan.write(Path(model) / PLAN_NAME)
     assert load_plan(model, plain.config) == plan
@@ -149,9 +152,12 @@ def test_a_cascade_needs_a_map_for_each_of_its_exits(calibrated):
 
 def test_a_re_ranker_is_not_made_without_what_it_needs(model, tiny_layerwise_path):
     with pytest.raises(ValueError, match="no calibration of 5 layers"):
-        MatryoshkaReranker(model, devices="cpu", normalize="calibrated", cutoff_layers=5)
+        MatryoshkaReranker(model, devices="cpu", dtype="float32", normalize="calibrated", cutoff_layers=5)
     with pytest.raises(ValueError, match="was measured with quantization None, and not 'int8'"):
         MatryoshkaReranker(model, devices="cpu", normalize="calibrated", quantization="int8")
+    with pytest.raises(ValueError, match="was measured with dtype 'float32', and not 'bfloat16'"):
+        MatryoshkaReranker(model, devices="cpu", normalize="calibrated", dtype="bfloat16")
+    assert MatryoshkaReranker(model, devices="cpu", budget=0.4, dtype="bfloat16").planned == Setting(4, (2,), 2)
     with pytest.raises(FileNotFoundError, match="has no matryoshka_plan"):
         MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu", normalize="calibrated")
     with pytest.raises(FileNotFoundError, match="has no matryoshka_plan"):
@@ -164,6 +170,40 @@ def test_an_older_plan_has_no_calibration(model):
     Plan(EXITS, (), "d/test", 9, "x", (Measured(Setting(6), 1.0, 1.0),)).write(Path(model) / PLAN_NAME)
     with pytest.raises(ValueError, match="no calibration of 6 layers; it has none at all"):
         MatryoshkaReranker(model, devices="cpu", normalize="calibrated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"temperature": 2.0}, "temperature 1.0, and not 2.0"),
+        ({"query_instruction": "Q: "}, "query_instruction 'A: ', and not 'Q: '"),
+        (
+            {"instructed": {"query_instruction": "{instruction}"}, "instruction": "Heat?"},
+            "instruction '', and not 'Hea",
+        ),
+    ],
+)
+def test_words_and_temperature_of_another_template_are_refused(changes, named, model):
+    template = Template().to_json() | changes
+    with pytest.raises(ValueError, match=f"was measured with {named}"):
+        MatryoshkaReranker(model, devices="cpu", dtype="float32", normalize="calibrated", template=template)
+
+
+def test_the_checkpoints_own_instruction_is_the_same_as_naming_it(model, plain):
+    own = {"instructed": {"query_instruction": "{instruction}"}, "instruction": "Heat?"}
+    options = {"devices": "cpu", "dtype": "float32", "template": Template().to_json() | own}
+    reranker = MatryoshkaReranker(model, **options)
+    plan = Plan(
+        *(EXITS, (), "d/test", 9, "x"),
+        settings=(Measured(Setting(6), 1.0, 1.0, 1.0, DEEP),),
+        scored_with=reranker.scored_with(ScoringOptions.resolve(reranker, {})),
+        weights=weights_fingerprint(inspect_checkpoint(model)),
+    )
+    plan.write(Path(model) / PLAN_NAME)
+    calibrated = MatryoshkaReranker(model, **options, normalize="calibrated")
+    assert calibrated.compute_score(PAIRS) == calibrated.compute_score(PAIRS, instruction="Heat?")
+    with pytest.raises(ValueError, match=r"was measured with instruction 'Heat.', and not 'Wing"):
+        calibrated.compute_score(PAIRS, instruction="Wing?")
 
 
 def test_min_score_of_probabilities_holds_beside_a_cascade(model):

@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -8,6 +10,9 @@ import pytest
 from hypothesis import given
 
 from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints import weights
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
 
@@ -189,6 +194,45 @@ def test_a_plan_is_read_as_it_was_written(model, tmp_path):
     plan = plan_of(*PLAN.settings, adapters=("one",), data="é/test")
     plan.write(tmp_path / "model" / PLAN_NAME)
     assert load_plan(model, CostWiseMistralConfig.from_pretrained(model), ["somewhere/one"]) == plan
+
+
+def change_weights(model):
+    """Change the value of one weight; the file's size stays."""
+    path = Path(model) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_plan_is_of_the_weights_that_it_was_measured_with(model):
+    plan = replace(PLAN, weights=weights_fingerprint(inspect_checkpoint(model)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "names no weights")
+        warnings.filterwarnings("error", ".*names no weights")
+        assert planned(model, plan, budget=0.65).planned == DROPPING.setting
+    change_weights(model)
+    for options in ({"budget": 0.65}, {"quality": 0.9}, {"normalize": "calibrated"}):
+        with pytest.raises(ValueError, match=r"plan.json was measured with other weights, .* --model \S+/model"):
+            MatryoshkaReranker(model, devices="cpu", **options)
+    with pytest.raises(ValueError, match="measured with other weights"):
+        load_plan(model, CostWiseMistralConfig.from_pretrained(model))
+
+
+def test_a_plan_without_a_fingerprint_is_used_with_a_warning(model):
+    with pytest.warns(UserWarning, match=r"plan.json names no weights: .* --model \S+/model"):
+        assert planned(model, budget=0.65).planned == DROPPING.setting
+
+
+def test_without_a_plan_no_weights_are_hashed(model, monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("weights were hashed")
+
+    monkeypatch.setattr(weights, "file_hash", fail)
+    plan = replace(PLAN, weights="0")
+    reranker = planned(model, plan)
+    reranker.compute_score([("heat", "air")])
+    with pytest.raises(AssertionError, match="weights were hashed"):
+        planned(model, plan, budget=0.65)
 
 
 def test_rank_takes_the_cascade_and_scores_take_the_best_without(model):

@@ -183,6 +183,68 @@ def test_what_is_saved_loads_again(tiny_layerwise_path, tmp_path):
     assert reranker.compute_score(PAIRS) == pytest.approx(expected, abs=1e-5)
 
 
+LONG = [*PAIRS, ("a wing " * 20, "a flow of energy " * 40)]
+WORDS = {"query_instruction": "Q: ", "passage_instruction": "D: ", "prompt": "Is it?"}
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_words_and_lengths_of_a_cross_encoder_are_those_of_the_reranker(load, tiny_layerwise_path, tmp_path):
+    model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
+    plain = model.predict(LONG).tolist()
+    for name, value in (WORDS | {"query_max_length": 12, "max_length": 40}).items():
+        setattr(model[0], name, value)
+    expected = model.predict(LONG).tolist()
+    assert expected != pytest.approx(plain, abs=1e-3)
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    reranker = MatryoshkaReranker(str(tmp_path / "saved"), dtype="float32", devices="cpu")
+    assert reranker.compute_score(LONG) == pytest.approx(expected, abs=1e-5)
+    assert (reranker.query_max_length, reranker.max_length) == (12, 40)
+    reranker.export(str(tmp_path / "exported"))
+    for place in ("saved", "exported"):
+        assert load(str(tmp_path / place), device="cpu").predict(LONG).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("load", [load_cross_encoder, partial(CrossEncoder, trust_remote_code=True)])
+def test_words_and_lengths_of_a_reranker_are_those_of_the_cross_encoder(load, tiny_layerwise_path, tmp_path):
+    reranker = MatryoshkaReranker(
+        str(tiny_layerwise_path),
+        dtype="float32",
+        devices="cpu",
+        template="mxbai-v2",
+        instruction="Is it about heat?",
+        prompt="Is it?",
+        passage_instruction_for_rerank="D: ",
+        query_instruction_format="{}query {}:",
+        query_max_length=12,
+        max_length=40,
+    )
+    expected, without = reranker.compute_score(LONG), reranker.compute_score(LONG, instruction="")
+    assert expected != pytest.approx(without, abs=1e-3)
+    reranker.export(str(tmp_path / "exported"))
+    model = load(str(tmp_path / "exported"), device="cpu")
+    assert model.predict(LONG).tolist() == pytest.approx(expected, abs=1e-5)
+    assert model.predict(LONG, prompt="").tolist() == pytest.approx(without, abs=1e-5)
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    for place in ("exported", "saved"):
+        again = MatryoshkaReranker(str(tmp_path / place), dtype="float32", devices="cpu")
+        assert again.compute_score(LONG) == pytest.approx(expected, abs=1e-5)
+        assert again.compute_score(LONG, instruction="") == pytest.approx(without, abs=1e-5)
+        assert (again.query_max_length, again.max_length) == (12, 40)
+
+
+def test_an_empty_default_prompt_is_no_instruction(tiny_layerwise_path, tmp_path):
+    MatryoshkaReranker(
+        str(tiny_layerwise_path), devices="cpu", template="mxbai-v2", instruction="Is it about heat?", dtype="float32"
+    ).export(str(tmp_path / "exported"))
+    model = load_cross_encoder(
+        str(tmp_path / "exported"), device="cpu", prompts={"none": ""}, default_prompt_name="none"
+    )
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    reranker = MatryoshkaReranker(str(tmp_path / "saved"), dtype="float32", devices="cpu")
+    assert reranker.compute_score(PAIRS) == pytest.approx(model.predict(PAIRS).tolist(), abs=1e-5)
+    assert reranker.compute_score(PAIRS) != pytest.approx(model.predict(PAIRS, prompt="Is it about heat?"), abs=1e-3)
+
+
 @pytest.mark.slow
 def test_the_trainer_trains_it(tiny_layerwise_path, tmp_path):
     model = load_cross_encoder(str(tiny_layerwise_path), device="cpu")
