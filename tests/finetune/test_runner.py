@@ -106,7 +106,7 @@ def test_split_names_of_a_fused_model_are_refused(tiny_tokenizer, training_file,
         ("all-linear", {*MATRICES.split(", ")} - {"embed_tokens"}),
         (None, {*MATRICES.split(", ")} - {"embed_tokens"}),
     ],
-    ids=str,
+    ids=["names", "the end of a name", "a pattern", "all in a list", "all", "none"],
 )
 def test_modules_that_get_an_adapter(target_modules, adapted, tiny_raw_model_path, training_file, tmp_path):
     run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"target_modules": target_modules})

@@ -12,7 +12,6 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.chat_templates import template_from_chat
 from flagembedding_matryoshka.inference.calibration import Platt
-from flagembedding_matryoshka.inference.normalizing import scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.serve import Limits
@@ -290,7 +289,7 @@ def test_score_answers_every_pair(zerank_client):
 def calibrated(folder):
     path = write_causal_lm(folder / "calibrated" / "zerank-2", initializer_range=0.1)
     plain = load(path)
-    options = scored_with(ScoringOptions.resolve(plain, {}), None)
+    options = plain.scored_with(ScoringOptions.resolve(plain, {}))
     shallow, deep = Platt(0.25, -0.5), Platt(0.5, 0.25)
     measured = (Measured(Setting(6), 1.0, 1.0, 1.0, deep), Measured(Setting(4), 0.7, 0.9, 0.9, shallow))
     plan = Plan((4, 5, 6), (), "d/test", 9, "all", measured, held_out_queries=8, scored_with=options)
