@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -820,3 +821,11 @@ def test_arguments_of_another_kind_that_have_no_meaning_here_are_refused(trainin
             AbsRerankerDataArguments(train_data=[str(training_file)]),
             arguments,
         )
+
+
+def test_the_log_says_what_the_checkpoint_says_of_itself(tiny_raw_model_path, training_file, tmp_path, caplog):
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of scores that mean nothing: training gives them a meaning
+        runner(tiny_raw_model_path, training_file, tmp_path / "out")
+    (line,) = (record.message for record in caplog.records if str(tiny_raw_model_path) + ":" in record.message)
+    assert "mistral, causal language model" in line and "template cost_wise [assumed]" in line
