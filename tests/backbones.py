@@ -159,8 +159,8 @@ THOROUGH = pytest.mark.parametrize(
 )
 
 
-def write_raw(name, tokenizer, path, **values):
-    """A raw checkpoint with its tokenizer."""
+def write_raw(name, tokenizer, path, auto=AutoModelForCausalLM, **values):
+    """A raw checkpoint, or another of `auto`, with its tokenizer."""
     torch.manual_seed(0)
     tiny = BACKBONES[name]
     common = {
@@ -177,7 +177,7 @@ def write_raw(name, tokenizer, path, **values):
         "eos_token_id": 2,
         "pad_token_id": 3,
     }
-    model = AutoModelForCausalLM.from_config(tiny.config(**common | tiny.values | values))
+    model = auto.from_config(tiny.config(**common | tiny.values | values))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros

@@ -6,7 +6,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
-from tests.backbones import BACKBONES, LAYERS
+from tests.backbones import BACKBONES, LAYERS, write_raw
 from tests.batches import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,29 +14,8 @@ CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("heat", "heat " * 20), ("a", "")]
 
 
-def write_classifier(name, tokenizer, path, **values):
-    torch.manual_seed(0)
-    tiny = BACKBONES[name]
-    common = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "pad_token_id": 3,
-        "num_labels": 1,
-    }
-    model = AutoModelForSequenceClassification.from_config(tiny.config(**common | tiny.values | values))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def write_classifier(name, tokenizer, path):
+    return write_raw(name, tokenizer, path, AutoModelForSequenceClassification, num_labels=1)
 
 
 @torch.no_grad()
