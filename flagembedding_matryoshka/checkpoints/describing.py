@@ -31,8 +31,8 @@ CLASSIFIER = "ForSequenceClassification"
 ASSUMED = "assumed"
 MODULES_FILE = "modules.json"
 MODULE_SETTINGS_FILE = "matryoshka_config.json"
-UNSAID = ("max_length", "query_max_length")
-"""Facts that are left out where a checkpoint does not say them."""
+MAX_LENGTH = 512
+"""Tokens of query and passage, where a checkpoint does not say."""
 OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
 """Fields of a template that `MatryoshkaModule` saves in it."""
 OURS = "flagembedding_matryoshka."
@@ -142,22 +142,30 @@ class Description:
         """Name, value and source of each fact, as text."""
         for field in fields(self):
             fact = getattr(self, field.name)
-            if not isinstance(fact, Fact) or (fact.value is None and field.name in UNSAID):
+            if not isinstance(fact, Fact) or (fact.value is None and field.name == "query_max_length"):
                 continue
-            name, value = field.name.replace("_", " "), fact.value
-            if isinstance(value, Template):
+            name, value, source = field.name.replace("_", " "), fact.value, fact.source
+            if field.name == "max_length" and value is None:
+                value, source = MAX_LENGTH, "default"
+            elif isinstance(value, Template):
                 name, value = "words", repr(value.words)
             elif field.name == "template_name":
                 name, value = "template", value or "its own"
             elif field.name == "head_tokens":
+                if self.architecture.value != "causal language model":
+                    continue
                 value = of_head(value)
+            elif field.name == "dtype":
+                name = "stored dtype"
+            elif field.name == "activation" and self.template.value.temperature != 1:
+                value = f"{value}; the sigmoid is of score ÷ {self.template.value.temperature:g}"
             elif field.name == "exits":
                 value = ", ".join(map(str, value))
             elif field.name == "instruction" and value == "":
                 value = "none" if self.template.value.instructed is not None else "none, and no place for one"
             elif value is None:
                 value = "none"
-            yield name, str(value), fact.source
+            yield name, str(value), source
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """{fact: {"value", "source"}}, as JSON can hold it."""
@@ -291,7 +299,8 @@ def describe(
         words = Template.load(words.to_json() | {"instruction": instruction.value})
     activation = _activation(files, stored, modules)
     quantization = (stored.get("quantization_config") or {}).get("quant_method")
-    exits_source = "the caller, or by default 4, 5, 6, …" if architecture == "causal language model" else "config.json"
+    made = "start_layer and layer_sep, by default 4 and 1; of these only the deepest was trained"
+    exits_source = made if architecture == "causal language model" else "config.json"
     return Description(
         path=path,
         backbone=Fact(str(stored.get("model_type")), "model_type in config.json"),

@@ -137,6 +137,8 @@ def inspect_checkpoint(
         adapters.append(path)
         revisions = {path: hub.get("revision"), base: revision}
         described, of_described = place_of_config(readable, base, revision, **hub)
+    if Path(described).is_dir() and not Path(described, CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}: the directory has no {CONFIG_NAME}.")
     try:
         config = read_config(described, **of_described)
         stored, _ = PreTrainedConfig.get_config_dict(described, **of_described)

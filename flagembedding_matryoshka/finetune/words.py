@@ -72,11 +72,12 @@ def template_of_rows(template: Template, counts: Counts, warns: bool = True) -> 
             agreed[field] = values[0]
         elif values:
             own = total - counts[column].get("", 0)
-            kept = f"{getattr(template, field)!r:.80}"
-            differing.append(f"{own} of {total} rows have {len(values)} different values of {column} (saved: {kept})")
+            kept = template.default_instruction if field == "instruction" else getattr(template, field)
+            count = len(values)
+            differing.append(f"{own} of {total} rows have {count} different values of {column} (saved: {kept!r:.80})")
     if differing and warns:
         logger.warning(
-            "%s. Each row is trained with its own. The saved template has none of them, and scoring uses it.",
+            "%s. Each row is trained with its own. The saved template keeps its own value, and scoring uses it.",
             "; ".join(differing),
         )
     return replace(template, **agreed)

@@ -97,6 +97,8 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
         TypeError: if a command line cannot say such a value.
     """
     parts = _parts(hint)
+    if default is False and str in parts:  # a flag that may also name a kind
+        return {"nargs": "?", "const": True, "metavar": "KIND"}
     if bool in parts:
         return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if Mapping[int, float] in parts:

@@ -212,8 +212,9 @@ def load_plan(
     path = None if is_file else cached_file(located, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise FileNotFoundError(
-            f"{model} has no {PLAN_NAME}: budget and quality choose among settings that were measured. This measures "
-            f"them on a collection in BEIR layout and writes it: {COMMAND.format(model)}"
+            f"{model} has no {PLAN_NAME}, which budget, quality and normalize='calibrated' need. This measures "
+            f"settings on a collection in BEIR layout and writes it, with --calibrate also the calibrations: "
+            f"{COMMAND.format(model)}"
         )
     try:
         plan = _from_json(json.loads(Path(path).read_text(encoding="utf-8")))

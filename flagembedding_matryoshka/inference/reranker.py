@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
 from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
@@ -163,7 +164,7 @@ class MatryoshkaReranker(RankingReranker):
             devices=devices,
             batch_size=batch_size,
             query_max_length=self.description.query_max_length.value if query_max_length is None else query_max_length,
-            max_length=(self.description.max_length.value or 512) if max_length is None else max_length,
+            max_length=(self.description.max_length.value or MAX_LENGTH) if max_length is None else max_length,
             normalize=normalize,
         )
         available = self.get_target_devices(devices)

@@ -108,7 +108,8 @@ class MatryoshkaModule(InputModule):
         )
         if unknown:
             raise TypeError(
-                f"unknown arguments {unknown}; beside CrossEncoder's own there are {sorted(self.forward_kwargs)}."
+                f"unknown arguments {unknown}; beside CrossEncoder's own there are {sorted(self.forward_kwargs)}. "
+                "CrossEncoder's name of an instruction is prompt."
             )
         template = replace(
             self.pair_tokenizer.template,

@@ -241,7 +241,8 @@ def test_rows_and_json_name_every_fact_with_its_source(tmp_path):
     rows = {name: (value, source) for name, value, source in found.rows()}
     assert rows["template"] == ("qwen3-reranker", "the name: Qwen3-Reranker-0.6B")
     assert rows["head tokens"][0] == "'yes' − 'no'" and rows["backbone"][0] == "qwen3"
-    assert rows["dtype"] == ("float32", "config.json")
+    assert rows["stored dtype"] == ("float32", "config.json")
+    assert rows["max length"] == ("512", "default")
     stored = json.loads(json.dumps(found.to_json()))
     assert stored["template"]["value"] == TEMPLATES["qwen3-reranker"].to_json()
     assert all(fact["source"] for fact in stored.values())

@@ -217,3 +217,8 @@ def test_golden_scores_of_a_layer_wise_checkpoint_from_text(shared_parity, case)
         max_length=golden["max_length"],
     )
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected["scores"]), atol=2e-5, rtol=0)
+
+
+def test_a_directory_without_a_configuration_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*: the directory has no config\.json"):
+        inspect_checkpoint(tmp_path)

@@ -99,3 +99,11 @@ def test_documented():
     """
     with pytest.raises(ValueError, match="explains no arguments"):
         explanations(test_names_that_share_an_explanation)
+
+
+def test_normalize_is_a_flag_that_may_name_a_kind():
+    parser = argparse.ArgumentParser()
+    add_reranker(parser)
+    for words, expected in ((["--normalize"], True), (["--normalize", "calibrated"], "calibrated")):
+        assert given_options(parser.parse_args(["--model", "m", *words]))["normalize"] == expected
+    assert "normalize" not in given_options(parser.parse_args(["--model", "m"]))
