@@ -28,7 +28,7 @@ PROBES = (
     *("\tq", "  two", "end:\n", "“q”", "<tag>", "#5 -", "A.\r\n", "it’s", "\u00a0z"),
 )
 """Texts whose ends a tokenizer may join with the words beside them."""
-NOT_LITERAL = "a'\"<b> & {{c}} {% d %} \\ 中\n\nE" + " f" * 200
+NOT_LITERAL = "a'\"<b> & {{c}} {% d %} \\ 中\n\nE" + " f" * 50_000
 """A text that escaping, changing case or shortening changes."""
 
 

@@ -18,11 +18,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from flagembedding_matryoshka.checkpoints.chat_templates import template_from_chat, template_of_pairs
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import TEMPLATES, Template, of_head
 
 T = TypeVar("T")
@@ -92,6 +94,7 @@ class Description:
         dtype: of the stored weights.
         quantization: the method that the stored weights are quantized by; None if they are not.
         max_length, query_max_length: lengths that the checkpoint was saved with; None if it says nothing.
+        obstacle: why the checkpoint can be fine-tuned, but not be scored as it is; None if it can be.
     """
 
     path: str
@@ -109,6 +112,7 @@ class Description:
     quantization: Fact[str | None]
     max_length: Fact[int | None]
     query_max_length: Fact[int | None]
+    obstacle: str | None = None
 
     @property
     def is_assumed(self) -> bool:
@@ -133,8 +137,14 @@ class Description:
             f"{name} [{self.template.source}], instruction {self.instruction.value!r} [{self.instruction.source}]"
         )
 
-    def warn(self) -> None:
-        """Warn once where the template is assumed."""
+    def check_scoring(self) -> None:
+        """Warn once where the template is assumed.
+
+        Raises:
+            ValueError: if the checkpoint cannot be scored as it is.
+        """
+        if self.obstacle is not None:
+            raise ValueError(self.obstacle)
         if self.is_assumed:
             warnings.warn(self.assumption, UserWarning, stacklevel=3)
 
@@ -223,6 +233,7 @@ class Found(NamedTuple):
         name: of a known template, else None.
         instruction: the instruction of calls that give none, and what says it.
         head_source: what says the head tokens, if it is another source.
+        max_length: tokens of query and passage that texts were cut to, and what says it.
     """
 
     template: Template
@@ -230,6 +241,7 @@ class Found(NamedTuple):
     name: str | None = None
     instruction: Fact[str] | None = None
     head_source: str | None = None
+    max_length: Fact[int | None] | None = None
 
 
 def is_classifier(stored: Mapping[str, Any]) -> bool:
@@ -297,6 +309,17 @@ def describe(
     instruction = found.instruction or Fact(words.default_instruction, found.source)
     if found.instruction is not None and instruction.value != words.instruction:
         words = Template.load(words.to_json() | {"instruction": instruction.value})
+    pad = stored.get("pad_token_id")
+    if architecture == "sequence classification" and type(pad) is int:
+        words = _read_before_padding(path, words, files.tokenizer(trust_remote_code), pad)
+    obstacle = None
+    is_capped = getattr(config, "final_logit_softcapping", None) is not None
+    if architecture == "causal language model" and is_capped and len(words.head_tokens) == 2:
+        obstacle = (
+            f"{path} caps its logits (final_logit_softcapping in config.json), and its score is the difference of two: "
+            f"{of_head(words.head_tokens)}. A head here is one linear map, which cannot cap each of them. Fine-tune it "
+            "first, or name a template with one head token."
+        )
     activation = _activation(files, stored, modules)
     quantization = (stored.get("quantization_config") or {}).get("quant_method")
     made = "start_layer and layer_sep, by default 4 and 1; of these only the deepest was trained"
@@ -317,9 +340,35 @@ def describe(
         activation=activation,
         dtype=Fact(stored.get("dtype") or stored.get("torch_dtype"), "config.json"),
         quantization=Fact(quantization, "quantization_config in config.json" if quantization else "config.json"),
-        max_length=Fact(module_settings.get("max_length"), MODULE_SETTINGS_FILE),
+        max_length=found.max_length or Fact(module_settings.get("max_length"), MODULE_SETTINGS_FILE),
         query_max_length=Fact(module_settings.get("query_max_length"), MODULE_SETTINGS_FILE),
+        obstacle=obstacle,
     )
+
+
+def _read_before_padding(path: str, template: Template, tokenizer: PreTrainedTokenizerBase, pad: int) -> Template:
+    """The template without pad tokens at its end: a classifier of transformers is read at the last other token.
+
+    Raises:
+        ValueError: if a sequence would still end with the pad token.
+    """
+    token = str(tokenizer.convert_ids_to_tokens(pad))
+    fields: dict[str, Any] = template.to_json()
+    while fields["prompt"].endswith(token):
+        fields["prompt"] = fields["prompt"].removesuffix(token)
+    if not fields["prompt"]:
+        while isinstance(fields["behind"], str) and fields["behind"].endswith(token):
+            fields["behind"] = fields["behind"].removesuffix(token)
+    found = Template.load(fields)
+    (pair,) = PairTokenizer(tokenizer, found.with_instruction(None)).build([("a", "a")], 99, 99, 10**6)
+    changes_end = found.instructed is not None and "behind" in found.instructed and not found.prompt
+    if pair.input_ids[-1] == pad or changes_end:
+        raise ValueError(
+            f"{path} holds a sequence classifier, which is read at the last token that is not the pad token {token!r}, "
+            f"but its template ends with it: {template.words!r:.200}. Name a template without it by template= or "
+            "--template."
+        )
+    return found
 
 
 def _heads(architecture: Architecture, template: Template) -> Fact[str]:
@@ -353,15 +402,19 @@ def _template(
         name = config.template if isinstance(config.template, str) else None
         source = "template in config.json" if "template" in stored else f"model_type {stored.get('model_type')!r}"
         return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
+    known = _published(path, files, stored, names)
+    temperature = {} if known is None else {"temperature": TEMPLATES[known[0]].temperature}
     if modules is not None and not _is_ours(modules):
-        return _of_sentence_transformers(files, modules, trust_remote_code, architecture)
+        found = _of_sentence_transformers(files, stored, modules, trust_remote_code, architecture)
+        return found._replace(template=Template.load(found.template.to_json() | temperature))
     chat = files.text("chat_template.jinja") or ""
     if not chat:
         inside = (files.json("tokenizer_config.json") or {}).get("chat_template")
+        if isinstance(inside, list):  # of several, apply_chat_template takes the one of this name
+            inside = next((one.get("template") for one in inside if one.get("name") == "default"), None)
         chat = inside if isinstance(inside, str) else ""
     if modules is None and all(re.search(rf"['\"]{role}['\"]", chat) for role in ("query", "document")):
         head: tuple[str | int, ...] = ("Yes",)
-        known = _published(path, files, stored, names)
         if known is not None:
             head = TEMPLATES[known[0]].head_tokens
         elif architecture == "causal language model":
@@ -371,8 +424,7 @@ def _template(
                 f"or --template: a JSON file with head_tokens, or one of {', '.join(TEMPLATES)}."
             )
         made = template_from_chat(files.tokenizer(trust_remote_code), head)
-        return Found(made, "chat_template.jinja")
-    known = _published(path, files, stored, names)
+        return Found(Template.load(made.to_json() | temperature), "chat_template.jinja")
     if known is not None:
         return Found(TEMPLATES[known[0]], known[1], known[0])
     if architecture == "sequence classification":
@@ -403,11 +455,13 @@ def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequen
 
 def _base_models(card: str) -> list[str]:
     """The `base_model` of a model card's metadata."""
-    metadata = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    if metadata is None:
+    metadata = re.match(r"\ufeff?---\s*\n(.*?)\n---", card, re.DOTALL)
+    try:
+        fields_of_card = yaml.safe_load(metadata[1]) if metadata else None
+    except yaml.YAMLError:  # a card is for people: a broken one says nothing
         return []
-    found = re.search(r"^base_model:((?:[ \t]*\S[^\n]*)|(?:\n[ \t]*-[^\n]*)+)", metadata[1], re.MULTILINE)
-    return [] if found is None else re.findall(r"[\w./-]*\w[\w./-]*", found[1])
+    found = fields_of_card.get("base_model") if isinstance(fields_of_card, dict) else None
+    return [name.strip() for name in ([found] if isinstance(found, str) else found or ()) if isinstance(name, str)]
 
 
 def _modules(files: Files) -> list[Mapping[str, Any]] | None:
@@ -427,20 +481,26 @@ def _is_ours(modules: Sequence[Mapping[str, Any]] | None) -> bool:
 
 
 def _of_sentence_transformers(
-    files: Files, modules: Sequence[Mapping[str, Any]], trust_remote_code: bool, architecture: Architecture
+    files: Files,
+    stored: Mapping[str, Any],
+    modules: Sequence[Mapping[str, Any]],
+    trust_remote_code: bool,
+    architecture: Architecture,
 ) -> Found:
     """The template of a CrossEncoder.
 
     Raises:
         ValueError: if it has modules that are not a transformer and its score, or a template that cannot be cut.
     """
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    types = [str(module.get("type")) for module in modules]
+    kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind in types]
     wanted = ["Transformer"] if architecture == "sequence classification" else ["Transformer", "LogitScore"]
     if kinds != wanted:
         raise ValueError(
-            f"{MODULES_FILE} of {files.place} has the modules {kinds}; of a {architecture} {wanted} are loaded: a "
-            "score is read at the last token, without pooling or further layers. With a template of the caller's, by "
-            "template= or --template, it is taken as a raw language model."
+            f"{MODULES_FILE} of {files.place} has the modules {kinds}; of a {architecture} {wanted} of "
+            "sentence-transformers are loaded: no remote code runs, and a score is read at the last token, without "
+            "pooling or further layers. With a template of the caller's, by template= or --template, the checkpoint is "
+            "taken as a raw language model."
         )
     head_tokens: tuple[str | int, ...] = ("Yes",)
     head_source = None
@@ -448,16 +508,17 @@ def _of_sentence_transformers(
         head_source = f"{modules[1].get('path') or '.'}/config.json"
         score = files.json(head_source) or {}
         ids = [score.get(name) for name in ("true_token_id", "false_token_id")]
-        if type(ids[0]) is not int:
-            raise ValueError(f"{head_source} of {files.place} names no true_token_id: {score}")
+        if type(ids[0]) is not int or not (ids[1] is None or type(ids[1]) is int):
+            raise ValueError(
+                f"{head_source} of {files.place} must hold a token id as true_token_id and an id or null as "
+                f"false_token_id, got {score}"
+            )
         head_tokens = tuple(one for one in ids if one is not None)
     transformer = _transformer_settings(files, modules[0])
-    options = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
-    for name in ("restore_suffix", "padding", "truncation", "max_length", "return_tensors"):
-        options.pop(name, None)
+    options = _chat_options(files, transformer)
     tokenizer = files.tokenizer(trust_remote_code)
-    modality = transformer.get("modality_config") or {}
-    speaks = "message" in modality if modality else tokenizer.chat_template is not None
+    modality = transformer.get("modality_config") or {}  # without it sentence-transformers takes pairs
+    speaks = "message" in modality
     if speaks and tokenizer.chat_template is None:
         raise ValueError(f"{files.place} takes messages (modality_config), but its tokenizer has no chat template.")
     if speaks:
@@ -466,7 +527,51 @@ def _of_sentence_transformers(
         source = "chat_template.jinja"
     else:
         made, source = template_of_pairs(tokenizer, head_tokens), "the tokenizer's pairs"
-    return Found(made, source, None, _default_prompt(files, made), head_source)
+    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    instruction = _default_prompt(files, made, control_tokens)
+    length = _saved_length(files, stored, modules)
+    if length.value is not None:
+        words = made.with_instruction(None if instruction is None else instruction.value)
+        (empty,) = PairTokenizer(tokenizer, words).build([("", "")], 10**6, 10**6, 3 * 10**6)
+        length = Fact(max(1, length.value - len(empty)), f"{length.source}, without the template's {len(empty)}")
+    return Found(made, source, None, instruction, head_source, length)
+
+
+def _chat_options(files: Files, transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the chat template.
+
+    Raises:
+        ValueError: if texts are changed or cut in a way that is not one here.
+    """
+    name = f"sentence_bert_config.json of {files.place}"
+    if transformer.get("do_lower_case"):
+        raise ValueError(f"{name} has do_lower_case={transformer['do_lower_case']!r}: texts are not lower-cased here.")
+    processing = {key: value for key, value in (transformer.get("processing_kwargs") or {}).items() if value}
+    options = dict(processing.pop("chat_template", {}))
+    if options.pop("restore_suffix", True) is not True:
+        processing["chat_template"] = {"restore_suffix": False}
+    for key in ("padding", "return_tensors", "return_dict", "add_special_tokens"):
+        options.pop(key, None)
+    if unknown := {key: options[key] for key in ("truncation", "max_length", "tokenize") if key in options}:
+        processing["chat_template"] = unknown
+    if processing:
+        raise ValueError(
+            f"{name} has processing_kwargs {processing}, which change or cut texts in another way than here. Name the "
+            "template by template= or --template, and the length by max_length, to load the checkpoint without them."
+        )
+    return options
+
+
+def _saved_length(files: Files, stored: Mapping[str, Any], modules: Sequence[Mapping[str, Any]]) -> Fact[int | None]:
+    """The tokens of a sequence, words of the template included, that a CrossEncoder was saved with."""
+    saved = _transformer_settings(files, modules[0]).get("max_seq_length")
+    if type(saved) is int:
+        return Fact(saved, "max_seq_length in sentence_bert_config.json")
+    length = (files.json("tokenizer_config.json") or {}).get("model_max_length")
+    positions = stored.get("max_position_embeddings")
+    if type(length) is int and type(positions) is int and length <= positions:
+        return Fact(length, "model_max_length in tokenizer_config.json")
+    return Fact(None, "default")
 
 
 def _transformer_settings(files: Files, module: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -476,18 +581,32 @@ def _transformer_settings(files: Files, module: Mapping[str, Any]) -> Mapping[st
     return files.json(name) or {}
 
 
-def _default_prompt(files: Files, template: Template) -> Fact[str] | None:
+def _default_prompt(files: Files, template: Template, control_tokens: Sequence[str] = ()) -> Fact[str] | None:
     """The instruction of calls that give none: the default prompt of sentence-transformers.
 
+    Args:
+        control_tokens: of a tokenizer that would read them in a prompt; in an instruction they are text.
+
     Raises:
-        ValueError: if the template has no place for it.
+        ValueError: if there is no such prompt, it is no text, the template has no place for it, or it holds a control
+            token.
     """
     name = "config_sentence_transformers.json"
     saved = files.json(name) or {}
-    default = saved.get("default_prompt_name")
-    text = (saved.get("prompts") or {}).get(default) if default is not None else None
-    if text is None:
+    default, prompts = saved.get("default_prompt_name"), saved.get("prompts") or {}
+    if default is None:
         return None
+    if not isinstance(prompts.get(default), str):
+        raise ValueError(
+            f"{name} of {files.place} has default_prompt_name={default!r}, but prompts[{default!r}] is "
+            f"{prompts.get(default)!r:.80}: it must be a text."
+        )
+    text = prompts[default]
+    if found := [token for token in control_tokens if token in text]:
+        raise ValueError(
+            f"{name} of {files.place} has the default prompt {text!r:.80} with the control token {found[0]!r}, which "
+            "is text in an instruction here. Put it into the template, by template= or --template."
+        )
     if text and template.instructed is None:
         raise ValueError(
             f"{name} of {files.place} has the default prompt {text!r:.80}, but the template has no place for it."
@@ -504,8 +623,6 @@ def _saved_instruction(
 
 def _activation(files: Files, stored: Mapping[str, Any], modules: Sequence[Mapping[str, Any]] | None) -> Fact[str]:
     """What CrossEncoder applies to the raw score, by the files that it reads."""
-    if modules is None:
-        return Fact("identity", "none of sentence-transformers' files")
     name = "config_sentence_transformers.json"
     candidates = (
         ((files.json(name) or {}).get("activation_fn"), name),
@@ -518,4 +635,6 @@ def _activation(files: Files, stored: Mapping[str, Any], modules: Sequence[Mappi
                 return Fact("sigmoid", f"default: {path!r} in {source} is remote code, which does not run")
             plain = str(path).rpartition(".")[2].lower()
             return Fact(plain if plain in ("identity", "sigmoid") else str(path), source)
+    if modules is None:
+        return Fact("identity", "none of sentence-transformers' files")
     return Fact("sigmoid", "default of sentence-transformers")

@@ -68,8 +68,9 @@ class HostedReranker(AbsReranker):
 
     def close(self) -> None:
         """End the worker processes of several devices; the next call starts new ones."""
-        if isinstance(self._engine, WorkerPool):
-            self._engine.close()
+        close = getattr(self._engine, "close", None)  # at the interpreter's end the class may be gone
+        if close is not None:
+            close()
 
     def stop_self_pool(self) -> None:
         """FlagEmbedding's name for `close`."""

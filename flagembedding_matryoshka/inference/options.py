@@ -55,6 +55,9 @@ class ScoringOptions:
         if unknown:
             raise TypeError(f"unknown arguments {unknown}; a call may override {[*DEPTH_AND_WIDTH, *names]}.")
         chosen = {name: getattr(defaults, name) if overrides.get(name) is None else overrides[name] for name in names}
+        for name in ("query_instruction_format", "passage_instruction_format"):
+            if isinstance(overrides.get(name), str):  # as `Template.replaced`
+                chosen[name] = chosen[name].replace("\\n", "\n")
         for name in ("batch_size", "max_tokens_per_batch", "max_length", "query_max_length"):
             if chosen[name] is not None:
                 chosen[name] = as_count(name, chosen[name])

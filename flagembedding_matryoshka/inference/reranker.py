@@ -146,7 +146,7 @@ class MatryoshkaReranker(RankingReranker):
             **hub,
         )
         self.description = checkpoint.description
-        self.description.warn()
+        self.description.check_scoring()
         words = Template.load(checkpoint.config.template).replaced(
             query_instruction=query_instruction_for_rerank,
             query_format=query_instruction_format,

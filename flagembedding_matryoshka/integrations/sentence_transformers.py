@@ -177,7 +177,7 @@ class MatryoshkaModule(InputModule):
         dtype, max_length = _options_of_loading(subfolder, **{name: kwargs.get(name) for name in KWARGS})
         hub = hub_options(cache_folder, token, revision, local_files_only)
         checkpoint = inspect_checkpoint(model_name_or_path, trust_remote_code=trust_remote_code, **hub)
-        checkpoint.description.warn()
+        checkpoint.description.check_scoring()
         for adapter in checkpoint.adapters:
             ratio = token_adapter_ratio(adapter, **checkpoint.hub_of(adapter, hub))
             if ratio is not None:

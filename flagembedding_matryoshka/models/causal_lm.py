@@ -140,6 +140,9 @@ class CostWiseForCausalLM(PreTrainedModel):
             info["missing_keys"].discard("lm_head.0.linear_head.weight")
         if "key_mapping" in kwargs:
             model._weight_conversions = []  # transformers would save the head under its former name
+        if is_classifier:  # by the names that they have in the checkpoint
+            for keys in ("unexpected_keys", "missing_keys"):
+                info[keys] = {name.replace("lm_head.0.linear_head.", "score.") for name in info[keys]}
         unknown = [name for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name]
         if unknown:
             raise ValueError(

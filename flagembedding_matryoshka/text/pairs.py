@@ -280,17 +280,28 @@ class PairTokenizer:
 
         Args:
             query_max_length: tokens of a query; None is three quarters of `max_length`.
-            max_length: tokens of a passage, and of all that stands before the prompt part but for `before` and as many
-                tokens as the prompt part has.
+            max_length: tokens of query and passage; the template's words come on top. Of a template with
+                `has_reference_lengths`: tokens of a passage, and of all that stands before the prompt part but for as
+                many tokens as the prompt part has.
 
         Raises:
             ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
         """
-        beside = len(self.fixed(template.before)) + len(self.prompt_ids(template))
         query_max_length = query_max_length or max_length * 3 // 4
         if not query_max_length:
             raise ValueError(f"max_length={max_length} leaves no token of a query, which gets three quarters of it.")
-        return self.build(pairs, query_max_length, max_length, max_length + beside, template)
+        if template.has_reference_lengths:
+            beside = len(self.prompt_ids(template))
+            return self.build(pairs, query_max_length, max_length, max_length + beside, template)
+        of_query, of_passage, beside = self._own_words(template)
+        lengths = query_max_length + of_query, max_length + of_passage
+        return self.build(pairs, *lengths, max_length + of_query + of_passage + beside, template)
+
+    def _own_words(self, template: Template) -> tuple[int, int, int]:
+        """The template's tokens that go with a query, with a passage, and with neither but before `behind`."""
+        of_query, of_passage = (len(self.plain(text)) for text in (template.query(""), template.passage("")))
+        words = self.opening(template), self.fixed(template.before), self.fixed(template.between)
+        return of_query, of_passage, sum(map(len, words))
 
     def build_texts(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int, passage_max_length: int, template: Template
@@ -300,9 +311,8 @@ class PairTokenizer:
         Args:
             query_max_length, passage_max_length: tokens that query and passage are cut to, without their instructions.
         """
-        of_query, of_passage = (len(self.plain(text)) for text in (template.query(""), template.passage("")))
+        of_query, of_passage, beside = self._own_words(template)
         lengths = query_max_length + of_query, passage_max_length + of_passage
-        beside = len(self.opening(template)) + len(self.fixed(template.before)) + len(self.fixed(template.between))
         return self.build(pairs, *lengths, sum(lengths) + beside, template)
 
     def _query_parts(self, query: Encoded, template: Template) -> QueryParts:

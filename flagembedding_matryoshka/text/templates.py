@@ -106,10 +106,17 @@ class Template:
         return hash(json.dumps(self.to_json(), sort_keys=True))
 
     def replaced(self, **given: str | None) -> Template:
-        """Replace fields; None, or a format that is FlagEmbedding's default, leaves a field as it is."""
-        is_default = {"query_format": FLAT, "passage_format": FLAT}
+        """Replace fields; None, or a format that is FlagEmbedding's default, leaves a field as it is.
+
+        FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
+        """
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return replace(self, **{name: value for name, value in chosen.items() if value != is_default.get(name)})
+        for name in {"query_format", "passage_format"} & chosen.keys():
+            if chosen[name] == FLAT:
+                del chosen[name]
+            elif isinstance(chosen[name], str):
+                chosen[name] = chosen[name].replace("\\n", "\n")
+        return replace(self, **chosen)
 
     def with_instruction(self, instruction: str | None) -> Template:
         """The template of one call.
@@ -124,6 +131,7 @@ class Template:
         text = self.instruction if instruction is None else instruction
         if not isinstance(text, str):
             raise TypeError(f"an instruction must be a string, got {text!r:.80}.")
+        text = text.strip() if "instruction" in self.strip else text
         if not text:
             return self
         if self.instructed is None:
@@ -133,7 +141,6 @@ class Template:
                 f"the model's template{name} has no place for the instruction {text!r:.80}. Templates that have one: "
                 f"{', '.join(takers)}, and those of a chat template with the role system."
             )
-        text = text.strip() if "instruction" in self.strip else text
         changed: dict[str, Any] = {name: _filled(value, text) for name, value in self.instructed.items()}
         return replace(self, **changed)
 
@@ -228,8 +235,6 @@ def _words(name: str, value: Any) -> Words:
 def _format(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a template's {name} must be text, got {value!r}.")
-    # FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
-    value = value.replace("\\n", "\n")
     if _fields(value) not in (["", ""], ["0", "1"], ["1", "0"]):
         raise ValueError(
             f"a template's {name} must have a {{}} for the instruction and one for the text, got {value!r}."

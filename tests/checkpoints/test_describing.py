@@ -13,8 +13,9 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.text.templates import TEMPLATES
+from tests.backbones import write_raw
 from tests.batches import close
-from tests.chat_templates import JUDGE, KINDS, PASSING_ROLES_ON, SYSTEM_IS_QUERY, write_cross_encoder
+from tests.chat_templates import JUDGE, KINDS, PASSING_ROLES_ON, READ, SYSTEM_IS_QUERY, write_cross_encoder
 from tests.qwen import write_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,10 +75,7 @@ def test_texts_that_are_cut_score_as_those_of_cross_encoder(tmp_path):
     path = write_cross_encoder(tmp_path / "x", JUDGE)
     oracle = CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity(), max_length=120)
     reranker = score(path)
-    template = reranker._pair_tokenizer.template
-    beside = len(reranker._pair_tokenizer.fixed(template.before)) + 2 * len(
-        reranker._pair_tokenizer.prompt_ids(template)
-    )
+    beside = len(reranker.tokenize([("", "")])[0])
     pairs = [("how does a wing lift?", "air flows over a wing " * count) for count in (1, 20, 90)]
     cut = reranker.tokenize(pairs, max_length=120 - beside)
     assert [pair.is_cut for pair in cut] == [False, True, True] and len(cut[2]) == 120
@@ -246,3 +244,174 @@ def test_rows_and_json_name_every_fact_with_its_source(tmp_path):
     stored = json.loads(json.dumps(found.to_json()))
     assert stored["template"]["value"] == TEMPLATES["qwen3-reranker"].to_json()
     assert all(fact["source"] for fact in stored.values())
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>\n<|endoftext|><|endoftext|>"])
+def test_a_classifier_is_read_before_the_pad_tokens_that_its_template_ends_with(end, tmp_path):
+    template = READ + "query: {{ ns.q }} document: {{ ns.d }}" + end
+    path = write_cross_encoder(tmp_path / "x", template, classifier=True)
+    expected = torch.tensor(CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity()).predict(PAIRS))
+    assert expected.std() > 1e-2
+    close(torch.tensor(score(path).compute_score(PAIRS)), expected, 1e-5)
+    with pytest.raises(ValueError, match=r"last token that is not the pad token '<\|endoftext\|>', but its template"):
+        score(path, template={"passage_format": "{}{}<|endoftext|>", "behind": ["", "", "<|endoftext|>"], "prompt": ""})
+
+
+def test_the_difference_of_two_capped_logits_is_refused(tiny_tokenizer, tmp_path):
+    path = write_raw("gemma2", tiny_tokenizer, tmp_path / "bge")
+    two = {"head_tokens": ["Yes", "A"]}
+    with pytest.raises(ValueError, match=r"caps its logits .* difference of two: 'Yes' − 'A'"):
+        score(path, template=two)
+    assert inspect_checkpoint(str(path), template=two).description.obstacle  # for fine-tuning it is no obstacle
+    assert score(path, template={"head_tokens": ["Yes"]}).compute_score(PAIRS)
+    write_raw("gemma2", tiny_tokenizer, path, final_logit_softcapping=None)
+    assert score(path, template=two).compute_score(PAIRS)
+
+
+def test_a_published_re_ranker_keeps_its_temperature_beside_files_of_its_own(tmp_path):
+    path = write_cross_encoder(tmp_path / "zerank-2", SYSTEM_IS_QUERY, false_token=False)
+    reranker = score(path)
+    assert reranker.description.template.source == "chat_template.jinja" and reranker.temperature == 5
+    raw, shown = (torch.tensor(reranker.compute_score(PAIRS, normalize=value)) for value in (False, True))
+    close(shown, (raw / 5).sigmoid(), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LogitScore", "Transformer"])
+def test_modules_of_other_packages_are_refused_by_name(kind, tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE)
+    modules = json.loads((path / "modules.json").read_text())
+    modules[kind == "LogitScore"]["type"] = f"mine.{kind}"
+    (path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=rf"has the modules .*'mine\.{kind}'.*no remote code runs"):
+        inspect_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("chat_template", [JUDGE, None])
+def test_the_length_is_the_one_that_was_saved(chat_template, tmp_path):
+    path = write_cross_encoder(tmp_path / "x", chat_template)
+    edit(path, "tokenizer_config.json", model_max_length=120)
+    pairs = [("how does a wing lift?", "air flows over a wing " * count) for count in (1, 20, 90)]
+    oracle = CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity())
+    assert oracle.max_seq_length == 120
+    if chat_template is None:
+        pairs = pairs[:1]  # the tokenizer cuts the longer text of a pair, and not the passage
+    reranker = score(path)
+    close(torch.tensor(reranker.compute_score(pairs)), torch.tensor(oracle.predict(pairs)), 1e-5)
+    assert max(map(len, reranker.tokenize(pairs))) <= 120
+    assert reranker.description.max_length.source.startswith("model_max_length in tokenizer_config.json")
+    edit(path, "sentence_bert_config.json", max_seq_length=90)
+    assert score(path).max_length == reranker.max_length - 30
+    edit(path, "tokenizer_config.json", model_max_length=10**30)
+    edit(path, "sentence_bert_config.json", max_seq_length=None)
+    assert score(path).max_length == 512
+
+
+def test_a_long_instruction_leaves_the_query_its_room(tmp_path):
+    path = write_causal_lm(tmp_path / "Qwen3-Reranker-0.6B")
+    reranker = score(path)
+    task = "Find the passage that answers. " * 30
+    scores = [
+        reranker.compute_score([(query, "air")], instruction=task, max_length=64)[0] for query in ("wing", "heat")
+    ]
+    assert abs(scores[0] - scores[1]) > 1e-3
+    (pair,) = reranker.tokenize([("what is a wing", "air")], instruction=task, max_length=64)
+    assert not pair.is_cut and "<Query>: what is a wing\n" in reranker.tokenizer.decode(pair.input_ids)
+
+
+REFUSED = {
+    "lower case": ({"do_lower_case": True}, "do_lower_case=True"),
+    "no special tokens": ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "processing_kwargs"),
+    "another length": ({"processing_kwargs": {"common": {"max_length": 9}}}, "processing_kwargs"),
+    "cut": ({"processing_kwargs": {"chat_template": {"max_length": 9}}}, "processing_kwargs"),
+    "no suffix": ({"processing_kwargs": {"chat_template": {"restore_suffix": False}}}, "processing_kwargs"),
+    "tokens": ({"processing_kwargs": {"chat_template": {"tokenize": True}}}, "processing_kwargs"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_changes_texts_in_another_way_is_refused(what, tmp_path):
+    changes, message = REFUSED[what]
+    path = write_cross_encoder(tmp_path / "x", JUDGE)
+    edit(path, "sentence_bert_config.json", **changes)
+    with pytest.raises(ValueError, match=rf"sentence_bert_config\.json .*{message}"):
+        inspect_checkpoint(str(path))
+
+
+def test_without_modalities_a_cross_encoder_takes_pairs(tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE)
+    stored = json.loads((path / "sentence_bert_config.json").read_text())
+    del stored["modality_config"]
+    (path / "sentence_bert_config.json").write_text(json.dumps(stored))
+    oracle = CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity())
+    close(torch.tensor(score(path).compute_score(PAIRS)), torch.tensor(oracle.predict(PAIRS)), 1e-5)
+
+
+@pytest.mark.parametrize("filter", ["[:2000]", "|truncate(700)", "[:500]"])
+def test_a_template_that_shortens_long_texts_is_refused(filter, tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE)
+    (path / "chat_template.jinja").write_text(JUDGE.replace("{{ ns.d }}", f"{{{{ ns.d{filter} }}}}"))
+    with pytest.raises(ValueError, match="changes its texts"):
+        inspect_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": {"a": "<|im_start|>query: "}}, r"with the control token '<\|im_start\|>'"),
+        ({"prompts": {"a": 5}}, r"prompts\['a'\] is 5: it must be a text"),
+        ({"prompts": {"b": "x"}}, r"prompts\['a'\] is None"),
+    ],
+)
+def test_default_prompts_that_cannot_be_instructions_are_refused(changes, message, tmp_path):
+    path = write_cross_encoder(tmp_path / "x", None)
+    edit(path, "config_sentence_transformers.json", default_prompt_name="a", **changes)
+    with pytest.raises(ValueError, match=message):
+        inspect_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("place", ["sentence_transformers", "sbert_ce_default_activation_function"])
+def test_an_activation_of_the_configuration_alone_is_applied(place, tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE, classifier=True)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (path / name).unlink()
+    sigmoid = "torch.nn.modules.activation.Sigmoid"
+    edit(path, "config.json", **{place: {"activation_fn": sigmoid} if place == "sentence_transformers" else sigmoid})
+    assert inspect_checkpoint(str(path)).description.activation.value == "sigmoid"
+    scores = load_cross_encoder(str(path), device="cpu").predict(PAIRS)
+    close(torch.tensor(scores), torch.tensor(score(path).compute_score(PAIRS)).sigmoid(), 1e-5)
+
+
+def test_an_instruction_of_white_space_is_none_where_the_template_strips_it(tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE.replace("ns.i = m.content", "ns.i = m.content|trim"))
+    oracle = CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity())
+    reranker = score(path)
+    assert reranker.words.strip == ("instruction",)
+    for prompt in (" ", "\n", "x "):
+        expected = torch.tensor(oracle.predict(PAIRS, prompt=prompt))
+        close(torch.tensor(reranker.compute_score(PAIRS, instruction=prompt)), expected, 1e-5)
+
+
+def test_a_backslash_in_a_template_is_text(tmp_path):
+    path = write_cross_encoder(tmp_path / "x", JUDGE.replace("<Document>:", "\\nabla <Document>:"))
+    oracle = CrossEncoder(str(path), device="cpu", activation_fn=nn.Identity())
+    reranker = score(path)
+    assert "\\nabla" in reranker.words.words
+    close(torch.tensor(reranker.compute_score(PAIRS)), torch.tensor(oracle.predict(PAIRS)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_known"),
+    [
+        ("base_model: Qwen/Qwen3-Reranker-0.6B", True),
+        ("base_model:\n# a comment\n\n- Qwen/Qwen3-Reranker-4B", True),
+        ("base_model: >-\n  Qwen/Qwen3-Reranker-4B", True),
+        ('base_model: ["a/b", "Qwen/Qwen3-Reranker-4B"]', True),
+        ("base_model: Qwen/Qwen3-0.6B # not Qwen3-Reranker", False),
+        ("base_model: [", False),
+        ("license: mit", False),
+    ],
+)
+def test_the_base_of_a_model_card_is_read_as_yaml(metadata, is_known, tmp_path):
+    path = write_causal_lm(tmp_path / "x")
+    (path / "README.md").write_text(f"\ufeff---\n{metadata}\n---\n# Qwen3-Reranker\n", encoding="utf-8")
+    assert inspect_checkpoint(str(path)).description.is_assumed != is_known

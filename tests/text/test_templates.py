@@ -62,7 +62,8 @@ def test_truncation_leaves_all_of_the_templates_words(name, lengths, tiny_tokeni
 
 
 def test_words_around_the_texts():
-    template = Template(query_instruction="task", query_format="{}\\nquestion: {}\\nanswer:", passage_instruction="")
+    template = Template(query_instruction="task", passage_instruction="")
+    template = template.replaced(query_format="{}\\nquestion: {}\\nanswer:")
     assert template.query("what?") == "task\nquestion: what?\nanswer:"
     assert (template.query_end, template.passage_end) == ("\nanswer:", "")
     assert template.passage("text with {} in it") == "text with {} in it"
