@@ -71,8 +71,9 @@ class MatryoshkaReranker(RankingReranker):
             16,384 of a model that is 4,096 wide.
         query_max_length: tokens of a query with its instruction; None is the length that the checkpoint was saved with,
             or three quarters of `max_length`.
-        max_length: tokens of bos, query, separator and passage, beside which the prompt part has room of its own; None
-            is the length that the checkpoint was saved with, or 512.
+        max_length: tokens of query and passage, with the template's words on top; for templates of the reference's
+            form (`cost_wise`, …) tokens of bos, query, separator and passage, with the prompt on top. None is the
+            length that the checkpoint was saved with, or 512.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
             by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
         devices: one device or several; None is the first accelerator, else the CPU.

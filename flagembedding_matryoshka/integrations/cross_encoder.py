@@ -109,7 +109,7 @@ def load_cross_encoder(
     imports modules of other packages only then. This needs none.
 
     Args:
-        max_length: tokens of bos, query, separator and passage; None is the checkpoint's own.
+        max_length: as of `MatryoshkaReranker`; None is the length that the checkpoint was saved with, or 512.
         num_labels: 1 or None.
         backend: "torch".
         prompts, default_prompt_name: instructions by name, beside those saved with the checkpoint.

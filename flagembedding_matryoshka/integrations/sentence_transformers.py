@@ -196,8 +196,9 @@ class MatryoshkaModule(InputModule):
             revision=revision,
             local_files_only=local_files_only,
         )
-        if max_length is not None:
-            config["max_length"] = max_length
+        length = checkpoint.description.max_length.value if max_length is None else max_length
+        if length is not None:
+            config["max_length"] = length
         module = cls(model, tokenizer, **config)
         module.base = checkpoint.base
         module.activation = checkpoint.description.activation.value

@@ -298,6 +298,8 @@ def test_the_length_is_the_one_that_was_saved(chat_template, tmp_path):
     reranker = score(path)
     close(torch.tensor(reranker.compute_score(pairs)), torch.tensor(oracle.predict(pairs)), 1e-5)
     assert max(map(len, reranker.tokenize(pairs))) <= 120
+    shown = CrossEncoder(str(path), device="cpu").predict(pairs)
+    close(torch.tensor(load_cross_encoder(str(path), device="cpu").predict(pairs)), torch.tensor(shown), 1e-5)
     assert reranker.description.max_length.source.startswith("model_max_length in tokenizer_config.json")
     edit(path, "sentence_bert_config.json", max_seq_length=90)
     assert score(path).max_length == reranker.max_length - 30
