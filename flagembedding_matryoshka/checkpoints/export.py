@@ -19,6 +19,8 @@ from flagembedding_matryoshka.text.templates import Template
 
 MERGED = "merged_model"
 """The folder in which fine-tuning writes the model with its adapters merged."""
+ACTIVATIONS = {"identity": "torch.nn.modules.linear.Identity", "sigmoid": "torch.nn.modules.activation.Sigmoid"}
+"""What sentence-transformers calls these activation functions."""
 SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
 WRITTEN = (
     # the configuration and the weights, whole or in shards
@@ -77,7 +79,11 @@ def remove_written(directory: str | Path, kept: Collection[str] = ()) -> None:
 
 
 def export_exits(
-    model: CostWiseForCausalLM, cutoff_layers: Sequence[int], output_dir: str, template: Template | None = None
+    model: CostWiseForCausalLM,
+    cutoff_layers: Sequence[int],
+    output_dir: str,
+    template: Template | None = None,
+    activation: str = "identity",
 ) -> None:
     """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
 
@@ -85,6 +91,7 @@ def export_exits(
 
     Args:
         template: the words that the checkpoint is scored with; None is the model's.
+        activation: as of `write_sentence_transformers_files`.
 
     Raises:
         ValueError: if token adapters are attached, of which a checkpoint can hold one.
@@ -118,17 +125,22 @@ def export_exits(
     part.load_state_dict(weights, assign=True)
     remove_written(output_dir)
     part.save_pretrained(output_dir)
-    write_sentence_transformers_files(output_dir)
+    write_sentence_transformers_files(output_dir, activation)
 
 
-def write_sentence_transformers_files(directory: str | Path) -> None:
-    """Name our module beside a checkpoint, for sentence-transformers' CrossEncoder to load it with."""
+def write_sentence_transformers_files(directory: str | Path, activation: str = "identity") -> None:
+    """Name our module beside a checkpoint, for sentence-transformers' CrossEncoder to load it with.
+
+    Args:
+        activation: the function that CrossEncoder applies to raw scores, see
+            [`Description`][flagembedding_matryoshka.checkpoints.describing.Description].
+    """
     module = "flagembedding_matryoshka.cross_encoder.MatryoshkaModule"
     contents: dict[str, Any] = {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": module}],
         SENTENCE_TRANSFORMERS_FILE: {
             "model_type": "CrossEncoder",
-            "activation_fn": "torch.nn.modules.linear.Identity",
+            "activation_fn": ACTIVATIONS.get(activation, activation),
         },
     }
     for name, content in contents.items():

@@ -252,8 +252,8 @@ class MatryoshkaReranker(RankingReranker):
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
-        The words, the instruction and the lengths that the re-ranker was made with become the checkpoint's. It replaces
-        a checkpoint in `output_dir`, by the list
+        The words, the instruction and the lengths that the re-ranker was made with become the checkpoint's, as does the
+        activation function that CrossEncoder applies. It replaces a checkpoint in `output_dir`, by the list
         [`WRITTEN`][flagembedding_matryoshka.checkpoints.export.WRITTEN]; other files there are not touched.
 
         Raises:
@@ -262,7 +262,8 @@ class MatryoshkaReranker(RankingReranker):
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
         options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
-        export_exits(self.model, setting.cutoff_layers, output_dir, options.saved_template(self._pair_tokenizer))
+        template, activation = options.saved_template(self._pair_tokenizer), self.description.activation.value
+        export_exits(self.model, setting.cutoff_layers, output_dir, template, activation)
         self.tokenizer.save_pretrained(output_dir)
         write_lengths(output_dir, options.query_max_length, options.max_length)
 

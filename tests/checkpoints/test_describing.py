@@ -229,6 +229,12 @@ def test_what_is_exported_says_itself_what_it_was_trained_with(tmp_path):
     reranker.export(str(tmp_path / "part"), [6])
     again = score(tmp_path / "part")
     close(torch.tensor(again.compute_score(PAIRS)), torch.tensor(reranker.compute_score(PAIRS)), 1e-6)
+    oracle = torch.tensor(CrossEncoder(str(path), device="cpu").predict(PAIRS))  # a sigmoid
+    for exported in (
+        load_cross_encoder(str(tmp_path / "part"), device="cpu"),
+        CrossEncoder(str(tmp_path / "part"), device="cpu", trust_remote_code=True),
+    ):
+        close(torch.tensor(exported.predict(PAIRS)), oracle, 1e-5)
     assert again.description.template.value == reranker.description.template.value
     assert again.description.instruction.value == TASK
 
