@@ -1,0 +1,70 @@
+"""Fusion of scores with those of the first stage."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flagembedding_matryoshka.inference.fusion import (
+    as_first_stage,
+    as_weight,
+    fuse,
+    reciprocal_ranks,
+    standard_scores,
+)
+
+numbers = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=20)
+
+
+def test_fused_scores_are_the_formula():
+    fused = fuse(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 5.0, 8.0]), 0.5)
+    z, first = math.sqrt(1.5), [-math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2)]
+    assert fused.tolist() == pytest.approx([-z + 0.5 * first[0], 0.5 * first[1], z + 0.5 * first[2]])
+
+
+@given(numbers, st.floats(0.125, 8), st.floats(-50, 50))
+def test_standard_scores_do_not_depend_on_scale_and_offset(values, scale, offset):
+    given_ = torch.tensor(values, dtype=torch.float64)
+    if given_.std() > 1e-3:
+        moved = standard_scores(given_ * scale + offset)
+        assert torch.allclose(moved, standard_scores(given_), atol=1e-6)
+        assert moved.std(correction=0).item() == pytest.approx(1)
+
+
+def test_equal_scores_of_one_side_leave_the_order_to_the_other():
+    values = torch.tensor([0.1, 0.3, 0.2])
+    assert fuse(values, torch.full((3,), 0.1), 9.0).argsort().tolist() == [0, 2, 1]
+    assert fuse(torch.full((3,), 0.1), values, 0.5).argsort().tolist() == [0, 2, 1]
+    assert standard_scores(torch.tensor([])).tolist() == []
+
+
+def test_a_missing_candidate_gets_the_lowest_score():
+    assert as_first_stage(0, [3, None, 1.5], 3) == [3.0, 1.5, 1.5]
+    assert as_first_stage(0, [None, None], 2) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "said"),
+    [
+        ([1.0], ValueError, "query 4 has 1 first_stage_scores, but 2 candidates"),
+        ([1.0, math.nan], ValueError, "query 4: value 1 is nan"),
+        ([math.inf, 1.0], ValueError, "query 4: value 0 is inf"),
+        ([1.0, "2"], TypeError, "query 4: value 1 must be a number, or None, got '2'"),
+        ([True, 1.0], TypeError, "query 4: value 0 must be a number, or None, got True"),
+    ],
+)
+def test_wrong_first_stage_scores_are_named(values, error, said):
+    with pytest.raises(error, match=said):
+        as_first_stage(4, values, 2)
+
+
+@pytest.mark.parametrize(("weight", "error"), [(-0.1, ValueError), (math.nan, ValueError), ("0.5", TypeError)])
+def test_wrong_weights_are_refused(weight, error):
+    with pytest.raises(error, match="fusion"):
+        as_weight(weight)
+
+
+def test_reciprocal_ranks_fall():
+    assert reciprocal_ranks(3) == [1 / 61, 1 / 62, 1 / 63]
