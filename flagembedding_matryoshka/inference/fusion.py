@@ -152,20 +152,30 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
     """
     if len(values) != candidates:
         raise ValueError(f"query {query} has {len(values)} first_stage_scores, but {candidates} candidates.")
-    found: list[float | None] = []
-    for place, value in enumerate(values):
-        if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
-            raise TypeError(
-                f"first_stage_scores of query {query}: value {place} must be a number, or None, got {excerpt(value)}."
-            )
-        number = None if value is None else _as_float(value)
-        if number is not None and not math.isfinite(number):
-            raise ValueError(
-                f"first_stage_scores of query {query}: value {place} is {excerpt(value)}, but must be finite."
-            )
-        found.append(number)
+    name = f"first_stage_scores of query {query}: value"
+    found = [as_first_stage_score(f"{name} {place}", value) for place, value in enumerate(values)]
     lowest = min((number for number in found if number is not None), default=0.0)
     return [lowest if number is None else number for number in found]
+
+
+def as_first_stage_score(name: str, value: Any) -> float | None:
+    """Check the first stage's score of one candidate; None if the first stage did not find the candidate.
+
+    Args:
+        name: of the value, for errors.
+
+    Raises:
+        TypeError: if the value is neither a number nor None.
+        ValueError: if the value is not finite.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, or None, got {excerpt(value)}.")
+    number = _as_float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {excerpt(value)}, but must be finite.")
+    return number
 
 
 def as_fusion(value: Any, of_plan: Callable[[], float]) -> float | None:

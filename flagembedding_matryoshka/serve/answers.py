@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.inference.normalizing import Normalizer
+from flagembedding_matryoshka.inference.scoring import Hit, best_first
 
-OF_HITS = ("cutoff_layer", "chunk", "is_truncated")
-
+OF_HITS = ("cutoff_layer", "chunk", "is_truncated", "first_stage_score", "fused_score")
+GAP = 0.1
+"""Distance between the fused scores of two exits, where those of the shallower one are lowered."""
 
 Scale = Callable[[float, int], float]
 """Turns a raw score that was read at an exit into the score that an answer shows."""
@@ -32,26 +34,56 @@ class Scored:
         depth: the exit of hits that name none.
         min_score: hits that would show a lower score are left out; None leaves out none.
         operations: floating-point operations that were spent on it, if they were asked for.
+        fusion: the weight of the first stage's scores, if the hits have fused scores; None if they have none.
+        is_raw: whether the answer shows raw scores.
     """
 
-    hits: Sequence[Mapping[str, Any]]
+    hits: Sequence[Hit]
     tokens: int
     model: str
     scale: Scale
     depth: int
     min_score: float | None = None
     operations: int | None = None
+    fusion: float | None = None
+    is_raw: bool = False
 
     def best(self, name: str, count: int | None) -> list[dict[str, Any]]:
         """ "index", the score under `name` and what else there is of OF_HITS, of the best `count` documents; the deeper
-        one came in a cascade the better."""
-        ranked = sorted(enumerate(self.hits), key=lambda pair: (-pair[1].get("cutoff_layer", 0), -pair[1]["score"]))
-        found = [
-            {"index": index, name: self.scale(hit["score"], hit.get("cutoff_layer", self.depth))}
-            | {key: value for key, value in hit.items() if key in OF_HITS}
-            for index, hit in ranked[:count]
-        ]
-        return [hit for hit in found if self.min_score is None or hit[name] >= self.min_score]
+        one came in a cascade the better.
+
+        Fused hits have a score under `name` that falls in the order of the ranking, because clients sort by it. The
+        model's own score is their "model_score", with which `min_score` is compared.
+        """
+        fused = None if self.fusion is None else self._fused_shown(self.fusion)
+        found = []
+        for index in best_first(self.hits)[:count]:
+            hit = self.hits[index]
+            own = self.scale(hit["score"], hit.get("cutoff_layer", self.depth))
+            if self.min_score is not None and own < self.min_score:
+                continue
+            shown = {name: own} if fused is None else {name: fused[index], "model_score": own}
+            found.append({"index": index} | shown | {key: value for key, value in hit.items() if key in OF_HITS})
+        return found
+
+    def _fused_shown(self, weight: float) -> list[float]:
+        """For each hit its fused score, as the answer shows it.
+
+        Fused scores of several exits are standard scores among different candidates. Those of a shallower exit are
+        lowered until they lie below those of all deeper ones. The sigmoid is that of the weighted mean of both standard
+        scores, which reaches 1 for no weight.
+        """
+        exits: dict[int, list[int]] = {}
+        for place, hit in enumerate(self.hits):
+            exits.setdefault(hit.get("cutoff_layer", self.depth), []).append(place)
+        shown, floor = [0.0] * len(self.hits), math.inf
+        for _, places in sorted(exits.items(), reverse=True):
+            fused = [self.hits[place]["fused_score"] for place in places]
+            lowered = min(0.0, floor - GAP - max(fused))
+            floor = min(fused) + lowered
+            for place, score in zip(places, fused, strict=True):
+                shown[place] = score + lowered
+        return shown if self.is_raw else [_sigmoid(score / (1 + weight)) for score in shown]
 
     @property
     def usage(self) -> dict[str, int]:

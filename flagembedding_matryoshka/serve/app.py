@@ -126,6 +126,7 @@ def create_app(
             "exits": reranker.config.exit_layers,
             "num_hidden_layers": reranker.config.num_hidden_layers,
             "compress_ratios": COMPRESS_RATIOS,
+            "fusion": await service.fusion_weights(),
             "checkpoint": checkpoint_facts(reranker),
         }
 

@@ -39,23 +39,25 @@ BESIDE = {
     "chunk": _object(start=INTEGER, end=INTEGER),
     "is_truncated": {"const": True},
 }
+OF_FUSION = {name: NUMBER for name in ("model_score", "first_stage_score", "fused_score")}
+RESULT = BESIDE | OF_FUSION
 USAGE = _object({"operations": INTEGER}, prompt_tokens=INTEGER, total_tokens=INTEGER)
 RANKED = {
     "anyOf": [
         _object(
             id=TEXT,
             model=TEXT,
-            results=_list(_object({"document": {"type": "object"}} | BESIDE, index=INTEGER, relevance_score=NUMBER)),
+            results=_list(_object({"document": {"type": "object"}} | RESULT, index=INTEGER, relevance_score=NUMBER)),
             meta={"type": "object"},
             usage=USAGE,
         ),
         _object(
             object={"const": "list"},
-            data=_list(_object({"document": TEXT} | BESIDE, index=INTEGER, relevance_score=NUMBER)),
+            data=_list(_object({"document": TEXT} | RESULT, index=INTEGER, relevance_score=NUMBER)),
             model=TEXT,
             usage=USAGE,
         ),
-        _list(_object({"text": TEXT} | BESIDE, index=INTEGER, score=NUMBER)),
+        _list(_object({"text": TEXT} | RESULT, index=INTEGER, score=NUMBER)),
     ]
 }
 SCORES = _object(

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema
 
+FIRST_STAGE_SCORE = "first_stage_score"
+"""The field of a document that is an object with the first stage's score of it."""
+
 
 def _as_flag(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
@@ -42,6 +45,20 @@ OfChatTemplate = Annotated[
             "type": "object",
             "properties": {"instruction": {"anyOf": [{"type": "string"}, {"type": "null"}]}},
             "additionalProperties": False,
+        }
+    ),
+]
+MOST_FUSION = 1e6
+"""The highest weight that a request may give. Far below it the model's scores do not change the order any more."""
+Weight = Annotated[float, Field(ge=0, le=MOST_FUSION, allow_inf_nan=False)] | Literal["auto"]
+FirstStageScores = Annotated[list[Number | None], Field(fail_fast=True)]
+Document = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {FIRST_STAGE_SCORE: {"anyOf": [{"type": "number"}, {"type": "null"}]}},
+            "additionalProperties": True,
         }
     ),
 ]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -22,10 +22,14 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from flagembedding_matryoshka.inference.fusion import as_first_stage, as_first_stage_score, reciprocal_ranks
 from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.serve.answers import Scored, cohere_answer, tei_answer, vllm_scores, voyage_answer
 from flagembedding_matryoshka.serve.fields import (
+    FIRST_STAGE_SCORE,
     Cascade,
+    Document,
+    FirstStageScores,
     Flag,
     Milliseconds,
     Normalize,
@@ -34,11 +38,13 @@ from flagembedding_matryoshka.serve.fields import (
     OneOrMore,
     Side,
     Texts,
+    Weight,
 )
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
-NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score")
+OF_FUSION = ("first_stage_scores", "first_stage", "fusion")
+NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score", *OF_FUSION)
 MOST_UNKNOWN_FIELDS = 100
 T = TypeVar("T")
 
@@ -73,7 +79,23 @@ class Request(BaseModel):
     min_score: Number | None = Field(
         None,
         description="results that would show a lower score are left out; not beside a cascade or a deadline, unless "
-        'normalize is "calibrated"',
+        'normalize is "calibrated"; with first-stage scores it is compared with the model_score',
+    )
+    first_stage_scores: FirstStageScores | None = Field(
+        None,
+        description="the first stage's score of each document, with which its score is fused; null is a document that "
+        "the first stage did not find, which gets the lowest of these scores. Documents that are objects may have a "
+        "first_stage_score instead",
+    )
+    first_stage: Literal["order"] | None = Field(
+        None,
+        description='"order" says that the documents are in the first stage\'s order, without scores: rank r, from 1, '
+        "has the first-stage score 1 / (60 + r)",
+    )
+    fusion: Weight | None = Field(
+        None,
+        description="the weight of the first stage's scores; \"auto\" is the weight in the model's plan. If missing, "
+        "the server's own --fusion, or the weight in the plan that its --budget or --quality follows",
     )
     normalize: Normalize | None = Field(
         None,
@@ -92,6 +114,7 @@ class Request(BaseModel):
     max_tokens_per_doc: int | None = Field(None, ge=1, description="a document is cut to its first so many tokens")
     max_tokens_per_query: int | None = Field(None, ge=1, description="the query is cut to its first so many tokens")
     priority: int | None = Field(None, description="does nothing")
+    _first_stage: list[float] | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -158,6 +181,42 @@ class Request(BaseModel):
         return {"normalize": normalize, "min_score": self.min_score}
 
     @property
+    def first_stage_of_documents(self) -> Sequence[float] | None:
+        """The first stage's score of each document; None if the request gives none."""
+        return self._first_stage
+
+    def _read_first_stage(self, documents: int, own: Sequence[float | None] | None = None) -> None:
+        """Check the first stage's scores and keep them.
+
+        Args:
+            documents: how many there are.
+            own: the scores that documents have themselves; None if no document has one.
+
+        Raises:
+            ValueError: if they are given in several ways, or not for each document, or a weight is given without them.
+        """
+        ways = {
+            "first_stage_scores": self.first_stage_scores,
+            f"first_stage={self.first_stage!r}": self.first_stage,
+            f"the {FIRST_STAGE_SCORE} of documents": own,
+        }
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give the first stage's scores in one way")
+        if not given and self.fusion is not None:
+            raise ValueError(
+                f"fusion={self.fusion!r} needs the first stage's scores: give first_stage_scores, a "
+                f"{FIRST_STAGE_SCORE} in documents that are objects, or first_stage='order' for documents in its order"
+            )
+        if self.first_stage is not None:
+            self._first_stage = reciprocal_ranks(documents)
+            return
+        values = self.first_stage_scores if own is None else own
+        if values is not None and len(values) != documents:
+            raise ValueError(f"first_stage_scores: {len(values)} scores for {documents} documents")
+        self._first_stage = None if values is None else as_first_stage(0, values, documents)
+
+    @property
     def counts_operations(self) -> bool:
         """Whether the answer says what it has cost. TEI's has no place for it."""
         return False
@@ -178,7 +237,14 @@ class DocumentsRequest(Request):
     other_texts = ("texts",)
 
     query: str
-    documents: Annotated[list[str | dict[str, Any]], FailFast()]
+    documents: Annotated[
+        list[str | Document],
+        FailFast(),
+        Field(
+            description=f"texts, or objects with a text; the {FIRST_STAGE_SCORE} of an object, a number or null, is "
+            "the first stage's score, and is not ranked as text"
+        ),
+    ]
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
     top_k: int | None = Field(None, ge=1, description="top_n, in Voyage's words, whose answer it brings")
     return_documents: Flag | None = Field(None, description="false if missing")
@@ -209,6 +275,13 @@ class DocumentsRequest(Request):
                 "truncation_direction of Left and truncate_prompt_tokens"
             )
         fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
+        if FIRST_STAGE_SCORE in fields:
+            raise ValueError(
+                f"rank_fields: {FIRST_STAGE_SCORE!r} is the first stage's score of a document, and no text"
+            )
+        own = [_first_stage_score(number, document) for number, document in enumerate(self.documents)]
+        has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in self.documents)
+        self._read_first_stage(len(self.documents), own if has_own else None)
         self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
         return self
 
@@ -242,6 +315,11 @@ class TextsRequest(Request):
     texts: Texts
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
     return_text: Flag | None = Field(None, description="false if missing")
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        self._read_first_stage(len(self.texts))
+        return self
 
     @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:
@@ -279,6 +357,8 @@ class ScoreRequest(Request):
             raise ValueError("there are no texts")
         if self.min_score is not None:
             raise ValueError("min_score leaves results out of a ranking; /score answers every pair")
+        if given := [name for name in OF_FUSION if getattr(self, name) is not None]:
+            raise ValueError(f"{' and '.join(given)} change the order of a ranking; /score answers every pair")
         return self
 
     @property
@@ -305,6 +385,20 @@ def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequenc
     if not isinstance(document, str):
         json.dumps(document, allow_nan=False)
     return "\n".join(values[field] for field in fields)
+
+
+def _first_stage_score(number: int, document: str | Mapping[str, Any]) -> float | None:
+    """The first stage's score that a document has itself; None if it has none, or is no object.
+
+    Raises:
+        ValueError: if it is neither a finite number nor null.
+    """
+    if isinstance(document, str):
+        return None
+    try:
+        return as_first_stage_score(f"documents.{number}.{FIRST_STAGE_SCORE}", document.get(FIRST_STAGE_SCORE))
+    except TypeError as error:  # which pydantic does not take for an error of the body
+        raise ValueError(str(error)) from error
 
 
 def _form(body: Any) -> str | None:

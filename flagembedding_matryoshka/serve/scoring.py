@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from flagembedding_matryoshka.inference.chunking import CutDocument
+from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.counting import count_input_tokens
-from flagembedding_matryoshka.inference.options import CALIBRATED
+from flagembedding_matryoshka.inference.fusion import AUTO, Fusion
+from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions, ranking_weight
+from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.inference.scoring import Hit, best_chunks
+from flagembedding_matryoshka.inference.scoring import Hit, best_chunks, fuse_hits
 from flagembedding_matryoshka.serve.answers import Scale, scale_of
 from flagembedding_matryoshka.serve.shortening import Lengths, Shortener
 from flagembedding_matryoshka.setting import Setting
@@ -40,16 +42,30 @@ def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
         raise ValueError(f"degrade_to is {exit}, but must be an exit shallower than {setting}: one of {possible}.")
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A cascade that drops candidates by fused scores.
+
+    Attributes:
+        fusion: the weight of the first stage's scores.
+    """
+
+    setting: Setting
+    fusion: float
+
+
 @dataclass(frozen=True, eq=False)
 class Hurried:
     """What is computed until a deadline, and with nobody else.
 
     Attributes:
         end: what `time.monotonic` says then.
+        fusion: the weight of the first stage's scores; None is no fusion.
     """
 
     setting: Setting
     end: float
+    fusion: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class Work:
         pairs: documents, or their chunks, as the model reads them, all of one query.
         shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
         cut: the chunks of each document, if the request wants them.
+        fusion: the first stage's score of each document, and their weight; None is no fusion.
     """
 
     setting: Setting
@@ -71,11 +88,24 @@ class Work:
     cut: Sequence[CutDocument] | None = None
     end: float | None = None
     shows_exit: bool = False
+    fusion: Fusion | None = None
 
     @property
     def key(self) -> Hashable:
         """What `Scorer.compute` is told."""
-        return self.setting if self.end is None else Hurried(self.setting, self.end)
+        weight = None if self.fusion is None else self.fusion.weight
+        if self.end is not None:
+            return Hurried(self.setting, self.end, weight)
+        return self.setting if weight is None or self.divisible else Fused(self.setting, weight)
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """What `Scorer.compute` is given: pairs, or where candidates are dropped by fused scores, tuples of a pair and
+        the first stage's score of its document."""
+        if self.fusion is None or self.divisible:
+            return self.pairs
+        of_pairs = Candidates((), self.pairs, self.cut, self.fusion.first_stage).first_stage_of_pairs
+        return list(zip(self.pairs, of_pairs or (), strict=True))
 
     @property
     def divisible(self) -> bool:
@@ -86,7 +116,9 @@ class Work:
         """Of each document, from those of `pairs`."""
         if self.shows_exit:
             found = [{"cutoff_layer": self.setting.depth} | hit for hit in found]
-        return found if self.cut is None else best_chunks(found, self.cut)
+        if self.cut is not None:
+            found = best_chunks(found, self.cut)
+        return found if self.fusion is None else fuse_hits(found, self.fusion.first_stage, self.fusion.weight)
 
     @property
     def all_tokens(self) -> int:
@@ -111,13 +143,43 @@ class Scorer:
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
     @cached_property
-    def _has_plan(self) -> bool:
-        """Whether the model has one. Looked for once; what is wrong with it is for the log, since it names paths."""
+    def plan(self) -> Plan | None:
+        """The plan beside the model; None if there is none that can be used.
+
+        It is looked for once. What is wrong with it is for the log, since it names paths.
+        """
         try:
-            return self.reranker.plan is not None
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning("requests ask for calibrated scores: %s", error)
-            return False
+            return self.reranker.plan
+        except FileNotFoundError as error:
+            logger.info("the model has no plan: %s", error)
+        except ValueError as error:
+            logger.warning("the plan beside the model cannot be used: %s", error)
+        return None
+
+    @property
+    def fusion_weights(self) -> dict[str, float | None]:
+        """The weight of the first stage's scores: "default" is that of requests that name none, "plan" that of
+        requests with "auto"; None where there is none."""
+        options = ScoringOptions.resolve(self.reranker, {})
+        return {"default": options.fusion, "plan": None if self.plan is None else self.plan.fusion}
+
+    def fusion(self, weight: float | str | None, first_stage: Sequence[float] | None) -> Fusion | None:
+        """What a ranking is fused with; None without first-stage scores.
+
+        Args:
+            weight: as `fusion` of `MatryoshkaReranker.rank`.
+            first_stage: the first stage's score of each document; None if there are none.
+
+        Raises:
+            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if the weight is "auto" and the model
+                has no plan.
+        """
+        if weight == AUTO and self.plan is None:
+            raise ValueError(f"fusion={AUTO!r}: the model has no plan, which would have the weight.")
+        asked = {"fusion": weight}
+        options = ScoringOptions.resolve(self.reranker, asked)
+        found = ranking_weight(options, asked, first_stage is not None)
+        return None if first_stage is None or found is None else Fusion(found, first_stage)
 
     def scale(
         self,
@@ -136,7 +198,7 @@ class Scorer:
             TypeError, ValueError: as `MatryoshkaReranker.normalizer`, and ValueError if the model has no plan, or the
                 instruction has more tokens than `max_length`.
         """
-        if shown["normalize"] == CALIBRATED and not self._has_plan:
+        if shown["normalize"] == CALIBRATED and self.plan is None:
             raise ValueError(f"normalize={CALIBRATED!r}: the model has no plan, which would say how.")
         normalizer = self.reranker.normalizer(**asked, **shown, deadline_ms=deadline_ms, instruction=instruction)
         self._shortener.refuse_too_long(instruction)
@@ -150,6 +212,7 @@ class Scorer:
         lengths: Lengths,
         chunks: Mapping[str, Any] | None = None,
         instruction: str | None = None,
+        fusion: Fusion | None = None,
     ) -> Work:
         """What scoring these documents runs. The model does not run.
 
@@ -157,6 +220,7 @@ class Scorer:
             asked: arguments of `MatryoshkaReranker.setting`.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
             instruction: of the query; None is the model's own, "" is none.
+            fusion: what the scores are fused with; None is no fusion.
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
@@ -170,14 +234,14 @@ class Scorer:
                 replace(pair, passage_is_cut=pair.passage_is_cut or is_cut)
                 for pair, is_cut in zip(pairs, short.is_cut, strict=True)
             ]
-            return Work(setting, pairs, *count_input_tokens(pairs))
+            return Work(setting, pairs, *count_input_tokens(pairs), fusion=fusion)
         whole = self.reranker.cut_chunks(short.query, short.documents, **chunks, instruction=instruction)
         cut = [
             document._replace(is_truncated=document.is_truncated or is_cut)
             for document, is_cut in zip(whole, short.is_cut, strict=True)
         ]
         pairs = [chunk.pair for document in cut for chunk in document.chunks]
-        return Work(setting, pairs, *count_input_tokens(pairs), cut)
+        return Work(setting, pairs, *count_input_tokens(pairs), cut, fusion=fusion)
 
     def count_operations(self, work: Work, hits: Sequence[Mapping[str, Any]]) -> int:
         """See `MatryoshkaReranker.estimate_flops`: as if no other request had shared the batch.
@@ -197,23 +261,30 @@ class Scorer:
         return max(seconds, NO_TIME) * 1000
 
     def compute(
-        self, key: Setting | Hurried, shares: list[Sequence[TokenizedPair]], between: Callable[[], None]
+        self, key: Setting | Fused | Hurried, shares: list[Sequence[Any]], between: Callable[[], None]
     ) -> list[list[dict[str, Any]]]:
         """Score the documents of each request.
 
         Args:
             key: what has a deadline takes no more of the time until then than its share: others that have one wait.
+            shares: the `Work.items` of each request.
             between: called between a cascade's batches, or the steps until a deadline. What it raises ends the call.
 
         Returns:
-            for each a dict with "score", not normalised, with a cascade or a deadline "cutoff_layer", and
-            "is_truncated" if it is.
+            for each a dict with "score", not normalised, with a cascade or a deadline "cutoff_layer", "is_truncated" if
+            it is, and where candidates are dropped by fused scores, "first_stage_score" and "fused_score".
 
         Raises:
             ArithmeticError: if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
-        setting, deadline_ms = (key.setting, self._deadline_ms(key)) if isinstance(key, Hurried) else (key, None)
+        setting = key if isinstance(key, Setting) else key.setting
+        deadline_ms = self._deadline_ms(key) if isinstance(key, Hurried) else None
+        weight = None if isinstance(key, Setting) else key.fusion
+        fused: dict[str, Any] = {}
+        if weight is not None:
+            fused = {"fusion": weight, "first_stage_scores": [[first for _, first in share] for share in shares]}
+            shares = [[pair for pair, _ in share] for share in shares]
         with self.reranker.calling_between_batches(between):
             return self.reranker.score_lists(
                 shares,
@@ -221,4 +292,5 @@ class Scorer:
                 show_progress_bar=False,
                 deadline_ms=deadline_ms,
                 **setting.arguments,
+                **fused,
             )

@@ -115,6 +115,15 @@ class Service:
         """
         return self._ready()[0].reranker
 
+    async def fusion_weights(self) -> dict[str, float | None]:
+        """As `Scorer.fusion_weights`.
+
+        Raises:
+            HTTPException: 503 before the model is loaded.
+        """
+        scorer, _ = self._ready()
+        return await asyncio.to_thread(lambda: scorer.fusion_weights)
+
     def _ready(self) -> tuple[Scorer, Batcher]:
         if self._scorer is None or self._batcher is None:
             raise HTTPException(503, "the model is not loaded yet", RETRY_AFTER)
@@ -178,8 +187,9 @@ class Service:
             instruction = asked.wanted_instruction
             of_scale = (setting, asked.scores_shown, asked.deadline_ms, instruction)
             scale = await asyncio.to_thread(scorer.scale, *of_scale)
+            fusion = await asyncio.to_thread(scorer.fusion, asked.fusion, asked.first_stage_of_documents)
             for query, texts in asked.lists:
-                of_work = (query, texts, setting, asked.lengths, asked.chunks, instruction)
+                of_work = (query, texts, setting, asked.lengths, asked.chunks, instruction, fusion)
                 work = await asyncio.to_thread(scorer.prepare, *of_work)
                 if len(work.pairs) > self.limits.documents:
                     raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
@@ -202,7 +212,17 @@ class Service:
         tokens = sum(work.all_tokens for work in works)
         hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
         depth = works[0].setting.depth
-        return Scored(list(chain.from_iterable(hits)), tokens, self.name, scale, depth, asked.min_score, operations)
+        return Scored(
+            list(chain.from_iterable(hits)),
+            tokens,
+            self.name,
+            scale,
+            depth,
+            asked.min_score,
+            operations,
+            None if fusion is None else fusion.weight,
+            is_raw=asked.scores_shown["normalize"] is False,
+        )
 
     def _degrades(self, asked: Asked) -> bool:
         """Whether a request is answered at `degrade_to`; raises as `MatryoshkaReranker.setting`."""
@@ -214,7 +234,7 @@ class Service:
 
     async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
         try:
-            return await batcher.submit(work.key, work.pairs, work.shared_tokens, work.tokens, work.divisible)
+            return await batcher.submit(work.key, work.items, work.shared_tokens, work.tokens, work.divisible)
         except (torch.OutOfMemoryError, MemoryError) as error:
             logger.exception("a request of %d documents does not fit into memory", len(work.pairs))
             raise HTTPException(503, "the request does not fit into memory; send shorter texts", RETRY_AFTER) from error
