@@ -204,10 +204,13 @@ class Request(BaseModel):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: give the first stage's scores in one way")
         if not given and self.fusion is not None:
-            raise ValueError(
-                f"fusion={self.fusion!r} needs the first stage's scores: give first_stage_scores, a "
-                f"{FIRST_STAGE_SCORE} in documents that are objects, or first_stage='order' for documents in its order"
-            )
+            if documents:
+                raise ValueError(
+                    f"fusion={self.fusion!r} needs the first stage's scores: give first_stage_scores, a "
+                    f"{FIRST_STAGE_SCORE} in documents that are objects, or first_stage='order' for documents in its "
+                    "order"
+                )
+            own = []
         if self.first_stage is not None:
             self._first_stage = reciprocal_ranks(documents)
             return
