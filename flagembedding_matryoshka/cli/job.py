@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,7 @@ class Job(ABC):
 
     Args:
         options: of `MatryoshkaReranker`.
-        call: arguments of each of its calls.
+        call: arguments of each of its calls, and what they take from rows.
     """
 
     result: ClassVar[str]
@@ -56,8 +56,8 @@ class Job(ABC):
 
     @staticmethod
     @abstractmethod
-    def as_row(value: Any) -> Row:
-        """A row of a JSON value or a list of texts. Raises ValueError if it is none."""
+    def as_row(value: Any, call: Mapping[str, Any]) -> Row:
+        """A row of a JSON value or a list of texts. Raises ValueError if it is none, or lacks what `call` needs."""
 
     @staticmethod
     @abstractmethod
@@ -86,8 +86,12 @@ class Job(ABC):
             raise ValueError(f"among the rows behind row {window.start}, counted from 0 there: {error}") from error
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Where rows come from and go to, and what computes."""
+def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Where rows come from and go to, and what computes.
+
+    Args:
+        without: options of `MatryoshkaReranker` that the command does not have.
+    """
     parser.add_argument("--input", type=Path, default=STANDARD_INPUT, help="default: %(default)s, standard input")
     parser.add_argument(
         "--output",
@@ -104,7 +108,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         help="on a Ray cluster, or one that is started on this machine, with so many workers; without a number, one "
         "for each of its GPUs or, if it has none, CPUs",
     )
-    add_reranker(parser)
+    add_reranker(parser, without=without)
 
 
 def run_job(
@@ -120,7 +124,7 @@ def run_job(
         parser.error(f"--ray {options.ray}: so many workers cannot be")
     if source != STANDARD_INPUT and source.resolve() == options.output.resolve():
         parser.error(f"--output {options.output} is the input")
-    rows = partial(read, source, lambda value: without(kind.as_row(value), kind.result))
+    rows = partial(read, source, lambda value: without(kind.as_row(value, call), kind.result))
     total = sum(1 for _ in rows()) if source.is_file() else None
     given = given_options(options)
     settings = {"command": kind.__name__.lower(), "model": options.model, **given, **call}

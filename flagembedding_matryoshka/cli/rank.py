@@ -7,25 +7,42 @@ or the query and its documents with tabs between them. A document is a string, o
 an object may have an "instruction" of its own, which goes before --instruction. The line is written back with "ranking"
 in place of the documents, the best first: "corpus_id", which is the document's place in the line from 0, "score", and
 what else the document has. An output that is there is continued behind its last whole line.
+
+With --first_stage_field bm25 --fusion 0.35 scores are fused with the first stage's, which are the "bm25" of documents
+that are objects, or a list "bm25" of the line with a score for each document. Null is a document that the first stage
+did not find. Documents of the ranking then also have "first_stage_score" and "fused_score", by which they rank.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flagembedding_matryoshka.cli.job import Job, add_files, run_job
-from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, name_of, text_of
+from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, first_stage_scores, name_of, text_of
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
+FIRST_STAGE_FIELD = "first_stage_field"
+WEIGHTS = ("fusion", "budget", "quality")
+"""Options of the re-ranker that can give the weight of the first stage's scores."""
+
 
 class Rank(Job):
-    """What `MatryoshkaReranker.rank` returns for each query, with the other fields of documents that are objects."""
+    """What `MatryoshkaReranker.rank` returns for each query, with the other fields of documents that are objects.
+
+    Its calls may have a "first_stage_field", the field with the first stage's scores.
+    """
 
     result = "ranking"
-    as_row = staticmethod(as_list)
+
+    @staticmethod
+    def as_row(value: Any, call: Mapping[str, Any]) -> Row:
+        row = as_list(value)
+        if FIRST_STAGE_FIELD in call:
+            first_stage_scores(row, call[FIRST_STAGE_FIELD])
+        return row
 
     @staticmethod
     def pairs(row: Row) -> int:
@@ -40,8 +57,11 @@ class Rank(Job):
         texts = [[text_of(document) for document in documents] for documents in lists]
         queries = [row["query"] for row in rows]
         own = [row.get("instruction") for row in rows]
-        instructed: dict[str, Any] = {} if own == [None] * len(own) else {"instruction": own}
-        rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **self.call, **instructed)
+        of_rows: dict[str, Any] = {} if own == [None] * len(own) else {"instruction": own}
+        call = {name: value for name, value in self.call.items() if name != FIRST_STAGE_FIELD}
+        if (field := self.call.get(FIRST_STAGE_FIELD)) is not None:
+            of_rows["first_stage_scores"] = [first_stage_scores(row, field) for row in rows]
+        rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **call, **of_rows)
         return [
             [hit | _beside(documents[hit["corpus_id"]], hit) for hit in ranking]
             for documents, ranking in zip(lists, rankings, strict=True)
@@ -52,6 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_files(parser)
     add_ranking(parser)
+    parser.add_argument(
+        f"--{FIRST_STAGE_FIELD}",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="field with the first stage's scores, which are fused with the re-ranker's: of documents that are objects "
+        "a number or null, or of the line a list of these, one for each document; needs a weight, --fusion or that of "
+        "the plan that --budget or --quality follows",
+    )
     return parser
 
 
@@ -59,7 +87,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    run_job(parser, Rank, options, given_ranking(options))
+    given = vars(options)
+    if FIRST_STAGE_FIELD in given and "first_stage" in given:
+        parser.error(f"--first_stage_field {options.first_stage_field} and --first_stage order: give one of them")
+    has_first_stage = FIRST_STAGE_FIELD in given or "first_stage" in given
+    if "fusion" in given and not has_first_stage:
+        parser.error(
+            f"--fusion {options.fusion} needs the first stage's scores: give --first_stage_field, or --first_stage "
+            "order for documents in its order"
+        )
+    if has_first_stage and not any(name in given for name in WEIGHTS):
+        parser.error(
+            "the first stage's scores need a weight: give --fusion, a number of at least 0, or auto for the weight in "
+            "the model's plan"
+        )
+    field = {FIRST_STAGE_FIELD: options.first_stage_field} if FIRST_STAGE_FIELD in given else {}
+    run_job(parser, Rank, options, given_ranking(options) | field)
 
 
 def _beside(document: Any, hit: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from flagembedding_matryoshka.inference.fusion import as_first_stage_score
 from flagembedding_matryoshka.inference.inputs import excerpt
 from flagembedding_matryoshka.text.lines import encoding_fault, parse, read_items
 
@@ -100,6 +101,36 @@ def name_of(row: Row, names: Sequence[str]) -> str:
 def text_of(document: Any) -> Any:
     """The text of a document that is an object, or the document itself."""
     return document.get("text") if isinstance(document, dict) else document
+
+
+def first_stage_scores(row: Row, field: str) -> list[float | None]:
+    """The first stage's score of each document of a row that `as_list` made.
+
+    Args:
+        field: of the row, with a list of scores, or of documents that are objects. In a list null, and in a document
+            null or no such field is a document that the first stage did not find.
+
+    Raises:
+        ValueError: if neither the row nor one of its documents has the field, both have it, a list is not of as many
+            scores as documents, or a score is neither a finite number nor null.
+    """
+    documents = row[name_of(row, DOCUMENTS)]
+    in_documents = [isinstance(document, dict) and field in document for document in documents]
+    if field in row and any(in_documents):
+        raise ValueError(f"the row and document {in_documents.index(True)} have {field!r}: one of them is wanted")
+    if field in row:
+        values, names = row[field], f"{field!r}: value"
+        if not isinstance(values, list) or len(values) != len(documents):
+            raise ValueError(f"{field!r} must be a list of {len(documents)} scores, got {excerpt(values)}")
+    else:
+        if documents and not any(in_documents):
+            raise ValueError(f"neither the row nor one of its documents has the first stage's score in {field!r}")
+        values = [document.get(field) if isinstance(document, dict) else None for document in documents]
+        names = f"{field!r} of document"
+    try:
+        return [as_first_stage_score(f"{names} {index}", value) for index, value in enumerate(values)]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def without(row: Row, result: str) -> Row:

@@ -11,7 +11,7 @@ output that is there is continued behind its last whole line.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flagembedding_matryoshka.cli.job import Job, add_files, run_job
@@ -19,12 +19,18 @@ from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
+OF_RANKINGS = ("fusion", "first_stage", "first_stage_field")
+"""Options of `rank` that its users may try here."""
+
 
 class Score(Job):
     """A score for each pair, or a list of one for each cutoff layer."""
 
     result = "score"
-    as_row = staticmethod(as_pair)
+
+    @staticmethod
+    def as_row(value: Any, call: Mapping[str, Any]) -> Row:
+        return as_pair(value)
 
     @staticmethod
     def pairs(row: Row) -> int:
@@ -44,8 +50,21 @@ class Score(Job):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_files(parser)
+    add_files(parser, without=OF_RANKINGS)
+    for name in OF_RANKINGS:
+        parser.add_argument(
+            f"--{name}", action=_OfRankings, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
+
+
+class _OfRankings(argparse.Action):
+    """Refuses an option that changes the order of rankings."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        parser.error(f"{option} changes the order of a query's documents, and score orders none: use rank")
 
 
 def _tokenized(

@@ -18,12 +18,14 @@ OF_THE_INPUT = ("first_stage_scores",)
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
-def add_reranker(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """`--model` and the options of `MatryoshkaReranker`, all or those of `names`."""
+def add_reranker(
+    parser: argparse.ArgumentParser, names: Collection[str] | None = None, without: Collection[str] = ()
+) -> None:
+    """`--model` and the options of `MatryoshkaReranker`: those of `names`, or all but those of `without`."""
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     about = explanations(MatryoshkaReranker)
     group.add_argument("--model", required=True, help=about["model_name_or_path"].replace("%", "%%"))
-    for name in _options(MatryoshkaReranker) if names is None else names:
+    for name in [name for name in _options(MatryoshkaReranker) if name not in without] if names is None else names:
         _add(group, MatryoshkaReranker.__init__, name, about[name])
 
 

@@ -26,6 +26,21 @@ def test_lines_are_those_of_one_process_in_their_order(command, rows, ray_cluste
         assert line == expected
 
 
+def test_first_stage_scores_reach_the_workers(ray_cluster, desk, monkeypatch):
+    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    desk.write([row | {"bm25": [3, None, 1.5, 7, 0, 2]} for row in LISTS])
+    words = ("--first_stage_field", "bm25", "--fusion", "0.6")
+    rank.main(desk.words(*words))
+    lines = desk.read()
+    desk.output.unlink()
+    desk.output.with_name("out.jsonl.settings.json").unlink()
+    rank.main(desk.words(*words, "--ray", "2"))
+    for line, expected in zip(desk.read(), lines, strict=True):
+        for hit, other in zip(line["ranking"], expected["ranking"], strict=True):
+            assert hit == {name: pytest.approx(value, abs=1e-4) for name, value in other.items()}
+            assert "fused_score" in hit
+
+
 def test_what_a_worker_refuses_reaches_the_user(ray_cluster, desk):
     desk.write(PAIRS)
     with pytest.raises(ValueError, match=r"exits are \[2, 3, 4, 5, 6\]"):

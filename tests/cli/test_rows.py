@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flagembedding_matryoshka.cli.rows import as_list, as_pair, read
+from flagembedding_matryoshka.cli.rows import as_list, as_pair, first_stage_scores, read
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 IN_A_TABLE = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
@@ -84,3 +84,37 @@ def test_a_line_of_a_table_that_is_wrong_is_named(tmp_path):
     path.write_bytes("q\tö\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"rows\.tsv, line 1: not UTF-8"):
         list(read(path, as_pair))
+
+
+DOCUMENTS = ["a", {"text": "b", "bm25": 3}, {"text": "c", "bm25": None}, {"text": "d"}, {"text": "e", "bm25": -0.5}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"documents": DOCUMENTS}, [None, 3.0, None, None, -0.5]),
+        ({"passages": ["a", {"text": "b"}], "bm25": [1, None]}, [1.0, None]),
+        ({"documents": []}, []),
+        ({"documents": [], "bm25": []}, []),
+    ],
+)
+def test_first_stage_scores_are_those_of_documents_or_of_the_row(row, expected):
+    assert first_stage_scores(as_list({"query": "q"} | row), "bm25") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"documents": ["a", {"text": "b", "bm52": 1}]}, "neither the row nor one of its documents has .* in 'bm25'"),
+        ({"documents": DOCUMENTS, "bm25": [1] * 5}, "the row and document 1 have 'bm25'"),
+        ({"documents": ["a", "b"], "bm25": [1]}, r"'bm25' must be a list of 2 scores, got \[1\]"),
+        ({"documents": ["a", "b"], "bm25": {"a": 1}}, "'bm25' must be a list of 2 scores"),
+        ({"documents": ["a", "b"], "bm25": [1, "2"]}, "'bm25': value 1 must be a number, or None, got '2'"),
+        ({"documents": ["a", "b"], "bm25": [True, 1]}, "'bm25': value 0 must be a number"),
+        ({"documents": ["a", {"text": "b", "bm25": "2"}]}, "'bm25' of document 1 must be a number, or None, got '2'"),
+        ({"documents": ["a", {"text": "b", "bm25": 10**400}]}, "'bm25' of document 1 is 10+.*, but must be finite"),
+    ],
+)
+def test_first_stage_scores_that_are_missing_or_no_numbers_are_refused(row, fault):
+    with pytest.raises(ValueError, match=fault):
+        first_stage_scores(as_list({"query": "q"} | row), "bm25")

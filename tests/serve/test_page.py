@@ -196,6 +196,24 @@ def test_a_browser_gives_a_deadline_and_says_how_deep_each_document_came(reranke
 
 
 @pytest.mark.slow
+def test_a_browser_gives_the_order_of_the_documents_a_weight(reranker):
+    with driven(create_app(reranker, "tiny"), FILLED + 'at("weight").value = "0.8"; await rank();') as address:
+        page = browse(address)
+    options = {"cutoff_layers": 2, "compress_layers": [1], "compress_ratio": 2}
+    fused = {"first_stage": "order", "fusion": 0.8}
+    here, full = [
+        [hit["corpus_id"] for hit in reranker.rank(QUERY, DOCUMENTS, **chosen, **fused)] for chosen in (options, {})
+    ]
+    assert here != [hit["corpus_id"] for hit in reranker.rank(QUERY, DOCUMENTS, **options)]
+    assert [text for _, text in page.values("class", "text")] == [DOCUMENTS[index] for index in here]
+    labels = [attributes["aria-label"] for attributes, _ in page.values("role", "img")]
+    places = [full.index(index) - place for place, index in enumerate(here)]
+    assert [int((label if label != "same place" else "0").split()[0]) for label in labels] == list(map(abs, places))
+    said = [text for attributes, text in page.values("class", "faint") if text.startswith("fused ")]
+    assert len(said) == 4 and all(re.match(r"fused -?\d\.\d{4}, score 0\.\d{4}", text) for text in said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "a 'key' ✓"])
 def test_what_it_copies_does_what_it_does(reranker, key, tmp_path):
     if shutil.which("curl") is None:
