@@ -69,10 +69,15 @@ def test_rank_and_score(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = ["Sort the items of the list in place.", *(f"Open file {number}." for number in range(39))]
     Path("lists.jsonl").write_text(json.dumps({"query": "how to sort a list", "documents": documents}))
+    rows = [json.loads(line) for line in blocks("docs/commands.md", "json")[0].splitlines()]
+    Path("retrieved.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     Path("pairs.tsv").write_text("".join(f"how to sort a list\t{document}\n" for document in documents))
-    run(*commands_of("flagembedding-matryoshka rank ", 1), *commands_of("flagembedding-matryoshka score ", 1))
+    run(*commands_of("flagembedding-matryoshka rank ", 2), *commands_of("flagembedding-matryoshka score ", 1))
     (ranked,) = (json.loads(line) for line in Path("ranked.jsonl").read_text().splitlines())
     assert ranked["ranking"][0]["corpus_id"] == 0 and len(ranked["ranking"]) == 10
+    fused = [json.loads(line)["ranking"] for line in Path("fused.jsonl").read_text().splitlines()]
+    assert [[hit["corpus_id"] for hit in hits] for hits in fused] == [[1, 2, 0]] * len(rows)
+    assert {hit["first_stage_score"] for hits in fused for hit in hits} == {7.1, 9.4}
     scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
     assert all(max(of_exit) == of_exit[0] for of_exit in zip(*scored, strict=True))
 

@@ -226,6 +226,18 @@ def test_an_instruction_of_xinference(address_of_qwen, instructed):
     assert [(result["index"], result["relevance_score"]) for result in answer["results"]] == instructed
 
 
+def test_first_stage_scores_of_clients(address, reranker):
+    cohere = pytest.importorskip("cohere")
+    first = {"first_stage_scores": [3, None, 8.5, 1], "fusion": 2}
+    expected = reranker.rank(QUERY, DOCUMENTS, **first)
+    assert [hit["corpus_id"] for hit in expected] != [hit["corpus_id"] for hit in reranker.rank(QUERY, DOCUMENTS)]
+    client = cohere.ClientV2("key", base_url=address)
+    options = {"additional_body_parameters": first}
+    results = client.rerank(model="m", query=QUERY, documents=DOCUMENTS, request_options=options).results
+    assert [result.index for result in results] == [hit["corpus_id"] for hit in expected]
+    assert results == sorted(results, key=lambda result: -result.relevance_score)
+
+
 @pytest.mark.parametrize("name", ["instruction", "instruct"])
 def test_an_instruction_of_cohere(address_of_qwen, instructed, name):
     cohere = pytest.importorskip("cohere")

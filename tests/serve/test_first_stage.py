@@ -13,6 +13,7 @@ from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.serve import Limits
 from flagembedding_matryoshka.serve.answers import Scored
 from flagembedding_matryoshka.setting import Setting
+from tests.pages import blocks
 from tests.serve.conftest import client_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,3 +361,14 @@ def test_the_document_explains_the_fields(client):
     cohere, voyage, tei = answer["anyOf"]
     for results in (cohere["properties"]["results"], voyage["properties"]["data"], tei):
         assert {"model_score", "first_stage_score", "fused_score"} <= set(results["items"]["properties"])
+
+
+def test_the_pages_request_gets_an_answer_of_the_form_that_it_shows(client):
+    body, shown = (json.loads(block) for block in blocks("docs/serving.md", "json") if "first_stage_score" in block)
+    results = client.post("/rerank", json=body).json()["results"]
+    assert [list(hit) for hit in results] == [list(hit) for hit in shown["results"]]
+    first = {number: one.get("first_stage_score", 7.1) for number, one in enumerate(body["documents"])}
+    for hit in [*results, *shown["results"]]:
+        assert hit["first_stage_score"] == first[hit["index"]]
+        fused = hit["fused_score"] / (1 + body["fusion"])
+        assert hit["relevance_score"] == pytest.approx(1 / (1 + math.exp(-fused)), abs=1e-4)
