@@ -2,7 +2,8 @@
 
     python examples/smollm2/mix.py DIR
 
-Reads DIR/taught, writes DIR/short and DIR/long. The short stage takes the first rows of a kind, the long stage the last.
+Reads DIR/taught and writes DIR/short and DIR/long. The short stage takes the first rows of a kind, the long stage the
+last.
 """
 
 import argparse
