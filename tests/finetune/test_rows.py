@@ -56,6 +56,25 @@ def test_rows_without_labels(tmp_path):
             load(write(tmp_path / "bad.jsonl", row), "passages")
 
 
+def test_negatives_may_be_missing_where_all_are_drawn_from_other_rows(tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": []}
+    path = write(tmp_path / "rows.jsonl", {**row, "pos_scores": [1.0]}, {**row, "pos_scores": [2.0], "neg_scores": []})
+    for reads in ("labels", "scores"):
+        with pytest.raises(ValueError, match=r"line 1: neg must be a list of at least one string, got \[\]"):
+            load(path, reads)
+        assert load(path, reads, min_negatives=0)["neg"][:] == [[], []]
+    assert load(path, "scores", min_negatives=0)["neg_scores"][:] == [[], []]
+    assert load(path, "passages", min_negatives=0)["passages"][:] == [["p"], ["p"]]
+    for bad, fault in (
+        (row, "pos_scores is missing"),
+        ({**row, "pos_scores": [1.0], "neg_scores": [1.0]}, r"neg_scores must be a list of 0 numbers.* got \[1.0\]"),
+        ({**ROW, "neg_scores": None}, "neg_scores is missing"),
+        ({**ROW, "neg": None}, "neg must be a list of strings, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: {fault}"):
+            load(write(tmp_path / "bad.jsonl", bad), "scores", min_negatives=0)
+
+
 def test_files_and_directories(tmp_path):
     for name in ("b.jsonl", "a.json", "readme.txt", ".hidden.jsonl"):
         write(tmp_path / name, ROW)
@@ -111,7 +130,7 @@ def test_a_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
     load(path)
     parsed = []
     monkeypatch.setattr(
-        "flagembedding_matryoshka.finetune.rows.row_fault", lambda row, reads: parsed.append(row["query"])
+        "flagembedding_matryoshka.finetune.rows.row_fault", lambda row, **options: parsed.append(row["query"])
     )
     load(path)
     assert parsed == []
