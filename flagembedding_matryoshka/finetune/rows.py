@@ -124,10 +124,10 @@ def load_files(
 
 
 def sampled(rows: Dataset, path: str, limit: int, seed: int) -> Dataset:
-    """At most `limit` rows of the file at `path`, drawn by `seed`."""
+    """Draw at most `limit` rows of the file at `path`, by `seed` and the file's name, in whatever directory it lies."""
     if len(rows) <= limit:
         return rows
-    return rows.select(random.Random(f"{seed}-{path}").sample(range(len(rows)), limit))
+    return rows.select(random.Random(f"{seed}-{Path(path).name}").sample(range(len(rows)), limit))
 
 
 def _arrow_rows(path: str, reads: Reads, min_negatives: int) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.rows import load_files, load_rows, training_files
+from flagembedding_matryoshka.finetune.rows import load_files, load_rows, sampled, training_files
 from tests.lines import ROW, write
 
 
@@ -151,3 +151,9 @@ def test_files_without_a_row(tmp_path):
     assert [len(rows) for rows in load_files([str(empty), str(full)], "labels", str(tmp_path))] == [0, 1]
     with pytest.raises(ValueError, match=r"there is no row in .*a\.jsonl"):
         load_files([str(empty)], "labels", str(tmp_path))
+
+
+def test_the_rows_that_are_drawn_do_not_depend_on_the_directory(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", *({**ROW, "query": f"q {number}"} for number in range(50))))
+    drawn = [sampled(rows, path, 5, seed)["query"][:] for path, seed in (("a/x.jsonl", 1), ("/b/x.jsonl", 1), ("x", 2))]
+    assert len(drawn[0]) == 5 and drawn[0] == drawn[1] != drawn[2]
