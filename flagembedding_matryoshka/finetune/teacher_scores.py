@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
 from flagembedding_matryoshka.finetune.rows import row_fault
 from flagembedding_matryoshka.finetune.teachers import (
@@ -44,10 +45,12 @@ Scores = dict[str, list[float]]
 """`pos_scores` and `neg_scores` of a row."""
 TEACHERS: dict[str, Callable[..., Scorer]] = {
     "flagembedding": flag_embedding_teacher,
-    "sentence_transformers": cross_encoder_teacher,
+    "cross_encoder": cross_encoder_teacher,
     "bi_encoder": bi_encoder_teacher,
     "bm25": bm25_teacher,
 }
+ALIASES = {"sentence_transformers": "cross_encoder"}
+"""First names of backends, which are accepted."""
 MODEL_DEFAULTS = {
     "model": None,
     "batch_size": 64,
@@ -59,7 +62,16 @@ MODEL_DEFAULTS = {
 # The options that a backend takes, as they are where they are not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "flagembedding": {**MODEL_DEFAULTS, "model_class": None},
-    "sentence_transformers": MODEL_DEFAULTS,
+    "cross_encoder": {
+        **MODEL_DEFAULTS,
+        "max_length": None,
+        "query_max_length": None,
+        "scale": 1.0,
+        "use_bf16": False,
+        "cutoff_layers": None,
+        "compress_layers": None,
+        "compress_ratio": 1,
+    },
     "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0, "use_bf16": False},
     "bm25": {"scale": 1.0},
 }
@@ -113,7 +125,7 @@ def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dic
         "input": _digest([options.input], options.input.parent),
         "backend": options.backend,
         "add": options.add,
-        "weights": _digest_model(Path(teacher["model"])) if "model" in teacher else None,
+        "weights": _digest_model(Path(locate(teacher["model"]))) if "model" in teacher else None,
         **given,
     }
 
@@ -173,7 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, required=True, help="a training file")
     parser.add_argument("--output", type=Path, required=True, help="the same with scores")
     parser.add_argument(
-        "--backend", choices=list(TEACHERS), default="flagembedding", help="kind of teacher (default: %(default)s)"
+        "--backend",
+        choices=[*TEACHERS, *ALIASES],
+        default="flagembedding",
+        help="kind of teacher (default: %(default)s); cross_encoder is a CrossEncoder of sentence-transformers or a "
+        "layer-wise re-ranker, such as what fine-tuning wrote or smollm2 (sentence_transformers is its first name)",
     )
     parser.add_argument("--add", action="store_true", help="add the scores to those that the rows have")
     parser.add_argument(
@@ -191,16 +207,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = parser.add_argument_group("of the teacher", argument_default=argparse.SUPPRESS)
     teacher.add_argument("--model", help="name or path, for every backend but bm25")
     teacher.add_argument("--model_class", help="FlagEmbedding's, such as encoder-only-base, if the name does not tell")
-    teacher.add_argument("--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of bm25's scores (1)")
+    teacher.add_argument(
+        "--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of cross_encoder's and bm25's scores (1)"
+    )
     teacher.add_argument("--batch_size", type=int, help="pairs, or bi_encoder's texts, at once (default: 64)")
     teacher.add_argument(
-        "--max_length", type=int, help="tokens of a pair (default: 512), of bi_encoder's text (the model's own limit)"
+        "--max_length",
+        type=int,
+        help="tokens of a pair (default: 512, or a layer-wise model's own), or of bi_encoder's text (its own limit)",
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
     teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
-    teacher.add_argument("--use_bf16", action="store_true", help="encode in bfloat16: bi_encoder's alone")
+    teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16: bi_encoder and cross_encoder")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
+    student = parser.add_argument_group("of a layer-wise cross_encoder", argument_default=argparse.SUPPRESS)
+    student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
+    student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")
+    student.add_argument("--compress_ratio", type=int, help="1 (default), 2, 4 or 8 tokens become one there")
+    student.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's own)")
     options = parser.parse_args(arguments)
+    options.backend = ALIASES.get(options.backend, options.backend)
     if options.output.resolve() == options.input.resolve():
         parser.error(f"--output {options.output} is the input")
     if options.output.is_dir():
@@ -212,6 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in settings:
             parser.error(f"--{name} is nothing that --backend {options.backend} takes")
     settings |= given
+    if settings.get("use_fp16") and settings.get("use_bf16"):
+        parser.error("--use_fp16 and --use_bf16 contradict each other")
     if settings.get("model", "") is None:
         parser.error(f"--backend {options.backend} needs --model")
     total = sum(1 for _ in _read(options.input, options.add))

@@ -24,7 +24,7 @@ from tests.lines import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("sentence_transformers",)]
+BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("cross_encoder",)]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--output", "{input}"], r"--output .*train\.jsonl is the input"),
         (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
         (
-            ["--model_class", "encoder-only-base", "--backend", "sentence_transformers"],
+            ["--model_class", "encoder-only-base", "--backend", "cross_encoder"],
             "--model_class is nothing that",
         ),
         (["--scale", "2"], "--scale is nothing that --backend flagembedding takes"),
@@ -258,6 +258,8 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--drop_margin", "nan"], "argument --drop_margin: nan is not finite"),
         (["--raise_positive", "1e999"], "argument --raise_positive: 1e999 is not finite"),
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
+        (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--cutoff_layers is nothing that --backend bi_encoder"),
+        (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 contradict each other"),
         (["--output", "{parent}"], "is a directory: name a file"),
         (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
     ],
@@ -276,6 +278,11 @@ def test_a_teacher_needs_a_model(training_rows, capsys):
     with pytest.raises(SystemExit):
         main(["--input", str(training_rows), "--output", "out.jsonl", "--backend", "bi_encoder"])
     assert "--backend bi_encoder needs --model" in capsys.readouterr().err
+
+
+def test_a_backend_is_found_by_its_first_name(cross_encoder, training_rows):
+    first, now = (scored(training_rows, cross_encoder, (name,)) for name in ("sentence_transformers", "cross_encoder"))
+    assert first == now
 
 
 def test_teachers_add_up(training_rows, tmp_path, rows):
