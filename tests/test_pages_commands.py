@@ -78,7 +78,10 @@ def test_rank_and_score(tmp_path, monkeypatch):
 
 
 def test_from_a_collection_to_a_plan(workplace):
-    run(*commands_of("python -m flagembedding_matryoshka.finetune.", 5))
+    *before, second_round = sorted(
+        commands_of("python -m flagembedding_matryoshka.finetune.", 6), key=lambda command: "--model output" in command
+    )
+    run(*before)
     shutil.move("scored.jsonl", "train.jsonl")
     first_stage = commands_of("torchrun --nproc_per_node 1", 1)[0] + " --use_cpu"
     run(first_stage)
@@ -90,6 +93,10 @@ def test_from_a_collection_to_a_plan(workplace):
     with MatryoshkaReranker("output", budget=0.4, devices="cpu") as reranker:
         assert reranker.planned.depth <= 24
         assert len(reranker.rank("wing", ["wing lift", "heat"])) == 2
+
+    run(second_round + " --device cpu")
+    taught, scored = (Path(name).read_text().splitlines() for name in ("taught.jsonl", "scored.jsonl"))
+    assert len(taught) == len(scored) and taught != scored
 
     Path("output").rename("stage1")
     widths = r" --compress_(?:layers|ratios)(?: \d+)+"

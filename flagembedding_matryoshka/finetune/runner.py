@@ -101,7 +101,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             )
         with training_args.main_process_first(desc="reading the training files"):
             options = data_args.cache_path, data_args.skip_bad_lines
-            files = load_files(data_args.train_data, self.method.reads, *options)
+            min_negatives = self._dataset_class.min_negatives(data_args)
+            files = load_files(data_args.train_data, self.method.reads, *options, min_negatives)
             limit = data_args.max_example_num_per_dataset
             used = (
                 sampled(rows, path, limit, training_args.seed)
@@ -251,11 +252,14 @@ class MatryoshkaRunner(AbsRerankerRunner):
         )
         return get_peft_model(model, config)
 
+    @property
+    def _dataset_class(self) -> type[MatryoshkaTrainDataset]:
+        return UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
+
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Groups of pairs."""
         template = Template.load(self.model.config.template)
-        kind = UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
-        return kind(self.data_args, self.tokenizer, self.training_args.seed, template)
+        return self._dataset_class(self.data_args, self.tokenizer, self.training_args.seed, template)
 
     def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
         if self.data_args.eval_data is None:
