@@ -4,7 +4,7 @@
 # Negatives that the teacher scores higher than the positive by more than 2 are taken for relevant and dropped.
 set -euo pipefail
 dir=$1
-declare -A weight=([titles]=0.8 [phrases]=0.9 [abstracts]=0.8 [notes]=0.5 [medical]=0.6)
+declare -A weight=([titles]=0.8 [phrases]=0.9 [abstracts]=0.9 [notes]=0.5 [sentences]=0.9 [wikipedia]=1)
 mkdir -p "$dir/taught"
 for mined in "$dir"/rows/*.mined.jsonl; do
     kind=$(basename "$mined" .mined.jsonl)
@@ -13,5 +13,5 @@ for mined in "$dir"/rows/*.mined.jsonl; do
     [ -f "$scored" ] || python -m flagembedding_matryoshka.finetune.teacher_scores --input "$mined" --output "$scored" \
         --backend bi_encoder --model "${BI_ENCODER:-$(python "$(dirname "$0")/bi_encoder.py")}" --scale 20 --max_length $length --use_bf16
     [ -f "$taught" ] || python -m flagembedding_matryoshka.finetune.teacher_scores --input "$scored" --output "$taught" \
-        --backend bm25 --scale "${weight[$kind]:-0.4}" --add --drop_margin=-2 --raise_positive 1
+        --backend bm25 --scale "${weight[$kind]:-0.6}" --add --drop_margin=-2 --raise_positive 1
 done
