@@ -24,6 +24,7 @@ from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, 
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
+from flagembedding_matryoshka.finetune.averaging import refuse_impossible_average
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.data import (
@@ -123,6 +124,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
                 f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
                 f"{training_args.load_best_model_at_end} need eval_data: lists to rank."
             )
+        refuse_impossible_average(training_args)
         output_dir = Path(training_args.output_dir)
         training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
         resumed = training_args.resume_from_checkpoint is not None

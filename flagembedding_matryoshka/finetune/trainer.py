@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,10 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
+from transformers.trainer_utils import TrainOutput
 
 from flagembedding_matryoshka.checkpoints.export import remove_written
+from flagembedding_matryoshka.finetune.averaging import SavedSteps, average_weights
 from flagembedding_matryoshka.finetune.balancing import BalancedSampler
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
@@ -22,6 +25,8 @@ from flagembedding_matryoshka.finetune.evaluation import PADDING
 from flagembedding_matryoshka.finetune.resuming import DataOrder, seed_workers_apart
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
+
+logger = logging.getLogger(__name__)
 
 
 class MatryoshkaTrainer(AbsRerankerTrainer):
@@ -46,6 +51,12 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         if self.accelerator.is_fsdp2:
             keep_loss_in_float32(self.accelerator.state.fsdp_plugin)
         self.add_callback(DataOrder())
+        self.add_callback(SavedSteps())
+        if self.args.average_last > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed: their checkpoints are "
+                "shards."
+            )
         self.eval_collator = eval_collator
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
@@ -78,6 +89,21 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in transformers; the seeds of workers are not drawn from what dropout is drawn from."""
         return seed_workers_apart(super().get_train_dataloader())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; `average_last` states are averaged then, and evaluated where there is data for it."""
+        output = super().train(*args, **kwargs)
+        count = self.args.average_last
+        if count > 1:
+            saved = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedSteps))
+            checkpoints = saved.checkpoints(self.args, self.state.global_step)
+            learnt = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            average_weights(learnt, checkpoints, self._load_from_checkpoint)
+            names = ", ".join(path.name for path in reversed(checkpoints))
+            logger.info("The weights are the mean of %s and of step %d.", names, self.state.global_step)
+            if self.eval_dataset is not None:
+                self.evaluate(metric_key_prefix="average")
+        return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers takes one more step where a checkpoint of the last step, within an epoch, is resumed.
