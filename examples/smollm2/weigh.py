@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from bi_encoder import path as bi_encoder_path
-from flagembedding_matryoshka.metrics import ndcg, rank_grades
 
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.metrics import ndcg, rank_grades
 from flagembedding_matryoshka.text.collections import bm25_scorer, read_collection
 
 CANDIDATES, SCALE = 50, 20.0
