@@ -3,8 +3,8 @@
     python examples/smollm2/measure.py DIR --split test --output OUT
 
 BM25's first passages for each query of DIR/KIND are re-ranked at several depths and widths, plain and fused with BM25
-at the weight in the model's plan. `python -m flagembedding_matryoshka.evaluation` measures each kind. Its reports stay in
-OUT/KIND, and what is there is not measured again.
+at the weight in the model's plan. `python -m flagembedding_matryoshka.evaluation` measures each kind. Its reports stay
+in OUT/KIND, and what is there is not measured again.
 
 OUT/table.md has nDCG@10 of each kind, with p-values of a paired randomisation test against BM25, after Holm over the
 kinds. OUT/quality_cost.svg has 95 % confidence intervals of a bootstrap over the queries of each kind.
