@@ -15,16 +15,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flagembedding_matryoshka.checkpoints.shipped import locate
+from flagembedding_matryoshka.finetune.digests import digest_files, digest_model
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
 from flagembedding_matryoshka.finetune.rows import row_fault
 from flagembedding_matryoshka.finetune.teachers import (
@@ -122,32 +120,12 @@ def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dic
     """Return what the scores depend on; another batch size or device changes no more than rounding."""
     given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
     return {
-        "input": _digest([options.input], options.input.parent),
+        "input": digest_files([options.input], options.input.parent),
         "backend": options.backend,
         "add": options.add,
-        "weights": _digest_model(Path(locate(teacher["model"]))) if "model" in teacher else None,
+        "weights": digest_model(teacher["model"]) if "model" in teacher else None,
         **given,
     }
-
-
-def _digest_model(model: Path) -> str | None:
-    """Return the SHA-256 of a directory's weights and configurations, None for a name on the hub."""
-    if not model.is_dir():
-        return None
-    files = (path for suffix in ("json", "safetensors", "bin") for path in model.rglob(f"*.{suffix}"))
-    return _digest(
-        (path for path in files if not path.relative_to(model).parts[0].startswith(PREFIX_CHECKPOINT_DIR)), model
-    )
-
-
-def _digest(paths: Iterable[Path], root: Path) -> str:
-    digest = sha256()
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(root)).encode())
-        with path.open("rb") as file:
-            while data := file.read(2**24):
-                digest.update(data)
-    return digest.hexdigest()
 
 
 def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:

@@ -30,7 +30,7 @@ class FileOutput:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings_path = beside = path.with_name(f"{path.name}.settings.json")
+        beside = settings_path(path)
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         if path.exists():
             if not beside.is_file():
@@ -55,8 +55,7 @@ class FileOutput:
 
     def remove(self) -> None:
         """Remove the file and its settings."""
-        self.path.unlink()
-        self.settings_path.unlink()
+        remove_output(self.path)
 
     def lines(self) -> Iterator[str]:
         with self.path.open("rb") as file:
@@ -71,6 +70,17 @@ class FileOutput:
                 raise ValueError(f"{self.path} has been written to meanwhile: {file.tell()} bytes, not {self.end}.")
             file.write(data)
         self.end += len(data)
+
+
+def settings_path(path: Path) -> Path:
+    """Return where the settings of a file lie."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def remove_output(path: Path) -> None:
+    """Remove a file and its settings, if they are there."""
+    path.unlink(missing_ok=True)
+    settings_path(path).unlink(missing_ok=True)
 
 
 def join_lines(lines: Iterable[str]) -> bytes:
