@@ -100,10 +100,11 @@ class Store:
 def conditions(
     reranker: MatryoshkaReranker, candidates: Candidates, timed_pairs: int, recall_at: int
 ) -> dict[str, Any]:
-    """All that results of `evaluate` depend on but the setting."""
+    """All that results of `evaluate` depend on but the setting. They do not depend on fusion."""
+    options = [field.name for field in fields(ScoringOptions) if field.name != "fusion"]
     return {
         "model": model_fingerprint(reranker),
-        "options": {field.name: getattr(reranker, field.name) for field in fields(ScoringOptions)},
+        "options": {name: getattr(reranker, name) for name in options},
         "candidates": candidates.fingerprint(),
         "machine": about(reranker),
         "timed_pairs": timed_pairs,

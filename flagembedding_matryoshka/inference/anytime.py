@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flagembedding_matryoshka.inference.deadline import Deadline, Pace
+from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 
@@ -45,6 +46,8 @@ class AnytimeRun:
         reading: what reading scores at a layer costs, as a share of running it.
         deadline: has started.
         between: called before each call of `score`.
+        fusion: the most promising candidates at an exit are those of the highest fused scores among the candidates that
+            wait there; None takes those of the highest scores.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class AnytimeRun:
         reading: float,
         deadline: Deadline,
         between: Callable[[], None],
+        fusion: Fusion | None = None,
     ) -> None:
         self._score = score
         self._setting = setting
@@ -63,6 +67,7 @@ class AnytimeRun:
         self._reading = reading
         self._deadline = deadline
         self._between = between
+        self._fusion = fusion
         self._pace = Pace(deadline.clock)
         sizes = [len(states.packed.sequences) for states in batches]
         places = torch.arange(sum(sizes)).split(sizes)
@@ -71,17 +76,27 @@ class AnytimeRun:
         self._first_width = min(max(sizes), -(-sum(sizes) // 3))
         self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """For all sequences, batch after batch: (sequences,) float32 scores and (sequences,) int64 exits where they
-        were read, both on the CPU."""
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
+        they were read, and (sequences,) float64 fused scores among the candidates that stopped at that exit. Without
+        fusion these are the scores."""
+        self._go_deeper()
+        fused = self._scores if self._fusion is None else torch.zeros(len(self._scores), dtype=torch.float64)
+        if self._fusion is not None:
+            for layer in self._reached.unique():
+                places = (self._reached == layer).nonzero()[:, 0]
+                fused[places] = self._fusion.fuse(self._scores, places)
+        return self._scores, self._reached, fused
+
+    def _go_deeper(self) -> None:
+        """Run all steps that there is time for."""
         for part in self._parts:
             self._between()
             self._advance(part, self._exits[0])
         for numbers in self._rounds():
             for index in range(len(self._exits) - 1):
                 if not self._bring(index, numbers):
-                    return self._scores, self._reached
-        return self._scores, self._reached
+                    return
 
     def _rounds(self) -> Iterator[list[int]]:
         """How many shall have come to each exit by one cascade after the other."""
@@ -104,7 +119,9 @@ class AnytimeRun:
         behind = range(index + 1, len(self._exits) - 1)
         goal = self._exits[next((exit for exit in behind if numbers[exit + 1] < numbers[exit]), -1)]
         waiting = (self._reached == layer).nonzero()[:, 0]
-        best = waiting[self._scores[waiting].argsort(descending=True, stable=True)][:missing].tolist()
+        scores = self._scores[waiting]
+        fused = scores if self._fusion is None else self._fusion.fuse(self._scores, waiting)
+        best = waiting[best_first(fused, scores)][:missing].tolist()
         rank = {place: number for number, place in enumerate(best)}
         parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
         for part in sorted(parts, key=lambda part: min(rank.get(place, len(rank)) for place in part.places)):

@@ -13,6 +13,8 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 KINDS = (int, float, str)
 """What one word of a command line can be, the widest last."""
+OF_THE_INPUT = ("first_stage_scores",)
+"""Arguments of `MatryoshkaReranker.rank_batch` that rows of the input give, and no option."""
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
@@ -34,13 +36,13 @@ def add_ranking(parser: argparse.ArgumentParser) -> None:
     """The options of `MatryoshkaReranker.rank` that are not the constructor's."""
     group = parser.add_argument_group("the ranking", "as in MatryoshkaReranker.rank")
     about = explanations(MatryoshkaReranker.rank)
-    for name in _options(MatryoshkaReranker.rank_batch):
+    for name in _ranking_options():
         _add(group, MatryoshkaReranker.rank_batch, name, about[name])
 
 
 def given_ranking(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `MatryoshkaReranker.rank` that were given."""
-    return {name: getattr(options, name) for name in _options(MatryoshkaReranker.rank_batch) if hasattr(options, name)}
+    return {name: getattr(options, name) for name in _ranking_options() if hasattr(options, name)}
 
 
 def explanations(documented: Any) -> dict[str, str]:
@@ -64,6 +66,26 @@ def stage(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} must be EXIT:SHARE, such as 8:0.5") from error
 
 
+class NumberOrWord:
+    """Reads a float, or one of some words, from a command line.
+
+    Args:
+        words: that may stand in place of the number.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+
+    def __call__(self, text: str) -> float | str:
+        """The number, or the word. Raises argparse.ArgumentTypeError if the text is neither."""
+        if text in self._words:
+            return text
+        try:
+            return float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number or {' or '.join(self._words)}") from error
+
+
 class _Cascade(argparse.Action):
     """{exit: share} of all stages."""
 
@@ -73,6 +95,10 @@ class _Cascade(argparse.Action):
         if len(dict(values)) < len(values):
             parser.error(f"{option} names an exit twice: {values}")
         setattr(namespace, self.dest, dict(values))
+
+
+def _ranking_options() -> list[str]:
+    return [name for name in _options(MatryoshkaReranker.rank_batch) if name not in OF_THE_INPUT]
 
 
 def _options(function: Callable[..., Any]) -> list[str]:
@@ -108,6 +134,8 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     choices = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
     if not kinds and not choices:
         raise TypeError(f"no word of a command line is {hint}")
+    if choices and kinds == [float]:
+        return {"type": NumberOrWord(choices), "metavar": "|".join(["NUMBER", *choices])}
     told: dict[str, Any] = {"type": kinds[-1] if kinds else type(choices[0])}
     if of_lists:
         told["nargs"] = "+"

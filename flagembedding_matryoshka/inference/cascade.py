@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 
@@ -16,7 +17,8 @@ def run_cascade(
     batches: Sequence[PackedStates],
     queries: Sequence[Sequence[int]],
     setting: Setting,
-) -> tuple[Tensor, Tensor]:
+    fusion: Fusion | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score candidates, dropping the worst of each query after each stage.
 
     Args:
@@ -24,15 +26,19 @@ def run_cascade(
         batches: candidates before the first layer; `queries` says whose they are.
         queries: for each batch the number of each sequence's query.
         setting: with one cutoff layer, at which the last ones are scored.
+        fusion: after each stage a query's running candidates are ranked by their fused scores; None ranks them by their
+            scores.
 
     Returns:
-        for all sequences, batch after batch: (sequences,) float32 scores and (sequences,) int64 exits where they were
-        read, both on the CPU.
+        for all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
+        they were read, and (sequences,) float64 fused scores among the query's candidates that ran up to that exit.
+        Without fusion these are the scores.
     """
     sizes = [len(numbers) for numbers in queries]
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
     owner = torch.tensor([number for numbers in queries for number in numbers])
     scores, exits = torch.zeros(len(owner)), torch.zeros(len(owner), dtype=torch.long)
+    fused = scores if fusion is None else torch.zeros(len(owner), dtype=torch.float64)
     running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     states = list(batches)
@@ -44,15 +50,19 @@ def run_cascade(
                 continue
             scores[sequences] = score(states[index], layer)
             exits[sequences] = layer
+        if fusion is not None:
+            for number in owner[running].unique():
+                places = (running & (owner == number)).nonzero()[:, 0]
+                fused[places] = fusion.fuse(scores, places)
         if share is None:
             break
-        going_on = running = _best_of_each_query(scores, running, owner, share)
+        going_on = running = _best_of_each_query(fused, scores, running, owner, share)
         for index, sequences in enumerate(alive):
             places = [place for place, sequence in enumerate(sequences) if going_on[sequence]]
             if len(places) < len(sequences):
                 alive[index] = [sequences[place] for place in places]
                 states[index] = states[index].select(places) if places else states[index]
-    return scores, exits
+    return scores, exits, fused
 
 
 def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
@@ -62,12 +72,12 @@ def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
     return all(here <= share_of(share, count) for here, count in zip(left, candidates.tolist(), strict=True))
 
 
-def _best_of_each_query(scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:
+def _best_of_each_query(fused: Tensor, scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:
     """(sequences,) bool: the running sequences that are among the best `share` of all of their query's."""
     _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
     going_on = torch.tensor([share_of(share, count) for count in candidates.tolist()])
     places = running.nonzero()[:, 0]
-    places = places[scores[places].argsort(descending=True, stable=True)]
+    places = places[best_first(fused[places], scores[places])]
     places = places[owner[places].argsort(stable=True)]
     mine = owner[places]
     left = mine.bincount(minlength=len(candidates))

@@ -147,13 +147,27 @@ class Candidates:
     """What is scored of one query's documents.
 
     Attributes:
+        documents: none where only tokenised pairs are given.
         pairs: one for each document, or for each chunk.
         cut: the chunks, if documents are cut.
+        first_stage: the first stage's score of each document, if scores are fused with it.
     """
 
     documents: Sequence[str]
     pairs: Pairs
     cut: Sequence[CutDocument] | None = None
+    first_stage: Sequence[float] | None = None
+
+    @property
+    def first_stage_of_pairs(self) -> Sequence[float] | None:
+        """The first stage's score of each pair: a chunk's is its document's."""
+        if self.cut is None or self.first_stage is None:
+            return self.first_stage
+        return [
+            score
+            for document, score in zip(self.cut, self.first_stage, strict=True)
+            for _ in range(len(document.chunks))
+        ]
 
     @classmethod
     def of(cls, query: str, documents: Sequence[str], chunking: Chunking | None) -> Candidates:

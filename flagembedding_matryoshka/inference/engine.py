@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from flagembedding_matryoshka.inference.batching import next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fitting import OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share
@@ -29,6 +30,16 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 Parts = list[tuple[int, list[int]]]
 """Numbers of batches, and of each places in it, that are computed together."""
+Stages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What `run_cascade` returns: scores, exits and fused scores."""
+
+
+class ExitScore(NamedTuple):
+    """A candidate's score, the exit where it was read, and its fused score, which is the score without fusion."""
+
+    score: float
+    exit: int
+    fused: float
 
 
 class Task(Protocol):
@@ -59,9 +70,10 @@ class RunCascade:
     names: Sequence[Sequence[int]]
     owners: Sequence[Sequence[int]]
     setting: Setting
+    fusion: Fusion | None = None
 
-    def start(self, engine: Engine) -> Callable[[], list[tuple[float, int]]]:
-        return partial(engine.cascade, self.batches, self.names, self.owners, self.setting)
+    def start(self, engine: Engine) -> Callable[[], list[ExitScore]]:
+        return partial(engine.cascade, self.batches, self.names, self.owners, self.setting, self.fusion)
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,10 @@ class RunUntil:
     names: Sequence[Sequence[int]]
     setting: Setting
     deadline: Deadline
+    fusion: Fusion | None = None
 
-    def start(self, engine: Engine) -> Callable[[], list[tuple[float, int]]]:
-        return partial(engine.run_until, self.batches, self.names, self.setting, self.deadline)
+    def start(self, engine: Engine) -> Callable[[], list[ExitScore]]:
+        return partial(engine.run_until, self.batches, self.names, self.setting, self.deadline, self.fusion)
 
 
 class Engine:
@@ -151,13 +164,14 @@ class Engine:
         names: Sequence[Sequence[int]],
         owners: Sequence[Sequence[int]],
         setting: Setting,
-    ) -> list[tuple[float, int]]:
+        fusion: Fusion | None = None,
+    ) -> list[ExitScore]:
         """Score and exit of each pair, batch after batch; `owners` says whose candidate each is.
 
         Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
         """
 
-        def run(states: list[PackedStates], parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(states: list[PackedStates], parts: Parts) -> Stages:
             of_packs = [[owners[number][place] for place in part] for number, part in parts]
             between_batches = self.between_batches
 
@@ -165,7 +179,7 @@ class Engine:
                 between_batches()
                 return self._read(states, layer, setting)
 
-            return run_cascade(score, states, of_packs, setting)
+            return run_cascade(score, states, of_packs, setting, None if fusion is None else fusion.select(parts))
 
         return self._in_stages(run, batches, names, setting)
 
@@ -175,7 +189,8 @@ class Engine:
         names: Sequence[Sequence[int]],
         setting: Setting,
         deadline: Deadline,
-    ) -> list[tuple[float, int]]:
+        fusion: Fusion | None = None,
+    ) -> list[ExitScore]:
         """Score and exit of each pair of one query, batch after batch, as deep as there is time until `deadline`, which
         starts now if it has not.
 
@@ -183,33 +198,35 @@ class Engine:
         """
         deadline = deadline.start()
 
-        def run(states: list[PackedStates], parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(states: list[PackedStates], parts: Parts) -> Stages:
             exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
             score = partial(self._read, setting=setting)
-            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches).run()
+            of_parts = None if fusion is None else fusion.select(parts)
+            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches, of_parts).run()
 
         return self._in_stages(run, batches, names, setting)
 
     def _in_stages(
         self,
-        run: Callable[[list[PackedStates], Parts], tuple[torch.Tensor, torch.Tensor]],
+        run: Callable[[list[PackedStates], Parts], Stages],
         batches: Sequence[Sequence[TokenizedPair]],
         names: Sequence[Sequence[int]],
         setting: Setting,
-    ) -> list[tuple[float, int]]:
-        """What `run` makes of states before the first layer, those of parts of the batches, as scores and exits."""
+    ) -> list[ExitScore]:
+        """What `run` makes of states before the first layer, those of parts of the batches, for each pair."""
         while True:
             parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
             packs = [[batches[number][place] for place in part] for number, part in parts]
             try:
-                scores, exits = computed(partial(self._run_stages, run, packs, parts, setting))
+                scores, exits, fused = computed(partial(self._run_stages, run, packs, parts, setting))
             except OutOfMemory as error:
                 number, part = max(parts, key=lambda item: len(item[1]))
                 self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
                 continue
             self._limit.fitted()
-            self._refuse_no_number(scores[None], list(chain(*names)))
-            return list(zip(scores.tolist(), exits.tolist(), strict=True))
+            # A score that is no number spoils the fused scores of its query, also where a later exit replaces it.
+            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*names)))
+            return list(map(ExitScore, scores.tolist(), exits.tolist(), fused.tolist()))
 
     def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
         """Places of a batch, in parts that fit as far as is known."""
@@ -225,11 +242,11 @@ class Engine:
     @torch.inference_mode()
     def _run_stages(
         self,
-        run: Callable[[list[PackedStates], Parts], tuple[torch.Tensor, torch.Tensor]],
+        run: Callable[[list[PackedStates], Parts], Stages],
         packs: Sequence[Sequence[TokenizedPair]],
         parts: Parts,
         setting: Setting,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Stages:
         with self._adapted(setting.compress_ratio):
             states = [self._embed(pairs) for pairs in packs]
         return run(states, parts)

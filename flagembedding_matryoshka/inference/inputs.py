@@ -14,7 +14,7 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 Pair = Sequence[str]
 Inputs = Sequence[TokenizedPair]
 Pairs = Sequence[tuple[str, str]] | Inputs
-_MISSING = object()
+MISSING = object()
 
 
 def are_tokenized(pairs: Pairs) -> TypeIs[Inputs]:
@@ -29,7 +29,7 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
     Raises:
         TypeError: naming the first thing that is not a pair of strings, and where it stands.
     """
-    pairs = _as_list("pairs of query and passage", sentence_pairs)
+    pairs = as_list("pairs of query and passage", sentence_pairs)
     if len(pairs) == 2 and isinstance(pairs[0], str):
         pairs = [pairs]
     if pairs and all(isinstance(pair, TokenizedPair) for pair in pairs):
@@ -37,7 +37,7 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
     found = []
     for index, pair in enumerate(pairs):
         try:
-            query, passage = _as_list(f"pair {index}", pair)
+            query, passage = as_list(f"pair {index}", pair)
         except (TypeError, ValueError) as error:
             raise TypeError(f"pair {index} must be a query and a passage, got {excerpt(pair)}.") from error
         for name, text in (("query", query), ("passage", passage)):
@@ -53,7 +53,7 @@ def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[Tokenize
     Raises:
         TypeError: naming the first thing that is none.
     """
-    found = [_as_list(f"list {number}", pairs) for number, pairs in enumerate(_as_iterable("lists", lists))]
+    found = [as_list(f"list {number}", pairs) for number, pairs in enumerate(as_iterable("lists", lists))]
     for number, values in enumerate(found):
         for place, value in enumerate(values):
             if not isinstance(value, TokenizedPair):
@@ -68,8 +68,8 @@ def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tup
         TypeError: if something is no list of strings, naming where it stands.
         ValueError: if there are not as many lists as queries.
     """
-    queries = _as_list("queries", queries)
-    lists = _as_list("candidates", candidates)
+    queries = as_list("queries", queries)
+    lists = as_list("candidates", candidates)
     if len(queries) != len(lists):
         raise ValueError(f"{len(lists)} lists of candidates need a list of as many queries, got {len(queries)}.")
     return queries, [
@@ -87,9 +87,9 @@ def read_lists(
         TypeError, ValueError: as `as_lists`, some of it at once, and what is wrong with a list when it is read.
     """
     if candidates is None:
-        return _read(_as_iterable("lists", queries))
-    pairs = _as_iterable("queries", queries), _as_iterable("candidates", candidates)
-    return _read(zip_longest(*pairs, fillvalue=_MISSING))
+        return _read(as_iterable("lists", queries))
+    pairs = as_iterable("queries", queries), as_iterable("candidates", candidates)
+    return _read(zip_longest(*pairs, fillvalue=MISSING))
 
 
 def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
@@ -99,7 +99,7 @@ def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
         except (TypeError, ValueError) as error:
             raise TypeError(f"list {number} must be a query and its documents, got {excerpt(row)}.") from error
         for name, value in (("query", query), ("list of candidates", documents)):
-            if value is _MISSING:
+            if value is MISSING:
                 raise ValueError(
                     f"there must be as many queries as lists of candidates, but {name} {number} is missing."
                 )
@@ -135,7 +135,7 @@ def excerpt(value: object) -> str:
 
 def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
     """The documents of one query, both checked."""
-    documents = _as_list(f"the documents of query {number}", documents)
+    documents = as_list(f"the documents of query {number}", documents)
     if not isinstance(query, str):
         raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
     for index, document in enumerate(documents):
@@ -144,11 +144,11 @@ def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
     return documents
 
 
-def _as_list(name: str, values: Any) -> list[Any]:
-    return list(_as_iterable(name, values))
+def as_list(name: str, values: Any) -> list[Any]:
+    return list(as_iterable(name, values))
 
 
-def _as_iterable(name: str, values: Any) -> Iterable[Any]:
+def as_iterable(name: str, values: Any) -> Iterable[Any]:
     """An iterable whose order means something; a table's or a dict's items are the names of what it holds.
 
     Raises:

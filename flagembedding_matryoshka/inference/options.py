@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
@@ -28,7 +29,11 @@ OF_TEXTS = (
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How pairs are put together and scored; the names are those of the re-ranker's constructor."""
+    """How pairs are put together, scored and ranked; the names are those of the re-ranker's constructor.
+
+    Attributes:
+        fusion: the weight of the first stage's scores in a ranking that has such scores; None is no weight.
+    """
 
     query_instruction_for_rerank: str
     query_instruction_format: str
@@ -41,14 +46,17 @@ class ScoringOptions:
     query_max_length: int | None
     max_length: int
     normalize: bool | str
+    fusion: float | None
 
     @classmethod
-    def resolve(cls, defaults: object, overrides: Mapping[str, Any]) -> ScoringOptions:
+    def resolve(cls, defaults: Any, overrides: Mapping[str, Any]) -> ScoringOptions:
         """The attributes of `defaults` with `overrides`, of which None keeps the default.
 
         Raises:
-            TypeError: if an override is unknown, or a size is no int.
-            ValueError: if a size is less than 1, or `normalize` asks for nothing that there is.
+            FileNotFoundError: if `fusion` is "auto", and the model has no plan.
+            TypeError: if an override is unknown, a size is no int, or `fusion` no number.
+            ValueError: if a size is less than 1, `normalize` asks for nothing that there is, `fusion` is negative or
+                not finite, or it is "auto" and the plan has no weight.
         """
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(overrides) - set(names))
@@ -63,6 +71,7 @@ class ScoringOptions:
                 chosen[name] = as_count(name, chosen[name])
         if chosen["normalize"] not in (True, False, CALIBRATED):
             raise ValueError(f"normalize is {chosen['normalize']!r}, but must be True, False or {CALIBRATED!r}.")
+        chosen["fusion"] = as_fusion(chosen["fusion"], lambda: defaults.plan.fusion_weight())
         return cls(**chosen)
 
     def template(self, tokenizer: PairTokenizer) -> Template:
@@ -110,6 +119,28 @@ def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:
         raise TypeError(f"the pairs are tokenised already; {given} goes to tokenize.")
 
 
+def ranking_weight(options: ScoringOptions, overrides: Mapping[str, Any], has_first_stage: bool) -> float | None:
+    """The weight of the first stage's scores in a ranking; None without such scores.
+
+    Args:
+        options: of the call, which `overrides` are part of.
+
+    Raises:
+        ValueError: if the call gives such scores and there is no weight, or it gives a weight and no scores.
+    """
+    if not has_first_stage and overrides.get("fusion") is not None:
+        raise ValueError(
+            f"fusion={overrides['fusion']!r} needs the first stage's scores: give first_stage_scores, or "
+            "first_stage='order' for documents in its order."
+        )
+    if has_first_stage and options.fusion is None:
+        raise ValueError(
+            "first_stage_scores and first_stage need a weight: give fusion=, a number of at least 0, or 'auto' for the "
+            "weight in the model's plan, which an evaluation with --fusion --write_plan chooses."
+        )
+    return options.fusion if has_first_stage else None
+
+
 def refuse_beside_plan(given: Any) -> None:
     """Raise ValueError if a re-ranker was given a depth or width beside a plan that chooses them."""
     values = {name: getattr(given, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
@@ -118,19 +149,29 @@ def refuse_beside_plan(given: Any) -> None:
         raise ValueError(f"budget and quality choose depth and width themselves; leave out {values}.")
 
 
-def resolve_call(
-    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None = None
-) -> tuple[ScoringOptions, Setting]:
-    """What a call with these arguments does, and what it runs.
+def resolve_call(defaults: Any, overrides: Mapping[str, Any]) -> tuple[ScoringOptions, Setting]:
+    """What a call with these arguments does, and what it runs; a call that does not rank.
 
     Args:
         defaults: a re-ranker.
         overrides: None keeps its default; `compress_layer` is the reference's spelling of `compress_layers`.
 
     Raises:
-        TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`, and ValueError if both spellings are
-            given.
+        TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`, TypeError if `fusion` is given, and
+            ValueError if both spellings are given.
     """
+    if overrides.get("fusion") is not None:
+        raise TypeError(
+            f"fusion={overrides['fusion']!r} is an argument of rankings, which fuse a query's scores with those of the "
+            "first stage: leave it out here."
+        )
+    return _resolve(defaults, overrides, None)
+
+
+def _resolve(
+    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None
+) -> tuple[ScoringOptions, Setting]:
+    """As `resolve_call`, of any call."""
     of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
     compress_layer = of_text.pop("compress_layer", None)
     depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
@@ -155,12 +196,13 @@ def resolve_ranking(
     """As `resolve_call`, for a ranking: by the plan, unless the call names a depth, width or cascade of its own.
 
     Raises:
-        TypeError, ValueError: as `resolve_call`, and ValueError on several cutoff layers.
+        FileNotFoundError: as `ScoringOptions.resolve`.
+        TypeError, ValueError: as `resolve_call`, though `fusion` may be given, and ValueError on several cutoff layers.
     """
     own = any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
     if defaults.planned is not None and cascade is None and not own:
         overrides, cascade = {**overrides, **defaults.planned.arguments}, dict(defaults.planned.cascade)
-    options, setting = resolve_call(defaults, overrides, cascade)
+    options, setting = _resolve(defaults, overrides, cascade)
     if len(setting.cutoff_layers) > 1:
         raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(setting.cutoff_layers)}.")
     return options, setting

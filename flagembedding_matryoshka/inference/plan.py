@@ -17,6 +17,7 @@ from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json
+from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 
@@ -65,6 +66,12 @@ class Plan:
             [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
         weights: the fingerprint of the weights, see
             [`~flagembedding_matryoshka.checkpoints.weights.weights_fingerprint`]; None in plans of older versions.
+        fusion: weight of the first stage's scores, chosen on the same queries and lists; None where none was chosen.
+            The best weight hardly depends on the setting, so that a plan has one for all.
+
+    Raises:
+        TypeError: if the weight is no number.
+        ValueError: if the weight is negative or not finite.
 
     Which setting is best hardly depends on rounding: a plan chooses settings in any dtype. A calibration maps scores
     themselves, and is used in the dtype that it was fitted in alone.
@@ -79,6 +86,11 @@ class Plan:
     held_out_queries: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    fusion: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fusion is not None:
+            as_weight(self.fusion)
 
     def choose(self, budget: float | None = None, quality: float | None = None, cascades: bool = True) -> Setting:
         """The best setting within `budget`, or the cheapest that reaches `quality`; give one of them.
@@ -131,6 +143,15 @@ class Plan:
                 "for each setting that it measures."
             )
         return fitted[wanted]
+
+    def fusion_weight(self) -> float:
+        """The weight of the first stage's scores. Raises ValueError if none was chosen."""
+        if self.fusion is None:
+            raise ValueError(
+                f"fusion='auto': the plan of {self.data} has no fusion weight. An evaluation with --fusion "
+                "--write_plan chooses one."
+            )
+        return self.fusion
 
     def check_conditions(self, scored_with: Mapping[str, Any]) -> None:
         """Raise ValueError unless scores come about as those did that the calibrations were fitted to."""
@@ -212,9 +233,9 @@ def load_plan(
     path = None if is_file else cached_file(located, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise FileNotFoundError(
-            f"{model} has no {PLAN_NAME}, which budget, quality and normalize='calibrated' need. This measures "
-            f"settings on a collection in BEIR layout and writes it, with --calibrate also the calibrations: "
-            f"{COMMAND.format(model)}"
+            f"{model} has no {PLAN_NAME}, which budget, quality, fusion='auto' and normalize='calibrated' need. This "
+            f"measures settings on a collection in BEIR layout and writes it, with --calibrate also the calibrations, "
+            f"with --fusion also the fusion weight: {COMMAND.format(model)}"
         )
     try:
         plan = _from_json(json.loads(Path(path).read_text(encoding="utf-8")))

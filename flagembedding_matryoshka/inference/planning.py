@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
+from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.normalizing import Normalizer, normalizer, scored_with
 from flagembedding_matryoshka.inference.options import ScoringOptions, refuse_beside_plan
@@ -19,6 +20,7 @@ class PlannedReranker(HostedReranker):
 
     Attributes:
         planned: what `rank` runs by `budget` or `quality`; None without them.
+        fusion: default weight of the first stage's scores in rankings that have such scores; None is no default.
         quantization: the format of the weights, if they are quantized.
         dtype: the format that weights are loaded in, such as "float32".
         words: the template.
@@ -26,6 +28,7 @@ class PlannedReranker(HostedReranker):
     """
 
     planned: Setting | None = None
+    fusion: float | None
     quantization: str | None
     dtype: str
     words: Template
@@ -45,6 +48,11 @@ class PlannedReranker(HostedReranker):
         self.planned = self.plan.choose(budget, quality)
         for name, value in self.plan.choose(budget, quality, cascades=False).arguments.items():
             setattr(self, name, value)
+
+    def _choose_fusion(self, fusion: Any) -> None:
+        """Make a weight the default: the given one, or if None that of the plan that is followed."""
+        follows = fusion is None and self.planned is not None
+        self.fusion = self.plan.fusion if follows else as_fusion(fusion, lambda: self.plan.fusion_weight())
 
     def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
         return normalizer(options, setting, lambda: self.plan, self.scored_with(options), self.temperature, exits)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
+from flagembedding_matryoshka.inference.fusion import read_first_stage
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
 from flagembedding_matryoshka.inference.normalizing import Normalizer
-from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call, resolve_ranking
+from flagembedding_matryoshka.inference.options import (
+    ranking_weight,
+    refuse_beside_tokens,
+    resolve_call,
+    resolve_ranking,
+)
 from flagembedding_matryoshka.inference.planning import PlannedReranker
 from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_min_score, refuse_too_short, score_lists
 from flagembedding_matryoshka.inference.tasks import Call
@@ -37,6 +43,8 @@ class RankingReranker(PlannedReranker):
         overlap: int = 0,
         deadline_ms: float | None = None,
         min_score: float | None = None,
+        first_stage_scores: Iterable[float | None] | None = None,
+        first_stage: Literal["order"] | None = None,
         **overrides: Any,
     ) -> list[dict[str, int | float | str]]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
@@ -61,25 +69,44 @@ class RankingReranker(PlannedReranker):
                 cascade. Of several queries each has so long from when it is computed, which one device does.
             min_score: hits with a lower score are left out. It is compared with the score that is returned: raw, its
                 sigmoid or the calibrated probability, as `normalize` says.
-            overrides: as in `compute_score`, with one cutoff layer.
+            first_stage_scores: the score that the first stage, such as BM25, gave each document. Documents then rank by
+                z(score) + fusion · z(first-stage score), where z is the standard score among the query's documents, by
+                the population's standard deviation; z of equal scores is 0. None is a document that the first stage did
+                not find: it gets the lowest of the query's scores. A cascade drops by the fused scores of the
+                candidates that still run, and a deadline by those of the candidates that wait at an exit. A chunk
+                has the first-stage score of its document.
+            first_stage: "order" says that the documents are in the first stage's order, without scores: the first-stage
+                score of rank r, from 1, is 1 / (60 + r).
+            overrides: as in `compute_score`, with one cutoff layer, and `fusion`, which needs first-stage scores.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
-            the best first; ties keep the order given. With a cascade or a deadline also "cutoff_layer", where the score
+            the best first; ties keep the order given. With first-stage scores also "first_stage_score" and
+            "fused_score", by which documents rank: among all documents, in a cascade among the candidates that ran up
+            to the exit where this one stopped, with a deadline among those that stopped there. With a cascade or a
+            deadline also "cutoff_layer", where the score
             was read. Where the query or the document is longer than what was read of it, also "is_truncated", which is
             True. With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between
             chunks is at most white space.
 
         Raises:
+            FileNotFoundError: if `fusion` is "auto", and the model has no plan.
             TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
                 above 0, `min_score` is no number or would be compared with scores of several exits that are not
                 calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
-                or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand.
+                an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
+                meets a tokenizer that does not say where its tokens stand, there is not a first-stage score for each
+                document, one is not finite, both forms of first-stage scores are given, they are given without a
+                weight, `fusion` is given without them, or it is negative, not finite, or "auto" while the plan has no
+                weight.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        options: dict[str, Any] = of_chunks | {"deadline_ms": deadline_ms, "min_score": min_score} | overrides
-        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **options)[0]
+        of_first_stage = {
+            "first_stage_scores": None if first_stage_scores is None else [first_stage_scores],
+            "first_stage": first_stage,
+        }
+        options: dict[str, Any] = of_chunks | of_first_stage | {"deadline_ms": deadline_ms, "min_score": min_score}
+        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **options, **overrides)[0]
 
     def rank_batch(
         self,
@@ -93,26 +120,30 @@ class RankingReranker(PlannedReranker):
         overlap: int = 0,
         deadline_ms: float | None = None,
         min_score: float | None = None,
+        first_stage_scores: Iterable[Iterable[float | None]] | None = None,
+        first_stage: Literal["order"] | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """`rank` for many queries, in common batches; `candidates` are the documents of each query.
 
         `instruction` may also be a list with an instruction, or None, for each query.
+        `first_stage_scores` has a list of scores for each query.
 
-        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists, or instructions,
-            as queries.
+        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists, instructions or
+            lists of first-stage scores as queries.
         """
         deadline = Deadline.of(deadline_ms, self._clock)
         queries, lists = as_lists(queries, candidates)
         if deadline is not None and len(lists) == 1:
             deadline = deadline.start()
-        rows = list(zip(queries, lists, strict=True))
+        rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
         total = sum(map(len, lists))
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         instructions, overrides = _instructions(overrides)
         if instructions is not None and len(instructions) != len(rows):
             raise ValueError(f"{len(instructions)} instructions need as many queries, got {len(rows)}.")
-        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, overrides)
+        has_first_stage = first_stage_scores is not None or first_stage is not None
+        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, has_first_stage, overrides)
         return list(self._rank(rows, total, instructions, *options))
 
     def rank_iter(
@@ -127,6 +158,8 @@ class RankingReranker(PlannedReranker):
         overlap: int = 0,
         deadline_ms: float | None = None,
         min_score: float | None = None,
+        first_stage_scores: Iterable[Iterable[float | None]] | None = None,
+        first_stage: Literal["order"] | None = None,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
         """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
@@ -137,6 +170,7 @@ class RankingReranker(PlannedReranker):
 
         Args:
             queries: or, without `candidates`, tuples of a query and its documents.
+            first_stage_scores: any iterable of as many lists as queries; it is read with them.
 
         Yields:
             what `rank` returns, for one query after the other.
@@ -145,14 +179,16 @@ class RankingReranker(PlannedReranker):
             TypeError, ValueError: as `rank_batch`; what is wrong with a list is raised when the list is read.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        lists, deadline = read_lists(queries, candidates), Deadline.of(deadline_ms, self._clock)
+        lists = read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage)
+        deadline = Deadline.of(deadline_ms, self._clock)
         instructions, overrides = _instructions(overrides)
-        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, overrides)
+        has_first_stage = first_stage_scores is not None or first_stage is not None
+        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, has_first_stage, overrides)
         return self._rank(lists, None, instructions, *options)
 
     def _rank(
         self,
-        lists: Iterable[tuple[str, Sequence[str]]],
+        lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None]],
         total: int | None,
         instructions: Sequence[str | None] | None,
         top_k: int | None,
@@ -161,16 +197,19 @@ class RankingReranker(PlannedReranker):
         of_chunks: Mapping[str, Any],
         deadline: Deadline | None,
         min_score: float | None,
+        has_first_stage: bool,
         overrides: Mapping[str, Any],
     ) -> Generator[list[Hit], None, None]:
         """Rankings of lists, of `total` pairs if that is known; wrong options raise at once.
 
         Args:
+            lists: each query with its documents and their first-stage scores, if it has such.
             instructions: one for each list, or None for one that has none of its own; None is none at all.
         """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
         call, show_progress_bar = self._call(cascade, deadline, overrides)
+        call = replace(call, fusion=ranking_weight(call.options, overrides, has_first_stage))
         normalize = self._normalizer_of(call, min_score)
         own = None
         if instructions is not None:
@@ -182,7 +221,7 @@ class RankingReranker(PlannedReranker):
 
         def checked() -> Generator[Candidates, None, None]:
             number = -1
-            for number, (query, documents) in enumerate(lists):
+            for number, (query, documents, of_first_stage) in enumerate(lists):
                 if own is None:
                     candidates = Candidates.of(query, documents, chunking)
                 elif number >= len(own):
@@ -194,7 +233,7 @@ class RankingReranker(PlannedReranker):
                     candidates = Candidates(documents, own[number].tokenize(texts, self._pair_tokenizer))
                 if top_k is not None and cascade is not None:
                     refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
-                yield candidates
+                yield replace(candidates, first_stage=of_first_stage)
             if own is not None and number + 1 < len(own):
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
@@ -221,23 +260,28 @@ class RankingReranker(PlannedReranker):
         lists: Iterable[Iterable[TokenizedPair]],
         cascade: Mapping[int, float] | None = None,
         deadline_ms: float | None = None,
+        first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
         """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
-        normalised, with a cascade or a deadline "cutoff_layer", and "is_truncated" where it is, of each, in the order
-        given.
+        normalised, with a cascade or a deadline "cutoff_layer", with first-stage scores "first_stage_score" and
+        "fused_score", and "is_truncated" where it is, of each, in the order given.
 
         Args:
+            first_stage_scores: for each list a score, or None, for each pair.
             cascade, deadline_ms, overrides: as in `rank`, without those that say how texts become tokens.
 
         Raises:
-            TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
+            FileNotFoundError, TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
         """
         call, show_progress_bar = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
+        call = replace(call, fusion=ranking_weight(call.options, overrides, first_stage_scores is not None))
         pairs = as_tokenized(lists)
         for values in pairs:
             refuse_beside_tokens(values, overrides)
-        return list(score_lists(self._run, pairs, call, sum(map(len, pairs)), show_progress_bar))
+        rows = read_first_stage((("", values) for values in pairs), first_stage_scores, None)
+        candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
+        return list(score_lists(self._run, candidates, call, sum(map(len, pairs)), show_progress_bar))
 
     def _call(
         self, cascade: Mapping[int, float] | None, deadline: Deadline | None, overrides: Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -76,6 +76,9 @@ class MatryoshkaReranker(RankingReranker):
             length that the checkpoint was saved with, or 512.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
             by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
+        fusion: default weight, at least 0, of the first stage's scores where `rank` is given such scores; "auto" is the
+            weight in the `matryoshka_plan.json` beside the model. None is no weight, or with `budget` or `quality` that
+            of the plan, if it has one. Rankings without first-stage scores do not depend on it.
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes ten seconds in the first
             pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
@@ -88,9 +91,11 @@ class MatryoshkaReranker(RankingReranker):
 
     Raises:
         FileNotFoundError: if a checkpoint or adapter is not there, or the plan that is needed.
+        TypeError: if `fusion` is no number.
         ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
         ValueError: if there is no backbone for the checkpoint, arguments contradict it or each other, or nothing
-            measured is within `budget` or reaches `quality`, or no calibration is in the plan.
+            measured is within `budget` or reaches `quality`, no calibration is in the plan, or `fusion` is negative,
+            not finite, or "auto" while the plan has no weight.
 
     With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
     width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
@@ -126,6 +131,7 @@ class MatryoshkaReranker(RankingReranker):
         query_max_length: int | None = None,
         max_length: int | None = None,
         normalize: bool | str = False,
+        fusion: float | Literal["auto"] | None = None,
         devices: str | int | list[str] | list[int] | None = None,
         compile: bool = False,
         batch_invariant: bool = False,
@@ -195,6 +201,7 @@ class MatryoshkaReranker(RankingReranker):
         adapters = list(map(str, peft_paths))
         self._load_plan = partial(load_plan, str(model_name_or_path), self.config, adapters, weights, **hub)
         self._follow_plan(budget, quality)
+        self._choose_fusion(fusion)
         self._normalizer(*resolve_call(self, {}))
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.fusion import fuse
 from flagembedding_matryoshka.inference.inputs import Pairs
 from flagembedding_matryoshka.inference.normalizing import Normalizer
 from flagembedding_matryoshka.inference.options import CALIBRATED
@@ -43,24 +44,44 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
 
 
 def score_lists(
-    run: Run, lists: Iterable[Pairs], call: Call, total: int | None, show_progress_bar: bool | None
+    run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[list[Hit], None, None]:
-    """For each list "score" of its pairs, in a cascade "cutoff_layer", where it was read, and "is_truncated" of those
-    that are cut. No more of them are read than are scored in one go, and those that are tokenised meanwhile.
+    """For each list "score" of its pairs, in a cascade "cutoff_layer", where it was read, with fusion
+    "first_stage_score" and "fused_score", and "is_truncated" of those that are cut. No more lists are read than are
+    scored in one go, and those that are tokenised meanwhile.
 
     Args:
         total: pairs of all lists, if that is known.
         show_progress_bar: as in `score_pairs`.
     """
+    with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
+        for candidates, hits in scored:
+            if call.fusion is not None:
+                hits = fuse_hits(hits, candidates.first_stage_of_pairs or (), call.fusion)
+            yield hits
+
+
+def _scored(
+    run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
+) -> Generator[tuple[Candidates, list[Hit]], None, None]:
+    """The same of each list, which is given too; with fusion "fused_score" in a cascade alone, and no
+    "first_stage_score"."""
+    waiting: deque[Candidates] = deque()
+
+    def noted() -> Iterator[Candidates]:
+        for candidates in lists:
+            waiting.append(candidates)
+            yield candidates
+
     hits: list[Hit] = []
-    with _progress(total, show_progress_bar) as progress, closing(windows_of(lists, call)) as windows:
+    with _progress(total, show_progress_bar) as progress, closing(windows_of(noted(), call)) as windows:
         for window in windows:
             # Whoever takes the rankings may score something else in between: no task is left unfinished.
             found = iter(_hits(run, window, call, progress))
             for portion in window.portions:
                 hits += islice(found, len(portion.pairs))
                 if portion.is_last:
-                    yield hits
+                    yield waiting.popleft(), hits
                     hits = []
 
 
@@ -69,7 +90,10 @@ def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
     with closing(_results(run, tasks_of(window, call))) as results:
         for places, found in results:
             if call.is_cascade:
-                of_task = [{"score": score, "cutoff_layer": layer} for score, layer in found]
+                of_task = [
+                    {"score": score, "cutoff_layer": exit} | ({} if call.fusion is None else {"fused_score": fused})
+                    for score, exit, fused in found
+                ]
             else:
                 of_task = [{"score": score} for score in found[0]]
             for place, hit in zip(places, of_task, strict=True):
@@ -116,18 +140,12 @@ def rank_lists(
 ) -> Generator[list[Hit], None, None]:
     """The ranking of each query's documents, as soon as it and those before it are known; arguments as `score_lists`
     and `ranking_of`."""
-    waiting: deque[Candidates] = deque()
-
-    def pairs() -> Iterator[Pairs]:
-        for candidates in lists:
-            waiting.append(candidates)
-            yield candidates.pairs
-
-    with closing(score_lists(run, pairs(), call, total, show_progress_bar)) as scored:
-        for hits in scored:
-            candidates = waiting.popleft()
+    with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
+        for candidates, hits in scored:
             if candidates.cut is not None:
                 hits = best_chunks(hits, candidates.cut)
+            if call.fusion is not None:
+                hits = fuse_hits(hits, candidates.first_stage or (), call.fusion)
             texts = candidates.documents if return_documents else None
             yield ranking_of(hits, texts, top_k, normalize, min_score, call.setting.depth)
 
@@ -142,8 +160,30 @@ def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> No
 
 
 def best_first(hits: Sequence[Hit]) -> list[int]:
-    """Places of a list's hits in their order; with a cascade those that came further go before the others."""
-    return sorted(range(len(hits)), key=lambda place: (-hits[place].get("cutoff_layer", 0), -hits[place]["score"]))
+    """Places of a list's hits in their order: by the fused score where there is one, or else by the score; with a
+    cascade those that came further go before the others."""
+
+    def key(place: int) -> tuple[float, ...]:
+        hit = hits[place]
+        return -hit.get("cutoff_layer", 0), -hit.get("fused_score", 0.0), -hit["score"]
+
+    return sorted(range(len(hits)), key=key)
+
+
+def fuse_hits(hits: Sequence[Hit], first_stage: Sequence[float], weight: float) -> list[Hit]:
+    """A list's hits with "first_stage_score" and "fused_score". A cascade's hits have fused scores already, which stay.
+
+    Args:
+        hits: of one query, with raw scores, in the order of the first stage's scores.
+        first_stage: the first stage's score of each.
+        weight: of the first stage.
+    """
+    scores = torch.tensor([hit["score"] for hit in hits], dtype=torch.float64)
+    fused = fuse(scores, torch.tensor(first_stage, dtype=torch.float64), weight).tolist()
+    return [
+        {**hit, "first_stage_score": first, "fused_score": hit.get("fused_score", own)}
+        for hit, first, own in zip(hits, first_stage, fused, strict=True)
+    ]
 
 
 def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[Hit]:

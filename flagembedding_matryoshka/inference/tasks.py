@@ -10,8 +10,10 @@ from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
+from flagembedding_matryoshka.inference.chunking import Candidates
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import RunCascade, RunUntil, ScoreBatch, Task
+from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.setting import Setting
@@ -38,6 +40,7 @@ class Call:
         shares: devices, for each of which there is work, if there is enough of it.
         is_cascade: whether candidates of a list wait for each other.
         deadline: of each list; one that has not started does when the list is computed.
+        fusion: weight of the first stage's scores, which all lists have then; None is no fusion.
     """
 
     tokenizer: PairTokenizer
@@ -46,6 +49,7 @@ class Call:
     shares: int
     is_cascade: bool = False
     deadline: Deadline | None = None
+    fusion: float | None = None
 
     def tokenize(self, pairs: Pairs) -> Inputs:
         """Pairs that are tokenised already stay as they are."""
@@ -59,11 +63,13 @@ class Portion:
     Attributes:
         number: of their list.
         is_last: whether it has no more of them.
+        first_stage: the first stage's score of each candidate, where candidates are dropped by fused scores.
     """
 
     number: int
     pairs: Pairs
     is_last: bool
+    first_stage: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def batches_of(pairs: Pairs, call: Call) -> Iterator[Work]:
             yield names, ScoreBatch([inputs[place] for place in batch], names, call.setting)
 
 
-def windows_of(lists: Iterable[Pairs], call: Call) -> Generator[Window, None, None]:
+def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, None, None]:
     """Neighbouring lists, as many as are scored in one go, each window read and tokenised while the one before it is
     computed. A list that is longer has several windows, unless it is a cascade's."""
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
@@ -113,12 +119,14 @@ def windows_of(lists: Iterable[Pairs], call: Call) -> Generator[Window, None, No
     def filled() -> Iterator[list[Portion]]:
         portions: list[Portion] = []
         count, size = 0, next(sizes)
-        for number, pairs in enumerate(lists):
-            end, is_last = 0, False
+        for number, candidates in enumerate(lists):
+            pairs, end, is_last = candidates.pairs, 0, False
+            fuses = call.is_cascade and call.fusion is not None
+            first_stage = (candidates.first_stage_of_pairs if fuses else None) or ()
             while not is_last:
                 start, end = end, len(pairs) if call.is_cascade else end + size
                 is_last = end >= len(pairs)
-                portion = Portion(number, pairs[start:end], is_last)
+                portion = Portion(number, pairs[start:end], is_last, first_stage)
                 if portions and count + len(portion.pairs) > size:
                     yield portions
                     portions, count, size = [], 0, next(sizes)
@@ -154,6 +162,7 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
             yield places, ScoreBatch(pairs, [window.first + place for place in places], call.setting)
         return
     owner = [portion.number for portion in window.portions for _ in portion.pairs]
+    first_stage = list(chain.from_iterable(portion.first_stage for portion in window.portions))
     max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
     if call.deadline is not None:
         max_tokens = 0
@@ -167,11 +176,14 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
         ]
         packs = [[inputs[place] for place in batch] for batch in batches]
         names = [[window.first + place for place in batch] for batch in batches]
+        fusion = None
+        if call.fusion is not None:
+            fusion = Fusion(call.fusion, [[first_stage[place] for place in batch] for batch in batches])
         if call.deadline is not None:
-            yield list(chain(*batches)), RunUntil(packs, names, call.setting, call.deadline)
+            yield list(chain(*batches)), RunUntil(packs, names, call.setting, call.deadline, fusion)
             continue
         owners = [[owner[place] for place in batch] for batch in batches]
-        yield list(chain(*batches)), RunCascade(packs, names, owners, call.setting)
+        yield list(chain(*batches)), RunCascade(packs, names, owners, call.setting, fusion)
 
 
 def _cut(inputs: Inputs, call: Call) -> Iterator[list[int]]:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from flagembedding_matryoshka.inference.arguments import NumberOrWord
+
 
 def add_options(parser: argparse.ArgumentParser, of: type, without: Collection[str], names: Mapping[str, str]) -> None:
     """An option for each argument of a class; those that are not given stay out of the namespace.
@@ -27,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, of: type, without: Collection[s
         if bool in leaves:
             how = {"action": argparse.BooleanOptionalAction}
         elif choices := [leaf for leaf in leaves if isinstance(leaf, str)]:
-            how["choices"] = choices
+            how |= {"type": NumberOrWord(choices)} if float in leaves else {"choices": choices}
         else:
             how["type"] = next(kind for kind in (str, float, int) if kind in leaves)
         options = [f"--{option}" for option in (names.get(name), name) if option]

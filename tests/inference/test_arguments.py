@@ -26,7 +26,7 @@ def parser():
 def test_every_parameter_is_an_option_and_is_explained(parser):
     parameters = set(inspect.signature(MatryoshkaReranker).parameters) - {"model_name_or_path"}
     parameters |= set(inspect.signature(MatryoshkaReranker.rank).parameters)
-    parameters -= {"self", "query", "documents", "overrides"}
+    parameters -= {"self", "query", "documents", "first_stage_scores", "overrides"}
     actions = {action.dest: action for action in parser._actions}
     assert set(actions) == {"help", "model", *parameters}
     assert all(action.help for action in actions.values())
@@ -41,7 +41,7 @@ def test_what_is_not_given_is_left_to_the_class(parser):
 def test_values_have_the_kinds_that_the_class_takes(parser):
     line = "--model m --peft_path a b --cutoff_layers 9 12 --compress_layers 3 --compress_ratio 2 --budget 0.5"
     line += " --no-from_raw --normalize --quantization int8 --devices cpu --dtype float32 --template qwen3-reranker"
-    line += " --top_k 2 --return_documents --cascade 9:0.5 12:0.25"
+    line += " --fusion 0.35 --top_k 2 --return_documents --cascade 9:0.5 12:0.25 --first_stage order"
     options = parser.parse_args(line.split())
     assert given_options(options) == {
         "peft_path": ["a", "b"],
@@ -51,12 +51,19 @@ def test_values_have_the_kinds_that_the_class_takes(parser):
         "budget": 0.5,
         "from_raw": False,
         "normalize": True,
+        "fusion": 0.35,
         "quantization": "int8",
         "devices": ["cpu"],
         "dtype": "float32",
         "template": "qwen3-reranker",
     }
-    assert given_ranking(options) == {"top_k": 2, "return_documents": True, "cascade": {9: 0.5, 12: 0.25}}
+    assert given_ranking(options) == {
+        "top_k": 2,
+        "return_documents": True,
+        "cascade": {9: 0.5, 12: 0.25},
+        "first_stage": "order",
+    }
+    assert given_options(parser.parse_args(["--model", "m", "--fusion", "auto"]))["fusion"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,8 @@ def test_values_have_the_kinds_that_the_class_takes(parser):
     [
         ("--cutoff_layers nine", "invalid int value: 'nine'"),
         ("--quantization int4", "invalid choice: 'int4'"),
+        ("--fusion automatic", "'automatic' must be a number or auto"),
+        ("--first_stage scores", "invalid choice: 'scores'"),
         ("--cascade 9", "'9' must be EXIT:SHARE"),
         ("--cascade 9:0.5 9:0.2", "--cascade names an exit twice"),
     ],

@@ -68,9 +68,9 @@ def test_queries_wait_for_each_other_in_windows_and_rank_the_same(reranker, monk
     together = []
     of_engine = Engine.cascade
 
-    def noting(self, batches, names, owners, setting):
+    def noting(self, batches, names, owners, setting, fusion):
         together.append([owner for batch in owners for owner in batch])
-        return of_engine(self, batches, names, owners, setting)
+        return of_engine(self, batches, names, owners, setting, fusion)
 
     monkeypatch.setattr(Engine, "cascade", noting)
     monkeypatch.setattr("flagembedding_matryoshka.inference.tasks.BATCHES_AT_ONCE", 1)
@@ -104,7 +104,7 @@ def test_the_best_of_each_query_are_those_that_a_sort_finds(candidates, share):
         mine = [place for place, candidate in enumerate(candidates) if candidate[0] == query]
         count = math.ceil(round(share * len(mine), 9))
         expected |= set(sorted((place for place in mine if running[place]), key=lambda place: -scores[place])[:count])
-    found = _best_of_each_query(scores.float(), running, owner, share)
+    found = _best_of_each_query(scores.double(), scores.float(), running, owner, share)
     assert set(found.nonzero()[:, 0].tolist()) == expected
 
 

@@ -56,7 +56,7 @@ def test_the_command_line_takes_what_the_class_takes():
     line = (
         "--model m --quantization int8 --budget 0.5 --template minicpm --instruction task --query_max_length 9 "
         "--start_layer 2 --compress_layers 2 3 --cutoff_layers 4 --peft_path a b --no-from_raw --use_bf16 "
-        "--max_batch_tokens 7"
+        "--max_batch_tokens 7 --fusion 0.5"
     )
     assert given_options(MatryoshkaReranker, build_parser().parse_args(line.split())) == {
         "quantization": "int8",
@@ -71,6 +71,7 @@ def test_the_command_line_takes_what_the_class_takes():
         "from_raw": False,
         "use_bf16": True,
         "max_tokens_per_batch": 7,
+        "fusion": 0.5,
     }
     with pytest.raises(SystemExit):
         build_parser().parse_args(["--model", "m", "--quantization", "int3"])
