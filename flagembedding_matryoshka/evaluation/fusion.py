@@ -249,11 +249,7 @@ def report_fusion(
     others = [order for order in orders if not order.is_reference]
     against = iter(_differences([(held_out(order.baseline), reference) for order in others]))
     beside = [
-        ComparedOrder(
-            order,
-            Level.of(held_out(order.baseline)),
-            None if order.is_reference else next(against),
-        )
+        ComparedOrder(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
         for order in orders
     ]
     sizes = len(halves.choosing), len(halves.held_out)

@@ -104,7 +104,8 @@ def _draw(
     for order in orders:
         if order.weights and not order.is_reference:
             quality = mean(order.baseline.per_query[QUALITY])
-            axes.plot(cost(order.baseline), quality, "X", color="grey", mfc="white", ms=8, label=order.baseline.name)
+            marker = "P" if len(order.weights) > 1 else "X"
+            axes.plot(cost(order.baseline), quality, marker, color="grey", mfc="white", ms=8, label=order.baseline.name)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
 

@@ -10,7 +10,7 @@ from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given, at
 from flagembedding_matryoshka.evaluation.fusion import measure_fusion, orders_beside, report_fusion
 from flagembedding_matryoshka.evaluation.halves import Halves
 from flagembedding_matryoshka.evaluation.measuring import evaluate, evaluate_fused
-from flagembedding_matryoshka.evaluation.metrics import in_order, per_query
+from flagembedding_matryoshka.evaluation.metrics import in_order, per_query, ranking
 from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
 from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
 from flagembedding_matryoshka.evaluation.table import fusion_table, orders_table, weights_table
@@ -41,10 +41,13 @@ def measured(reranker, tmp_path_factory):
 
 
 def test_exits_are_fused_from_the_scores_that_were_measured(reranker, candidates, measured, monkeypatch):
+    def second_pass(*arguments):
+        raise AssertionError("the model ran again")
+
     results, store = measured(candidates)
     with monkeypatch.context() as patched:
-        patched.setattr(measuring, "score_exits", None)
-        patched.setattr(measuring, "tokenize", None)
+        patched.setattr(measuring, "score_exits", second_pass)
+        patched.setattr(measuring, "tokenize", second_pass)
         fused = evaluate_fused(reranker, candidates, results[:2], store, 0.8, *COSTS)
     for plain, found in zip(results[:2], fused, strict=True):
         run = fuse_runs(candidates, store.run(plain.setting), [(first_stage_run(candidates), 0.8)])
@@ -55,22 +58,29 @@ def test_exits_are_fused_from_the_scores_that_were_measured(reranker, candidates
     assert [item.per_query for item in again] == [item.per_query for item in fused]
 
 
-def test_a_cascade_drops_by_the_fused_score(reranker, candidates, measured):
+@pytest.mark.parametrize("setting", [FULL, CASCADE])
+def test_a_fused_setting_ranks_as_the_re_ranker_does(reranker, candidates, measured, setting):
     results, store = measured(candidates)
-    (_, _, plain), (*_, fused) = results, evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS)
+    fused = dict(zip(SETTINGS, evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS), strict=True))
     rankings = {}
     for query, passages in candidates.passages.items():
         hits = reranker.rank(
             *(candidates.collection.queries[query], candidates.texts(query)),
-            cascade=dict(CASCADE.cascade),
+            cascade=dict(setting.cascade),
             first_stage_scores=candidates.first_stage[query],
             fusion=5.0,
         )
         rankings[query] = [passages[hit["corpus_id"]] for hit in hits]
-    assert fused.per_query == per_query(candidates, in_order(rankings), 10)
-    assert Store(store.directory / "fused", {}).run(CASCADE) == {q: run for q, run in in_order(rankings).items() if run}
+    assert fused[setting].per_query == per_query(candidates, in_order(rankings), 10)
+    found = Store(store.directory / "fused", {}).run(setting)
+    assert {query: ranking(scores) for query, scores in found.items()} == {q: ids for q, ids in rankings.items() if ids}
+
+
+def test_a_cascade_that_drops_by_the_fused_score_stands_beside_the_plain_one(reranker, candidates, measured):
+    results, store = measured(candidates)
+    evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS)
     assert store.run(CASCADE) != Store(store.directory / "fused", {}).run(CASCADE)
-    assert store.load(CASCADE) == plain  # stays beside it
+    assert store.load(CASCADE) == results[2]
 
 
 def test_a_fused_cascade_is_measured_once_for_each_weight_and_first_stage(reranker, candidates, measured, monkeypatch):
