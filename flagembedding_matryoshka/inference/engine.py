@@ -166,7 +166,8 @@ class Engine:
         setting: Setting,
         fusion: Fusion | None = None,
     ) -> list[ExitScore]:
-        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is.
+        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is. Parts of batches that
+        are computed apart keep this order, also for `fusion`.
 
         Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
         """
@@ -179,7 +180,7 @@ class Engine:
                 between_batches()
                 return self._read(states, layer, setting)
 
-            return run_cascade(score, states, of_packs, setting, None if fusion is None else fusion.select(parts))
+            return run_cascade(score, states, of_packs, setting, fusion)
 
         return self._in_stages(run, batches, names, setting)
 
@@ -201,8 +202,7 @@ class Engine:
         def run(states: list[PackedStates], parts: Parts) -> Stages:
             exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
             score = partial(self._read, setting=setting)
-            of_parts = None if fusion is None else fusion.select(parts)
-            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches, of_parts).run()
+            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches, fusion).run()
 
         return self._in_stages(run, batches, names, setting)
 

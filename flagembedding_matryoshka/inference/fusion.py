@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -30,15 +29,11 @@ class Fusion:
 
     Attributes:
         weight: of the first stage, at least 0.
-        first_stage: for each batch the first-stage score of each sequence.
+        first_stage: the first-stage score of each sequence, batch after batch.
     """
 
     weight: float
-    first_stage: Sequence[Sequence[float]]
-
-    def select(self, parts: Iterable[tuple[int, Sequence[int]]]) -> Fusion:
-        """The same for other batches: each is made of some places of a batch, given by its number."""
-        return Fusion(self.weight, [[self.first_stage[number][place] for place in places] for number, places in parts])
+    first_stage: Sequence[float]
 
     def fuse(self, scores: Tensor, places: Tensor) -> Tensor:
         """Fuse the scores of some candidates of one query.
@@ -54,7 +49,7 @@ class Fusion:
 
     @cached_property
     def _values(self) -> Tensor:
-        return torch.tensor(list(chain(*self.first_stage)), dtype=torch.float64)
+        return torch.tensor(self.first_stage, dtype=torch.float64)
 
 
 def fuse(scores: Tensor, first_stage: Tensor, weight: float) -> Tensor:

@@ -84,9 +84,8 @@ class RankingReranker(PlannedReranker):
             the best first; ties keep the order given. With first-stage scores also "first_stage_score" and
             "fused_score", by which documents rank: among all documents, in a cascade among the candidates that ran up
             to the exit where this one stopped, with a deadline among those that stopped there. With a cascade or a
-            deadline also "cutoff_layer", where the score
-            was read. Where the query or the document is longer than what was read of it, also "is_truncated", which is
-            True. With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between
+            deadline also "cutoff_layer", where the score was read. Where the query or the document is longer than what
+            was read of it, also "is_truncated", which is True. With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between
             chunks is at most white space.
 
         Raises:

@@ -160,8 +160,8 @@ def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> No
 
 
 def best_first(hits: Sequence[Hit]) -> list[int]:
-    """Places of a list's hits in their order: by the fused score where there is one, or else by the score; with a
-    cascade those that came further go before the others."""
+    """Places of a list's hits, best first: by the exit if hits have one, then by the fused score if hits have one, then
+    by the score."""
 
     def key(place: int) -> tuple[float, ...]:
         hit = hits[place]

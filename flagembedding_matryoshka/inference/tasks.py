@@ -178,7 +178,7 @@ def tasks_of(window: Window, call: Call) -> Iterator[Work]:
         names = [[window.first + place for place in batch] for batch in batches]
         fusion = None
         if call.fusion is not None:
-            fusion = Fusion(call.fusion, [[first_stage[place] for place in batch] for batch in batches])
+            fusion = Fusion(call.fusion, [first_stage[place] for place in chain(*batches)])
         if call.deadline is not None:
             yield list(chain(*batches)), RunUntil(packs, names, call.setting, call.deadline, fusion)
             continue

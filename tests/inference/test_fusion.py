@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flagembedding_matryoshka.inference.fusion import (
     as_first_stage,
     as_weight,
+    best_first,
     fuse,
     reciprocal_ranks,
     standard_scores,
@@ -38,6 +39,24 @@ def test_equal_scores_of_one_side_leave_the_order_to_the_other():
     assert fuse(values, torch.full((3,), 0.1), 9.0).argsort().tolist() == [0, 2, 1]
     assert fuse(torch.full((3,), 0.1), values, 0.5).argsort().tolist() == [0, 2, 1]
     assert standard_scores(torch.tensor([])).tolist() == []
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1.0, 1e200, 1.5e308])
+def test_no_scale_overflows_or_vanishes(scale):
+    values = torch.tensor([-1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(standard_scores(values * scale), standard_scores(values), atol=1e-3)
+
+
+def test_the_last_digit_of_a_large_value_is_no_division_by_zero():
+    last = math.nextafter(1.0, 2.0)
+    for values in ([last, math.nextafter(last, 2.0)], [1.0, last, last], [-last, -1.0]):
+        found = standard_scores(torch.tensor(values, dtype=torch.float64)).tolist()
+        assert found == sorted(found) and found[0] < -0.5 and found[-1] > 0.5
+
+
+def test_equal_fused_scores_leave_the_order_to_the_scores_and_then_to_the_places():
+    fused = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])
+    assert best_first(fused, torch.tensor([1e-40, 3.0, 2e-40, 3.0, 1e-40])).tolist() == [1, 3, 2, 0, 4]
 
 
 def test_a_missing_candidate_gets_the_lowest_score():

@@ -182,6 +182,10 @@ def _stored(**changes):
         _stored(settings=[{"setting": {"cutoff_layer": 6}, "flops_share": 1.0, "ndcg_share": 1.0}]),
         _stored(settings=[vars(FULL) | {"setting": vars(FULL.setting), "flops_share": "1"}]),
         _stored(settings=[vars(FULL) | {"setting": vars(FULL.setting), "ndcg_share": math.inf}]),
+        _stored(fusion=-0.5),
+        _stored(fusion=math.nan),
+        _stored(fusion="auto"),
+        _stored(fusion=True),
     ],
 )
 def test_what_is_no_plan_is_refused_with_its_name(model, text, tmp_path):
@@ -191,9 +195,18 @@ def test_what_is_no_plan_is_refused_with_its_name(model, text, tmp_path):
 
 
 def test_a_plan_is_read_as_it_was_written(model, tmp_path):
-    plan = plan_of(*PLAN.settings, adapters=("one",), data="é/test")
-    plan.write(tmp_path / "model" / PLAN_NAME)
-    assert load_plan(model, CostWiseMistralConfig.from_pretrained(model), ["somewhere/one"]) == plan
+    config = CostWiseMistralConfig.from_pretrained(model)
+    for fusion in (None, 0, 0.35):
+        plan = plan_of(*PLAN.settings, adapters=("one",), data="é/test", fusion=fusion)
+        plan.write(tmp_path / "model" / PLAN_NAME)
+        assert load_plan(model, config, ["somewhere/one"]) == plan
+
+
+def test_a_plan_of_before_there_was_fusion_has_no_weight(model, tmp_path):
+    stored = json.loads(_stored())
+    del stored["fusion"]
+    (tmp_path / "model" / PLAN_NAME).write_text(json.dumps(stored))
+    assert load_plan(model, CostWiseMistralConfig.from_pretrained(model)) == PLAN
 
 
 def change_weights(model):
