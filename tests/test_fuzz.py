@@ -86,7 +86,11 @@ def options(*groups):
 
 
 SCORING = options(DEPTH_AND_WIDTH, OF_TEXTS, OF_BATCHES)
-RANKING = options(
+FUSION = options(
+    {"cascade": CASCADE, "top_k": st.none() | st.integers(1, 4)},
+    {"fusion": mostly(st.sampled_from([0, 0.5, 3])), "first_stage": mostly(st.just("order"))},
+)
+RANKING = FUSION | options(
     DEPTH_AND_WIDTH,
     OF_TEXTS,
     OF_BATCHES,
@@ -124,7 +128,9 @@ def is_ranking(hits, documents, given):
     places = [hit["corpus_id"] for hit in hits]
     assert len(set(places)) == len(places) == min(len(documents), given.get("top_k") or len(documents))
     assert all(math.isfinite(hit["score"]) for hit in hits)
-    order = [(hit.get("cutoff_layer", 0), hit["score"]) for hit in hits]
+    fuses = given.get("first_stage") is not None
+    assert all(("fused_score" in hit) == fuses and math.isfinite(hit.get("fused_score", 0)) for hit in hits)
+    order = [(hit.get("cutoff_layer", 0), hit["fused_score" if fuses else "score"]) for hit in hits]
     assert order == sorted(order, reverse=True)
     if given.get("return_documents"):
         assert [hit["text"] for hit in hits] == [documents[place] for place in places]

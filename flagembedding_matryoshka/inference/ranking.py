@@ -85,18 +85,18 @@ class RankingReranker(PlannedReranker):
             "fused_score", by which documents rank: among all documents, in a cascade among the candidates that ran up
             to the exit where this one stopped, with a deadline among those that stopped there. With a cascade or a
             deadline also "cutoff_layer", where the score was read. Where the query or the document is longer than what
-            was read of it, also "is_truncated", which is True. With `chunk` also "chunk", a dict with "start" and "end": the best is `document[start:end]`. Between
-            chunks is at most white space.
+            was read of it, also "is_truncated", which is True. With `chunk` also "chunk", a dict with "start" and
+            "end": the best is `document[start:end]`. Between chunks is at most white space.
 
         Raises:
             FileNotFoundError: if `fusion` is "auto", and the model has no plan.
             TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
                 above 0, `min_score` is no number or would be compared with scores of several exits that are not
                 calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
-                an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand, there is not a first-stage score for each
-                document, one is not finite, both forms of first-stage scores are given, they are given without a
-                weight, `fusion` is given without them, or it is negative, not finite, or "auto" while the plan has no
+                or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
+                meets a tokenizer that does not say where its tokens stand. Also if a first-stage score is missing or
+                not finite, `first_stage_scores` and `first_stage` are both given, one of them is given without a
+                weight, `fusion` is given without either, or it is negative, not finite, or "auto" while the plan has no
                 weight.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
