@@ -83,18 +83,29 @@ def test_rank_and_score(tmp_path, monkeypatch):
 
 
 def test_from_a_collection_to_a_plan(workplace):
-    run(*commands_of("python -m flagembedding_matryoshka.finetune.", 5))
+    *before, second_round = sorted(
+        commands_of("python -m flagembedding_matryoshka.finetune.", 6), key=lambda command: "--model output" in command
+    )
+    run(*before)
     shutil.move("scored.jsonl", "train.jsonl")
     first_stage = commands_of("torchrun --nproc_per_node 1", 1)[0] + " --use_cpu"
     run(first_stage)
-    evaluation = commands_of("python -m flagembedding_matryoshka.evaluation", 1)
-    run(*evaluation)
+    evaluation, fusion = commands_of("python -m flagembedding_matryoshka.evaluation", 2)
+    run(evaluation)
 
     settings = json.loads(Path("evaluation_output/results.json").read_text())["settings"]
     assert len(settings) > 9
     with MatryoshkaReranker("output", budget=0.4, devices="cpu") as reranker:
         assert reranker.planned.depth <= 24
         assert len(reranker.rank("wing", ["wing lift", "heat"])) == 2
+    run(fusion)
+    with MatryoshkaReranker("output", devices="cpu") as reranker:
+        hits = reranker.rank("wing", ["wing lift", "heat"], first_stage_scores=[2.0, 0.0], fusion="auto")
+    assert {"first_stage_score", "fused_score"} <= hits[0].keys()
+
+    run(second_round + " --device cpu")
+    taught, scored = (Path(name).read_text().splitlines() for name in ("taught.jsonl", "scored.jsonl"))
+    assert len(taught) == len(scored) and taught != scored
 
     Path("output").rename("stage1")
     widths = r" --compress_(?:layers|ratios)(?: \d+)+"

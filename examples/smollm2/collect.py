@@ -7,15 +7,19 @@ A kind of text whose collection is complete in DIR is not collected again: delet
 
 import argparse
 import json
+import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version as python_version
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from collection import counts, is_complete, write_collection
+from abstracts import KINDS as ABSTRACT_KINDS
+from abstracts import abstract_pairs, distinct_titles
+from answers import medical_pairs, section_question_pairs
+from collection import HELD_OUT_PERCENT, counts, is_complete, write_collection
 from debian import translations, version
 from descriptions import description, package_pairs
 from docstrings import Pair, Split, collect_pairs, required_packages, split
@@ -29,12 +33,14 @@ from texts import cut, seeded
 
 from flagembedding_matryoshka.files import write_text
 
+MOST_ABSTRACTS = 80000
+
 
 class Sources:
     """What is read, each once and only where a kind that is missing wants it."""
 
-    def __init__(self, seed: int, cache: Path) -> None:
-        self.seed, self.cache = seed, cache
+    def __init__(self, seed: int, cache: Path, texts: Path | None = None) -> None:
+        self.seed, self.cache, self.texts = seed, cache, texts
 
     @cached_property
     def _docstrings(self) -> Split:
@@ -61,6 +67,25 @@ class Sources:
     @cached_property
     def glosses(self) -> list[Pair]:
         return list(gloss_pairs(self.seed, self.cache))
+
+    @cached_property
+    def abstracts(self) -> dict[str, list[Pair]]:
+        rows = sorted(distinct_titles(self._rows("arxiv")), key=lambda row: seeded(self.seed, row["id"]).random())
+        return abstract_pairs(self.seed, rows[:MOST_ABSTRACTS])
+
+    def medical(self) -> Iterator[Pair]:
+        """Questions on diseases with their answers."""
+        return medical_pairs(self.seed, self._rows("medquad"))
+
+    def section_questions(self) -> Iterator[Pair]:
+        """Questions on sections of Wikipedia."""
+        return section_question_pairs(self.seed, self._rows("selqa"))
+
+    def _rows(self, name: str) -> Iterator[dict]:
+        """The rows of NAME.jsonl.xz in the folder `texts`; none if no folder was given."""
+        if self.texts is not None:
+            with lzma.open(self.texts / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
 
     def articles(self) -> Iterator[str]:
         """Sections from their beginning on, under their heading as abstracts are."""
@@ -98,7 +123,12 @@ KINDS: dict[str, Callable[[Sources], Iterable[Pair]]] = {
     "glosses": lambda sources: sources.glosses,
     "sentences": lambda sources: prose_pairs(sources.seed, sources.prose()),
     "articles": lambda sources: prose_pairs(sources.seed, sources.articles(), ARTICLE),
+    **{kind: partial(lambda sources, kind: sources.abstracts.get(kind, ()), kind=kind) for kind in ABSTRACT_KINDS},
+    "medical": Sources.medical,
+    "wikipedia": Sources.section_questions,
 }
+PERCENT = {"wikipedia": 6}
+"""Share of the queries in dev and in test, where it is not `HELD_OUT_PERCENT`."""
 
 
 def source_versions(cache: Path) -> dict[str, str]:
@@ -112,15 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where the collections go")
     parser.add_argument("--cache", type=Path, help="where package files go (default: OUTPUT/cache)")
-    parser.add_argument("--limit", type=int, default=5000, help="queries per kind (default: %(default)s)")
+    parser.add_argument("--texts", type=Path, help="folder with arxiv, medquad and selqa .jsonl.xz: see README.md")
+    parser.add_argument("--limit", type=int, default=5000, help="training queries per kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     cache = args.cache or args.output / "cache"
-    sources, report = Sources(args.seed, cache), {}
+    sources, report = Sources(args.seed, cache, args.texts), {}
     for kind in args.kinds:
         directory = args.output / kind
-        if not is_complete(directory) and not write_collection(directory, KINDS[kind](sources), args.limit, args.seed):
+        if not is_complete(directory) and not write_collection(
+            directory, KINDS[kind](sources), args.limit, args.seed, PERCENT.get(kind, HELD_OUT_PERCENT)
+        ):
             print(f"{kind}: left out, there is nothing to read", flush=True)
     for kind in filter(lambda kind: is_complete(args.output / kind), KINDS):
         report[kind] = counts(args.output / kind)

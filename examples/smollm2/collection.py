@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from docstrings import Pair, normalise
@@ -11,8 +12,12 @@ from texts import seeded
 
 from flagembedding_matryoshka.files import write_text
 
-FILES = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
-DEV_PERCENT = 4
+SPLITS = ("train", "dev", "test")
+FILES = ("corpus.jsonl", "queries.jsonl", *(f"qrels/{split}.tsv" for split in SPLITS))
+HELD_OUT_PERCENT = 2
+MOST_HELD_OUT = 300
+SHINGLE, ONE_OF, MOST_SHARED = 8, 4, 0.5
+"""Near-duplicates: runs of 8 words, of which every fourth is kept by its hash, and the share of them seen before."""
 
 
 def is_complete(directory: Path) -> bool:
@@ -20,39 +25,71 @@ def is_complete(directory: Path) -> bool:
     return all((directory / name).is_file() for name in FILES)
 
 
-def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs whose query and passage are both new: a passage that could answer another's query is not kept."""
-    kept, seen = [], set()
+def distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """The pairs whose query and passage are both new: a passage that could answer another's query is not kept.
+
+    A passage is not new either if more than half of its runs of words are in passages before it.
+    """
+    seen: set[object] = set()
     for pair in pairs:
         keys = {("query", normalise(pair.query)), ("passage", normalise(pair.passage)[:150])}
-        if not keys & seen:
-            seen |= keys
-            kept.append(pair)
-    return kept
+        runs = shingles(pair.passage)
+        if not keys & seen and len(runs & seen) <= MOST_SHARED * len(runs):
+            seen |= keys | runs
+            yield pair
 
 
-def in_dev(query: str) -> bool:
-    """Whether a query is tuned on, by its hash: the same whatever else is collected.
+def shingles(text: str) -> set[int]:
+    """Hashes of a fourth of the runs of eight words in a text."""
+    words = normalise(text).split()
+    hashes = {zlib.crc32(" ".join(words[at : at + SHINGLE]).encode()) for at in range(len(words) - SHINGLE + 1)}
+    return {number for number in hashes if number % ONE_OF == 0}
 
-    It is another hash than that by which `docstrings.split` holds pairs out: of what that leaves, a part is tuned on.
+
+def split_of(query: str, percent: int = HELD_OUT_PERCENT) -> str:
+    """The split of a query, by its hash: the same whatever else is collected.
+
+    Args:
+        percent: share of the queries in dev, and share in test.
+
+    It is another hash than that by which `docstrings.split` holds pairs out.
     """
-    return int(hashlib.sha256(f"dev {normalise(query)}".encode()).hexdigest(), 16) % 100 < DEV_PERCENT
+    place = int(hashlib.sha256(f"dev {normalise(query)}".encode()).hexdigest(), 16) % 100
+    return "dev" if place < percent else "test" if place < 2 * percent else "train"
 
 
-def write_collection(directory: Path, pairs: Iterable[Pair], limit: int, seed: int) -> bool:
-    """Write a seeded sample: `limit` queries and, with passages that only distract, 1.6 times as many passages.
+def write_collection(
+    directory: Path, pairs: Iterable[Pair], limit: int, seed: int, percent: int = HELD_OUT_PERCENT
+) -> bool:
+    """Write a seeded sample of pairs as a collection.
 
-    False, and nothing is written, where there are no pairs.
+    It has `limit` training queries, at most 300 of dev and of test, and 0.6 times as many further passages.
+    Nothing is written, and False returned, if there are no pairs.
+
+    Args:
+        percent: as in `split_of`.
     """
     pairs = sorted(pairs, key=lambda pair: seeded(seed, pair.query, pair.passage).random())
-    pairs = distinct(pairs)[: limit * 8 // 5]
-    if not pairs:
+    most = {"train": limit, "dev": MOST_HELD_OUT, "test": MOST_HELD_OUT}
+    chosen: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    others = []
+    for pair in distinct(pairs):
+        split = split_of(pair.query, percent)
+        if len(chosen[split]) < most[split]:
+            chosen[split].append(pair)
+        elif len(others) < limit * 3 // 5:
+            others.append(pair)
+    if not any(chosen.values()):
         return False
-    corpus = [{"_id": f"p{number}", "text": pair.passage} for number, pair in enumerate(pairs)]
-    queries, qrels = [], {"train": ["query-id\tcorpus-id\tscore"], "dev": ["query-id\tcorpus-id\tscore"]}
-    for number, pair in enumerate(pairs[:limit]):
-        queries.append({"_id": f"q{number}", "text": typed(pair.query, seeded(seed, "typed", pair.query))})
-        qrels["dev" if in_dev(pair.query) else "train"].append(f"q{number}\tp{number}\t1")
+    corpus, queries = [], []
+    qrels = {split: ["query-id\tcorpus-id\tscore"] for split in SPLITS}
+    for split, kept in chosen.items():
+        for pair in kept:
+            number = len(queries)
+            corpus.append({"_id": f"p{number}", "text": pair.passage})
+            queries.append({"_id": f"q{number}", "text": typed(pair.query, seeded(seed, "typed", pair.query))})
+            qrels[split].append(f"q{number}\tp{number}\t1")
+    corpus += [{"_id": f"p{len(corpus) + number}", "text": pair.passage} for number, pair in enumerate(others)]
     write_text(directory / "corpus.jsonl", jsonl(corpus))
     write_text(directory / "queries.jsonl", jsonl(queries))
     for split, lines in qrels.items():
@@ -71,11 +108,12 @@ def counts(directory: Path) -> dict[str, float]:
     for name in ("queries", "corpus"):
         with (directory / f"{name}.jsonl").open(encoding="utf-8") as file:
             rows[name] = [len(json.loads(line)["text"].split()) for line in file]
-    train, dev = (len((directory / "qrels" / f"{name}.tsv").read_text().splitlines()) - 1 for name in ("train", "dev"))
+    split = {
+        f"{name}_queries": len((directory / "qrels" / f"{name}.tsv").read_text().splitlines()) - 1 for name in SPLITS
+    }
     mean = {name: round(sum(lengths) / max(1, len(lengths)), 1) for name, lengths in rows.items()}
     return {
-        "train_queries": train,
-        "dev_queries": dev,
+        **split,
         "passages": len(rows["corpus"]),
         "words_per_query": mean["queries"],
         "words_per_passage": mean["corpus"],

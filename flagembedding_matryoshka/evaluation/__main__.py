@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
@@ -21,14 +21,16 @@ from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, b
 from flagembedding_matryoshka.evaluation.calibration import refuse_one_kind
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
 from flagembedding_matryoshka.evaluation.choice import measured
+from flagembedding_matryoshka.evaluation.fusion import measure_fusion
 from flagembedding_matryoshka.evaluation.halves import Halves
-from flagembedding_matryoshka.evaluation.measuring import evaluate
+from flagembedding_matryoshka.evaluation.measuring import evaluate, tokenize
 from flagembedding_matryoshka.evaluation.page import page
 from flagembedding_matryoshka.evaluation.parser import BM25, build_parser
 from flagembedding_matryoshka.evaluation.plot import plot
 from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
 from flagembedding_matryoshka.evaluation.stage import Stage, side_by_side
 from flagembedding_matryoshka.evaluation.store import Store, about, conditions
+from flagembedding_matryoshka.evaluation.weighting import WEIGHTS, first_stage_run
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
@@ -65,11 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in runs
     ]
     halves = Halves.of(collection.relevant)
-    if options.write_plan or options.calibrate:
+    if options.write_plan or options.calibrate or options.fusion is not None:
         halves.check()
     if options.calibrate:
         for candidates in first_stages:
             refuse_one_kind(candidates, halves)
+    if options.fusion is not None:
+        for candidates in first_stages:
+            first_stage_run(candidates)  # refuses candidates without scores
     reranker = MatryoshkaReranker(
         options.model,
         peft_path=options.peft_path,
@@ -85,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure(candidates: Candidates, directory: Path) -> Stage:
         store = Store(directory, conditions(reranker, candidates, options.timed_pairs, options.recall_at))
-        results = evaluate(reranker, candidates, settings, store, options.timed_pairs, options.recall_at)
+        tokenized = cache(partial(tokenize, reranker, candidates))
+        measures = (options.timed_pairs, options.recall_at, tokenized)
+        results = evaluate(reranker, candidates, settings, store, *measures)
         baselines = [as_given(candidates, options.recall_at)]
         if options.random_order:
             baselines.append(at_random(candidates, options.recall_at))
@@ -98,7 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             scores = {setting: store.run(setting) for setting in settings if not setting.cascade}
             calibrated = calibrate(scores, candidates, halves)
-        return Stage.of(candidates, results, baselines, full, calibrated)
+        fusion = None
+        if options.fusion is not None:
+            weights = options.fusion or WEIGHTS
+            fusion = measure_fusion(reranker, candidates, results, baselines, full, store, weights, *measures)
+        return Stage.of(candidates, results, baselines, full, calibrated, fusion)
 
     several = len(runs) > 1
     stages = [
@@ -107,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     name = collection_name(options.data, options.split)
     _write_report(options.output, stages, chosen, names, name, about(reranker))
+    for stage in stages:
+        if stage.fusion is not None:
+            print(f"{stage.candidates.source}: {stage.fusion.summary()}")
     if options.write_plan:
         path, first = Path(options.model) / PLAN_NAME, stages[0]
         maps = {item.setting: item.calibration for item in first.calibrated}
@@ -120,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             held_out_queries=len(halves.held_out),
             scored_with=reranker.scored_with(ScoringOptions.resolve(reranker, {})),
             weights=weights(),
+            fusion=None if first.fusion is None else first.fusion.weight,
         )
         plan.write(path)
         print(f"Wrote {path}: {plan.queries} queries choose, {plan.held_out_queries} others were held out.")
@@ -140,7 +155,7 @@ def _write_report(
         parts.append(beside)
     for stage in stages:
         parts.append(f"{name}: {stage.about}\n")
-        parts += [f"{said}:\n\n{table}" for said, table in stage.parts(chosen)]
+        parts += [f"{part.said}:\n\n{part.table}" for part in stage.parts(chosen)]
     text = "\n".join(parts)
     print(text)
     report = {
@@ -155,7 +170,7 @@ def _write_report(
     write_text(output / "report.html", page(name, stages, beside, chosen))
     pictures = ["quality_cost.png", *(f"quality_cost_{other}.png" for other in names[1:])]
     for stage, picture in zip(stages, pictures, strict=True):
-        plot(stage.compared, [item.baseline for item in stage.baselines], f"{name}: {stage.about}", output / picture)
+        plot(stage, f"{name}: {stage.about}", output / picture)
     print(f"Wrote report.html, table.md, results.json, {', '.join(pictures)} and a TREC run per setting to {output}.")
 
 

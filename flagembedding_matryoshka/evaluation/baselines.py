@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.measuring import timed_sample
-from flagembedding_matryoshka.evaluation.metrics import in_order, per_query
+from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
 
 BI_ENCODER_BATCH = 8
 """Passages of a list, longest first: small batches pad little, and their padding counts as operations."""
@@ -27,12 +27,14 @@ class Baseline:
         name: whose it is, in words.
         per_query: measure to its value for each query, in the order of the candidates.
         flops_per_pair, pairs_per_second: of the timed sample; None for an order that costs nothing.
+        run: scores that can be fused with others; None for an order alone.
     """
 
     name: str
     per_query: dict[str, list[float]]
     flops_per_pair: float | None = None
     pairs_per_second: float | None = None
+    run: Run | None = None
 
 
 def as_given(candidates: Candidates, recall_at: int) -> Baseline:
@@ -88,4 +90,4 @@ def by_bi_encoder(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for query in sample:
             score(query)
-    return Baseline(name, per_query(candidates, run, recall_at), counter.get_total_flops() / pairs, speed)
+    return Baseline(name, per_query(candidates, run, recall_at), counter.get_total_flops() / pairs, speed, run)

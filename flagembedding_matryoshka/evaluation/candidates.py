@@ -7,11 +7,12 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flagembedding_matryoshka.text.collections import Collection, bm25_lists
+from flagembedding_matryoshka.inference.fusion import as_first_stage
+from flagembedding_matryoshka.text.collections import Collection, bm25_scored_lists
 from flagembedding_matryoshka.text.lines import good_lines
 
 logger = logging.getLogger(__name__)
@@ -25,18 +26,26 @@ class Candidates:
         collection: texts and judgements.
         passages: id of each query that has a relevant passage to its candidates' ids, the best first.
         source: whose lists they are, in words.
+        first_stage: id of each query to the first stage's scores of its candidates, in their order; None if it gave
+            none.
 
     Raises:
-        ValueError: if there is no candidate at all, or an id holds white space, which a TREC run cannot.
+        TypeError: if a score of the first stage is no number.
+        ValueError: if there is no candidate at all, an id holds white space, which a TREC run cannot, or a query does
+            not have a finite score of the first stage for each candidate.
     """
 
     collection: Collection
     passages: dict[str, list[str]]
     source: str
+    first_stage: dict[str, list[float]] | None = None
 
     def __post_init__(self) -> None:
         if not any(self.passages.values()):
             raise ValueError(f"{self.source}: no query has a candidate")
+        if self.first_stage is not None:
+            for number, (query, passages) in enumerate(self.passages.items()):
+                as_first_stage(number, self.first_stage.get(query, ()), len(passages))
         for name in (*self.passages, *(passage for ids in self.passages.values() for passage in ids)):
             if len(name.split()) != 1:
                 raise ValueError(f"the id {name!r} holds white space or nothing: a TREC run cannot name it")
@@ -94,15 +103,15 @@ def from_bm25(collection: Collection, top_k: int) -> Candidates:
     """
     ids, queries = list(collection.passages), list(collection.relevant)
     texts = [collection.queries[query] for query in queries]
-    found = bm25_lists(list(collection.passages.values()), texts, top_k + 1)
-    passages = {
-        query: [ids[place] for place in places if not collection.is_itself(query, ids[place])][:top_k]
-        for query, places in zip(queries, found, strict=True)
+    found = bm25_scored_lists(list(collection.passages.values()), texts, top_k + 1)
+    best = {
+        query: {ids[place]: score for place, score in scores.items() if not collection.is_itself(query, ids[place])}
+        for query, scores in zip(queries, found, strict=True)
     }
-    without = [query for query, candidates in passages.items() if not candidates]
+    without = [query for query, scores in best.items() if not scores]
     if without:
         logger.warning("BM25 finds nothing for %d queries, which count with 0, such as %r", len(without), without[0])
-    return Candidates(collection, passages, f"BM25's first {top_k}")
+    return _first_of(collection, best, top_k, f"BM25's first {top_k}")
 
 
 def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
@@ -132,9 +141,21 @@ def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
     without = [query for query in collection.relevant if not scores[query]]
     if without:
         raise ValueError(f"{path} has no candidates for {len(without)} judged queries, such as {without[0]!r}")
-    best = {query: sorted(scores[query], key=lambda passage: -scores[query][passage]) for query in collection.relevant}
-    passages = {query: ranked[:top_k] for query, ranked in best.items()}
-    return Candidates(collection, passages, f"the first {top_k} of {path.name}")
+    best = {query: dict(sorted(scores[query].items(), key=lambda scored: -scored[1])) for query in collection.relevant}
+    return _first_of(collection, best, top_k, f"the first {top_k} of {path.name}")
+
+
+def _first_of(collection: Collection, best: Mapping[str, Mapping[str, float]], top_k: int, source: str) -> Candidates:
+    """The first `top_k` of each query.
+
+    Args:
+        best: id of each query to {passage id: score}, best first.
+    """
+    first = {query: list(scores.items())[:top_k] for query, scores in best.items()}
+    passages = {query: [passage for passage, _ in scored] for query, scored in first.items()}
+    return Candidates(
+        collection, passages, source, {query: [score for _, score in scored] for query, scored in first.items()}
+    )
 
 
 def _number(text: str) -> float | None:

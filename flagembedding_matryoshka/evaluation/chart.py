@@ -21,7 +21,7 @@ class Point:
         cost, quality: where it stands.
         text: what is said of it.
         group: the number of its width, by which it is coloured; None for a baseline.
-        is_cascade, on_front: how it is drawn.
+        is_cascade, on_front, is_fused: how it is drawn.
     """
 
     row: str
@@ -31,6 +31,7 @@ class Point:
     group: int | None
     is_cascade: bool = False
     on_front: bool = False
+    is_fused: bool = False
 
 
 def chart(points: Sequence[Point], levels: Sequence[tuple[str, float]], x_label: str, y_label: str) -> str:
@@ -87,8 +88,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _mark(point: Point, x: float, y: float) -> str:
-    """A circle; a diamond for a cascade, a square for a baseline."""
-    kind = "baseline" if point.group is None else f"group{point.group % 6}"
+    """A circle; a diamond for a cascade, a square for a baseline; hollow if it is fused."""
+    kind = ("baseline" if point.group is None else f"group{point.group % 6}") + (" fused" if point.is_fused else "")
     shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     if point.is_cascade:
         shape = f'<path d="M{x:.1f} {y - 8:.1f}l8 8-8 8-8-8z"/>'

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,6 +18,7 @@ from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.memory import peak_memory
 from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
 from flagembedding_matryoshka.evaluation.store import Result, Store
+from flagembedding_matryoshka.evaluation.weighting import first_stage_run, fuse_runs
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_first
 from flagembedding_matryoshka.setting import Setting
@@ -31,6 +34,8 @@ def evaluate(
     store: Store,
     timed_pairs: int,
     recall_at: int,
+    tokenized: Callable[[], Lists] | None = None,
+    fusion: float | None = None,
 ) -> list[Result]:
     """Measure what the store does not hold yet: the exits of a width in one pass, each cascade in its own. Texts are
     tokenised once for all of them.
@@ -39,17 +44,21 @@ def evaluate(
 
     Args:
         timed_pairs: the speed of a setting is that of whole lists with so many pairs together, run for it alone.
+        tokenized: returns what `tokenize` makes of the candidates; None tokenises them here.
+        fusion: the weight of the first stage in fused scores, by which settings rank and cascades drop; None ranks by
+            the re-ranker's scores.
 
     Returns:
         a result for each setting, in order.
     """
     found = {setting: store.load(setting) for setting in settings}
     missing = [setting for setting in settings if found[setting] is None]
-    lists = tokenize(reranker, candidates) if missing else Lists({}, 0.0)
+    tokenized = tokenized or partial(tokenize, reranker, candidates)
+    lists = tokenized() if missing else Lists({}, 0.0)
     sample = timed_sample(candidates, timed_pairs)
 
     def keep(setting: Setting, run: Run, flops: int) -> None:
-        speed, memory = speed_and_memory(reranker, candidates, lists, setting, sample)
+        speed, memory = speed_and_memory(reranker, candidates, lists, setting, sample, fusion)
         quality = per_query(candidates, run, recall_at)
         found[setting] = result = Result(setting, flops / len(candidates), speed, memory, quality)
         store.save(result, run)
@@ -60,11 +69,49 @@ def evaluate(
         if exits:
             pairs = lists.pairs(list(candidates.passages))
             for setting, run in zip(exits, score_exits(reranker, candidates, lists, exits), strict=True):
+                if fusion is not None:
+                    run = fuse_runs(candidates, run, [(first_stage_run(candidates), fusion)])
                 keep(setting, run, reranker.estimate_flops(pairs, **setting.arguments))
         for setting in group:
             if setting.cascade:
-                keep(setting, *cascade_run(reranker, candidates, lists, setting))
+                keep(setting, *cascade_run(reranker, candidates, lists, setting, fusion))
     return [result for setting in settings if (result := found[setting]) is not None]
+
+
+def evaluate_fused(
+    reranker: MatryoshkaReranker,
+    candidates: Candidates,
+    results: Sequence[Result],
+    store: Store,
+    fusion: float,
+    timed_pairs: int,
+    recall_at: int,
+    tokenized: Callable[[], Lists] | None = None,
+) -> list[Result]:
+    """Results of the same settings with the order of fused scores.
+
+    The scores of exits are those that `store` holds. Cascades drop by the fused score, so the model runs them again.
+    The fused runs and their results are saved in `fused/` beside the others.
+
+    Args:
+        results: of `evaluate`, with the same store.
+        fusion: the weight of the first stage. A weight of 0 changes no order and runs nothing.
+        timed_pairs, recall_at, tokenized: as in `evaluate`.
+    """
+    if fusion == 0:
+        return list(results)
+    first_stage = first_stage_run(candidates)
+    beside = store.beside("fused", {"fusion": fusion, "first_stage": candidates.first_stage})
+    found = {}
+    for result in results:
+        if not result.setting.cascade:
+            run = fuse_runs(candidates, store.run(result.setting), [(first_stage, fusion)])
+            found[result.setting] = replace(result, per_query=per_query(candidates, run, recall_at))
+            beside.save(found[result.setting], run)
+    cascades = [result.setting for result in results if result.setting.cascade]
+    measured = evaluate(reranker, candidates, cascades, beside, timed_pairs, recall_at, tokenized, fusion)
+    found |= dict(zip(cascades, measured, strict=True))
+    return [found[result.setting] for result in results]
 
 
 @dataclass(frozen=True)
@@ -121,7 +168,7 @@ def score_exits(
 
 
 def cascade_run(
-    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, setting: Setting
+    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, setting: Setting, fusion: float | None = None
 ) -> tuple[Run, int]:
     """A cascade's run, and the operations that it spent, each candidate's as far as it came."""
     rankings: dict[str, list[str]] = {}
@@ -130,7 +177,9 @@ def cascade_run(
     with tqdm(total=len(candidates), desc=str(setting), unit="pair", disable=None) as progress:
         for queries in candidates.portions(list(candidates.passages), reranker.batch_size):
             depths: list[int] = []
-            for query, hits in zip(queries, score_cascade(reranker, lists, setting, queries), strict=True):
+            for query, hits in zip(
+                queries, score_cascade(reranker, candidates, lists, setting, queries, fusion), strict=True
+            ):
                 rankings[query] = [candidates.passages[query][place] for place in best_first(hits)]
                 depths += [hit["cutoff_layer"] for hit in hits]
             pairs = lists.pairs(queries)
@@ -140,13 +189,23 @@ def cascade_run(
 
 
 def score_cascade(
-    reranker: MatryoshkaReranker, lists: Lists, setting: Setting, queries: Sequence[str]
+    reranker: MatryoshkaReranker,
+    candidates: Candidates,
+    lists: Lists,
+    setting: Setting,
+    queries: Sequence[str],
+    fusion: float | None = None,
 ) -> list[list[Hit]]:
-    """`MatryoshkaReranker.score_lists` of some queries' lists."""
+    """`MatryoshkaReranker.score_lists` of some queries' lists; `fusion` is the weight of the first stage."""
+    fused: dict[str, Any] = {}
+    if fusion is not None:
+        assert candidates.first_stage is not None
+        fused = {"fusion": fusion, "first_stage_scores": [candidates.first_stage[query] for query in queries]}
     return reranker.score_lists(
         [lists.inputs[query] for query in queries],
         cascade=dict(setting.cascade),
         show_progress_bar=False,
+        **fused,
         **setting.arguments,
     )
 
@@ -158,7 +217,12 @@ def timed_sample(candidates: Candidates, pairs: int) -> list[str]:
 
 
 def speed_and_memory(
-    reranker: MatryoshkaReranker, candidates: Candidates, lists: Lists, setting: Setting, sample: list[str]
+    reranker: MatryoshkaReranker,
+    candidates: Candidates,
+    lists: Lists,
+    setting: Setting,
+    sample: list[str],
+    fusion: float | None = None,
 ) -> tuple[float, int | None]:
     """Pairs per second from texts to scores, and peak memory in bytes, of the sample's lists, after a first list that
     warms up. What tokenising a pair takes was measured before, for all settings."""
@@ -166,7 +230,7 @@ def speed_and_memory(
     def work(queries: list[str]) -> None:
         if setting.cascade:
             for portion in candidates.portions(queries, reranker.batch_size):
-                score_cascade(reranker, lists, setting, portion)
+                score_cascade(reranker, candidates, lists, setting, portion, fusion)
         else:
             reranker.compute_score(lists.pairs(queries), show_progress_bar=False, **setting.arguments)
 

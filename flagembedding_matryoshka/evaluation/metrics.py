@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import ir_measures
-from ir_measures import RR, R, nDCG
+from ir_measures import RR, Measure, R, nDCG
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 
@@ -23,24 +23,36 @@ def per_query(candidates: Candidates, run: Run, recall_at: int) -> dict[str, lis
     first, as trec_eval does, and not by the candidates' order, which would lend its quality to a model without any.
     ir-measures' providers break them in opposite ways, so what they are given is ranks.
     """
-    measures = {QUALITY: nDCG @ 10, "MRR@10": RR @ 10, f"Recall@{recall_at}": R @ recall_at}
+    return _per_query(
+        candidates,
+        run,
+        {QUALITY: nDCG @ 10, "MRR@10": RR @ 10, f"Recall@{recall_at}": R @ recall_at},
+        list(candidates.passages),
+    )
+
+
+def quality_of(candidates: Candidates, run: Run, queries: Sequence[str]) -> list[float]:
+    """nDCG@10 of some queries, as `per_query` has it. Judgements of other queries are not read."""
+    return _per_query(candidates, run, {QUALITY: nDCG @ 10}, queries)[QUALITY]
+
+
+def _per_query(
+    candidates: Candidates, run: Run, measures: Mapping[str, Measure], queries: Sequence[str]
+) -> dict[str, list[float]]:
     qrels = [
         ir_measures.Qrel(query, passage, grade)
-        for query in candidates.passages
+        for query in queries
         for passage, grade in candidates.collection.relevant[query].items()
     ]
     found = [
         ir_measures.ScoredDoc(query, passage, -float(rank))
-        for query, scores in run.items()
-        for rank, passage in enumerate(ranking(scores))
+        for query in queries
+        for rank, passage in enumerate(ranking(run.get(query, {})))
     ]
     values = {
         (item.measure, item.query_id): item.value for item in ir_measures.iter_calc(measures.values(), qrels, found)
     }
-    return {
-        name: [float(values.get((measure, query), 0.0)) for query in candidates.passages]
-        for name, measure in measures.items()
-    }
+    return {name: [float(values.get((measure, query), 0.0)) for query in queries] for name, measure in measures.items()}
 
 
 def ranking(scores: Mapping[str, float]) -> list[str]:

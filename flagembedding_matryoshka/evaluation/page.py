@@ -7,10 +7,13 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
+from flagembedding_matryoshka.evaluation.baselines import Baseline
 from flagembedding_matryoshka.evaluation.chart import Point, chart
+from flagembedding_matryoshka.evaluation.fusion import FusionReport
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, milliseconds
-from flagembedding_matryoshka.evaluation.stage import Stage
+from flagembedding_matryoshka.evaluation.stage import FUSED, ORDERS, SETTINGS, Stage
+from flagembedding_matryoshka.evaluation.store import Result
 from flagembedding_matryoshka.evaluation.table import difference
 from flagembedding_matryoshka.setting import Setting
 
@@ -31,24 +34,22 @@ def page(name: str, stages: Sequence[Stage], beside: str | None, chosen: Mapping
     return Template(template).substitute(title=escape(f"Quality and cost: {name}"), body="\n".join(body))
 
 
-def html_table(markdown: str, rows: Sequence[str] = ()) -> str:
+def html_table(markdown: str, mark: str = "") -> str:
     """A table of `markdown_table`.
 
     Args:
-        rows: ids, by which lines are marked with points of a chart.
+        mark: with the row's number the id by which points of a chart name a row; empty if none does.
     """
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
-    marks = [f' data-row="{row}"' for row in rows] or [""] * len(lines[2:])
     cells = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines[2:]]
-    body = [f"<tr{mark}>{row}</tr>" for mark, row in zip(marks, cells, strict=True)]
+    marks = [f' data-row="{mark}{number}"' if mark else "" for number in range(len(cells))]
+    body = [f"<tr{of_row}>{row}</tr>" for of_row, row in zip(marks, cells, strict=True)]
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
     widths = list(dict.fromkeys(_width(item.result.setting) for item in stage.compared))
-    rows = [f"{prefix}r{number}" for number in range(len(stage.baselines) + len(stage.compared))]
-    own, others = rows[: len(stage.baselines)], rows[len(stage.baselines) :]
     levels = [
         (item.baseline.name, mean(item.baseline.per_query[QUALITY]))
         for item in stage.baselines
@@ -57,17 +58,42 @@ def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
 
     def points(cost: Callable[..., float | None], on_front: Callable[[Compared], bool]) -> list[Point]:
         found = []
-        for row, beside in zip(own, stage.baselines, strict=True):
+        for number, beside in enumerate(stage.baselines):
             if (value := cost(beside.baseline)) is not None:
                 quality = mean(beside.baseline.per_query[QUALITY])
-                found.append(Point(row, value, quality, _said(beside.baseline.name, quality, beside), None))
-        for row, item in zip(others, stage.compared, strict=True):
+                text = _said(beside.baseline.name, quality, beside)
+                found.append(Point(f"{prefix}{SETTINGS}{number}", value, quality, text, None))
+        for number, item in enumerate(stage.compared, len(stage.baselines)):
             setting, quality = item.result.setting, item.result.mean(QUALITY)
             value = cost(item.result)
             assert value is not None
             text = _said(str(setting), quality, item)
             group = widths.index(_width(setting))
+            row = f"{prefix}{SETTINGS}{number}"
             found.append(Point(row, value, quality, text, group, bool(setting.cascade), on_front(item)))
+        return found + ([] if stage.fusion is None else fused_points(stage.fusion, cost))
+
+    def fused_points(fusion: FusionReport, cost: Callable[..., float | None]) -> list[Point]:
+        found = []
+        for number, item in enumerate(fusion.settings, 1):  # row 0 is the first stage
+            setting, quality = item.result.setting, item.result.mean(QUALITY)
+            value = cost(item.result)
+            assert value is not None
+            change, interval, p_value = difference(item.against_plain)
+            held_out = f"held out {item.plain.mean:.4f} plain and {item.fused.mean:.4f} fused"
+            against = f"{change} ({f'95 %: {interval}, ' if interval else ''}p = {p_value})"
+            text = f"{setting}, fused: {QUALITY} {quality:.4f}; {held_out}, {against}; {_cost(item.result)}"
+            group, row = widths.index(_width(setting)), f"{prefix}{FUSED}{number}"
+            found.append(Point(row, value, quality, text, group, bool(setting.cascade), is_fused=True))
+        for number, beside in enumerate(fusion.orders):
+            baseline = beside.order.baseline
+            value = cost(baseline)
+            if value is None or not beside.order.weights or beside.order.is_reference:
+                continue
+            quality = mean(baseline.per_query[QUALITY])
+            held_out = f"held out {beside.held_out.mean:.4f}"
+            text = f"{baseline.name}: {QUALITY} {quality:.4f}; {held_out}; {_cost(baseline)}"
+            found.append(Point(f"{prefix}{ORDERS}{number}", value, quality, text, None, is_fused=True))
         return found
 
     by_operations = points(
@@ -79,9 +105,15 @@ def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
         for number, width in enumerate(widths)
     )
     tables = [
-        f"<h3>{escape(said)}</h3>{html_table(markdown, rows if number == 0 else ())}"
-        for number, (said, markdown) in enumerate(stage.parts(chosen))
+        f"<h3>{escape(part.said)}</h3>{html_table(part.table, part.mark and f'{prefix}{part.mark}')}"
+        for part in stage.parts(chosen)
     ]
+    about_fused = ""
+    if stage.fusion is not None:
+        about_fused = (
+            f" Hollow points are fused with the first stage at weight {stage.fusion.weight:g}, which "
+            f"{stage.fusion.queries} of these queries chose."
+        )
     charts = [
         chart(by_operations, levels, "GFLOP per pair", QUALITY),
         chart(by_time, levels, "milliseconds per pair, as measured", QUALITY),
@@ -90,7 +122,8 @@ def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
         [
             f"<section><h2>{escape(stage.about)}</h2>",
             '<p class="details" aria-live="polite">Hover over a point, or go from one to the next with Tab and the '
-            "arrow keys. The broad line is the Pareto front; diamonds are cascades, squares baselines.</p>",
+            "arrow keys. The broad line is the Pareto front; diamonds are cascades, squares baselines."
+            f"{about_fused}</p>",
             f'<div class="charts">{"".join(charts)}</div><p class="legend">{legend}</p>',
             *tables,
             "</section>",
@@ -102,11 +135,15 @@ def _said(name: str, quality: float, item: Compared | ComparedBaseline) -> str:
     """What stands beside the charts once a point is pointed at."""
     of = item.result if isinstance(item, Compared) else item.baseline
     change, interval, p_value = difference(item)
-    cost = f"{(of.flops_per_pair or 0) / 1e9:.4g} GFLOP and {milliseconds(of.pairs_per_second):.4g} ms per pair"
     against = ""
     if change:
         against = f"; {change} against the full network ({f'95 %: {interval}, ' if interval else ''}p = {p_value})"
-    return f"{name}: {QUALITY} {quality:.4f}{against}; {cost}, {item.flops_share:.0%} of its operations"
+    return f"{name}: {QUALITY} {quality:.4f}{against}; {_cost(of)}, {item.flops_share:.0%} of its operations"
+
+
+def _cost(item: Result | Baseline) -> str:
+    time = milliseconds(item.pairs_per_second)
+    return f"{(item.flops_per_pair or 0) / 1e9:.4g} GFLOP and {time:.4g} ms per pair"
 
 
 def _width(setting: Setting) -> tuple[tuple[int, ...], int]:

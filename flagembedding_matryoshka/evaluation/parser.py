@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.arguments import add_candidates, add_cascades, add_dtype, add_scoring, positive
+from flagembedding_matryoshka.evaluation.weighting import WEIGHTS
+from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 
 BM25 = "bm25"
@@ -66,6 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="the order by cosine of a sentence-transformers model, in the same dtype; give it again for another",
     )
 
+    fusion = parser.add_argument_group("fusion", "with the scores by which the first stage found the candidates")
+    fusion.add_argument(
+        "--fusion",
+        type=_weight,
+        nargs="*",
+        metavar="WEIGHT",
+        help="also measure every setting with its standard scores plus WEIGHT times the first stage's. Half of the "
+        f"queries choose among several weights (default: {' '.join(f'{weight:g}' for weight in WEIGHTS)}), and "
+        "--write_plan writes the choice into the plan",
+    )
+
     output = parser.add_argument_group("measuring")
     output.add_argument("--output", type=Path, default=Path("evaluation_output"), help="default: %(default)s")
     output.add_argument("--recall_at", type=positive, default=10, help="default: %(default)s")
@@ -82,3 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="fit what scores mean at each setting to the same half, for the plan and its normalize='calibrated'",
     )
     return parser
+
+
+def _weight(text: str) -> float:
+    """A fusion weight."""
+    try:
+        return as_weight(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number of at least 0") from error

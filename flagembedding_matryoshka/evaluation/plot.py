@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from flagembedding_matryoshka.evaluation.baselines import Baseline
+from flagembedding_matryoshka.evaluation.fusion import FusedSetting
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.report import Compared, milliseconds
+from flagembedding_matryoshka.evaluation.stage import Stage
 from flagembedding_matryoshka.files import replacing
+from flagembedding_matryoshka.setting import Setting
 
 try:
     from matplotlib.axes import Axes
@@ -19,9 +22,9 @@ except ImportError as error:
 MARKERS = "osD^"
 
 
-def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str, path: Path) -> None:
+def plot(stage: Stage, title: str, path: Path) -> None:
     """nDCG@10 against operations, and against time as measured: a line for each width, a point for each exit with its
-    number, a star for each cascade, the Pareto front behind.
+    number, a star for each cascade, the Pareto front behind. What is fused is hollow, on a dashed line.
 
     A baseline is a cross where it has a cost, and else a level.
 
@@ -31,14 +34,14 @@ def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     by_operations, by_time = figure.subplots(1, 2, sharey=True)
     _draw(
-        *(by_operations, compared, baselines),
+        *(by_operations, stage),
         cost=lambda item: None if item.flops_per_pair is None else item.flops_per_pair / 1e9,
-        front=[item.on_front for item in compared],
+        front=[item.on_front for item in stage.compared],
     )
     _draw(
-        *(by_time, compared, baselines),
+        *(by_time, stage),
         cost=lambda item: milliseconds(item.pairs_per_second),
-        front=[item.on_time_front for item in compared],
+        front=[item.on_time_front for item in stage.compared],
     )
     by_operations.set(xlabel="GFLOP per pair", ylabel=QUALITY)
     by_time.set(xlabel="milliseconds per pair, as measured")
@@ -50,31 +53,34 @@ def plot(compared: Sequence[Compared], baselines: Sequence[Baseline], title: str
 
 def _draw(
     axes: Axes,
-    compared: Sequence[Compared],
-    baselines: Sequence[Baseline],
-    cost: Callable[..., float | None],
+    stage: Stage,
+    cost: Callable[..., Any],
     front: Sequence[bool],
 ) -> None:
     """One panel, by what `cost` gives for a result or a baseline."""
-    places = {item.result.setting: (cost(item.result), item.result.mean(QUALITY)) for item in compared}
-    best = sorted(places[item.result.setting] for item, on_front in zip(compared, front, strict=True) if on_front)
+    places = _places(stage.compared, cost)
+    fused = {} if stage.fusion is None else _places(stage.fusion.settings, cost)
+    best = sorted(places[item.result.setting] for item, on_front in zip(stage.compared, front, strict=True) if on_front)
     axes.step(*zip(*best, strict=True), where="post", color="gold", lw=5, alpha=0.5, zorder=1, label="Pareto front")
     widths = dict.fromkeys((setting.compress_layers, setting.compress_ratio) for setting in places)
     for number, (after, ratio) in enumerate(widths):
         mine = [setting for setting in places if (setting.compress_layers, setting.compress_ratio) == (after, ratio)]
         exits = [setting for setting in mine if not setting.cascade]
         label = "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, after))}"
+        marker = MARKERS[number % len(MARKERS)]
         (line,) = axes.plot(
-            *zip(*(places[setting] for setting in exits), strict=True),
-            marker=MARKERS[number % len(MARKERS)],
-            ms=5,
-            lw=1.2,
-            label=label,
+            *zip(*(places[setting] for setting in exits), strict=True), marker=marker, ms=5, lw=1.2, label=label
         )
         cascades = [setting for setting in mine if setting.cascade]
         if cascades:
             stars = zip(*(places[setting] for setting in cascades), strict=True)
             axes.plot(*stars, "*", ms=12, mec="black", mew=0.5, color=line.get_color(), label=f"cascade, {label}")
+        if fused:
+            color = line.get_color()
+            points = zip(*(fused[setting] for setting in exits), strict=True)
+            axes.plot(*points, ls="--", marker=marker, ms=5, lw=1.2, mfc="white", color=color, label=f"fused, {label}")
+            for setting in cascades:
+                axes.plot(*fused[setting], "*", ms=12, mfc="white", color=color)
         for setting in mine:
             stages = "".join(f"{layer}:{share:g}→" for layer, share in setting.cascade)
             axes.annotate(
@@ -85,7 +91,7 @@ def _draw(
                 ha="center",
                 fontsize=7,
             )
-    for baseline in baselines:
+    for baseline in (item.baseline for item in stage.baselines):
         quality, place = mean(baseline.per_query[QUALITY]), cost(baseline)
         if place is None:
             axes.axhline(quality, color="grey", lw=0.8, ls="--")
@@ -94,5 +100,18 @@ def _draw(
             )
         else:
             axes.plot(place, quality, "X", color="grey", ms=8, label=baseline.name)
+    orders = [] if stage.fusion is None else [item.order for item in stage.fusion.orders]
+    for order in orders:
+        if order.weights and not order.is_reference:
+            quality = mean(order.baseline.per_query[QUALITY])
+            marker = "P" if len(order.weights) > 1 else "X"
+            axes.plot(cost(order.baseline), quality, marker, color="grey", mfc="white", ms=8, label=order.baseline.name)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)
+
+
+def _places(
+    items: Sequence[Compared] | Sequence[FusedSetting], cost: Callable[..., Any]
+) -> dict[Setting, tuple[float, float]]:
+    """Cost and nDCG@10 of each setting."""
+    return {item.result.setting: (cost(item.result), item.result.mean(QUALITY)) for item in items}

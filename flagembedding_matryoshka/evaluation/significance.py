@@ -39,11 +39,15 @@ def paired_interval(values: Sequence[float], reference: Sequence[float]) -> tupl
     Args:
         values, reference: one value for each query.
     """
-    differences = np.subtract(values, reference)
-    if len(differences) < 2:
+    return mean_interval(np.subtract(values, reference))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """As `paired_interval`, of the mean of one value for each query."""
+    if len(values) < 2:
         return None
     drawn = bootstrap(
-        *((differences,), np.mean),
+        *((values,), np.mean),
         n_resamples=RESAMPLES,
         batch=AT_ONCE,
         confidence_level=LEVEL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Store:
     def __init__(self, directory: Path, conditions: dict[str, Any]) -> None:
         self.directory = directory
         self.conditions = conditions
+
+    def beside(self, name: str, conditions: Mapping[str, Any]) -> Store:
+        """A store in a directory of this one's, under its conditions and others."""
+        return Store(self.directory / name, {**self.conditions, **conditions})
 
     def load(self, setting: Setting) -> Result | None:
         """What was saved for `setting` under the same conditions, with its run as it was written; else None."""

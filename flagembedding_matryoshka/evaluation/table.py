@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from flagembedding_matryoshka.evaluation.calibration import Calibrated
 from flagembedding_matryoshka.evaluation.choice import Chosen
+from flagembedding_matryoshka.evaluation.fusion import FIRST_STAGE, Difference, FusionReport, Level
+from flagembedding_matryoshka.evaluation.metrics import QUALITY
 from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, means, milliseconds
 from flagembedding_matryoshka.setting import Setting
 
@@ -67,6 +69,37 @@ def calibration_table(calibrated: Sequence[Calibrated]) -> str:
     return markdown_table(rows)
 
 
+def weights_table(fusion: FusionReport) -> str:
+    """nDCG@10 on the choosing half at every weight that was tried."""
+    tried = fusion.choice.qualities.items()
+    rows = [["weight", *(f"{weight:g}" for (weight,), _ in tried)]]
+    rows.append([f"{QUALITY} where chosen", *(f"{quality:.4f}" for _, quality in tried)])
+    return markdown_table(rows)
+
+
+def fusion_table(fusion: FusionReport) -> str:
+    """Each setting, plain and fused, and the fused order against the plain one and the first stage, on the held-out
+    half."""
+    of_plain = ["change", "95 %", "p"]
+    of_first = [f"against {FIRST_STAGE} alone", *of_plain[1:]]
+    rows = [["setting", "plain", "fused", "95 %", *of_plain, *of_first]]
+    rows.append([f"{FIRST_STAGE} alone", *_level(fusion.first_stage)[:1], *[""] * 8])
+    for item in fusion.settings:
+        changes = [*difference(item.against_plain), *difference(item.against_first_stage)]
+        rows.append([str(item.result.setting), f"{item.plain.mean:.4f}", *_level(item.fused), *changes])
+    return markdown_table(rows)
+
+
+def orders_table(fusion: FusionReport) -> str:
+    """Scorers alone and fused with each other, on the held-out half."""
+    rows = [["order", "weights", "nDCG@10", "95 %", "change", "95 %", "p"]]
+    for item in fusion.orders:
+        weights = ", ".join(f"{weight:g}" for _, weight in item.order.weights)
+        change = ["", "", ""] if item.change is None else difference(item.change)
+        rows.append([item.order.baseline.name, weights, *_level(item.held_out), *change])
+    return markdown_table(rows)
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the header first, in columns of even width: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -78,12 +111,16 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def difference(item: Compared | ComparedBaseline | Chosen) -> list[str]:
+def difference(item: Compared | ComparedBaseline | Chosen | Difference) -> list[str]:
     """Cells of the change, its interval and p-value; empty for the full network itself."""
     if item.p_value is None:
         return ["", "", ""]
     interval = "" if item.interval is None else "{:+.4f} to {:+.4f}".format(*item.interval)
     return [f"{item.change:+.4f}", interval, f"{item.p_value:.3f}"]
+
+
+def _level(level: Level) -> list[str]:
+    return [f"{level.mean:.4f}", "" if level.interval is None else "{:.4f} to {:.4f}".format(*level.interval)]
 
 
 def fronts(item: Compared) -> str:

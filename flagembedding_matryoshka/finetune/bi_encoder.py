@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from flagembedding_matryoshka.finetune.digests import digest_model, digest_texts
+from flagembedding_matryoshka.text.output import FileOutput
+
 SCORES_AT_ONCE = 2**26
+TEXTS_AT_ONCE = 4096
+"""Texts whose vectors are stored together."""
 
 
 class BiEncoder:
@@ -20,6 +28,7 @@ class BiEncoder:
         max_length: tokens of a text; the model's own limit if None.
         device: what sentence-transformers chooses if None.
         use_fp16, use_bf16: compute in float16 or bfloat16; vectors are float32 all the same.
+        stored: file to which `lists` appends vectors, and where it continues when it is called again; None is none.
     """
 
     def __init__(
@@ -31,16 +40,21 @@ class BiEncoder:
         use_fp16: bool = False,
         use_bf16: bool = False,
         trust_remote_code: bool = False,
+        stored: Path | None = None,
     ) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.name, self.batch_size = model, batch_size
+        self.name, self.batch_size, self.stored = model, batch_size, stored
+        dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
         self.model = SentenceTransformer(
-            model,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32},
+            model, device=device, trust_remote_code=trust_remote_code, model_kwargs={"dtype": dtype}
         )
+        self.settings = {
+            "model": model,
+            "max_length": max_length,
+            "dtype": str(dtype).removeprefix("torch."),
+            "trust_remote_code": trust_remote_code,
+        }
         if max_length is not None:
             self.model.max_seq_length = max_length
 
@@ -60,13 +74,34 @@ class BiEncoder:
         """For each query the places of the k texts with the highest cosine, best first, by exact search.
 
         Raises:
-            ValueError: if the model gives vectors that are not finite.
+            ValueError: if the model gives vectors that are not finite, or `stored` holds those of other texts or of
+                another model.
         """
         progress = sys.stderr.isatty()
-        passages, questions = self.passages(texts, progress), self.queries(queries, progress)
+        if self.stored is None:
+            passages, questions = self.passages(texts, progress), self.queries(queries, progress)
+        else:
+            passages, questions = self._stored_vectors(self.stored, texts, queries, progress)
         blocks = questions.split(max(1, SCORES_AT_ONCE // len(texts)))
         for block in tqdm(blocks, desc=self.name, unit="block", disable=None):
             yield from (block @ passages.T).topk(min(k, len(texts))).indices.tolist()
+
+    def _stored_vectors(
+        self, path: Path, texts: Sequence[str], queries: Sequence[str], progress: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return vectors of passages and queries, of which those that an earlier run has stored are read."""
+        settings = {"texts": digest_texts(texts), "queries": digest_texts(queries), "weights": digest_model(self.name)}
+        output = FileOutput(path, settings | self.settings)
+        done = sum(1 for _ in output.lines())
+        done -= done % TEXTS_AT_ONCE if done < len(texts) else (done - len(texts)) % TEXTS_AT_ONCE
+        output.keep(done)
+        for first, some, encode in ((0, texts, self.passages), (len(texts), queries, self.queries)):
+            for start in range(max(0, done - first), len(some), TEXTS_AT_ONCE):
+                vectors = encode(some[start : start + TEXTS_AT_ONCE], progress)
+                output.append(b64encode(vector.tobytes()).decode() for vector in vectors.cpu().numpy())
+        found = np.stack([np.frombuffer(b64decode(line), dtype=np.float32) for line in output.lines()])
+        passages, questions = torch.from_numpy(found).to(self.model.device).split([len(texts), len(queries)])
+        return passages, questions
 
     def _vectors(self, encode: Callable[..., Tensor], texts: Sequence[str], progress: bool) -> Tensor:
         vectors = encode(list(texts), batch_size=self.batch_size, show_progress_bar=progress, convert_to_tensor=True)

@@ -9,19 +9,21 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset, AbsRerankerDataArguments
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.losses import Reads
-from flagembedding_matryoshka.finetune.rows import INSTRUCTIONS, load_files, load_rows, sampled
+from flagembedding_matryoshka.finetune.rows import COLUMNS, INSTRUCTIONS, load_files, load_rows, sampled
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 RANDOM_MARGIN = 10.0
-"""How far a teacher's score of a passage drawn at random lies below the lowest of its row: a share of e^-10."""
+"""A random negative gets the row's lowest teacher score minus this margin, that is e^-10 of its softmax weight."""
 DRAWS = 100
+"""Draws of a random negative before the different texts of the file are listed."""
 ROWS_LOOKED_AT, PASSAGES_LOOKED_AT = 1000, 8
 """Of how many rows, and of how many passages of each, `MatryoshkaTrainDataset.cut_shares` speaks."""
 
@@ -54,7 +56,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         self.pair_tokenizer = PairTokenizer(tokenizer, template)
         args = copy.copy(args)
         args.sep_token = self.pair_tokenizer.template.between  # FlagEmbedding's dataset tokenises it
-        load_files(args.train_data, self.reads(args), args.cache_path, args.skip_bad_lines)
+        load_files(args.train_data, self.reads(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
         super().__init__(args, tokenizer)
 
     @classmethod
@@ -62,8 +64,14 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         """What of the rows."""
         return "scores" if args.knowledge_distillation else "labels"
 
+    @classmethod
+    def min_negatives(cls, args: AbsRerankerDataArguments) -> int:
+        """Return the least length of a row's `neg`, see `row_fault`."""
+        return 1
+
     def _load_dataset(self, file_path: str) -> Dataset:
-        rows = load_rows(file_path, self.reads(self.args), self.args.cache_path, self.args.skip_bad_lines)
+        args = self.args
+        rows = load_rows(file_path, self.reads(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
         rows = sampled(rows, file_path, self.args.max_example_num_per_dataset, self.seed)
         self._file_sizes.append(len(rows))
         return rows
@@ -90,6 +98,9 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
 
     Attributes:
         others: which texts of other rows `random_negatives` are drawn from.
+
+    Raises:
+        ValueError: if a file has too few different texts for the random negatives of one of its rows.
     """
 
     others = "pos"
@@ -104,8 +115,45 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         super().__init__(args, tokenizer, seed, template)
         starts = accumulate(self._file_sizes, initial=0)
         self._files = [(start, size) for start, size in zip(starts, self._file_sizes, strict=False) if size]
+        self._texts_of_files: dict[int, dict[str, str]] = {}
         # Shared with the workers of a data loader, which may live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @classmethod
+    def min_negatives(cls, args: AbsRerankerDataArguments) -> int:
+        """Return 0 if all negatives of a group are passages of other rows."""
+        return int(_count_random_negatives(args) < args.train_group_size - 1)
+
+    def _load_dataset(self, file_path: str) -> Dataset:
+        rows = super()._load_dataset(file_path)
+        if self.args.random_negatives:
+            self._refuse_few_texts(rows, file_path)
+        return rows
+
+    def _refuse_few_texts(self, rows: Dataset, path: str) -> None:
+        """Raise ValueError if a row of the file cannot get all of its random negatives."""
+        wanted = _count_random_negatives(self.args)
+        own_columns = [
+            rows.data.column(name) for name in COLUMNS[self.reads(self.args)] if not name.endswith("_scores")
+        ]
+        longest = 1 + sum(pc.max(pc.list_value_length(column)).as_py() or 0 for column in own_columns)
+        texts: set[str] = set()
+        for row in rows:
+            texts.update(map(_normalize, row[self.others]))
+            if len(texts) >= wanted + longest:
+                return
+        for number, row in enumerate(rows):
+            available = len(texts - self._own_texts(row))
+            if available < wanted:
+                raise ValueError(
+                    f"random_negatives={self.args.random_negatives} takes {wanted} passages of other rows into a group "
+                    f"of {self.args.train_group_size}, but {path} has {available} that are not in row {number} itself "
+                    f"(rows counted from 0; query {row['query']!r:.80})."
+                )
+
+    def _own_texts(self, row: dict[str, Any]) -> set[str]:
+        """Texts that are no random negative of the row, normalised."""
+        return set(map(_normalize, (row["query"], *self.passages_of(row))))
 
     def passages_of(self, row: dict[str, Any]) -> list[str]:
         """All of them."""
@@ -138,37 +186,44 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         positive = draw.randrange(len(row["pos"]))
-        others = self._passages_of_others(item, {*row["pos"], row["query"]}, draw)
+        others = self._passages_of_others(item, row, draw)
         negatives = _sample(len(row["neg"]), args.train_group_size - 1 - len(others), draw)
         passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives), *others]
         scores = None
         if args.knowledge_distillation:
             scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
-            lowest = min(*row["pos_scores"], *row["neg_scores"])
+            lowest = min([*row["pos_scores"], *row["neg_scores"]])
             scores += [lowest - RANDOM_MARGIN] * len(others)
         return self._sequences(row, passages), scores
 
-    def _passages_of_others(self, item: int, own: set[str], draw: random.Random) -> list[str]:
-        """As many passages of other rows of the same file as `random_negatives` asks for, none of them in `own`.
+    def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
+        """Draw as many passages of other rows of the same file as `random_negatives` asks for.
 
-        Raises:
-            ValueError: if the file has no other passage.
+        They differ from each other, from all passages of the row and from its query. White space and case make no
+        difference.
         """
-        wanted = round(self.args.random_negatives * (self.args.train_group_size - 1))
         first, size = next((first, size) for first, size in self._files if item < first + size)
-        others = []
-        for _ in range(wanted):
+        taken = self._own_texts(row)
+        others: list[str] = []
+        while len(others) < _count_random_negatives(self.args):
             for _ in range(DRAWS):
                 passage = draw.choice(self.dataset[first + draw.randrange(size)][self.others])
-                if passage not in own:
+                if _normalize(passage) not in taken:
                     break
             else:
-                raise ValueError(
-                    f"random_negatives={self.args.random_negatives}, but {DRAWS} rows drawn from the file of row "
-                    f"{item} have no passage that is not this row's own, {self.dataset[item]['query']!r:.80}."
-                )
+                # The file repeats few texts. `_refuse_few_texts` has found that there are enough of them.
+                texts = self._texts_of_file(first, size)
+                passage = draw.choice([text for key, text in texts.items() if key not in taken])
+            taken.add(_normalize(passage))
             others.append(passage)
         return others
+
+    def _texts_of_file(self, first: int, size: int) -> dict[str, str]:
+        """Return the different texts of rows `first` to `first + size - 1` by their normalised form."""
+        if first not in self._texts_of_files:
+            rows = self.dataset.select(range(first, first + size))
+            self._texts_of_files[first] = {_normalize(text): text for row in rows for text in row[self.others]}
+        return self._texts_of_files[first]
 
     def _in_pieces(self, text: str, draw: random.Random) -> str:
         """FlagEmbedding's `shuffle_ratio`: that share of the positives has its thirds in another order."""
@@ -198,13 +253,25 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         own = self.passages_of(row)
-        others = self._passages_of_others(item, {*own, row["query"]}, draw)
+        others = self._passages_of_others(item, row, draw)
         drawn = _sample(len(own), args.train_group_size - len(others), draw)
         return self._sequences(row, [*(own[index] for index in drawn), *others]), None
 
 
+def _count_random_negatives(args: AbsRerankerDataArguments) -> int:
+    """Return how many passages of a group are random negatives."""
+    return round(args.random_negatives * (args.train_group_size - 1))
+
+
+def _normalize(text: str) -> str:
+    """Return what two texts have in common that differ in white space and case alone."""
+    return " ".join(text.split()).casefold()
+
+
 def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
-    """`wanted` of `size` places; where there are fewer, they are drawn again."""
+    """Draw `wanted` of `size` places, each of them ceil(wanted / size) times at most."""
+    if not wanted:
+        return []
     return draw.sample(list(range(size)) * math.ceil(wanted / size), wanted)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ir_measures
 import numpy as np
-from ir_measures import RR, nDCG
 from transformers import EvalPrediction
+
+from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 
 PADDING = -100
 """Stands behind the end of a list in scores and labels, as `Trainer` pads them."""
@@ -29,20 +29,29 @@ def rank_checkpoints(args: Any) -> None:
 def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[str, float]:
     """MRR@10 and nDCG@10 of each exit, `layer_{exit}_MRR@10`, and their means over the exits, `MRR@10`.
 
+    Of equal scores those of passages that are not relevant come first.
+
     Args:
         prediction: scores (queries, longest list, exits) and labels (queries, longest list), 1 on relevant passages.
+
+    Raises:
+        ValueError: if a score is NaN, with its exit and query.
     """
     scores, labels = np.asarray(prediction.predictions, dtype=float), np.asarray(prediction.label_ids)
-    places = [(query, place) for query, place in np.ndindex(labels.shape) if labels[query, place] != PADDING]
-    qrels = [ir_measures.Qrel(str(query), str(place), int(labels[query, place])) for query, place in places]
+    is_padding = labels == PADDING
+    unordered = np.argwhere(np.isnan(scores) & ~is_padding[..., None])
+    if len(unordered):
+        query, place, number = unordered[0].tolist()
+        raise ValueError(
+            f"layer {exits[number]} gives passage {place} of query {query} of the evaluation data (both counted from "
+            f"0) the score NaN, as it does {len(unordered) - 1} more scores: the model does not rank any more. Lower "
+            "the learning rate, or resume from a checkpoint before it."
+        )
     metrics: dict[str, float] = {}
     for number, layer in enumerate(exits):
-        run = [
-            ir_measures.ScoredDoc(str(query), str(place), float(scores[query, place, number]))
-            for query, place in places
-        ]
-        measured = ir_measures.calc_aggregate([RR @ 10, nDCG @ 10], qrels, run)
-        metrics[f"layer_{layer}_MRR@10"], metrics[f"layer_{layer}_nDCG@10"] = measured[RR @ 10], measured[nDCG @ 10]
+        ranked = rank_grades(scores[..., number], labels, is_padding)
+        metrics[f"layer_{layer}_MRR@10"] = float(reciprocal_rank(ranked, 10).mean())
+        metrics[f"layer_{layer}_nDCG@10"] = float(ndcg(ranked, 10).mean())
     for name in ("MRR@10", "nDCG@10"):
         metrics[name] = sum(metrics[f"layer_{layer}_{name}"] for layer in exits) / len(exits)
     return metrics

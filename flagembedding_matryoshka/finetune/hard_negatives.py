@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flagembedding_matryoshka.files import replacing
-from flagembedding_matryoshka.finetune.miners import Miner, add_miners, best_ranks, make_miners
+from flagembedding_matryoshka.finetune.miners import Miner, add_miners, best_ranks, make_miners, vectors_path
 from flagembedding_matryoshka.text.collections import Collection, bm25_lists, read_collection
+from flagembedding_matryoshka.text.output import remove_output
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     collection = read_collection(options.data, options.split)
     rows = mine(collection, options.negatives, options.first, options.last, options.seed, load_miners())
     count = write_rows(options.output, rows)
+    remove_output(vectors_path(options.output))
     print(f"Wrote {count} rows to {options.output}.")
 
 

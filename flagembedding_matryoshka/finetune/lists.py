@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
-from flagembedding_matryoshka.finetune.miners import Miner, add_miners, best_ranks, make_miners
+from flagembedding_matryoshka.finetune.miners import Miner, add_miners, best_ranks, make_miners, vectors_path
 from flagembedding_matryoshka.text.collections import read_texts
+from flagembedding_matryoshka.text.output import remove_output
 
 logger = logging.getLogger(__name__)
 FEWEST = 2
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     passages, queries = (list(read_texts(options.data / name).values()) for name in ("corpus.jsonl", "queries.jsonl"))
     count = write_rows(options.output, make_lists(passages, list(dict.fromkeys(queries)), options.top_k, load_miners()))
+    remove_output(vectors_path(options.output))
     print(f"Wrote {count} rows to {options.output}.")
 
 

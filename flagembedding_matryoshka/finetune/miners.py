@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 from flagembedding_matryoshka.text.collections import bm25_lists
@@ -24,6 +25,11 @@ def best_ranks(lists: Sequence[Sequence[int]]) -> dict[int, int]:
     return ranks
 
 
+def vectors_path(output: Path) -> Path:
+    """Return where the vectors of a command lie until its output is complete."""
+    return output.with_name(f"{output.name}.vectors")
+
+
 def add_miners(parser: argparse.ArgumentParser) -> None:
     """Options that say what finds passages."""
     parser.add_argument("--miner", choices=["bm25", "bi_encoder", "both"], default="bm25", help="whose ranks")
@@ -38,7 +44,10 @@ def add_miners(parser: argparse.ArgumentParser) -> None:
 
 
 def make_miners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[], list[Miner]]:
-    """What loads the miners asked for; options that contradict each other end the program here, before data is read."""
+    """What loads the miners asked for; options that contradict each other end the program here, before data is read.
+
+    The vectors of a bi-encoder are stored beside `options.output`, see `vectors_path`.
+    """
     given = {name: value for name, value in vars(options).items() if name in ENCODER_OPTIONS}
     if options.miner != "bm25" and options.bi_encoder is None:
         parser.error(f"--miner {options.miner} needs --bi_encoder")
@@ -48,7 +57,7 @@ def make_miners(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     def load() -> list[Miner]:
         miners: list[Miner] = [] if options.miner == "bi_encoder" else [bm25_lists]
         if options.miner != "bm25":
-            miners.append(BiEncoder(options.bi_encoder, **given).lists)
+            miners.append(BiEncoder(options.bi_encoder, **given, stored=vectors_path(options.output)).lists)
         return miners
 
     return load

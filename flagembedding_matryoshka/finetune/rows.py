@@ -68,12 +68,15 @@ def training_files(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False) -> Dataset:
+def load_rows(
+    path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False, min_negatives: int = 1
+) -> Dataset:
     """The rows of a file, memory-mapped, of the columns that are read; a file is parsed once and then in the cache.
 
     Args:
         cache_dir: of `datasets`; None is its own.
         skip_bad_lines: leave out lines that are wrong, and warn how many and of the first, instead of raising.
+        min_negatives: as for `row_fault`.
 
     Raises:
         ValueError: naming file, line and what is wrong with the first line that is.
@@ -81,13 +84,13 @@ def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bo
     columns = {"query": Value("string"), **COLUMNS[reads], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
     features = Features({**columns, "fault": Value("string")})
     stat = os.stat(path)
-    key = [LAYOUT, reads, os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+    key = [LAYOUT, reads, min_negatives, os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
     try:
         rows = Dataset.from_generator(
             _arrow_rows,
             features=features,
             cache_dir=cache_dir,
-            gen_kwargs={"path": path, "reads": reads},
+            gen_kwargs={"path": path, "reads": reads, "min_negatives": min_negatives},
             fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
         )
     except DatasetGenerationError as error:
@@ -107,53 +110,65 @@ def load_rows(path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bo
 
 
 def load_files(
-    paths: Sequence[str], reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False
+    paths: Sequence[str], reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False, min_negatives: int = 1
 ) -> list[Dataset]:
     """`load_rows` of several files.
 
     Raises:
         ValueError: beside that, if there is no row in any of them.
     """
-    files = [load_rows(path, reads, cache_dir, skip_bad_lines) for path in paths]
+    files = [load_rows(path, reads, cache_dir, skip_bad_lines, min_negatives) for path in paths]
     if not any(map(len, files)):
         raise ValueError(f"there is no row in {', '.join(paths)}")
     return files
 
 
 def sampled(rows: Dataset, path: str, limit: int, seed: int) -> Dataset:
-    """At most `limit` rows of the file at `path`, drawn by `seed`."""
+    """Draw at most `limit` rows of the file at `path`, by `seed` and the file's name, in whatever directory it lies."""
     if len(rows) <= limit:
         return rows
-    return rows.select(random.Random(f"{seed}-{path}").sample(range(len(rows)), limit))
+    return rows.select(random.Random(f"{seed}-{Path(path).name}").sample(range(len(rows)), limit))
 
 
-def _arrow_rows(path: str, reads: Reads) -> Iterator[dict[str, Any]]:
+def _arrow_rows(path: str, reads: Reads, min_negatives: int) -> Iterator[dict[str, Any]]:
     """Every row, or what is wrong with it under `fault`; `NO_ROW` of a file without any, which cannot be cached."""
     names = ("query", *COLUMNS[reads], *INSTRUCTIONS)
     number = 0
-    for number, row, fault in read_rows(Path(path), partial(row_fault, reads=reads)):
+    check = partial(row_fault, reads=reads, min_negatives=min_negatives)
+    for number, row, fault in read_rows(Path(path), check):
         if row is None:
             yield {**dict.fromkeys(names), "fault": f"line {number}: {fault}"}
             continue
         if reads == "passages":
             row.setdefault("passages", [*row.get("pos", ()), *row.get("neg", ())])
+        elif reads == "scores":
+            row["neg_scores"] = row.get("neg_scores") or []  # missing only where `neg` is empty
         yield {**{name: row.get(name) for name in names}, "fault": None}
     if number == 0:
         yield {**dict.fromkeys(names), "fault": NO_ROW}
 
 
-def row_fault(row: dict[str, Any], reads: Reads) -> str | None:
-    """What is wrong with a row of which so much is read, None if nothing is."""
+def row_fault(row: dict[str, Any], reads: Reads, min_negatives: int = 1) -> str | None:
+    """Return what is wrong with a row of which `reads` is read, None if nothing is.
+
+    Args:
+        min_negatives: least length of `neg`, 0 or 1. 0 is for groups whose negatives are all drawn from other rows: an
+            empty `neg` needs no `neg_scores`, and `passages` may be a single one.
+    """
     if not isinstance(row.get("query"), str):
         return f"query must be a string, got {row.get('query')!r:.200}"
     for name in INSTRUCTIONS:
         if not isinstance(row.get(name), str | None):
             return f"{name} must be a string where it is given, got {row[name]!r:.200}"
     if reads == "passages" and "passages" in row:
-        return _texts_fault(row, "passages", 2)
-    for name in LABELS:
-        if fault := _texts_fault(row, name, 1):
-            return fault if reads != "passages" else f"{fault}; or passages, a list of at least two"
+        return _texts_fault(row, "passages", 1 + min_negatives)
+    for name, least in (("pos", 1), ("neg", min_negatives)):
+        if fault := _texts_fault(row, name, least):
+            return (
+                fault
+                if reads != "passages"
+                else f"{fault}; or passages, a list of at least {('one', 'two')[min_negatives]}"
+            )
         if reads != "passages" and (fault := _scores_fault(row, name, reads)):
             return fault
     return None
@@ -163,13 +178,14 @@ def _texts_fault(row: dict[str, Any], name: str, least: int) -> str | None:
     texts = row.get(name)
     if isinstance(texts, list) and len(texts) >= least and all(isinstance(text, str) for text in texts):
         return None
-    return f"{name} must be a list of at least {('one string', 'two strings')[least - 1]}, got {texts!r:.200}"
+    wanted = ("strings", "at least one string", "at least two strings")[least]
+    return f"{name} must be a list of {wanted}, got {texts!r:.200}"
 
 
 def _scores_fault(row: dict[str, Any], name: str, reads: Reads) -> str | None:
     scores, wanted = row.get(f"{name}_scores"), len(row[name])
     if scores is None:
-        if reads == "labels":
+        if reads == "labels" or not wanted:
             return None
         free = [method for method, parts in TRAIN_METHODS.items() if parts.reads == "labels"]
         return f"{name}_scores is missing. Methods that need no teacher scores: {', '.join(free)}"

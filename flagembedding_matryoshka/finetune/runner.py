@@ -24,6 +24,7 @@ from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, 
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.finetune.adoption import adopt
+from flagembedding_matryoshka.finetune.averaging import refuse_impossible_average
 from flagembedding_matryoshka.finetune.checkpoints import resolve
 from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.data import (
@@ -101,7 +102,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             )
         with training_args.main_process_first(desc="reading the training files"):
             options = data_args.cache_path, data_args.skip_bad_lines
-            files = load_files(data_args.train_data, self.method.reads, *options)
+            min_negatives = self._dataset_class.min_negatives(data_args)
+            files = load_files(data_args.train_data, self.method.reads, *options, min_negatives)
             limit = data_args.max_example_num_per_dataset
             used = (
                 sampled(rows, path, limit, training_args.seed)
@@ -122,6 +124,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
                 f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
                 f"{training_args.load_best_model_at_end} need eval_data: lists to rank."
             )
+        refuse_impossible_average(training_args)
         output_dir = Path(training_args.output_dir)
         training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
         resumed = training_args.resume_from_checkpoint is not None
@@ -251,11 +254,14 @@ class MatryoshkaRunner(AbsRerankerRunner):
         )
         return get_peft_model(model, config)
 
+    @property
+    def _dataset_class(self) -> type[MatryoshkaTrainDataset]:
+        return UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
+
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Groups of pairs."""
         template = Template.load(self.model.config.template)
-        kind = UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
-        return kind(self.data_args, self.tokenizer, self.training_args.seed, template)
+        return self._dataset_class(self.data_args, self.tokenizer, self.training_args.seed, template)
 
     def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
         if self.data_args.eval_data is None:

@@ -2,15 +2,18 @@
 
 python -m flagembedding_matryoshka.finetune.teacher_scores --input train.jsonl --output scored.jsonl --model NAME
 
+Scores are appended to OUTPUT.partial. A run that was stopped continues there when it is called again.
+
 `flagembedding-matryoshka score` is another command: it scores pairs with a re-ranker.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from flagembedding_matryoshka.finetune.digests import digest_files, digest_model
 from flagembedding_matryoshka.finetune.hard_negatives import write_rows
 from flagembedding_matryoshka.finetune.rows import row_fault
 from flagembedding_matryoshka.finetune.teachers import (
@@ -29,17 +33,22 @@ from flagembedding_matryoshka.finetune.teachers import (
     flag_embedding_teacher,
 )
 from flagembedding_matryoshka.text.lines import good_rows
+from flagembedding_matryoshka.text.output import FileOutput
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256
 Row = dict[str, Any]
+Scores = dict[str, list[float]]
+"""`pos_scores` and `neg_scores` of a row."""
 TEACHERS: dict[str, Callable[..., Scorer]] = {
     "flagembedding": flag_embedding_teacher,
-    "sentence_transformers": cross_encoder_teacher,
+    "cross_encoder": cross_encoder_teacher,
     "bi_encoder": bi_encoder_teacher,
     "bm25": bm25_teacher,
 }
+ALIASES = {"sentence_transformers": "cross_encoder"}
+"""First names of backends, which are accepted."""
 MODEL_DEFAULTS = {
     "model": None,
     "batch_size": 64,
@@ -51,40 +60,72 @@ MODEL_DEFAULTS = {
 # The options that a backend takes, as they are where they are not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "flagembedding": {**MODEL_DEFAULTS, "model_class": None},
-    "sentence_transformers": MODEL_DEFAULTS,
+    "cross_encoder": {
+        **MODEL_DEFAULTS,
+        "max_length": None,
+        "query_max_length": None,
+        "scale": 1.0,
+        "use_bf16": False,
+        "cutoff_layers": None,
+        "compress_layers": None,
+        "compress_ratio": 1,
+    },
     "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0, "use_bf16": False},
     "bm25": {"scale": 1.0},
 }
 
 
-def add_scores(path: Path, scorer: Scorer, total: int, add: bool = False) -> Iterator[Row]:
-    """The rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
+def score_rows(path: Path, scorer: Scorer, add: bool = False, done: int = 0) -> Iterator[list[Scores]]:
+    """Score the rows of a training file behind the first `done`, ROWS_AT_ONCE at a time.
 
     Args:
-        total: how many rows there are.
-        add: whether scores are added to those that the rows have; they replace them otherwise.
+        add: add the scores to those that the rows have.
 
     Raises:
         ValueError: if the teacher gives anything but one finite number for each pair.
     """
-    given = good_rows(path, partial(row_fault, reads="scores" if add else "labels"))
-    with tqdm(total=total, desc="scoring", unit="row", disable=None) as progress:
-        while rows := list(islice(given, ROWS_AT_ONCE)):
-            pairs = [(row["query"], passage) for row in rows for passage in (*row["pos"], *row["neg"])]
-            scores = np.asarray(scorer(pairs), dtype=np.float64)
-            if scores.shape != (len(pairs),):
-                raise ValueError(f"the teacher gave scores of shape {scores.shape} for {len(pairs)} pairs")
-            for pair, score in zip(pairs, scores, strict=True):
-                if not np.isfinite(score):
-                    raise ValueError(f"the teacher gave {score} for {pair!r:.200}")
-            if add:
-                scores += [score for row in rows for score in (*row["pos_scores"], *row["neg_scores"])]
-            rest = iter(scores.tolist())
-            for row in rows:
-                row["pos_scores"] = list(islice(rest, len(row["pos"])))
-                row["neg_scores"] = list(islice(rest, len(row["neg"])))
-                yield row
-            progress.update(len(rows))
+    given = islice(_read(path, add), done, None)
+    while rows := list(islice(given, ROWS_AT_ONCE)):
+        pairs = [(row["query"], passage) for row in rows for passage in (*row["pos"], *row["neg"])]
+        scores = np.asarray(scorer(pairs), dtype=np.float64)
+        if scores.shape != (len(pairs),):
+            raise ValueError(f"the teacher gave scores of shape {scores.shape} for {len(pairs)} pairs")
+        for pair, score in zip(pairs, scores, strict=True):
+            if not np.isfinite(score):
+                raise ValueError(f"the teacher gave {score} for {pair!r:.200}")
+        if add:
+            scores += [score for row in rows for score in (*row["pos_scores"], *(row.get("neg_scores") or ()))]
+        rest = iter(scores.tolist())
+        yield [
+            {"pos_scores": list(islice(rest, len(row["pos"]))), "neg_scores": list(islice(rest, len(row["neg"])))}
+            for row in rows
+        ]
+
+
+def join_scores(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
+
+    Args:
+        lines: the scores of each row in JSON.
+    """
+    for row, line in zip(_read(path), lines, strict=True):
+        yield row | json.loads(line)
+
+
+def _read(path: Path, add: bool = False) -> Iterator[Row]:
+    return good_rows(path, partial(row_fault, reads="scores" if add else "labels", min_negatives=0))
+
+
+def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the scores depend on; another batch size or device changes no more than rounding."""
+    given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
+    return {
+        "input": digest_files([options.input], options.input.parent),
+        "backend": options.backend,
+        "add": options.add,
+        "weights": digest_model(teacher["model"]) if "model" in teacher else None,
+        **given,
+    }
 
 
 def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
@@ -100,7 +141,7 @@ def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
         limit = max(row["pos_scores"]) - margin
         kept = [place for place, score in enumerate(row["neg_scores"]) if score <= limit]
         read, negatives, dropped = read + 1, negatives + len(row["neg"]), dropped + len(row["neg"]) - len(kept)
-        if not kept:
+        if row["neg"] and not kept:
             left_out += 1
             continue
         yield {**row, **{name: [row[name][place] for place in kept] for name in ("neg", "neg_scores")}}
@@ -112,7 +153,7 @@ def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
 def raise_positives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
     """The rows with every positive's score at least their best negative's + `margin`."""
     for row in rows:
-        least = max(row["neg_scores"]) + margin
+        least = max(row["neg_scores"], default=-math.inf) + margin
         yield {**row, "pos_scores": [max(score, least) for score in row["pos_scores"]]}
 
 
@@ -122,7 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, required=True, help="a training file")
     parser.add_argument("--output", type=Path, required=True, help="the same with scores")
     parser.add_argument(
-        "--backend", choices=list(TEACHERS), default="flagembedding", help="kind of teacher (default: %(default)s)"
+        "--backend",
+        choices=[*TEACHERS, *ALIASES],
+        default="flagembedding",
+        help="kind of teacher (default: %(default)s); cross_encoder is a CrossEncoder of sentence-transformers or a "
+        "layer-wise re-ranker, such as what fine-tuning wrote or smollm2 (sentence_transformers is its first name)",
     )
     parser.add_argument("--add", action="store_true", help="add the scores to those that the rows have")
     parser.add_argument(
@@ -140,18 +185,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = parser.add_argument_group("of the teacher", argument_default=argparse.SUPPRESS)
     teacher.add_argument("--model", help="name or path, for every backend but bm25")
     teacher.add_argument("--model_class", help="FlagEmbedding's, such as encoder-only-base, if the name does not tell")
-    teacher.add_argument("--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of bm25's scores (1)")
+    teacher.add_argument(
+        "--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of cross_encoder's and bm25's scores (1)"
+    )
     teacher.add_argument("--batch_size", type=int, help="pairs, or bi_encoder's texts, at once (default: 64)")
     teacher.add_argument(
-        "--max_length", type=int, help="tokens of a pair (default: 512), of bi_encoder's text (the model's own limit)"
+        "--max_length",
+        type=int,
+        help="tokens of a pair (default: 512, or a layer-wise model's own), or of bi_encoder's text (its own limit)",
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
     teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
-    teacher.add_argument("--use_bf16", action="store_true", help="encode in bfloat16: bi_encoder's alone")
+    teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16: bi_encoder and cross_encoder")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
+    student = parser.add_argument_group("of a layer-wise cross_encoder", argument_default=argparse.SUPPRESS)
+    student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
+    student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")
+    student.add_argument("--compress_ratio", type=int, help="1 (default), 2, 4 or 8 tokens become one there")
+    student.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's own)")
     options = parser.parse_args(arguments)
+    options.backend = ALIASES.get(options.backend, options.backend)
     if options.output.resolve() == options.input.resolve():
         parser.error(f"--output {options.output} is the input")
+    if options.output.is_dir():
+        parser.error(f"--output {options.output} is a directory: name a file")
     settings = dict(DEFAULTS[options.backend])
     known = set().union(*DEFAULTS.values())
     given = {name: value for name, value in vars(options).items() if name in known}
@@ -159,22 +216,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in settings:
             parser.error(f"--{name} is nothing that --backend {options.backend} takes")
     settings |= given
+    if settings.get("use_fp16") and settings.get("use_bf16"):
+        parser.error("--use_fp16 and --use_bf16 contradict each other")
     if settings.get("model", "") is None:
         parser.error(f"--backend {options.backend} needs --model")
-    read = partial(good_rows, options.input, partial(row_fault, reads="scores" if options.add else "labels"))
-    total = sum(1 for _ in read())
+    total = sum(1 for _ in _read(options.input, options.add))
     if not total:
         parser.error(f"--input {options.input} has no row")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.backend == "bm25":
-        settings["texts"] = list(dict.fromkeys(text for row in read() for text in (*row["pos"], *row["neg"])))
-    rows = add_scores(options.input, TEACHERS[options.backend](**settings), total, options.add)
-    if options.drop_margin is not None:
-        rows = drop_false_negatives(rows, options.drop_margin)
-    if options.raise_positive is not None:
-        rows = raise_positives(rows, options.raise_positive)
-    count = write_rows(options.output, rows)
+    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), _settings_of(options, settings))
+    try:
+        _complete(scores, options, settings, total)
+        rows: Iterable[Row] = join_scores(options.input, scores.lines())
+        if options.drop_margin is not None:
+            rows = drop_false_negatives(rows, options.drop_margin)
+        if options.raise_positive is not None:
+            rows = raise_positives(rows, options.raise_positive)
+        count = write_rows(options.output, rows)
+    except BaseException:
+        if not scores.end:
+            scores.remove()
+        raise
+    scores.remove()
     print(f"Wrote {count} rows to {options.output}.")
+
+
+def _complete(scores: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], total: int) -> None:
+    """Append the scores that an earlier run has not written, from the first of its batches that is not whole."""
+    done = sum(1 for _ in scores.lines())
+    if done == total:
+        return
+    done -= done % ROWS_AT_ONCE
+    scores.keep(done)
+    if done:
+        logger.info("%s has the scores of %d of %d rows", scores.path, done, total)
+    if options.backend == "bm25":
+        texts = dict.fromkeys(text for row in _read(options.input) for text in (*row["pos"], *row["neg"]))
+        teacher = {**teacher, "texts": list(texts)}
+    with tqdm(initial=done, total=total, desc="scoring", unit="row", disable=None) as progress:
+        for found in score_rows(options.input, TEACHERS[options.backend](**teacher), options.add, done):
+            scores.append(map(json.dumps, found))
+            progress.update(len(found))
 
 
 def _finite(text: str) -> float:

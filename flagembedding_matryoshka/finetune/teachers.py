@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.finetune.student_teacher import StudentTeacher, is_layer_wise
 from flagembedding_matryoshka.text.collections import bm25_scorer
 
 FLOATS_KEPT = 2**28
@@ -39,20 +40,60 @@ def flag_embedding_teacher(model: str, batch_size: int, max_length: int, device:
 
 
 def cross_encoder_teacher(
-    model: str, batch_size: int, max_length: int, device: str | None, use_fp16: bool, trust_remote_code: bool
+    model: str,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    device: str | None = None,
+    use_fp16: bool = False,
+    use_bf16: bool = False,
+    trust_remote_code: bool = False,
+    scale: float = 1.0,
+    **student: Any,
 ) -> Scorer:
-    """Raw scores of a sentence-transformers `CrossEncoder`, no sigmoid applied."""
-    from sentence_transformers import CrossEncoder
+    """`scale` times the raw scores of a cross-encoder, no sigmoid applied.
 
-    encoder = CrossEncoder(
-        model,
-        max_length=max_length,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        activation_fn=torch.nn.Identity(),
-        model_kwargs={"dtype": torch.float16 if use_fp16 else torch.float32},
-    )
-    return lambda pairs: encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False)
+    Args:
+        model: a layer-wise checkpoint, which `StudentTeacher` scores with, or any that sentence-transformers'
+            `CrossEncoder` loads.
+        max_length: tokens of a pair; None is 512, or a layer-wise checkpoint's own.
+        student: of a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
+
+    Raises:
+        ValueError: if these are given for a model without exits, or are none that the checkpoint has.
+    """
+    dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
+    score: Scorer
+    if is_layer_wise(model):
+        score = StudentTeacher(
+            model,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **student,
+        )
+    else:
+        given = {name: value for name, value in student.items() if value not in (None, 1)}
+        if given:
+            raise ValueError(
+                f"{model} is no layer-wise checkpoint, which alone has exits and widths: leave out {given}."
+            )
+        from sentence_transformers import CrossEncoder
+
+        encoder = CrossEncoder(
+            model,
+            max_length=max_length or 512,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            activation_fn=torch.nn.Identity(),
+            model_kwargs={"dtype": dtype},
+        )
+
+        def score(pairs: list[tuple[str, str]]) -> np.ndarray:
+            return encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False)
+
+    return lambda pairs: scale * np.asarray(score(pairs))
 
 
 def bi_encoder_teacher(model: str, scale: float, **options: Any) -> Scorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,25 +13,20 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from flagembedding_matryoshka.checkpoints.export import remove_written
+from flagembedding_matryoshka.finetune.averaging import SavedSteps, average_weights
 from flagembedding_matryoshka.finetune.balancing import BalancedSampler
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.effort import Effort
 from flagembedding_matryoshka.finetune.evaluation import PADDING
+from flagembedding_matryoshka.finetune.resuming import DataOrder, seed_workers_apart
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
 
-
-class StartEpoch(TrainerCallback):
-    """Tells the data which epoch begins, in any number of processes and after a resume too."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kwargs["train_dataloader"].dataset.start_epoch(int(state.epoch or 0))
+logger = logging.getLogger(__name__)
 
 
 class MatryoshkaTrainer(AbsRerankerTrainer):
@@ -54,7 +50,13 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         super().__init__(*args, **kwargs)
         if self.accelerator.is_fsdp2:
             keep_loss_in_float32(self.accelerator.state.fsdp_plugin)
-        self.add_callback(StartEpoch())
+        self.add_callback(DataOrder())
+        self.add_callback(SavedSteps())
+        if self.args.average_last > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed: their checkpoints are "
+                "shards."
+            )
         self.eval_collator = eval_collator
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
@@ -83,6 +85,32 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         batch_size, passes = args.train_batch_size, args.gradient_accumulation_steps
         rows: Any = sampler.data_source
         return BalancedSampler(rows, seed, batch_size, args.world_size, passes)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in transformers; the seeds of workers are not drawn from what dropout is drawn from."""
+        return seed_workers_apart(super().get_train_dataloader())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; `average_last` states are averaged then, and evaluated where there is data for it."""
+        output = super().train(*args, **kwargs)
+        count = self.args.average_last
+        if count > 1:
+            saved = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedSteps))
+            checkpoints = saved.checkpoints(self.args, self.state.global_step)
+            learnt = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            average_weights(learnt, checkpoints, self._load_from_checkpoint)
+            names = ", ".join(path.name for path in reversed(checkpoints))
+            logger.info("The weights are the mean of %s and of step %d.", names, self.state.global_step)
+            if self.eval_dataset is not None:
+                self.evaluate(metric_key_prefix="average")
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers takes one more step where a checkpoint of the last step, within an epoch, is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward pass, under autocast without peft's own cast of each adapter's input.
@@ -152,7 +180,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         training = self.data_collator, self.args.dataloader_drop_last
         self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return seed_workers_apart(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator, self.args.dataloader_drop_last = training
 

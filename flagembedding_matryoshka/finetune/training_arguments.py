@@ -82,6 +82,13 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "number or the gradients explode, which is warned of anyway."
         },
     )
+    average_last: int = field(
+        default=1,
+        metadata={
+            "help": "Write the mean of the weights of this many states: the final one and the last checkpoints before "
+            "it. save_total_limit must keep as many, and one more with eval_data."
+        },
+    )
     warmup_ratio: float | None = field(
         default=None, metadata={"help": "Share of the steps in which the learning rate rises; or give warmup_steps."}
     )

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import CrossEncoder
@@ -17,7 +17,8 @@ from transformers.utils import cached_file
 from flagembedding_matryoshka.checkpoints.gguf import resolve
 from flagembedding_matryoshka.checkpoints.loading import hub_options
 from flagembedding_matryoshka.checkpoints.shipped import locate
-from flagembedding_matryoshka.inference.inputs import as_count, as_lists
+from flagembedding_matryoshka.inference.fusion import AUTO, as_weight, best_first, fuse, read_first_stage
+from flagembedding_matryoshka.inference.inputs import as_count, as_lists, excerpt
 from flagembedding_matryoshka.integrations.sentence_transformers import KWARGS, MatryoshkaModule
 
 HUB = ("token", "cache_folder", "revision", "local_files_only", "trust_remote_code")
@@ -29,13 +30,24 @@ FIRST_NAMES = {
     "cache_dir": "cache_folder",
 }
 """Arguments of CrossEncoder that have been renamed, and are read under both names."""
+OF_FUSION = ("first_stage_scores", "first_stage", "fusion")
 
 
 class MatryoshkaCrossEncoder(CrossEncoder):
-    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes."""
+    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes, and a first stage's scores."""
 
     def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `CrossEncoder.predict`, of any iterable of pairs."""
+        """As `CrossEncoder.predict`, of any iterable of pairs.
+
+        Raises:
+            TypeError: as `CrossEncoder.predict`, and if an argument of `rank` is given that fuses scores.
+        """
+        for name in OF_FUSION:
+            if kwargs.pop(name, None) is not None:
+                raise TypeError(
+                    f"{name} is an argument of rank, which fuses the scores of one query's documents with those of the "
+                    "first stage: leave it out here."
+                )
         return super().predict(list(inputs) if isinstance(inputs, Iterator) else inputs, *args, **kwargs)
 
     def rank(  # type: ignore[override]
@@ -52,20 +64,35 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         device: str | list[str | torch.device] | None = None,
         pool: dict[str, Any] | None = None,
         chunk_size: int | None = None,
+        first_stage_scores: Iterable[float | None] | None = None,
+        first_stage: Literal["order"] | None = None,
+        fusion: float | None = None,
         **depth_and_width: Any,
     ) -> list[dict[str, int | float | str]]:
         """As `CrossEncoder.rank`, by the scores before the activation, which may make some equal.
 
         Args:
+            first_stage_scores, first_stage, fusion: as of `MatryoshkaReranker.rank`. Documents then rank by the fused
+                score, z(score before the activation) + fusion · z(first-stage score). "auto" is no weight here, because
+                a CrossEncoder reads no plan.
             depth_and_width: `cutoff_layers`, `compress_layers` and `compress_ratio`.
 
+        Returns:
+            As `CrossEncoder.rank`, with first-stage scores also "first_stage_score" and "fused_score" of each document.
+
         Raises:
-            TypeError: if `documents` is no list of strings, or an argument is unknown.
-            ValueError: if `top_k` is less than 1.
+            TypeError: if `documents` is no list of strings, an argument is unknown, or a first-stage score or `fusion`
+                is no number.
+            ValueError: if `top_k` is less than 1, there is not a finite first-stage score for each document, both forms
+                of first-stage scores are given, they are given without `fusion` or `fusion` without them, or it is
+                negative, not finite or "auto".
         """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
         (query,), (documents,) = as_lists([query], [documents])
+        of_query = None if first_stage_scores is None else [first_stage_scores]
+        ((_, _, first),) = read_first_stage([(query, documents)], of_query, first_stage)
+        weight = _weight(fusion, has_first_stage=first is not None)
         if not documents:
             return []
         raw = self.predict(
@@ -83,10 +110,42 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         )
         raw = raw.float().cpu()
         scores = (activation_fn or self.activation_fn or nn.Identity())(raw).tolist()
-        return [
-            {"corpus_id": index, "score": scores[index]} | ({"text": documents[index]} if return_documents else {})
-            for index in raw.argsort(descending=True, stable=True)[:top_k].tolist()
+        hits: list[dict[str, int | float | str]] = [
+            {"corpus_id": index, "score": score} for index, score in enumerate(scores)
         ]
+        order = raw.argsort(descending=True, stable=True)
+        if first is not None and weight is not None:
+            fused = fuse(raw, torch.tensor(first, dtype=torch.float64), weight)
+            order = best_first(fused, raw)
+            for hit, of_first_stage, of_both in zip(hits, first, fused.tolist(), strict=True):
+                hit |= {"first_stage_score": of_first_stage, "fused_score": of_both}
+        return [
+            hits[index] | ({"text": documents[index]} if return_documents else {}) for index in order[:top_k].tolist()
+        ]
+
+
+def _weight(fusion: Any, has_first_stage: bool) -> float | None:
+    """The weight of the first stage's scores; None without such scores.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if there are scores and no weight, or a weight and no scores, or it is "auto", negative or not
+            finite.
+    """
+    if fusion is None and not has_first_stage:
+        return None
+    if fusion is None:
+        raise ValueError("first_stage_scores and first_stage need a weight: give fusion=, a number of at least 0.")
+    if not has_first_stage:
+        raise ValueError(
+            f"fusion={excerpt(fusion)} needs the first stage's scores: give first_stage_scores, or first_stage='order' "
+            "for documents in its order."
+        )
+    if isinstance(fusion, str) and fusion == AUTO:
+        raise ValueError(
+            f"fusion={AUTO!r}: a CrossEncoder reads no plan. Give a number, such as MatryoshkaReranker's plan.fusion."
+        )
+    return as_weight(fusion)
 
 
 def load_cross_encoder(

@@ -16,9 +16,12 @@ from flagembedding_matryoshka.integrations.ranking import Ranking
 
 @component
 class MatryoshkaRanker:
-    """Keeps the best documents, the best first, with our score instead of the retriever's.
+    """Keeps the best documents, best first, with our score instead of the retriever's.
 
     As with Haystack's own rankers, documents of one id are ranked once, and one without content by its metadata.
+
+    With fusion the documents' scores are the first stage's, and the score of a returned document is the fused one. Its
+    `meta` holds the re-ranker's as "reranker_score" and the first stage's as "first_stage_score".
 
     Args:
         reranker: or the path of one, which `warm_up` loads. Pipelines with paths alone can be saved;
@@ -91,8 +94,13 @@ class MatryoshkaRanker:
         scale_score: bool | None = None,
         score_threshold: float | None = None,
         instruction: str | None = None,
+        fusion: float | str | None = None,
     ) -> dict[str, list[Document]]:
-        """Copies of the best documents; `top_k` and the others override the ranker's own."""
+        """Copies of the best documents; `top_k` and the others override the ranker's own.
+
+        Raises:
+            TypeError, ValueError: as [`~flagembedding_matryoshka.integrations.ranking.Ranking`] when it is called.
+        """
         best: dict[str, Document] = {}
         for document in documents:
             known = best.get(document.id)
@@ -105,10 +113,17 @@ class MatryoshkaRanker:
             [document.meta for document in documents],
             self.top_k if top_k is None else top_k,
             score_threshold,
+            scores=[document.score for document in documents],
             normalize=scale_score,
             instruction=instruction,
+            fusion=fusion,
         )
-        return {"documents": [replace(documents[index], score=score) for index, score in found]}
+        return {
+            "documents": [
+                replace(documents[hit.index], score=hit.score, meta=documents[hit.index].meta | hit.metadata)
+                for hit in found
+            ]
+        }
 
 
 def _retrieved(document: Document) -> float:

@@ -15,7 +15,11 @@ from flagembedding_matryoshka.integrations.ranking import Ranking
 
 
 class MatryoshkaCompressor(BaseDocumentCompressor):
-    """Keeps the best documents, the best first, with their score in `metadata["relevance_score"]`.
+    """Keeps the best documents, best first, with their score in `metadata["relevance_score"]`.
+
+    LangChain has no field for a retriever's scores. `first_stage_key` names the metadata that holds them, such as
+    "score"; without it and without `first_stage="order"` nothing is fused. With fusion "relevance_score" is the fused
+    score, "reranker_score" the re-ranker's and "first_stage_score" the retriever's.
 
     Args:
         reranker: or the path of one.
@@ -31,7 +35,7 @@ class MatryoshkaCompressor(BaseDocumentCompressor):
     ) -> None:
         super().__init__(**{"top_n": top_n})
         self._ranking = Ranking(reranker, **options)
-        self._ranking.check(top_n)
+        self._ranking.check(top_n, has_scores=False)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -39,6 +43,8 @@ class MatryoshkaCompressor(BaseDocumentCompressor):
         """Copies of the best documents."""
         contents, metadata = [doc.page_content for doc in documents], [doc.metadata for doc in documents]
         return [
-            documents[index].model_copy(update={"metadata": documents[index].metadata | {"relevance_score": score}})
-            for index, score in self._ranking(query, contents, metadata, self.top_n)
+            documents[hit.index].model_copy(
+                update={"metadata": documents[hit.index].metadata | {"relevance_score": hit.score} | hit.metadata}
+            )
+            for hit in self._ranking(query, contents, metadata, self.top_n)
         ]

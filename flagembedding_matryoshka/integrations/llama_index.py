@@ -11,13 +11,17 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.ranking import Hit, Ranking
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):
-    """Keeps the best nodes, the best first, with our score instead of the retriever's.
+    """Keeps the best nodes, best first, with our score instead of the retriever's.
 
     A node's text is what is embedded of it, metadata included; with `meta_fields_to_embed`, these and the text alone.
+
+    With fusion the nodes' scores are the first stage's, and the score of a returned node is the fused one. Its metadata
+    hold the re-ranker's as "reranker_score" and the first stage's as "first_stage_score"; neither is embedded or shown
+    to a language model.
 
     Args:
         reranker: or the path of one.
@@ -72,13 +76,20 @@ class MatryoshkaRerank(BaseNodePostprocessor):
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             contents, metadata = [item.node.get_content(mode) for item in nodes], [item.node.metadata for item in nodes]
-            ranked = self._ranking(query, contents, metadata, self.top_n)
-            found = [self._scored(nodes[index], score) for index, score in ranked]
+            ranked = self._ranking(query, contents, metadata, self.top_n, scores=[item.score for item in nodes])
+            found = [self._scored(nodes[hit.index], hit) for hit in ranked]
             event.on_end(payload={EventPayload.NODES: found})
         return found
 
-    def _scored(self, item: NodeWithScore, score: float) -> NodeWithScore:
+    def _scored(self, item: NodeWithScore, hit: Hit) -> NodeWithScore:
         node = item.node
         if self.keep_retrieval_score:
             node = node.model_copy(update={"metadata": node.metadata | {"retrieval_score": item.score}})
-        return NodeWithScore(node=node, score=score)
+        if hit.metadata:
+            # Metadata stand in the text that a model reads, unless they are excluded.
+            excluded = {
+                name: [*getattr(node, name), *(key for key in hit.metadata if key not in getattr(node, name))]
+                for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
+            }
+            node = node.model_copy(update={"metadata": node.metadata | hit.metadata, **excluded})
+        return NodeWithScore(node=node, score=hit.score)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import PurePath
-from typing import Any
+from os import PathLike
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -21,7 +24,8 @@ from mteb.types import (
 )
 
 from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
-from flagembedding_matryoshka.inference.options import resolve_ranking
+from flagembedding_matryoshka.inference.fusion import ORDER
+from flagembedding_matryoshka.inference.options import ranking_weight, resolve_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.ranking import Ranking
 from flagembedding_matryoshka.text.templates import Template
@@ -31,6 +35,9 @@ logger = logging.getLogger(__name__)
 QUERIES_AT_ONCE = 1024
 WITHOUT_EFFECT = ("normalize", "show_progress_bar", "return_documents")
 THRESHOLDS = ("min_score", "score_threshold")
+OF_METADATA = ("meta_fields_to_embed", "embedding_separator", "first_stage_key")
+PREDICTIONS = "_predictions.json"
+"""How mteb ends the names of the files that it writes into a `prediction_folder`; they begin with the task's name."""
 TAKEN = ("batch_size", "show_progress_bar")
 """What may be among `encode_kwargs`: mteb itself sets both."""
 
@@ -50,14 +57,26 @@ class MatryoshkaSearch:
     one the option `instruction`, or else the task's prompt. If it has none, a query's own instruction stands behind the
     query, as mteb puts it, and a task's prompt is not used.
 
+    mteb gives a re-ranker its candidates without scores. With fusion, the first stage's scores are read from the folder
+    that mteb wrote its predictions into, or the order of the candidates stands for them. The result is mteb's measure
+    of the fused scores, or in a cascade of the ranks.
+
     Args:
         reranker: or the path of one.
         name: "organisation/model", as mteb lists it; None is the path, or "matryoshka/" and its last part.
         revision: None is the SHA-256 of configuration, weights and tokenizer, which reads all weights once.
+        first_stage_scores: the `prediction_folder` of the first stage's `mteb.evaluate`. A candidate that the first
+            stage did not find gets the lowest score of its query. With `fusion`, or a re-ranker that has a default
+            weight.
+        first_stage: "order" takes the order of the candidates, which `task.convert_to_reranking(DIR)` leaves in the
+            order of the first stage's scores. Tasks of re-ranking have candidates of their own, in an order that is not
+            a first stage's, and are refused. None is no fusion, unless `first_stage_scores` is given.
         options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`], but for what changes no order.
 
     Raises:
-        TypeError, ValueError: if the options do not fit the model, or one has no effect here.
+        FileNotFoundError: if the folder has no predictions.
+        TypeError, ValueError: if the options do not fit the model, one has no effect here, or `fusion` is given without
+            the first stage's scores or order, or these without a weight.
     """
 
     def __init__(
@@ -65,15 +84,25 @@ class MatryoshkaSearch:
         reranker: MatryoshkaReranker | str,
         name: str | None = None,
         revision: str | None = None,
+        first_stage_scores: str | PathLike[str] | None = None,
+        first_stage: Literal["order"] | None = None,
         **options: Any,
     ) -> None:
         if given := sorted(set(options) & set(WITHOUT_EFFECT)):
             raise ValueError(f"{given} would change nothing that mteb measures; leave it out.")
         if given := sorted(set(options) & set(THRESHOLDS)):
             raise ValueError(f"{given} would leave out candidates, which mteb then takes for irrelevant.")
+        if given := sorted(set(options) & set(OF_METADATA)):
+            raise ValueError(f"{given} is of a text's metadata, and mteb's texts have none: leave it out.")
+        if first_stage not in (None, ORDER):
+            raise ValueError(f"first_stage is {first_stage!r}, but must be {ORDER!r} or None.")
+        if first_stage_scores is not None and first_stage is not None:
+            raise ValueError(f"first_stage_scores and first_stage={first_stage!r}: give one of them.")
+        self._first_stage = first_stage
+        self._predictions = None if first_stage_scores is None else Predictions(first_stage_scores)
         self._ranking = Ranking(reranker, **options)
-        self._ranking.check()
-        self.mteb_model_meta = _model_meta(self._ranking, name, revision)
+        known = None if self._predictions is None else self._predictions.fingerprint()
+        self.mteb_model_meta = _model_meta(self._ranking, name, revision, known or first_stage)
         self._passages: dict[str, str] | None = None
 
     def index(
@@ -124,7 +153,17 @@ class MatryoshkaSearch:
             )
         if self._passages is None:
             raise ValueError("search comes after index, which has the passages.")
+        if self._first_stage is not None and task_metadata.type.endswith("Reranking"):
+            raise ValueError(
+                f"first_stage={self._first_stage!r}: {task_metadata.name} is a task of type {task_metadata.type}, and "
+                "its candidates are in no first stage's order. Give first_stage_scores, or leave fusion out."
+            )
         reranker, options = self._ranking.load(), dict(self._ranking.options)
+        known = None
+        if self._predictions is not None:
+            known = self._predictions.read(task_metadata.name, hf_subset, hf_split)
+        elif self._first_stage is not None:
+            options["first_stage"] = self._first_stage
         instructions: dict[str, str | None] = {}
         if _has_place(reranker):
             texts, instructions = _apart(queries, task_metadata, num_proc, _instruction_of(reranker, options))
@@ -141,6 +180,10 @@ class MatryoshkaSearch:
             names = [list(top_ranked[query]) for query in some]
             if instructions:
                 options["instruction"] = [instructions[query] for query in some]
+            if known is not None:
+                options["first_stage_scores"] = [
+                    _scores_of(query, ids, known) for query, ids in zip(some, names, strict=True)
+                ]
             rankings = reranker.rank_batch(
                 [texts[query] for query in some],
                 [[self._passage(query, passage) for passage in ids] for query, ids in zip(some, names, strict=True)],
@@ -150,7 +193,7 @@ class MatryoshkaSearch:
             )
             for query, ids, hits in zip(some, names, rankings, strict=True):
                 found[query] = {
-                    ids[int(hit["corpus_id"])]: -float(rank) if "cutoff_layer" in hit else float(hit["score"])
+                    ids[int(hit["corpus_id"])]: -float(rank) if "cutoff_layer" in hit else _score(hit)
                     for rank, hit in enumerate(hits[:top_k], start=1)
                 }
         self._passages = None
@@ -161,6 +204,73 @@ class MatryoshkaSearch:
         if passage not in self._passages:
             raise ValueError(f"the candidate {passage!r} of query {query!r} is not in the corpus.")
         return self._passages[passage]
+
+
+class Predictions:
+    """Scores that mteb wrote into a `prediction_folder`.
+
+    Raises:
+        FileNotFoundError: if it holds none.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self._folder = Path(folder)
+        paths = sorted(self._folder.glob(f"*{PREDICTIONS}"))
+        if not paths:
+            raise FileNotFoundError(
+                f"first_stage_scores={str(folder)!r} holds no *{PREDICTIONS}: give the prediction_folder of the first "
+                "stage's evaluation."
+            )
+        self._digests = {path.name: _digest(path) for path in paths}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all files."""
+        return hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
+
+    def read(self, task: str, subset: str, split: str) -> Mapping[str, Mapping[str, float]]:
+        """The scores of each query's passages.
+
+        Raises:
+            ValueError: if there are none of this task, subset and split, or the file is another than when the folder
+                was first read.
+        """
+        path = self._folder / f"{task}{PREDICTIONS}"
+        if path.name not in self._digests:
+            raise ValueError(f"{self._folder} has no scores of task {task}: there are {sorted(self._digests)}.")
+        if _digest(path) != self._digests[path.name]:
+            raise ValueError(
+                f"{path} has changed since MatryoshkaSearch was made. Write the predictions of the re-ranker into "
+                "another folder than those of the first stage."
+            )
+        found = json.loads(path.read_text(encoding="utf-8")).get(subset, {}).get(split)
+        if found is None:
+            raise ValueError(f"{path} has no scores of subset {subset!r}, split {split!r}.")
+        return found
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _scores_of(query: str, passages: Sequence[str], known: Mapping[str, Mapping[str, float]]) -> list[float | None]:
+    """The first stage's score of each candidate; None of one that it did not find.
+
+    Raises:
+        ValueError: if it found none of the candidates.
+    """
+    found = known.get(query, {})
+    scores = [found.get(passage) for passage in passages]
+    if all(score is None for score in scores):
+        raise ValueError(
+            f"the first stage has no score of any of the {len(passages)} candidates of query {query!r}: they are not "
+            "of this first stage."
+        )
+    return scores
+
+
+def _score(hit: Mapping[str, Any]) -> float:
+    """By which a list without a cascade is ordered."""
+    return float(hit.get("fused_score", hit["score"]))
 
 
 def _texts(
@@ -202,11 +312,23 @@ def _apart(
     return texts, instructions
 
 
-def _model_meta(ranking: Ranking, name: str | None, revision: str | None) -> ModelMeta:
-    """Under `experiment_kwargs` the setting, lengths, and words that are not the checkpoint's own."""
+def _model_meta(ranking: Ranking, name: str | None, revision: str | None, first_stage: str | None) -> ModelMeta:
+    """Under `experiment_kwargs` the setting, lengths, and words that are not the checkpoint's own.
+
+    Args:
+        first_stage: what its scores are known by; None without fusion.
+
+    Raises:
+        TypeError, ValueError: as `MatryoshkaReranker.rank` with these options.
+    """
     reranker, options = ranking.load(), dict(ranking.options)
+    has_first_stage = first_stage is not None
+    of_first_stage: dict[str, Any] = {"first_stage": ORDER} if has_first_stage else {}
+    reranker.rank("", [], **of_first_stage, **options)
     cascade = options.pop("cascade", None)
     chosen, setting = resolve_ranking(reranker, options, cascade)
+    weight = ranking_weight(chosen, {"fusion": ranking.given.get("fusion")}, has_first_stage)
+    fused = {} if weight is None else {"fusion": weight, "first_stage": first_stage}
     own = asdict(Template.load(reranker.config.template))
     given = _instruction_of(reranker, options)
     instructed = {"instruction": "the task's" if given is None else given} if _has_place(reranker) else {}
@@ -245,5 +367,6 @@ def _model_meta(ranking: Ranking, name: str | None, revision: str | None) -> Mod
             "max_length": chosen.max_length,
             **{name: text for name, text in words.items() if text != own[name]},
             **instructed,
+            **fused,
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from inspect import signature
 from numbers import Real
 from os import PathLike
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from flagembedding_matryoshka.inference.fusion import ORDER, as_first_stage
+from flagembedding_matryoshka.inference.inputs import excerpt
 from flagembedding_matryoshka.inference.options import DEPTH_AND_WIDTH, ScoringOptions
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import as_stages
@@ -22,6 +24,28 @@ OF_RANKING = {
     *DEPTH_AND_WIDTH,
     *(field.name for field in fields(ScoringOptions)),
 }
+NONE = "none"
+"""The value of `first_stage` that leaves the documents' scores unused."""
+RERANKER_SCORE = "reranker_score"
+FIRST_STAGE_SCORE = "first_stage_score"
+OF_FIRST_STAGE = ("first_stage_scores", "first_stage")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A text's place in a ranking.
+
+    Attributes:
+        index: among the texts that were ranked.
+        score: the fused score, or without fusion the re-ranker's. Texts of one exit are in its order.
+        metadata: with fusion the re-ranker's score and the first stage's; empty without.
+        cutoff_layer: exit where the score was read, in a cascade or with a deadline; None without.
+    """
+
+    index: int
+    score: float
+    metadata: dict[str, float]
+    cutoff_layer: int | None
 
 
 class Ranking:
@@ -31,19 +55,25 @@ class Ranking:
         reranker: or the path of one, which `load` loads.
         meta_fields_to_embed: metadata that stands before a text, where there is some of that name.
         embedding_separator: what stands between them.
-        score_threshold: another name of `min_score`: texts with a lower score are left out; of the scores that are
-            returned, which mean the same at the several exits of a cascade or a deadline only with
+        score_threshold: another name of `min_score`: texts with a lower score of the re-ranker are left out, also with
+            fusion. Scores mean the same at the several exits of a cascade or a deadline only with
             `normalize="calibrated"`.
+        first_stage_key: name of the metadata that holds the first stage's scores; the higher, the better. None is the
+            library's own field for scores, if it has one.
+        first_stage: "order" takes the order of the texts for the first stage's ranking. "none" is no fusion, also if
+            the re-ranker has a default weight. None takes the texts' scores, if some have one and there is a weight:
+            the option `fusion`, or the default of the re-ranker, which may come from its plan.
         options: what `MatryoshkaReranker.rank` takes: `cutoff_layers`, `compress_layers`, `compress_ratio`, `cascade`,
-            `normalize`, `instruction`, `min_score`, …; with a path also what its constructor takes: `devices` (or
-            `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
+            `normalize`, `instruction`, `min_score`, `fusion`, …; with a path also what its constructor takes: `devices`
+            (or `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
 
     Attributes:
         options: those that are given to each call.
 
     Raises:
         TypeError: if an option is unknown, or one of loading is given with a re-ranker that is loaded.
-        ValueError: if `min_score` is not a number, or it or a device is given twice.
+        ValueError: if `min_score` is not a number, or it or a device is given twice, or `first_stage` has another value
+            or contradicts `first_stage_key` or `fusion`.
     """
 
     def __init__(
@@ -52,6 +82,8 @@ class Ranking:
         meta_fields_to_embed: Sequence[str] | None = None,
         embedding_separator: str = "\n",
         score_threshold: float | None = None,
+        first_stage_key: str | None = None,
+        first_stage: str | None = None,
         **options: Any,
     ) -> None:
         given = {name: _plain(name, value) for name, value in options.items() if value is not None}
@@ -66,6 +98,9 @@ class Ranking:
             raise TypeError(f"meta_fields_to_embed must be a list of names, got the string {meta_fields_to_embed!r}.")
         if "device" in given and "devices" in given:
             raise ValueError(f"device={given['device']!r} and devices={given['devices']!r}: give one of them.")
+        _check_first_stage(first_stage, given.get("fusion"), first_stage_key=first_stage_key)
+        self.first_stage_key = first_stage_key
+        self.first_stage = first_stage
         self.min_score = _least(score_threshold, given.pop("min_score", None))
         self.meta_fields_to_embed = list(meta_fields_to_embed or ())
         self.embedding_separator = embedding_separator
@@ -90,9 +125,13 @@ class Ranking:
             self._reranker = MatryoshkaReranker(self._path, **given)
         return self._reranker
 
-    def check(self, top_k: int | None = None) -> None:
-        """Load the re-ranker, and raise what `rank` raises with these options."""
-        self._rank("", [], top_k, self.min_score, self.options)
+    def check(self, top_k: int | None = None, has_scores: bool = True) -> None:
+        """Load the re-ranker, and raise what a call raises with these options.
+
+        Args:
+            has_scores: whether calls can give the texts' scores.
+        """
+        self._rank("", [], [], [] if has_scores else None, top_k, self.min_score, {})
 
     def __call__(
         self,
@@ -101,28 +140,88 @@ class Ranking:
         metadata: Sequence[Mapping[str, Any]] | None = None,
         top_k: int | None = None,
         score_threshold: float | None = None,
+        scores: Sequence[float | None] | None = None,
         **overrides: Any,
-    ) -> list[tuple[int, float]]:
-        """(index, score) of the best texts, the best first.
+    ) -> list[Hit]:
+        """Rank texts, best first.
 
         Args:
             contents: None is a text that is empty but for its metadata.
-            metadata: of each of them.
-            overrides: of `MatryoshkaReranker.rank`; as with `score_threshold`, None keeps the ranking's own.
+            metadata: of each text.
+            scores: of each text, in the library's own field; None if it has no such field.
+            overrides: of `MatryoshkaReranker.rank`, `first_stage_scores` and `first_stage` among them; as with
+                `score_threshold`, None keeps the ranking's own.
 
         Raises:
-            TypeError, ValueError: as `MatryoshkaReranker.rank`.
+            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `fusion` or `first_stage_key` was
+                given, and no text has a first-stage score.
         """
         own = _least(score_threshold, overrides.pop("min_score", None))
-        texts = [self._text(content, found) for content, found in self._described(contents, metadata)]
+        described = self._described(contents, metadata)
+        texts = [self._text(content, found) for content, found in described]
         given = {name: value for name, value in overrides.items() if value is not None}
-        hits = self._rank(query, texts, top_k, self.min_score if own is None else own, self.options | given)
-        return [(int(hit["corpus_id"]), float(hit["score"])) for hit in hits]
+        least = self.min_score if own is None else own
+        return self._rank(query, texts, [found for _, found in described], scores, top_k, least, given)
 
     def _rank(
-        self, query: str, texts: Sequence[Any], top_k: int | None, least: float | None, options: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        return self.load().rank(query, texts, top_k, min_score=least, **options)
+        self,
+        query: str,
+        texts: Sequence[Any],
+        metadata: Sequence[Mapping[str, Any]],
+        scores: Sequence[float | None] | None,
+        top_k: int | None,
+        least: float | None,
+        overrides: Mapping[str, Any],
+    ) -> list[Hit]:
+        of_first_stage = self._first_stage_of(texts, metadata, scores, overrides)
+        options = self.options | {name: value for name, value in overrides.items() if name not in OF_FIRST_STAGE}
+        if not of_first_stage:
+            options.pop("fusion", None)
+        hits = self.load().rank(query, texts, top_k, min_score=least, **of_first_stage, **options)
+        return [_hit(hit) for hit in hits]
+
+    def _first_stage_of(
+        self,
+        texts: Sequence[Any],
+        metadata: Sequence[Mapping[str, Any]],
+        scores: Sequence[float | None] | None,
+        overrides: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments of `MatryoshkaReranker.rank` that give it the first stage's scores; empty without fusion."""
+        of_call = {name: overrides[name] for name in OF_FIRST_STAGE if name in overrides}
+        first_stage = of_call.get("first_stage", None if of_call else self.first_stage)
+        _check_first_stage(first_stage, overrides.get("fusion"), first_stage_scores=of_call.get("first_stage_scores"))
+        if first_stage == NONE:
+            return {}
+        if first_stage is not None:
+            return {"first_stage": first_stage}
+        if of_call:
+            return of_call
+        key, weight = self.first_stage_key, overrides.get("fusion", self.given.get("fusion"))
+        is_asked = key is not None or weight is not None
+        if not is_asked and self.load().fusion is None:
+            return {}
+        values = scores if key is None else [found.get(key) for found in metadata]
+        if values is not None and (not texts or any(value is not None for value in values)):
+            return {"first_stage_scores": self._checked(values)}
+        if not is_asked:
+            return {}
+        asked = f"fusion={weight!r}" if key is None else f"first_stage_key={key!r}"
+        lack = "the library's texts have no score field" if values is None else f"none of {len(texts)} texts has one"
+        raise ValueError(
+            f"{asked} needs the first stage's scores, but {lack}. Give first_stage_key, the name of the metadata that "
+            "holds them, or first_stage='order' for texts in the first stage's order."
+        )
+
+    def _checked(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The first stage's scores; an error says where they come from."""
+        try:
+            as_first_stage(0, values, len(values))
+        except (TypeError, ValueError) as error:
+            of_field = f"the texts' scores, which first_stage={NONE!r} leaves unused"
+            source = of_field if self.first_stage_key is None else f"the texts' metadata {self.first_stage_key!r}"
+            raise type(error)(f"{error} They are {source}.") from None
+        return values
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's, as JSON can hold them but for the keys of a cascade.
@@ -136,6 +235,8 @@ class Ranking:
             "meta_fields_to_embed": self.meta_fields_to_embed or None,
             "embedding_separator": None if self.embedding_separator == "\n" else self.embedding_separator,
             "score_threshold": self.min_score,
+            "first_stage_key": self.first_stage_key,
+            "first_stage": self.first_stage,
         }
         return {
             "reranker": self._path,
@@ -167,6 +268,30 @@ class Ranking:
 
 def _ranking(arguments: dict[str, Any]) -> Ranking:
     return Ranking(**arguments)
+
+
+def _hit(hit: Mapping[str, Any]) -> Hit:
+    index, score, cutoff_layer = int(hit["corpus_id"]), float(hit["score"]), hit.get("cutoff_layer")
+    if "fused_score" not in hit:
+        return Hit(index, score, {}, cutoff_layer)
+    metadata = {RERANKER_SCORE: score, FIRST_STAGE_SCORE: float(hit["first_stage_score"])}
+    return Hit(index, float(hit["fused_score"]), metadata, cutoff_layer)
+
+
+def _check_first_stage(first_stage: Any, fusion: Any, **scores: Any) -> None:
+    """Raise ValueError if `first_stage` has an unknown value, or contradicts a weight or where scores come from.
+
+    Args:
+        scores: where else the first stage's scores come from, by the argument's name; None is an argument not given.
+    """
+    if first_stage not in (None, ORDER, NONE):
+        raise ValueError(f"first_stage is {excerpt(first_stage)}, but must be {ORDER!r}, {NONE!r} or None.")
+    given = {name: value for name, value in scores.items() if value is not None}
+    if first_stage == NONE and fusion is not None:
+        given["fusion"] = fusion
+    for name, value in given.items():
+        if first_stage is not None:
+            raise ValueError(f"{name}={excerpt(value)} and first_stage={first_stage!r}: give one of them.")
 
 
 def _least(score_threshold: float | None, min_score: float | None) -> float | None:

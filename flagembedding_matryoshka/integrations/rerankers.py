@@ -14,13 +14,17 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.ranking import NONE, Ranking
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 class MatryoshkaLayerWiseRanker(BaseRanker):
     """Ranks as every `rerankers` model.
+
+    Its documents have no field for a first stage's scores: `rank` takes them, or `first_stage_key` names the metadata
+    that holds them. With fusion the score of a result is the fused one, and its metadata hold the re-ranker's as
+    "reranker_score" and the first stage's as "first_stage_score".
 
     Args:
         model_name_or_path: a path, or a re-ranker.
@@ -60,15 +64,23 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
         batch_size: int | None = None,
         max_sequence_length: int | None = None,
         instruction: str | None = None,
+        first_stage_scores: Sequence[float | None] | None = None,
+        first_stage: str | None = None,
+        fusion: float | str | None = None,
     ) -> RankedResults:
-        """All documents, the best first. With a cascade, ranks and not scores say their order.
+        """All documents, best first. With a cascade or a deadline, ranks and not scores say their order.
 
         Args:
             instruction: None is the ranker's own, "" is none.
+            first_stage_scores: the first stage's score of each document, None for one that it did not find. They stand
+                in place of those that `first_stage_key` names.
+            first_stage: "order" for documents in the first stage's order, "none" for no fusion; None is the ranker's
+                own.
+            fusion: weight of the first stage's scores; None is the ranker's own.
 
         Raises:
-            TypeError: if a document has no text, as an image.
-            ValueError: if there are not as many ids or metadata as documents.
+            TypeError: if a document has no text, as an image, or as `MatryoshkaReranker.rank`.
+            ValueError: if there are not as many ids or metadata as documents, or as `MatryoshkaReranker.rank`.
         """
         documents = _documents(docs, doc_ids, metadata)
         found = self._ranking(
@@ -78,14 +90,19 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
             batch_size=batch_size,
             max_length=max_sequence_length,
             instruction=instruction,
+            first_stage_scores=first_stage_scores,
+            first_stage=first_stage,
+            fusion=fusion,
         )
-        results = [Result(documents[index], score, rank) for rank, (index, score) in enumerate(found, start=1)]
-        return RankedResults(results, query, has_scores="cascade" not in self._ranking.given)
+        for hit in found:
+            documents[hit.index].metadata = documents[hit.index].metadata | hit.metadata
+        results = [Result(documents[hit.index], hit.score, rank) for rank, hit in enumerate(found, start=1)]
+        return RankedResults(results, query, has_scores=all(hit.cutoff_layer is None for hit in found))
 
     def score(self, query: str, doc: str) -> float:
-        """The score of one document."""
-        ((_, score),) = self._ranking(query, [doc], score_threshold=-inf)
-        return score
+        """The re-ranker's score of one document, also with fusion."""
+        (hit,) = self._ranking(query, [doc], score_threshold=-inf, first_stage=NONE)
+        return hit.score
 
 
 def _documents(docs: Any, doc_ids: Sequence[Any] | None, metadata: Sequence[dict[str, Any]] | None) -> list[Document]:

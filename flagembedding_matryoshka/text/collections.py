@@ -119,13 +119,18 @@ def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator
         ImportError: if bm25s or PyStemmer is not installed.
         ValueError: if no text has a word to index.
     """
+    return map(list, bm25_scored_lists(texts, queries, k))
+
+
+def bm25_scored_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[dict[int, float]]:
+    """As `bm25_lists`, with BM25's score of each place, best first."""
     index, tokenize = _bm25(texts)
     for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
         places, scores = index.retrieve(
             tokenize(queries[start : start + BATCH]), k=min(k, len(texts)), show_progress=False
         )
-        for row, values in zip(places, scores, strict=True):
-            yield [int(place) for place, value in zip(row, values, strict=True) if value > 0]
+        for row, values in zip(places.tolist(), scores.tolist(), strict=True):
+            yield {place: value for place, value in zip(row, values, strict=True) if value > 0}
 
 
 def bm25_scorer(texts: Sequence[str]) -> Callable[[str], np.ndarray]:

@@ -1,7 +1,7 @@
 import pytest
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
-from flagembedding_matryoshka.text.collections import Collection, read_collection
+from flagembedding_matryoshka.text.collections import Collection, bm25_scorer, read_collection
 from tests.collection import CORPUS, QUERIES
 
 LINES = ["q1 Q0 p3 1 9.5 bm25", "q3 Q0 p4 1 2 bm25", "", "q1 Q0 p1 2 11 bm25", "q2 Q0 p7 1 -1e3 bm25"]
@@ -24,6 +24,36 @@ def test_bm25_gives_its_first(candidates):
     assert candidates.source == "BM25's first 6"
 
 
+def test_the_scores_of_bm25_stay_with_its_candidates(beir):
+    read = read_collection(beir, "test")
+    found, scores = from_bm25(read, 3), bm25_scorer(list(read.passages.values()))
+    for query, passages in found.passages.items():
+        expected = dict(zip(read.passages, scores(read.queries[query]).tolist(), strict=True))
+        assert found.first_stage[query] == pytest.approx([expected[passage] for passage in passages])
+        assert found.first_stage[query] == sorted(found.first_stage[query], reverse=True)
+    assert len(found.first_stage["q1"]) == 3 and found.first_stage["q2"] == []
+
+
+def test_the_scores_of_a_run_stay_with_its_candidates(beir, run):
+    candidates = from_run(read_collection(beir, "test"), run(LINES), top_k=2)
+    assert candidates.first_stage == {"q1": [11.0, 9.5], "q3": [2.0], "q2": [-1000.0]}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"q": [1.0]}, "query 0 has 1 first_stage_scores, but 2 candidates"),
+        ({}, "query 0 has 0 first_stage_scores, but 2 candidates"),
+        ({"q": [1.0, float("nan")]}, "value 1 is nan, but must be finite"),
+    ],
+)
+def test_each_candidate_has_a_score_of_the_first_stage_or_none_has(scores, message):
+    collection = Collection({"a": "x", "b": "y"}, {"q": "x"}, {"q": {"a": 1}})
+    with pytest.raises(ValueError, match=message):
+        Candidates(collection, {"q": ["a", "b"]}, "mine", scores)
+    assert Candidates(collection, {"q": ["a", "b"]}, "mine").first_stage is None
+
+
 def test_a_query_that_bm25_misses_has_no_candidates_and_is_named(beir, caplog):
     assert from_bm25(read_collection(beir, "test"), 3).passages["q2"] == []
     assert "BM25 finds nothing for 1 queries, which count with 0, such as 'q2'" in caplog.text
@@ -36,7 +66,8 @@ def test_a_query_that_is_a_passage_is_no_candidate_of_its_own(collection, run):
     assert "q1" not in found.passages["q1"] and len(found.passages["q1"]) == 3
     assert "q3" in found.passages["q3"]  # the same id by chance
     lines = [f"{query} Q0 {passage} 1 {score} x" for query in ("q1", "q3") for passage, score in (("q1", 3), ("q3", 2))]
-    assert from_run(read, run(lines), 3).passages == {"q1": ["q3"], "q3": ["q1", "q3"]}
+    found = from_run(read, run(lines), 3)
+    assert found.passages == {"q1": ["q3"], "q3": ["q1", "q3"]} and found.first_stage == {"q1": [2.0], "q3": [3.0, 2.0]}
 
 
 def test_a_run_is_ordered_by_score(beir, run):

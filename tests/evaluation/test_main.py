@@ -6,10 +6,11 @@ import torch
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import halves, measuring
 from flagembedding_matryoshka.evaluation.__main__ import main
+from flagembedding_matryoshka.evaluation.weighting import WEIGHTS
 from flagembedding_matryoshka.inference.calibration import from_json
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
-from tests.collection import write_collection
+from tests.collection import WORDS, write_collection
 from tests.encoders import save_bi_encoder
 
 pytest.importorskip("matplotlib")
@@ -25,6 +26,12 @@ def model(tiny_layerwise_path, tmp_path):
     for file in tiny_layerwise_path.iterdir():
         (path / file.name).symlink_to(file)
     return path
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Pictures take most of the time."""
+    monkeypatch.setattr("flagembedding_matryoshka.evaluation.__main__.plot", lambda stage, title, path: None)
 
 
 @pytest.fixture
@@ -237,4 +244,70 @@ def test_candidates_without_a_relevant_one_are_refused_before_anything_is_measur
     run = lines_of(tmp_path / "poor.trec", [4, 6])
     with pytest.raises(ValueError, match="none are relevant: there is nothing to calibrate by"):
         evaluate("--calibrate", "--run", run)
+    assert not (tmp_path / "output").exists()
+
+
+def test_fused_orders_are_measured_and_their_weight_is_in_the_plan(evaluate, no_picture, model, tmp_path, capsys):
+    run = lines_of(tmp_path / "mine.trec", [7, 0, 2, 5])
+    encoder = save_bi_encoder(tmp_path / "encoder")
+    options = ["--run", run, "--bi_encoder", "tiny", str(encoder), "--write_plan"]
+    plain = json.loads((evaluate(*options) / "results.json").read_text())
+    output = evaluate(*options, "--fusion", "0", "0.5", "8")
+    results = json.loads((output / "results.json").read_text())
+    found = results["fusion"]
+    assert plain["fusion"] is None and plain["settings"] == results["settings"]
+    assert [item["weight"] for item in found["weights"]] == [0, 0.5, 8]
+    best = max(item["nDCG@10"] for item in found["weights"])
+    assert found["weight"] == next(item["weight"] for item in found["weights"] if item["nDCG@10"] == best)
+    assert {"choosing": found["queries"], "held_out": found["held_out_queries"]} == results["halves"]
+    depths = [[item[name] for name in ("cutoff_layers", "cascade")] for item in results["settings"]]
+    assert [[item[name] for name in ("cutoff_layers", "cascade")] for item in found["settings"]] == depths
+    assert [item["name"] for item in found["orders"]][2:] == [
+        *("tiny + first stage", "6 layers + first stage", "6 layers + first stage + tiny")
+    ]
+    said = capsys.readouterr().out
+    assert (
+        f"the first 100 of mine.trec: fusion weight {found['weight']:g}, chosen by {found['queries']} queries" in said
+    )
+    assert "plain and fused at weight" in (output / "table.md").read_text()
+    assert 'class="point group0 fused"' in (output / "report.html").read_text()
+
+    plan = json.loads((model / PLAN_NAME).read_text())
+    assert plan["fusion"] == found["weight"]
+    with MatryoshkaReranker(str(model), devices="cpu", dtype="float32") as reranker:
+        scores = {"first_stage_scores": [3.0, 1.0, -5.0]}
+        hits = [reranker.rank("wing", WORDS[:3], **scores, fusion=fusion) for fusion in ("auto", plan["fusion"])]
+    assert hits[0] == hits[1]
+
+
+def test_without_weights_several_are_tried_and_every_first_stage_has_its_own(evaluate, no_picture, tmp_path):
+    runs = [lines_of(tmp_path / f"{name}.trec", order) for name, order in (("dense", [0, 2, 7]), ("sparse", [7, 5]))]
+    output = evaluate("--run", runs[0], "--run", runs[1], "--fusion")
+    results = json.loads((output / "results.json").read_text())
+    found = [results["fusion"], *(stage["fusion"] for stage in results["other_first_stages"])]
+    for report in found:
+        assert [item["weight"] for item in report["weights"]] == list(WEIGHTS)
+    assert "| fusion weight " in (output / "table.md").read_text()
+
+
+def test_the_texts_of_fused_cascades_are_not_tokenised_again(evaluate, no_picture, tokenized_texts):
+    evaluate("--fusion", "3")
+    assert len(tokenized_texts) == len(set(tokenized_texts))
+
+
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "much"])
+def test_a_weight_that_is_none_is_refused(evaluate, weight, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(f"--fusion={weight}")
+    assert f"'{weight}' must be a finite number of at least 0" in capsys.readouterr().err
+
+
+def test_fusion_without_scores_is_refused_before_anything_is_measured(evaluate, tmp_path, monkeypatch):
+    run = tmp_path / "same.trec"
+    run.write_text("".join(f"q{query} Q0 p{number} 1 1 x\n" for query in (1, 2, 3) for number in (0, 4)))
+    with pytest.raises(ValueError, match=r"the first 100 of same\.trec: --fusion needs the first stage's scores"):
+        evaluate("--run", str(run), "--fusion")
+    monkeypatch.setattr(halves, "chooses", lambda query: True)
+    with pytest.raises(ValueError, match="3 queries choose and 0 are held out"):
+        evaluate("--fusion")
     assert not (tmp_path / "output").exists()

@@ -1,15 +1,19 @@
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given
 from flagembedding_matryoshka.evaluation.chart import Point, chart, ticks
+from flagembedding_matryoshka.evaluation.fusion import Order, report_fusion
 from flagembedding_matryoshka.evaluation.page import page
-from flagembedding_matryoshka.evaluation.stage import Stage
+from flagembedding_matryoshka.evaluation.stage import Stage, side_by_side
 from flagembedding_matryoshka.evaluation.store import Result
+from flagembedding_matryoshka.evaluation.weighting import WeightChoice
 from flagembedding_matryoshka.setting import Setting
 
 FULL = Setting(6)
@@ -38,21 +42,43 @@ class Elements(HTMLParser):
             assert self.open.pop() == tag
 
 
-@pytest.fixture
-def text(candidates):
-    def result(setting, flops, speed, *values):
-        return Result(setting, flops, speed, None, {"nDCG@10": list(values), "MRR@10": list(values)})
+def result(setting, flops, speed, *values):
+    return Result(setting, flops, speed, None, {"nDCG@10": list(values), "MRR@10": list(values)})
 
-    results = [
-        result(Setting(3), 5e8, 200.0, 0.4, 0.2, 0.1),
-        result(FULL, 1e9, 100.0, 0.5, 0.5, 0.1),
-        result(Setting(6, (2,), 2), 7e8, 90.0, 0.5, 0.4, 0.1),
-        result(Setting(6, cascade=((3, 0.5),)), 8e8, 120.0, 0.5, 0.45, 0.1),
-    ]
+
+RESULTS = [
+    result(Setting(3), 5e8, 200.0, 0.4, 0.2, 0.1),
+    result(FULL, 1e9, 100.0, 0.5, 0.5, 0.1),
+    result(Setting(6, (2,), 2), 7e8, 90.0, 0.5, 0.4, 0.1),
+    result(Setting(6, cascade=((3, 0.5),)), 8e8, 120.0, 0.5, 0.45, 0.1),
+]
+
+
+@pytest.fixture
+def baselines(candidates):
     values = {"nDCG@10": [0.1, 0.2, 0.3], "MRR@10": [0.1, 0.2, 0.3]}
-    baselines = [as_given(candidates, 10), Baseline(NAME, values, 2e8, 900.0)]
-    baselines[0] = Baseline(baselines[0].name, values)
-    return page("c & d/test", [Stage.of(candidates, results, baselines, FULL)], None, {})
+    return [Baseline(as_given(candidates, 10).name, values), Baseline(NAME, values, 2e8, 900.0)]
+
+
+@pytest.fixture
+def text(candidates, baselines):
+    return page("c & d/test", [Stage.of(candidates, RESULTS, baselines, FULL)], None, {})
+
+
+@pytest.fixture
+def fused_stage(candidates, baselines):
+    """The same with fusion: settings, and a bi-encoder with the first stage."""
+    better = {setting: [0.6, 0.7, 0.8] for setting in ("nDCG@10", "MRR@10")}
+    fused = [replace(item, per_query=better) for item in RESULTS]
+    full = Baseline("6 layers + first stage", better, 1e9, 100.0)
+    orders = [
+        *(Order(baseline) for baseline in baselines),
+        Order(replace(baselines[1], name=f"{NAME} + first stage", per_query=better), [("first stage", 0.5)]),
+        Order(full, [("first stage", 0.7)], is_reference=True),
+    ]
+    choice = WeightChoice((0.7,), {(0.0,): 0.1, (0.7,): 0.2})
+    report = report_fusion(candidates, choice, RESULTS, fused, FULL, baselines[0], orders)
+    return Stage.of(candidates, RESULTS, baselines, FULL, (), report)
 
 
 def test_it_is_well_formed_and_asks_for_nothing_of_elsewhere(text):
@@ -79,6 +105,51 @@ def test_points_are_reached_by_the_keyboard_and_belong_to_a_row(text):
     assert sum(point["data-row"] == rows[0] for point in points) == 0  # the candidates' own order costs nothing
     assert ("p", {"class": "details", "aria-live": "polite"}) in found
     assert "prefers-color-scheme: dark" in text
+
+
+def test_fused_points_are_hollow_and_belong_to_rows_of_their_own(fused_stage, text):
+    fused = Elements(page("c", [fused_stage], None, {}))
+    assert not fused.open
+    points = [attributes for tag, attributes in fused.found if tag == "g"]
+    rows = [attributes["data-row"] for tag, attributes in fused.found if tag == "tr" and "data-row" in attributes]
+    assert len(rows) == len(set(rows)) and all(point["data-row"] in rows for point in points)
+    hollow = [point for point in points if point["class"].endswith(" fused")]
+    assert len(points) == 2 * (5 + 5) and len(hollow) == 2 * 5
+    labels = {point["data-row"]: point["aria-label"] for point in hollow}
+    assert labels["s0f2"].startswith("6 layers, fused: nDCG@10 0.7000; held out ")
+    assert labels["s0o2"].startswith(f"{NAME} + first stage: nDCG@10 0.7000; held out ")
+    # Each row of the table has the name that its points have.
+    cells = re.findall(r'<tr data-row="(s0f\d)"><td>([^<]+)', page("c", [fused_stage], None, {}))
+    named = {row: name for row, name in cells if row != "s0f0"}
+    assert len(named) == 4 and all(labels[row].startswith(f"{name}, fused") for row, name in named.items())
+    plain = [point["aria-label"] for point in points if point not in hollow]
+    assert plain == [attributes["aria-label"] for tag, attributes in Elements(text).found if tag == "g"]
+
+
+def test_the_picture_has_fused_points(fused_stage, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from flagembedding_matryoshka.evaluation import plot
+
+    drawn = []
+    monkeypatch.setattr(plot.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    monkeypatch.setattr(plot, "replacing", nullcontext)
+    for stage in (fused_stage, replace(fused_stage, fusion=None)):
+        plot.plot(stage, "x", tmp_path)
+    fused, plain = ({line.get_label(): line for line in figure.axes[0].get_lines()} for figure in drawn)
+    assert set(fused) - set(plain) >= {"fused, full width", "fused, ratio 2 after 2", f"{NAME} + first stage"}
+    assert "6 layers + first stage" not in fused  # it is among the settings
+    of_exits = fused["fused, full width"]
+    assert (list(of_exits.get_xdata()), list(of_exits.get_ydata())) == ([0.5, 1.0], pytest.approx([0.7, 0.7]))
+
+
+def test_first_stages_beside_each_other_have_their_weights(fused_stage):
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in side_by_side({"a": fused_stage, "b": fused_stage}).splitlines()
+    ]
+    assert ["fusion weight", "0.7", "0.7"] in rows and ["6 layers, fused", "0.7000", "0.7000"] in rows
+    plain = replace(fused_stage, fusion=None)
+    assert "fused" not in side_by_side({"a": plain, "b": plain})
 
 
 def test_the_script_is_javascript(text, tmp_path):

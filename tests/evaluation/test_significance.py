@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from scipy.stats import ttest_rel
 
-from flagembedding_matryoshka.evaluation.significance import holm, paired_interval, paired_p_value
+from flagembedding_matryoshka.evaluation.significance import holm, mean_interval, paired_interval, paired_p_value
 
 
 def test_a_small_case_is_exact():
@@ -69,3 +69,10 @@ def test_an_interval_is_of_the_differences_and_repeats():
     assert paired_interval(reference, values) == pytest.approx((-high, -low), abs=0.02)
     assert paired_interval([0.5, 0.7], [0.25, 0.45]) == pytest.approx((0.25, 0.25))
     assert paired_interval([0.5], [0.25]) is None
+
+
+def test_an_interval_of_a_mean_is_that_of_differences_from_nothing():
+    values = [0.9, 0.4, 0.8, 0.7, 0.75]
+    low, high = mean_interval(values)
+    assert low < np.mean(values) < high and (low, high) == paired_interval(values, [0.0] * 5)
+    assert mean_interval([0.5]) is None

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,3 +71,35 @@ def test_vectors_that_are_not_finite_are_refused(path, texts):
         next(encoder.model.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match=r"bi_encoder\d+ gives vectors that are not finite"):
         list(encoder.lists(texts, ["wing"], 3))
+
+
+def test_vectors_that_are_stored_are_not_computed_again(path, encoder, texts, monkeypatch, tmp_path):
+    monkeypatch.setattr(bi_encoder, "TEXTS_AT_ONCE", 4)
+    corpus, questions = texts[:10], texts[10:16]
+    expected = list(encoder.lists(corpus, questions, 3))
+    stored = tmp_path / "out.jsonl.vectors"
+    encoded, limit = [], SimpleNamespace(left=0)
+    encode = SentenceTransformer.encode
+
+    def limited(self, inputs, **options):
+        if len(encoded) + len(inputs) > limit.left:
+            raise KeyboardInterrupt
+        encoded.extend(inputs)
+        return encode(self, inputs, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", limited)
+    # Texts come as 4, 4, 2 passages and 4, 2 queries. Of a batch that was stored in part, all is computed again.
+    for limit.left, lines, cut, again in ((9, 8, 0, corpus[:8]), (4, 10, 0, corpus[8:]), (4, 14, 9, questions[:4])):
+        encoded.clear()
+        with pytest.raises(KeyboardInterrupt):
+            list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions, 3))
+        assert encoded == again and stored.read_bytes().count(b"\n") == lines
+        stored.write_bytes(stored.read_bytes()[: -cut or None])
+    encoded.clear()
+    limit.left = 6
+    assert list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions, 3)) == expected
+    assert encoded == questions
+    with pytest.raises(ValueError, match=r"out\.jsonl\.vectors was written with other settings.* queries was"):
+        list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions[1:], 3))
+    with pytest.raises(ValueError, match=r"max_length was None and is 5"):
+        list(BiEncoder(str(path), device="cpu", stored=stored, max_length=5).lists(corpus, questions, 3))

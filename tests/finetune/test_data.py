@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
@@ -98,10 +100,74 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
     assert again[3] != rows[3]
 
 
-def test_random_negatives_need_other_rows(tmp_path, tiny_tokenizer):
-    rows = dataset(write(tmp_path / "one.jsonl", ROW), tiny_tokenizer, train_group_size=3, random_negatives=1.0)
-    with pytest.raises(ValueError, match=r"random_negatives=1\.0, but 100 rows .* no passage .* this row's own, 'q'"):
-        rows[0]
+def passage_texts(rows, item):
+    """The passages of a group as they were drawn."""
+    drawn, build = [], rows._sequences
+    rows._sequences = lambda row, passages: drawn.extend(passages) or build(row, passages)
+    _, scores = rows[item]
+    rows._sequences = build
+    return drawn, scores
+
+
+def normalized(text):
+    return " ".join(text.lower().split())
+
+
+@pytest.mark.parametrize("kind", [MatryoshkaTrainDataset, UnlabelledTrainDataset])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_random_negatives_differ_from_each_other_and_from_the_row(kind, share, tmp_path, tiny_tokenizer):
+    # Few texts, which rows share as positives, negatives and queries, in several spellings.
+    draw = random.Random(0)
+    texts = [f"text {number}" for number in range(14)]
+    spellings = (str, str.upper, str.title, lambda text: f" {text.replace(' ', '  ')}\n")
+    rows = []
+    for _ in range(25):
+        query, *passages = (draw.choice(spellings)(text) for text in draw.sample(texts, 6))
+        rows.append({"query": query, "pos": passages[:2], "neg": passages[2:]})
+        rows[-1] |= {"pos_scores": [3.0, 2.0], "neg_scores": [1.0, 0.0, -1.0]}
+    path = write(tmp_path / "rows.jsonl", *rows)
+    options = {"train_group_size": 9, "random_negatives": share, "knowledge_distillation": True}
+    args = MatryoshkaDataArguments(train_data=[str(path)], cache_path=str(tmp_path / "cache"), **options)
+    groups = kind(args, tiny_tokenizer)
+    count = round(8 * share)
+    for epoch in range(8):
+        groups.start_epoch(epoch)
+        for item, row in enumerate(rows):
+            passages, scores = passage_texts(groups, item)
+            own = [normalized(text) for text in (row["query"], *row["pos"], *row["neg"])]
+            others = [normalized(text) for text in passages[-count:]]
+            assert len(passages) == 9
+            assert {normalized(text) for text in passages[:-count]} <= set(own[1:])
+            assert len({*others, *own}) == count + 6
+            if scores is not None:
+                score_of = dict(zip([*row["pos"], *row["neg"]], [3.0, 2.0, 1.0, 0.0, -1.0], strict=True))
+                assert scores == [score_of.get(text, -11.0) for text in passages]
+
+
+def test_rows_without_negatives_get_all_of_theirs_from_other_rows(tmp_path, tiny_tokenizer):
+    rows = [{"query": f"q {i}", "pos": [f"pos {i}"], "neg": [], "pos_scores": [i]} for i in range(5)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    options = {"train_group_size": 4, "knowledge_distillation": True}
+    groups = dataset(path, tiny_tokenizer, random_negatives=1.0, **options)
+    passages, scores = passage_texts(groups, 2)
+    assert passages[0] == "pos 2" and set(passages[1:]) < {"pos 0", "pos 1", "pos 3", "pos 4"}
+    assert scores == [2.0, -8.0, -8.0, -8.0]
+    with pytest.raises(ValueError, match="line 1: neg must be a list of at least one string"):
+        dataset(path, tiny_tokenizer, random_negatives=0.8, **{**options, "train_group_size": 9})
+
+
+def test_a_file_with_too_few_texts_for_random_negatives_is_refused(tmp_path, tiny_tokenizer):
+    row = {"query": "q", "pos": ["x", "y", " X"], "neg": ["n"]}
+    path = write(tmp_path / "one.jsonl", ROW, row)
+    options = {"train_group_size": 3, "random_negatives": 1.0}
+    message = (
+        r"random_negatives=1\.0 takes 2 passages of other rows into a group of 3, but .*one\.jsonl has 1 that are not "
+        r"in row 1 itself \(rows counted from 0; query 'q'\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        dataset(path, tiny_tokenizer, **options)
+    write(path, ROW, row, {**ROW, "pos": ["z"], "pos_scores": None})
+    assert len(dataset(path, tiny_tokenizer, **options)[1][0]) == 3
     with pytest.raises(ValueError, match=r"random_negatives is 1\.5, but is a share, from 0 to 1"):
         dataset(tmp_path / "one.jsonl", tiny_tokenizer, random_negatives=1.5)
 

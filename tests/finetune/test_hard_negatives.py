@@ -122,6 +122,7 @@ def test_negatives_are_of_the_bi_encoders_ranks_or_of_either(collection, bi_enco
     directory = collection(judgements=[("q2", "p2", 1), ("q3", "p3", 1)])
     words = ["--bi_encoder", bi_encoder, "--device", "cpu", "--first", 2, "--last", 3]
     rows = mined(directory, "--miner", "bi_encoder", *words)
+    assert not list(directory.parent.glob("*.vectors*"))
     texts, queries = [passage(i) for i in range(8)], [QUERIES[1]["text"], QUERIES[2]["text"]]
     lists = [[texts[i] for i in places] for places in BiEncoder(str(bi_encoder)).lists(texts, queries, 3)]
     assert [row["query"] for row in rows] == queries

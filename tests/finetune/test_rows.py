@@ -4,7 +4,7 @@ import os
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.rows import load_files, load_rows, training_files
+from flagembedding_matryoshka.finetune.rows import load_files, load_rows, sampled, training_files
 from tests.lines import ROW, write
 
 
@@ -54,6 +54,25 @@ def test_rows_without_labels(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"line 1: {fault}"):
             load(write(tmp_path / "bad.jsonl", row), "passages")
+
+
+def test_negatives_may_be_missing_where_all_are_drawn_from_other_rows(tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": []}
+    path = write(tmp_path / "rows.jsonl", {**row, "pos_scores": [1.0]}, {**row, "pos_scores": [2.0], "neg_scores": []})
+    for reads in ("labels", "scores"):
+        with pytest.raises(ValueError, match=r"line 1: neg must be a list of at least one string, got \[\]"):
+            load(path, reads)
+        assert load(path, reads, min_negatives=0)["neg"][:] == [[], []]
+    assert load(path, "scores", min_negatives=0)["neg_scores"][:] == [[], []]
+    assert load(path, "passages", min_negatives=0)["passages"][:] == [["p"], ["p"]]
+    for bad, fault in (
+        (row, "pos_scores is missing"),
+        ({**row, "pos_scores": [1.0], "neg_scores": [1.0]}, r"neg_scores must be a list of 0 numbers.* got \[1.0\]"),
+        ({**ROW, "neg_scores": None}, "neg_scores is missing"),
+        ({**ROW, "neg": None}, "neg must be a list of strings, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: {fault}"):
+            load(write(tmp_path / "bad.jsonl", bad), "scores", min_negatives=0)
 
 
 def test_files_and_directories(tmp_path):
@@ -111,7 +130,7 @@ def test_a_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
     load(path)
     parsed = []
     monkeypatch.setattr(
-        "flagembedding_matryoshka.finetune.rows.row_fault", lambda row, reads: parsed.append(row["query"])
+        "flagembedding_matryoshka.finetune.rows.row_fault", lambda row, **options: parsed.append(row["query"])
     )
     load(path)
     assert parsed == []
@@ -132,3 +151,9 @@ def test_files_without_a_row(tmp_path):
     assert [len(rows) for rows in load_files([str(empty), str(full)], "labels", str(tmp_path))] == [0, 1]
     with pytest.raises(ValueError, match=r"there is no row in .*a\.jsonl"):
         load_files([str(empty)], "labels", str(tmp_path))
+
+
+def test_the_rows_that_are_drawn_do_not_depend_on_the_directory(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", *({**ROW, "query": f"q {number}"} for number in range(50))))
+    drawn = [sampled(rows, path, 5, seed)["query"][:] for path, seed in (("a/x.jsonl", 1), ("/b/x.jsonl", 1), ("x", 2))]
+    assert len(drawn[0]) == 5 and drawn[0] == drawn[1] != drawn[2]

@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from contextlib import nullcontext
@@ -35,7 +34,7 @@ from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.text.templates import Template
 from tests.backbones import write_raw
-from tests.finetune.runs import PAIRS, WIDTHS, close, runner, scores_of
+from tests.finetune.runs import PAIRS, WIDTHS, close, command_line, run_command, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -659,33 +658,7 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
         runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
 
 
-LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj", "linear_head")
-
-
-def command_line(model, data, output_dir, processes, *more):
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"),
-        *("-m", "flagembedding_matryoshka.finetune", "--model_name_or_path", str(model), "--train_data", str(data)),
-        *("--output_dir", str(output_dir), "--cache_path", str(output_dir.parent / "cache"), "--start_layer", "2"),
-        *("--layer_sep", "1", "--layer_wise", "True", "--train_method", "distill_fix_layer_teacher"),
-        *("--knowledge_distillation", "True", "--use_lora", "True", "--lora_rank", "4", "--lora_alpha", "8"),
-        *("--target_modules", *LORA, "--loss_type", "only logits", "--use_flash_attn", "False"),
-        *("--padding_side", "right", "--train_group_size", "4", "--query_max_len", "64", "--passage_max_len", "192"),
-        *("--learning_rate", "5e-3", "--max_steps", "12", "--per_device_train_batch_size", "4"),
-        *("--dataloader_drop_last", "True", "--warmup_ratio", "0.1", "--ddp_find_unused_parameters", "False"),
-        *("--logging_steps", "1", "--report_to", "none", "--use_cpu", "True", *more),
-    ]
-
-
 WIDTH = ("--compress_layers", "2", "4", "--compress_ratios", "1", "2", "4")
-
-
-def run_command(command):
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 def history(output_dir, step=12):

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.finetune import teacher_scores
 from flagembedding_matryoshka.finetune.rows import load_rows
-from flagembedding_matryoshka.finetune.teacher_scores import add_scores, drop_false_negatives, main, raise_positives
+from flagembedding_matryoshka.finetune.teacher_scores import (
+    drop_false_negatives,
+    join_scores,
+    main,
+    raise_positives,
+    score_rows,
+)
+from flagembedding_matryoshka.finetune.teachers import bm25_teacher
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
+from tests.lines import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("sentence_transformers",)]
+BACKENDS = [("flagembedding", "--model_class", "encoder-only-base"), ("cross_encoder",)]
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +88,12 @@ def test_other_fields_stay_and_old_scores_go(tmp_path):
     row = {"id": 7, "prompt": None, "query": "é", "pos": ["p"], "pos_scores": [9], "neg": ["n", "m"], "type": "x"}
     path = tmp_path / "train.jsonl"
     path.write_text(f"\n{json.dumps(row)}\n\n{json.dumps({**row, 'neg': ['n']})}\n")
-    found = list(add_scores(path, lambda pairs: np.arange(len(pairs)), total=2))
+    (scores,) = score_rows(path, lambda pairs: np.arange(len(pairs)))
+    found = list(join_scores(path, map(json.dumps, scores)))
     assert found == [
         {**row, "pos_scores": [0.0], "neg_scores": [1.0, 2.0]},
         {**row, "neg": ["n"], "pos_scores": [3.0], "neg_scores": [4.0]},
     ]
-    assert '"neg_scores": [1.0, 2.0]' in json.dumps(found[0])
 
 
 def test_rows_are_read_a_chunk_at_a_time(training_rows, rows, monkeypatch):
@@ -95,10 +104,96 @@ def test_rows_are_read_a_chunk_at_a_time(training_rows, rows, monkeypatch):
         asked.append(pairs)
         return [float(len(text)) for _, text in pairs]
 
-    found = add_scores(training_rows, scorer, total=7)
-    assert next(found)["pos_scores"] == [len(rows[0]["pos"][0])]
+    found = score_rows(training_rows, scorer)
+    assert [scores["pos_scores"] for scores in next(found)] == [[len(row["pos"][0])] for row in rows[:2]]
     assert asked == [[(row["query"], text) for row in rows[:2] for text in (*row["pos"], *row["neg"])]]
-    assert len(list(found)) == 6 and len(asked) == 4
+    assert list(map(len, found)) == [2, 2, 1] and len(asked) == 4
+    assert list(map(len, score_rows(training_rows, scorer, done=4))) == [2, 1]
+
+
+def test_rows_without_negatives_keep_none(tmp_path):
+    row = {"query": "wing", "pos": ["lift wing"], "neg": []}
+    path = write(tmp_path / "train.jsonl", row, {**row, "pos": ["drag"]})
+    words = ["--backend", "bm25", "--drop_margin", "0", "--raise_positive", "1"]
+    main(["--input", str(path), "--output", str(tmp_path / "out.jsonl"), *words])
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["pos_scores"] > second["pos_scores"] == [0.0]
+    assert first["neg"] == first["neg_scores"] == second["neg_scores"] == []
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+@pytest.fixture
+def killable(monkeypatch):
+    """Scores pairs with BM25; raises `Killed` in the place of the batch of a number, and counts the pairs."""
+
+    def teacher(texts, scale):
+        score = bm25_teacher(texts, scale)
+        killable.batches = 0
+
+        def scores(pairs):
+            if killable.batches == killable.kill_at:
+                raise Killed
+            killable.batches += 1
+            killable.pairs += len(pairs)
+            return score(pairs)
+
+        return scores
+
+    killable = SimpleNamespace(kill_at=None, pairs=0)
+    monkeypatch.setitem(teacher_scores.TEACHERS, "bm25", teacher)
+    monkeypatch.setattr(teacher_scores, "ROWS_AT_ONCE", 2)
+    return killable
+
+
+@pytest.mark.parametrize("more", [(), ("--drop_margin", 0.5, "--raise_positive", 1)])
+def test_a_run_that_is_stopped_continues_where_it_was(more, killable, training_rows, rows, tmp_path):
+    def run(name, *words):
+        options = ["--input", training_rows, "--output", tmp_path / name, "--backend", "bm25", *more, *words]
+        main([*map(str, options)])
+        return (tmp_path / name).read_bytes()
+
+    expected = run("whole.jsonl")
+    total, killable.pairs = killable.pairs, 0
+    killable.kill_at = 2
+    with pytest.raises(Killed):
+        run("out.jsonl")
+    partial = tmp_path / "out.jsonl.partial"
+    assert partial.read_text().count("\n") == 4 and not (tmp_path / "out.jsonl").exists()
+    partial.write_bytes(partial.read_bytes()[:-5])  # killed while it wrote the fourth row
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl\.partial was written with other settings.* scale was 1\.0 and is 2"
+    ):
+        run("out.jsonl", "--scale", 2)
+    killable.kill_at = 1
+    with pytest.raises(Killed):
+        run("out.jsonl")
+    killable.kill_at = None
+    assert run("out.jsonl") == expected
+    assert killable.pairs == total + sum(len(row["pos"]) + len(row["neg"]) for row in rows[2:4])
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "whole.jsonl", "out.jsonl"}
+
+
+def test_scores_of_other_rows_are_not_continued(killable, training_rows, rows, tmp_path):
+    options = ["--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"]
+    killable.kill_at = 1
+    with pytest.raises(Killed):
+        main([*map(str, options)])
+    training_rows.write_text("\n".join(json.dumps(row) for row in rows[1:]))
+    with pytest.raises(ValueError, match=r"other settings.*input was"):
+        main([*map(str, options)])
+
+
+def test_other_margins_need_no_scores_anew(killable, training_rows, tmp_path):
+    options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
+    with pytest.raises(ValueError, match="all 7 rows lose all their negatives by a margin of 1000"):
+        main([*options, "--drop_margin", "1000"])
+    assert killable.batches == 4
+    killable.kill_at = 0
+    main(options)
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 7
 
 
 @pytest.mark.parametrize(
@@ -112,7 +207,7 @@ def test_rows_are_read_a_chunk_at_a_time(training_rows, rows, monkeypatch):
 )
 def test_what_is_no_score_is_refused(training_rows, scores, fault):
     with pytest.raises(ValueError, match=fault):
-        list(add_scores(training_rows, lambda pairs: scores, total=7))
+        list(score_rows(training_rows, lambda pairs: scores))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +222,8 @@ def test_a_classifier_is_no_teacher(training_rows, tmp_path, backend, fault):
 
 def test_a_bad_row_is_named_before_the_teacher_is_loaded(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"query": "q", "pos": ["p"], "neg": ["n"]}\n\n{"query": "q", "pos": ["p"], "neg": []}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3: neg must be a list of at least one string, got \[\]"):
+    path.write_text('{"query": "q", "pos": ["p"], "neg": ["n"]}\n\n{"query": "q", "pos": [], "neg": []}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3: pos must be a list of at least one string, got \[\]"):
         scored(path, tmp_path / "no_such_model", BACKENDS[1])
     assert list(tmp_path.iterdir()) == [path]
 
@@ -144,7 +239,7 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--output", "{input}"], r"--output .*train\.jsonl is the input"),
         (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
         (
-            ["--model_class", "encoder-only-base", "--backend", "sentence_transformers"],
+            ["--model_class", "encoder-only-base", "--backend", "cross_encoder"],
             "--model_class is nothing that",
         ),
         (["--scale", "2"], "--scale is nothing that --backend flagembedding takes"),
@@ -153,6 +248,9 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--drop_margin", "nan"], "argument --drop_margin: nan is not finite"),
         (["--raise_positive", "1e999"], "argument --raise_positive: 1e999 is not finite"),
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
+        (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--cutoff_layers is nothing that --backend bi_encoder"),
+        (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 contradict each other"),
+        (["--output", "{parent}"], "is a directory: name a file"),
         (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
     ],
 )
@@ -170,6 +268,11 @@ def test_a_teacher_needs_a_model(training_rows, capsys):
     with pytest.raises(SystemExit):
         main(["--input", str(training_rows), "--output", "out.jsonl", "--backend", "bi_encoder"])
     assert "--backend bi_encoder needs --model" in capsys.readouterr().err
+
+
+def test_a_backend_is_found_by_its_first_name(cross_encoder, training_rows):
+    first, now = (scored(training_rows, cross_encoder, (name,)) for name in ("sentence_transformers", "cross_encoder"))
+    assert first == now
 
 
 def test_teachers_add_up(training_rows, tmp_path, rows):
@@ -237,4 +340,4 @@ def test_rows_that_all_lose_their_negatives_are_no_training_file(tmp_path):
     words = ["--input", path, "--output", tmp_path / "out.jsonl", "--backend", "bm25", "--drop_margin", 0]
     with pytest.raises(ValueError, match="all 1 rows lose all their negatives by a margin of 0"):
         main([*map(str, words)])
-    assert list(tmp_path.iterdir()) == [path]
+    assert not (tmp_path / "out.jsonl").exists()

@@ -5,9 +5,12 @@ import Stemmer
 import torch
 from sentence_transformers import SentenceTransformer
 
-from flagembedding_matryoshka.finetune import teachers
-from flagembedding_matryoshka.finetune.teachers import bi_encoder_teacher, bm25_teacher
-from tests.encoders import WORDS, save_bi_encoder
+from flagembedding_matryoshka.finetune import student_teacher, teachers
+from flagembedding_matryoshka.finetune.teachers import bi_encoder_teacher, bm25_teacher, cross_encoder_teacher
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
+from tests.finetune.runs import runner
+from tests.shipped import needs_smollm2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,3 +78,72 @@ def test_bm25_gives_zero_where_no_word_is_shared(query):
     assert bm25_teacher(PASSAGES, scale=1)([(query, passage) for passage in PASSAGES]) == pytest.approx(
         np.zeros(len(PASSAGES))
     )
+
+
+@pytest.fixture(scope="module")
+def student_path(tiny_raw_model_path, training_file, tmp_path_factory):
+    """What fine-tuning writes: adapters over a raw model."""
+    output_dir = tmp_path_factory.mktemp("student") / "output"
+    runner(tiny_raw_model_path, training_file, output_dir, {"start_layer": 2}).run()
+    return str(output_dir)
+
+
+WIDTHS = [
+    {},
+    {"cutoff_layers": 3},
+    {"cutoff_layers": 5, "compress_layers": [2, 4], "compress_ratio": 2},
+    {"max_length": 24},
+    {"max_length": 40, "query_max_length": 4},
+]
+
+
+@pytest.mark.parametrize("options", WIDTHS, ids=str)
+def test_a_student_teaches_what_it_scores(student_path, options):
+    reranker = MatryoshkaReranker(student_path, dtype="float32", devices="cpu")
+    expected = np.array(reranker.compute_score(PAIRS, **options))
+    teach = cross_encoder_teacher(student_path, device="cpu", batch_size=7, scale=2.0, **options)
+    found = teach(PAIRS)
+    assert found == pytest.approx(2 * expected, abs=1e-5) and expected.std() > 0.01
+    assert teach(PAIRS[3:5]) == pytest.approx(found[3:5], abs=1e-5)
+
+
+def test_a_student_teaches_in_bfloat16(student_path):
+    expected = MatryoshkaReranker(student_path, dtype="bfloat16", devices="cpu").compute_score(PAIRS)
+    found = cross_encoder_teacher(student_path, device="cpu", use_bf16=True)(PAIRS)
+    full = cross_encoder_teacher(student_path, device="cpu")(PAIRS)
+    assert found == pytest.approx(expected, abs=0.02) and 1e-4 < np.abs(found - full).max() < 0.2
+
+
+def test_a_query_is_computed_once_for_its_neighbours(student_path, monkeypatch):
+    tokens = []
+    pack = student_teacher.pack_pairs
+
+    def recorded(*args):
+        token_ids, packed = pack(*args)
+        tokens.append(token_ids.numel())
+        return token_ids, packed
+
+    monkeypatch.setattr(student_teacher, "pack_pairs", recorded)
+    query = " ".join(WORDS)
+    teach = cross_encoder_teacher(student_path, device="cpu", batch_size=4)
+    teach([(query, "wing")] * 4)
+    teach([(f"{word} {query}", "wing") for word in WORDS[:4]])
+    assert len(tokens) == 2 and tokens[0] < tokens[1] / 2
+
+
+def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(student_teacher, "load_model", None)
+    with pytest.raises(ValueError, match="cutoff_layers"):
+        cross_encoder_teacher(student_path, cutoff_layers=9)
+    with pytest.raises(ValueError, match="compress_ratio"):
+        cross_encoder_teacher(student_path, compress_layers=[2], compress_ratio=3)
+    encoder = str(save_cross_encoder(tmp_path / "encoder", labels=1))
+    with pytest.raises(ValueError, match=r"encoder is no layer-wise checkpoint.* leave out \{'cutoff_layers': 3\}"):
+        cross_encoder_teacher(encoder, cutoff_layers=3, compress_ratio=1, compress_layers=None)
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_the_shipped_reranker_teaches():
+    expected = MatryoshkaReranker("smollm2", dtype="float32", devices="cpu").compute_score(PAIRS[:5])
+    assert cross_encoder_teacher("smollm2", device="cpu")(PAIRS[:5]) == pytest.approx(expected, abs=1e-4)

@@ -99,7 +99,7 @@ def test_an_instruction_is_saved(qwen, from_path, library):
     again = pickle.loads(pickle.dumps(made))
     assert again._ranking.arguments() == made._ranking.arguments()
     assert again._ranking.arguments()["instruction"] == TASK
-    hits = [(index, score) for index, score in again._ranking(QUERY, TEXTS)]
+    hits = [(hit.index, hit.score) for hit in again._ranking(QUERY, TEXTS)]
     assert hits == ranked(qwen, instruction=TASK)
 
 
@@ -149,7 +149,7 @@ def test_a_call_has_its_own_least_score(qwen):
     ranking = Ranking(qwen, score_threshold=-1000.0)
     every = ranking(QUERY, TEXTS)
     assert len(every) == len(TEXTS)
-    for own in ({"score_threshold": every[0][1]}, {"min_score": every[0][1]}):
+    for own in ({"score_threshold": every[0].score}, {"min_score": every[0].score}):
         assert ranking(QUERY, TEXTS, **own) == every[:1]
     with pytest.raises(ValueError, match="give one of them"):
         ranking(QUERY, TEXTS, score_threshold=0.5, min_score=0.5)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -261,3 +262,116 @@ def test_each_instruction_has_a_cache_of_its_own(qwen):
 def test_a_least_score_is_refused(reranker, name):
     with pytest.raises(ValueError, match=rf"\['{name}'\] would leave out candidates"):
         MatryoshkaSearch(reranker, **{name: 0.5})
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """The folder and the scores of a first stage, which did not find d1 for q1."""
+    folder = tmp_path_factory.mktemp("first")
+    run(mteb.get_model("mteb/baseline-random-encoder"), MockRetrievalTask(), folder)
+    (path,) = folder.glob("*_predictions.json")
+    written = json.loads(path.read_text())
+    split = written["default"]["test"]
+    split["q1"] = {"d2": 0.25}
+    path.write_text(json.dumps(written))
+    return folder, split
+
+
+def second_stage(folder, candidates=None):
+    task = MockRetrievalTask().convert_to_reranking(folder)
+    if candidates is not None:
+        task.dataset["default"]["test"]["top_ranked"] = candidates
+    return task
+
+
+@pytest.mark.parametrize("options", [{}, CASCADE])
+@pytest.mark.parametrize("by_order", [True, False])
+def test_a_first_stage_is_fused(reranker, first_stage, options, by_order, tmp_path):
+    folder, scores = first_stage
+    candidates = {query: ["d1", "d2"] for query in scores}
+    task = second_stage(folder, candidates)
+    given = {"first_stage": "order"} if by_order else {"first_stage_scores": folder}
+    _, found = run(MatryoshkaSearch(reranker, fusion=3.0, **given, **options), task, tmp_path)
+    data = task.dataset["default"]["test"]
+    queries, passages = texts_of(data["queries"]), texts_of(data["corpus"])
+    for query, known in scores.items():
+        of_query = given if by_order else {"first_stage_scores": [known.get(name) for name in candidates[query]]}
+        texts = [passages[name] for name in candidates[query]]
+        hits = reranker.rank(queries[query], texts, fusion=3.0, **of_query, **options)
+        result = found["default"]["test"][query]
+        assert ranked(result) == [candidates[query][hit["corpus_id"]] for hit in hits]
+        expected = [-1.0, -2.0] if options else [hit["fused_score"] for hit in hits]
+        assert sorted(result.values(), reverse=True) == pytest.approx(expected, abs=1e-5)
+        if by_order or len(known) == 2:  # a weight of 3 decides between two
+            assert ranked(result)[0] == ("d1" if by_order else max(known, key=known.get))
+
+
+def test_candidates_without_a_first_stage_are_refused(reranker, first_stage, tmp_path):
+    folder, _ = first_stage
+    of_scores = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=str(folder))
+    with pytest.raises(ValueError, match=r"no score of any of the 1 candidates of query 'q1'"):
+        run(of_scores, second_stage(folder, {"q1": ["d1"], "q2": ["d1"]}), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no scores of task MockRerankingTask: there are \['MockRetrievalTask_pred"
+    ):
+        run(of_scores, MockRerankingTask(), tmp_path)
+    for task in (MockRerankingTask(), MockInstructionReranking()):
+        with pytest.raises(ValueError, match=rf"first_stage='order': {task.metadata.name} is a task of type"):
+            run(MatryoshkaSearch(reranker, fusion=0.5, first_stage="order"), task, tmp_path)
+
+
+def test_another_file_than_was_read_is_refused(reranker, first_stage, tmp_path):
+    folder = tmp_path / "first"
+    shutil.copytree(first_stage[0], folder)
+    search = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=folder)
+    (path,) = folder.glob("*_predictions.json")
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match="has changed since MatryoshkaSearch was made"):
+        run(search, second_stage(folder), tmp_path)
+    path.write_text(json.dumps({"mteb_model_meta": {}, "default": {"dev": {}}}))
+    with pytest.raises(ValueError, match="has no scores of subset 'default', split 'val'"):
+        run(MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=folder), second_stage(first_stage[0]), tmp_path)
+
+
+def test_each_first_stage_and_weight_has_a_cache_of_its_own(reranker, first_stage, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(first_stage[0], other)
+    options = [
+        {},
+        {"fusion": 0.5, "first_stage": "order"},
+        {"fusion": 1.0, "first_stage": "order"},
+        {"fusion": 0.5, "first_stage_scores": other},
+    ]
+    models = [MatryoshkaSearch(reranker, **given).mteb_model_meta for given in options]
+    same = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=first_stage[0]).mteb_model_meta
+    assert same == models[-1]
+    (path,) = other.glob("*_predictions.json")
+    path.write_text(path.read_text() + " ")
+    models.append(MatryoshkaSearch(reranker, **options[-1]).mteb_model_meta)
+    assert len(set(models)) == 5
+    assert "fusion" not in models[0].experiment_kwargs and models[2].experiment_kwargs["fusion"] == 1.0
+
+
+def test_a_default_weight_is_for_a_first_stage_that_is_given(tiny_layerwise_path, reranker):
+    path = str(tiny_layerwise_path)
+    own = MatryoshkaReranker(path, dtype="float32", devices="cpu", fusion=0.7)
+    assert MatryoshkaSearch(own).mteb_model_meta == MatryoshkaSearch(reranker).mteb_model_meta
+    assert MatryoshkaSearch(own, first_stage="order").mteb_model_meta.experiment_kwargs["fusion"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fusion": 0.5}, ValueError, r"fusion=0\.5 needs the first stage's scores: give first_stage_scores, or"),
+        ({"first_stage": "order"}, ValueError, "need a weight"),
+        ({"first_stage": "none", "fusion": 1}, ValueError, "first_stage is 'none', but must be 'order' or None"),
+        ({"first_stage": "order", "first_stage_scores": "x", "fusion": 1}, ValueError, "give one of them"),
+        ({"first_stage_scores": "nothing/there", "fusion": 1}, FileNotFoundError, r"'nothing/there' holds no \*_pred"),
+        ({"first_stage_key": "bm25", "fusion": 1}, ValueError, r"\['first_stage_key'\] is of a text's metadata"),
+        ({"meta_fields_to_embed": ["title"]}, ValueError, r"\['meta_fields_to_embed'\] is of a text's metadata"),
+    ],
+)
+def test_fusion_that_does_not_fit_is_refused_at_once(reranker, tiny_layerwise_path, options, error, message):
+    for model in (reranker, str(tiny_layerwise_path)):
+        with pytest.raises(error, match=message):
+            MatryoshkaSearch(model, **options)

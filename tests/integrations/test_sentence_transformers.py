@@ -282,6 +282,60 @@ def test_rank_takes_depth_and_width(options, tiny_layerwise_path):
     assert [hit["score"] for hit in found] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
 
 
+DOCUMENTS = ["air flows over the upper side", "a wing", "the flux of heat, air", "heat", "a wing"]
+FIRST = [1.0, 9.0, None, 3.0, 8.0]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"fusion": 0}])
+@pytest.mark.parametrize("given", [{"first_stage_scores": FIRST}, {"first_stage": "order"}])
+def test_rank_fuses_as_the_reranker(options, given, cross_encoder, tiny_layerwise_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    options = {"fusion": 2.0, "top_k": 4, "return_documents": True} | options | given
+    expected, found = (model.rank("heat", DOCUMENTS, **options) for model in (reranker, cross_encoder))
+    assert [hit["corpus_id"] for hit in found] == [hit["corpus_id"] for hit in expected]
+    for hit, other in zip(found, expected, strict=True):
+        assert hit.keys() == other.keys()
+        assert hit.pop("text") == other.pop("text")
+        assert hit == pytest.approx(other, abs=1e-4)
+    scores = {hit["corpus_id"]: hit["fused_score"] for hit in expected}
+    activated = cross_encoder.rank("heat", iter(DOCUMENTS), activation_fn=torch.nn.Sigmoid(), **options)
+    assert {hit["corpus_id"]: pytest.approx(hit["fused_score"], abs=1e-4) for hit in activated} == scores
+    assert all(0 < hit["score"] < 1 for hit in activated)
+    assert cross_encoder.rank("heat", [], first_stage_scores=[], fusion=1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"first_stage_scores": FIRST}, ValueError, r"need a weight: give fusion=, a number"),
+        ({"first_stage": "order"}, ValueError, r"need a weight: give fusion=, a number"),
+        ({"fusion": 0.5}, ValueError, r"fusion=0\.5 needs the first stage's scores"),
+        ({"first_stage": "order", "fusion": "auto"}, ValueError, "fusion='auto': a CrossEncoder reads no plan"),
+        ({"first_stage": "order", "fusion": -1}, ValueError, "fusion is -1, but must be finite and at least 0"),
+        ({"first_stage": "order", "fusion": "a"}, TypeError, "fusion must be a number, .* got 'a'"),
+        ({"first_stage": "none", "fusion": 1}, ValueError, "first_stage is 'none', but must be 'order' or None"),
+        ({"first_stage_scores": FIRST, "first_stage": "order", "fusion": 1}, ValueError, "give one of them"),
+        ({"first_stage_scores": FIRST[1:], "fusion": 1}, ValueError, "4 first_stage_scores, but 5 candidates"),
+    ],
+)
+def test_fusion_that_does_not_fit_is_refused_before_anything_is_computed(
+    cross_encoder, options, error, message, monkeypatch
+):
+    monkeypatch.setattr(type(cross_encoder), "predict", lambda *_, **__: pytest.fail("something is computed"))
+    with pytest.raises(error, match=message):
+        cross_encoder.rank("heat", DOCUMENTS, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"fusion": 0.5}, {"first_stage": "order"}, {"first_stage_scores": [1.0, 2.0, 3.0]}]
+)
+def test_predict_refuses_arguments_of_a_ranking(cross_encoder, options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"^{name} is an argument of rank"):
+        cross_encoder.predict(PAIRS, **options)
+    assert len(cross_encoder.predict(PAIRS, **{name: None})) == len(PAIRS)
+
+
 def test_what_is_exported_loads_by_its_path(tiny_layerwise_path, tmp_path):
     reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
     reranker.export(str(tmp_path), cutoff_layers=[3])

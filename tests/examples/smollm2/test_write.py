@@ -9,24 +9,11 @@ from safetensors.torch import load_file
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.setting import Setting
-from tests.shipped import EXITS, write_base_package, write_fine_tuned
+from tests.shipped import EXITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"dtype": "float32", "devices": "cpu"}
 PAIRS = [("how does a wing lift", "air flows faster over the upper side of a wing."), ("heat", "a wing")]
-
-
-@pytest.fixture
-def base(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    return write_base_package(tmp_path / "site", tiny_tokenizer)
-
-
-@pytest.fixture
-def checkpoint(base, tmp_path):
-    """Trained on the file, whose path it notes."""
-    return write_fine_tuned(str(base), tmp_path / "fine_tuned")
 
 
 def plan_of(*exits):

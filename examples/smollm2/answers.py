@@ -1,0 +1,35 @@
+"""Pairs of a question and the passage that answers it: medical questions, and questions on sections of Wikipedia."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from abstracts import shortened
+from docstrings import Pair
+from texts import is_english, plain, seeded
+
+MIN_WORDS = 12
+
+
+def medical_pairs(seed: int, rows: Iterable[Mapping[str, str]]) -> Iterator[Pair]:
+    """A question and its answer.
+
+    Other answers on the same disease, and answers to the same question on other diseases, are in the collection too:
+    they become the negatives.
+    """
+    for row in rows:
+        question, answer = plain(row["question"]).replace(" ?", "?"), plain(row["answer"])
+        if len(answer.split()) >= MIN_WORDS and is_english(answer):
+            yield Pair(question, shortened(answer, seeded(seed, "medical", row["id"])))
+
+
+def section_question_pairs(seed: int, rows: Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
+    """A question and the section with its answer; a passage is cut after the answer alone."""
+    for row in rows:
+        if not row["answers"]:
+            continue
+        last, rng = max(row["answers"]), seeded(seed, "section", row["question"])
+        kept = [plain(sentence) for sentence in row["sentences"][: max(last + 1, rng.randint(3, 12))]]
+        passage = " ".join(kept)
+        if MIN_WORDS <= len(passage.split()) <= 300:
+            headed = rng.random() < 0.5
+            yield Pair(plain(row["question"]), f"{row['article']}. {passage}" if headed else passage)

@@ -1,0 +1,75 @@
+"""Draw the rows of each kind that a stage of training sees.
+
+    python examples/smollm2/mix.py DIR
+
+Reads DIR/taught and writes DIR/short and DIR/long. The short stage takes the first rows of a kind, the long stage the
+last.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from flagembedding_matryoshka.files import write_text
+
+SHORT = {
+    "titles": 3000,
+    "abstracts": 2000,
+    "phrases": 3000,
+    "notes": 3000,
+    "medical": 2500,
+    "wikipedia": 1200,
+    "code": 2500,
+    "docstrings": 1500,
+    "sentences": 1500,
+    "sections": 1000,
+    "packages": 300,
+    "glosses": 300,
+}
+LONG = {
+    "titles": 1500,
+    "abstracts": 3000,
+    "phrases": 1500,
+    "notes": 1500,
+    "medical": 2500,
+    "wikipedia": 1200,
+    "code": 1500,
+    "docstrings": 800,
+    "sentences": 800,
+    "sections": 500,
+    "articles": 2500,
+}
+"""Rows of each kind, at most."""
+
+
+def mix(taught: Path, output: Path, counts: Mapping[str, int], is_first: bool) -> int:
+    """Write the first, or last, rows of each kind to `output` and return how many there are.
+
+    Raises:
+        FileNotFoundError: if `taught` has none of the kinds.
+    """
+    written = 0
+    for kind, count in counts.items():
+        path = taught / f"{kind}.jsonl"
+        if not path.is_file():
+            print(f"{kind}: left out, there is no {path}")
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        chosen = lines[:count] if is_first else lines[-count:]
+        write_text(output / path.name, "".join(chosen))
+        written += len(chosen)
+    if not written:
+        raise FileNotFoundError(f"{taught} has none of {', '.join(counts)}: teach.sh writes them")
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    directory = parser.parse_args().directory
+    for name, counts, is_first in (("short", SHORT, True), ("long", LONG, False)):
+        print(f"{name}: {mix(directory / 'taught', directory / name, counts, is_first)} rows")
+
+
+if __name__ == "__main__":
+    main()

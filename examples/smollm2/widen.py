@@ -1,0 +1,75 @@
+"""Give adapters a higher rank and a model more exits, without changing a score.
+
+    python examples/smollm2/widen.py --checkpoint FROM --rank 32 --exits 6 9 12 15 18 --output OUT
+
+Rows that are added to an adapter's A are drawn at random. Columns that are added to its B are zero. A new exit starts
+with the head of the next deeper one. Fine-tuning goes on from OUT with `--from_peft OUT`.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
+    """Write the adapters in `checkpoint` with `rank` and `exits` to the directory `output`.
+
+    Raises:
+        ValueError: if the rank is lower than the adapters', or an exit would be lost or be the new deepest.
+    """
+    config, adapters = inspect_checkpoint(str(checkpoint)).config, PeftConfig.from_pretrained(checkpoint)
+    have, exits = config.exit_layers, sorted(set(exits))
+    if rank < adapters.r:
+        raise ValueError(f"rank {rank} is lower than that of {checkpoint}, {adapters.r}.")
+    if not set(have) <= set(exits) or exits[-1] != have[-1]:
+        raise ValueError(f"exits {exits} must contain those of {checkpoint}, {have}, and end with the same.")
+    torch.manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    for name, value in load_file(checkpoint / WEIGHTS).items():
+        head = re.search(r"\.lm_head\.(\d+)\.", name)
+        value = widened(value.float(), rank, is_first=".lora_A." in name)
+        if head is None:
+            weights[name] = value
+            continue
+        own = have[int(head[1])]
+        before = max((layer for layer in have if layer < own), default=0)
+        for place, layer in enumerate(exits):
+            if before < layer <= own:
+                weights[name.replace(head[0], f".lm_head.{place}.")] = value.clone()
+    config.exits, adapters.lora_alpha, adapters.r = exits, adapters.lora_alpha * rank // adapters.r, rank
+    adapters.target_modules = sorted(adapters.target_modules)
+    output.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(output)
+    adapters.save_pretrained(output)
+    save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
+
+
+def widened(value: Tensor, rank: int, is_first: bool) -> Tensor:
+    """A (rank, in) with drawn rows added, or B (out, rank) with columns of zeros."""
+    if is_first:
+        added = torch.empty(rank - len(value), value.shape[1]).uniform_(-1, 1) * value.shape[1] ** -0.5
+        return torch.cat([value, added])
+    return torch.cat([value, value.new_zeros(len(value), rank - value.shape[1])], dim=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="adapters that fine-tuning or write.py wrote")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--exits", type=int, nargs="+", required=True)
+    options = parser.parse_args()
+    widen(options.checkpoint, options.output, options.rank, options.exits)
+
+
+if __name__ == "__main__":
+    main()

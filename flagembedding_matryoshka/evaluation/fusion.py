@@ -1,0 +1,325 @@
+"""What fusion with the first stage gives on the queries that did not choose the weight."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from flagembedding_matryoshka.evaluation.baselines import Baseline
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.halves import Halves, at
+from flagembedding_matryoshka.evaluation.measuring import Lists, evaluate_fused
+from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, mean, per_query
+from flagembedding_matryoshka.evaluation.significance import holm, mean_interval, paired_interval, paired_p_value
+from flagembedding_matryoshka.evaluation.store import Result, Store
+from flagembedding_matryoshka.evaluation.weighting import WeightChoice, choose_weights, first_stage_run, fuse_runs
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.setting import Setting
+
+logger = logging.getLogger(__name__)
+
+FIRST_STAGE = "first stage"
+"""The first stage's name among the scorers of an order."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A change of nDCG@10 on the held-out half.
+
+    Attributes:
+        interval: 95 % confidence, of a paired bootstrap; None of a single query.
+        p_value: of a paired randomisation test, after Holm for the tests of its family.
+    """
+
+    change: float
+    interval: tuple[float, float] | None
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """nDCG@10 on the held-out half; its 95 % confidence interval is of a bootstrap, and None of a single query."""
+
+    mean: float
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Level:
+        """The level of one value for each query."""
+        return cls(mean(values), mean_interval(values))
+
+
+@dataclass(frozen=True)
+class FusedSetting:
+    """A setting whose scores are fused with the first stage's.
+
+    Attributes:
+        result: what it costs and gives, on all queries.
+        plain, fused: levels without and with fusion.
+        against_plain, against_first_stage: the fused order against the setting's own, and against the first stage's.
+    """
+
+    result: Result
+    plain: Level
+    fused: Level
+    against_plain: Difference
+    against_first_stage: Difference
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the values of single queries."""
+        levels = {name: asdict(getattr(self, name)) for name in ("plain", "fused")}
+        return {
+            **asdict(self.result.setting),
+            **{measure: mean(values) for measure, values in self.result.per_query.items()},
+            "flops_per_pair": self.result.flops_per_pair,
+            "pairs_per_second": self.result.pairs_per_second,
+            "held_out": levels,
+            "against_plain": asdict(self.against_plain),
+            "against_first_stage": asdict(self.against_first_stage),
+        }
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order by one scorer, or by several of them.
+
+    Attributes:
+        baseline: its values on all queries, and what it costs.
+        weights: the names of the scorers after the first, with their weights.
+        is_reference: True for the full network fused with the first stage.
+    """
+
+    baseline: Baseline
+    weights: Sequence[tuple[str, float]] = ()
+    is_reference: bool = False
+
+
+@dataclass(frozen=True)
+class ComparedOrder:
+    """An order beside the full network fused with the first stage.
+
+    Attributes:
+        held_out: its level.
+        change: the order against that network; None for the network itself.
+    """
+
+    order: Order
+    held_out: Level
+    change: Difference | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the values of single queries."""
+        baseline = self.order.baseline
+        return {
+            "name": baseline.name,
+            "weights": [{"scorer": scorer, "weight": weight} for scorer, weight in self.order.weights],
+            **{measure: mean(values) for measure, values in baseline.per_query.items()},
+            "flops_per_pair": baseline.flops_per_pair,
+            "pairs_per_second": baseline.pairs_per_second,
+            "held_out": asdict(self.held_out),
+            "change": None if self.change is None else asdict(self.change),
+        }
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What fusion with a first stage gives.
+
+    Attributes:
+        choice: the weight, which the full network's scores choose.
+        queries, held_out_queries: how many queries choose, and how many report.
+        first_stage: the level of the first stage alone.
+        full: the deepest exit at full width.
+        settings: each measured setting, fused at this weight. The p-values of the full network are of a family of two
+            tests; those of all other settings are of another.
+        orders: bi-encoders beside the re-ranker, alone and fused, a third family; none without a bi-encoder.
+    """
+
+    choice: WeightChoice
+    queries: int
+    held_out_queries: int
+    first_stage: Level
+    full: Setting
+    settings: Sequence[FusedSetting]
+    orders: Sequence[ComparedOrder] = ()
+
+    @property
+    def weight(self) -> float:
+        """The weight of the first stage."""
+        return self.choice.weights[0]
+
+    def summary(self) -> str:
+        """The choice, and what it gives the full network, in a sentence or two."""
+        (item,) = (item for item in self.settings if item.result.setting == self.full)
+        return (
+            f"fusion weight {self.weight:g}, chosen by {self.queries} queries; on the {self.held_out_queries} others "
+            f"{QUALITY} of {self.full}: {item.plain.mean:.4f} plain → {item.fused.mean:.4f} fused, "
+            f"{_in_words(item.against_plain)}; against the first stage alone ({self.first_stage.mean:.4f}) "
+            f"{_in_words(item.against_first_stage)}."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the values of single queries."""
+        return {
+            "weight": self.weight,
+            "queries": self.queries,
+            "held_out_queries": self.held_out_queries,
+            "weights": [{"weight": weight, QUALITY: quality} for (weight,), quality in self.choice.qualities.items()],
+            "first_stage": asdict(self.first_stage),
+            "settings": [item.as_json() for item in self.settings],
+            "orders": [item.as_json() for item in self.orders],
+        }
+
+
+def measure_fusion(
+    reranker: MatryoshkaReranker,
+    candidates: Candidates,
+    results: Sequence[Result],
+    baselines: Sequence[Baseline],
+    full: Setting,
+    store: Store,
+    weights: Sequence[float],
+    timed_pairs: int,
+    recall_at: int,
+    tokenized: Callable[[], Lists] | None = None,
+) -> FusionReport:
+    """Choose the weight of the first stage by the full network's scores, and fuse every setting at it.
+
+    Args:
+        results, store: of `evaluate`.
+        baselines: the candidates' own order first.
+        full: the deepest exit at full width.
+        weights: to try.
+        timed_pairs, recall_at, tokenized: as in `evaluate`.
+
+    Raises:
+        ValueError: as `first_stage_run`.
+    """
+    scores = store.run(full)
+    choice = choose_weights(candidates, scores, [first_stage_run(candidates)], weights, Halves.of(candidates.passages))
+    (weight,) = choice.weights
+    if len(choice.qualities) > 1 and weight == max(weights):
+        logger.warning("fusion weight %g is the largest of those tried: give --fusion larger ones too", weight)
+    fused = evaluate_fused(reranker, candidates, results, store, weight, timed_pairs, recall_at, tokenized)
+    (reference,) = (result for result in fused if result.setting == full)
+    orders = orders_beside(candidates, scores, reference, weight, baselines, weights, recall_at)
+    return report_fusion(candidates, choice, results, fused, full, baselines[0], orders)
+
+
+def report_fusion(
+    candidates: Candidates,
+    choice: WeightChoice,
+    plain: Sequence[Result],
+    fused: Sequence[Result],
+    full: Setting,
+    first_stage: Baseline,
+    orders: Sequence[Order] = (),
+) -> FusionReport:
+    """Compare fused orders on the held-out half.
+
+    Args:
+        choice: of the first stage's weight.
+        plain, fused: results of the same settings, without and with fusion.
+        full: the deepest exit at full width.
+        first_stage: the candidates' own order.
+        orders: as `orders_beside` returns them.
+    """
+    halves = Halves.of(candidates.passages)
+
+    def held_out(item: Result | Baseline) -> list[float]:
+        return at(item.per_query[QUALITY], halves.held_out)
+
+    alone = held_out(first_stage)
+    found: dict[Setting, list[Difference]] = {}
+    for is_full in (True, False):
+        family = [
+            (before, made) for before, made in zip(plain, fused, strict=True) if (made.setting == full) is is_full
+        ]
+        tested = _differences(
+            [(held_out(made), other) for before, made in family for other in (held_out(before), alone)]
+        )
+        found |= {made.setting: tested[2 * place : 2 * place + 2] for place, (_, made) in enumerate(family)}
+    settings = [
+        FusedSetting(made, Level.of(held_out(before)), Level.of(held_out(made)), *found[made.setting])
+        for before, made in zip(plain, fused, strict=True)
+    ]
+    (reference,) = (held_out(result) for result in fused if result.setting == full)
+    others = [order for order in orders if not order.is_reference]
+    against = iter(_differences([(held_out(order.baseline), reference) for order in others]))
+    beside = [
+        ComparedOrder(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
+        for order in orders
+    ]
+    sizes = len(halves.choosing), len(halves.held_out)
+    return FusionReport(choice, *sizes, Level.of(alone), full, settings, beside)
+
+
+def orders_beside(
+    candidates: Candidates,
+    scores: Run,
+    full: Result,
+    weight: float,
+    baselines: Sequence[Baseline],
+    weights: Sequence[float],
+    recall_at: int,
+) -> list[Order]:
+    """The first stage, the bi-encoders and the full network, alone and fused; nothing without a bi-encoder.
+
+    The choosing half chooses the weights of each order by itself.
+
+    Args:
+        scores: the full network's.
+        full: the full network's result, fused with the first stage.
+        weight: of the first stage in it.
+        baselines: the candidates' own order first.
+        weights: to try.
+    """
+    encoders = [baseline for baseline in baselines if baseline.run is not None]
+    if not encoders:
+        return []
+    halves = Halves.of(candidates.passages)
+
+    def fuse(name: str, run: Run, others: Sequence[tuple[str, Run]], cost: Baseline) -> Order:
+        """`cost` is an order that costs the same."""
+        names, runs = zip(*others, strict=True)
+        chosen = choose_weights(candidates, run, runs, weights, halves).weights
+        fused = fuse_runs(candidates, run, list(zip(runs, chosen, strict=True)))
+        quality = per_query(candidates, fused, recall_at)
+        named = replace(cost, name=" + ".join([name, *names]), per_query=quality, run=fused)
+        return Order(named, list(zip(names, chosen, strict=True)))
+
+    name, first = str(full.setting), (FIRST_STAGE, first_stage_run(candidates))
+    reference = Baseline(f"{name} + {FIRST_STAGE}", full.per_query, full.flops_per_pair, full.pairs_per_second)
+    orders = [Order(baselines[0])]
+    for encoder in encoders:
+        assert encoder.run is not None
+        orders += [Order(encoder), fuse(encoder.name, encoder.run, [first], encoder)]
+    orders.append(Order(reference, [(FIRST_STAGE, weight)], is_reference=True))
+    for encoder in encoders:
+        assert encoder.run is not None
+        both = _one_after_the_other(reference, encoder)
+        orders.append(fuse(name, scores, [first, (encoder.name, encoder.run)], both))
+    return orders
+
+
+def _one_after_the_other(one: Baseline, other: Baseline) -> Baseline:
+    """`one` at the cost of both."""
+    assert one.flops_per_pair and other.flops_per_pair and one.pairs_per_second and other.pairs_per_second
+    speed = 1 / (1 / one.pairs_per_second + 1 / other.pairs_per_second)
+    return replace(one, flops_per_pair=one.flops_per_pair + other.flops_per_pair, pairs_per_second=speed)
+
+
+def _differences(tests: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Difference]:
+    """Of a family of tests, each of the values of an order and those of another."""
+    p_values = holm([paired_p_value(values, reference) for values, reference in tests])
+    return [
+        Difference(mean(values) - mean(reference), paired_interval(values, reference), p_value)
+        for (values, reference), p_value in zip(tests, p_values, strict=True)
+    ]
+
+
+def _in_words(difference: Difference) -> str:
+    interval = "" if difference.interval is None else "95 % {:+.4f} to {:+.4f}, ".format(*difference.interval)
+    return f"{difference.change:+.4f} ({interval}p = {difference.p_value:.3f})"

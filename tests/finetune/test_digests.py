@@ -1,0 +1,16 @@
+from flagembedding_matryoshka.finetune.digests import digest_model, digest_texts
+
+
+def test_a_model_is_its_weights_and_not_the_checkpoints_of_its_training(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"a")
+    before = digest_model(str(tmp_path))
+    (tmp_path / "checkpoint-1" / "optimizer.bin").write_bytes(b"a")
+    assert digest_model(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"b")
+    assert digest_model(str(tmp_path)) != before
+    assert digest_model("BAAI/some-name") is None
+
+
+def test_texts_differ_by_where_they_end():
+    assert digest_texts(["ab", "c"]) == digest_texts(iter(["ab", "c"])) != digest_texts(["a", "bc"])
