@@ -143,8 +143,8 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
 
     Args:
         query: number of the query, for errors.
-        values: a score for each candidate; None if the first stage did not find the candidate. Such a candidate gets
-            the lowest of the query's scores, and 0 if the first stage found none.
+        values: a score for each candidate, a number or a tensor of one; None if the first stage did not find the
+            candidate. Such a candidate gets the lowest of the query's scores, and 0 if the first stage found none.
 
     Raises:
         TypeError: if a value is neither a number nor None.
@@ -154,6 +154,8 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
         raise ValueError(f"query {query} has {len(values)} first_stage_scores, but {candidates} candidates.")
     found: list[float | None] = []
     for place, value in enumerate(values):
+        if isinstance(value, Tensor) and value.ndim == 0:
+            value = value.item()
         if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
             raise TypeError(
                 f"first_stage_scores of query {query}: value {place} must be a number, or None, got {excerpt(value)}."
@@ -161,7 +163,8 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
         number = None if value is None else _as_float(value)
         if number is not None and not math.isfinite(number):
             raise ValueError(
-                f"first_stage_scores of query {query}: value {place} is {excerpt(value)}, but must be finite."
+                f"first_stage_scores of query {query}: value {place} is {excerpt(value)}, but must be finite, or None "
+                "for a candidate that the first stage did not find."
             )
         found.append(number)
     lowest = min((number for number in found if number is not None), default=0.0)
