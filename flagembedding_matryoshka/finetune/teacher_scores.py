@@ -120,12 +120,16 @@ def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dic
     """Return what the scores depend on; another batch size or device changes no more than rounding."""
     given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
     return {
-        "input": digest_files([options.input], options.input.parent),
+        "input": _digest_input(options),
         "backend": options.backend,
         "add": options.add,
         "weights": digest_model(teacher["model"]) if "model" in teacher else None,
         **given,
     }
+
+
+def _digest_input(options: argparse.Namespace) -> str:
+    return digest_files([options.input], options.input.parent)
 
 
 def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
@@ -224,9 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not total:
         parser.error(f"--input {options.input} has no row")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), _settings_of(options, settings))
+    conditions = _settings_of(options, settings)
+    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), conditions)
     try:
         _complete(scores, options, settings, total)
+        if _digest_input(options) != conditions["input"]:
+            raise ValueError(
+                f"{options.input} has changed while its rows were scored, so that the scores in {scores.path} are of "
+                "other rows. Restore the file and call the command again, or remove the scores."
+            )
         rows: Iterable[Row] = join_scores(options.input, scores.lines())
         if options.drop_margin is not None:
             rows = drop_false_negatives(rows, options.drop_margin)
