@@ -17,8 +17,9 @@ HEADER = "query-id\tcorpus-id\tscore\n"
 
 def renamed(path: Path, kind: str) -> Iterator[str]:
     """Lines of a corpus or of queries, whose ids begin with their kind."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    with path.open(encoding="utf-8", newline="\n") as file:  # a text may hold other line breaks, such as U+2028
+        rows = list(map(json.loads, file))
+    for row in rows:
         yield json.dumps({**row, "_id": f"{kind}-{row['_id']}"}, ensure_ascii=False) + "\n"
 
 

@@ -12,8 +12,8 @@ kinds. OUT/quality_cost.svg has 95 % confidence intervals of a bootstrap over th
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from flagembedding_matryoshka.evaluation.__main__ import main as evaluate
 from flagembedding_matryoshka.evaluation.candidates import from_bm25
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, per_query
 from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
+from flagembedding_matryoshka.evaluation.store import slug
 from flagembedding_matryoshka.evaluation.table import markdown_table
 from flagembedding_matryoshka.files import replacing, write_text
 from flagembedding_matryoshka.inference.plan import load_plan
@@ -76,11 +77,12 @@ def measure(data: Path, output: Path, model: str, weight: float, split: str, top
             *("--bi_encoder", BI_ENCODER, bi_encoder_path()),
         ]
     )
-    plain = dict(results(output / "settings"))
-    fused = dict(results(output / "fused" / "settings")) or plain  # a weight of 0 changes no order
+    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    plain = results(output / "settings", report["settings"])
+    # A weight of 0 changes no order, and nothing is stored.
+    fused = results(output / "fused" / "settings", report["settings"]) if weight else plain
     full = plain[max(plain, key=lambda setting: (setting.depth, -setting.compress_ratio))]
     candidates = from_bm25(read_collection(data, split), top_k)
-    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
     return Kind(
         {setting: item["per_query"][QUALITY] for setting, item in plain.items()},
         {setting: item["per_query"][QUALITY] for setting, item in fused.items()},
@@ -90,11 +92,19 @@ def measure(data: Path, output: Path, model: str, weight: float, split: str, top
     )
 
 
-def results(directory: Path) -> Iterator[tuple[Setting, dict]]:
-    """The results that an evaluation stored, by setting."""
-    for path in sorted(directory.glob("*.json")):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        yield Setting(**stored["setting"]), stored
+def results(directory: Path, settings: Sequence[Mapping]) -> dict[Setting, dict]:
+    """The results that an evaluation stored, by setting.
+
+    Args:
+        settings: those of the evaluation's results.json; an earlier one may have stored others in the directory.
+    """
+    names = [field.name for field in fields(Setting)]
+    return {
+        (setting := Setting(**{name: item[name] for name in names})): json.loads(
+            (directory / f"{slug(setting)}.json").read_text(encoding="utf-8")
+        )
+        for item in settings
+    }
 
 
 def table(kinds: Mapping[str, Kind]) -> str:

@@ -47,19 +47,24 @@ def mix(taught: Path, output: Path, counts: Mapping[str, int], is_first: bool) -
 
     Raises:
         FileNotFoundError: if `taught` has none of the kinds.
+        ValueError: if `output` has rows of another kind, on which training would run too.
     """
+    names = {f"{kind}.jsonl" for kind in counts if (taught / f"{kind}.jsonl").is_file()}
+    if not names:
+        raise FileNotFoundError(f"{taught} has none of {', '.join(counts)}: teach.sh writes them")
+    if others := sorted({path.name for path in output.glob("*.jsonl")} - names):
+        raise ValueError(f"{output} has {', '.join(others)}, which this mixture does not have: remove them.")
     written = 0
     for kind, count in counts.items():
         path = taught / f"{kind}.jsonl"
-        if not path.is_file():
+        if path.name not in names:
             print(f"{kind}: left out, there is no {path}")
             continue
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with path.open(encoding="utf-8", newline="\n") as file:  # a text may hold other line breaks, such as U+2028
+            lines = list(file)
         chosen = lines[:count] if is_first else lines[-count:]
         write_text(output / path.name, "".join(chosen))
         written += len(chosen)
-    if not written:
-        raise FileNotFoundError(f"{taught} has none of {', '.join(counts)}: teach.sh writes them")
     return written
 
 

@@ -24,7 +24,8 @@ def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
     """Write the adapters in `checkpoint` with `rank` and `exits` to the directory `output`.
 
     Raises:
-        ValueError: if the rank is lower than the adapters', or an exit would be lost or be the new deepest.
+        ValueError: if the rank is lower than the adapters', it changes their scale, they hold whole layers, or an exit
+            would be lost or be the new deepest.
     """
     config, adapters = inspect_checkpoint(str(checkpoint)).config, PeftConfig.from_pretrained(checkpoint)
     have, exits = config.exit_layers, sorted(set(exits))
@@ -32,6 +33,13 @@ def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
         raise ValueError(f"rank {rank} is lower than that of {checkpoint}, {adapters.r}.")
     if not set(have) <= set(exits) or exits[-1] != have[-1]:
         raise ValueError(f"exits {exits} must contain those of {checkpoint}, {have}, and end with the same.")
+    if adapters.lora_alpha * rank % adapters.r:
+        raise ValueError(
+            f"rank {rank} changes the scale of the adapters in {checkpoint}, lora_alpha {adapters.lora_alpha} / rank "
+            f"{adapters.r}: lora_alpha would be no integer. Choose a multiple of {adapters.r}."
+        )
+    if adapters.modules_to_save:
+        raise ValueError(f"{checkpoint} holds whole layers, {adapters.modules_to_save}, which have no rank.")
     torch.manual_seed(0)
     weights: dict[str, Tensor] = {}
     for name, value in load_file(checkpoint / WEIGHTS).items():

@@ -56,7 +56,7 @@ class SavedSteps(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise ValueError if the run will have too few checkpoints, or those of another run lie in its way."""
+        """Raise ValueError if the run will lack a checkpoint to average, or those of another run lie in its way."""
         callbacks: Any = state.stateful_callbacks
         if state.global_step:
             before = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("steps", [])
@@ -74,6 +74,12 @@ class SavedSteps(TrainerCallback, ExportableState):
             raise ValueError(
                 f"average_last={count}, but the run of {state.max_steps} steps has {len(usable)} checkpoints, those of "
                 f"steps {', '.join(map(str, sorted(usable)))}: save more often, or average fewer."
+            )
+        wanted = sorted({*self.steps, *future})[-count:]
+        if missing := [_checkpoint(output_dir, step) for step in wanted if step not in usable]:
+            raise ValueError(
+                f"average_last={count} needs the checkpoints of steps {', '.join(map(str, wanted))}, but {output_dir} "
+                f"has no complete {', '.join(path.name for path in missing)}: restore them, or average fewer."
             )
         found = {
             int(step)

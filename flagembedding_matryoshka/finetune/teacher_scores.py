@@ -120,12 +120,16 @@ def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dic
     """Return what the scores depend on; another batch size or device changes no more than rounding."""
     given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
     return {
-        "input": digest_files([options.input], options.input.parent),
+        "input": _digest_input(options),
         "backend": options.backend,
         "add": options.add,
         "weights": digest_model(teacher["model"]) if "model" in teacher else None,
         **given,
     }
+
+
+def _digest_input(options: argparse.Namespace) -> str:
+    return digest_files([options.input], options.input.parent)
 
 
 def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
@@ -188,10 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher.add_argument(
         "--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of cross_encoder's and bm25's scores (1)"
     )
-    teacher.add_argument("--batch_size", type=int, help="pairs, or bi_encoder's texts, at once (default: 64)")
+    teacher.add_argument("--batch_size", type=_positive, help="pairs, or bi_encoder's texts, at once (default: 64)")
     teacher.add_argument(
         "--max_length",
-        type=int,
+        type=_positive,
         help="tokens of a pair (default: 512, or a layer-wise model's own), or of bi_encoder's text (its own limit)",
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
@@ -202,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
     student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")
     student.add_argument("--compress_ratio", type=int, help="1 (default), 2, 4 or 8 tokens become one there")
-    student.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's own)")
+    student.add_argument("--query_max_length", type=_positive, help="tokens of a query (default: the model's own)")
     options = parser.parse_args(arguments)
     options.backend = ALIASES.get(options.backend, options.backend)
     if options.output.resolve() == options.input.resolve():
@@ -224,9 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not total:
         parser.error(f"--input {options.input} has no row")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), _settings_of(options, settings))
+    conditions = _settings_of(options, settings)
+    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), conditions)
     try:
         _complete(scores, options, settings, total)
+        if _digest_input(options) != conditions["input"]:
+            raise ValueError(
+                f"{options.input} has changed while its rows were scored, so that the scores in {scores.path} are of "
+                "other rows. Restore the file and call the command again, or remove the scores."
+            )
         rows: Iterable[Row] = join_scores(options.input, scores.lines())
         if options.drop_margin is not None:
             rows = drop_false_negatives(rows, options.drop_margin)
@@ -263,6 +273,13 @@ def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 

@@ -143,8 +143,8 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
 
     Args:
         query: number of the query, for errors.
-        values: a score for each candidate; None if the first stage did not find the candidate. Such a candidate gets
-            the lowest of the query's scores, and 0 if the first stage found none.
+        values: a score for each candidate, a number or a tensor of one; None if the first stage did not find the
+            candidate. Such a candidate gets the lowest of the query's scores, and 0 if the first stage found none.
 
     Raises:
         TypeError: if a value is neither a number nor None.
@@ -168,13 +168,17 @@ def as_first_stage_score(name: str, value: Any) -> float | None:
         TypeError: if the value is neither a number nor None.
         ValueError: if the value is not finite.
     """
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
     if value is None:
         return None
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, or None, got {excerpt(value)}.")
     number = _as_float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{name} is {excerpt(value)}, but must be finite.")
+        raise ValueError(
+            f"{name} is {excerpt(value)}, but must be finite, or None for a candidate that the first stage did not find."
+        )
     return number
 
 

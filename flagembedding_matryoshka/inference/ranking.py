@@ -67,8 +67,8 @@ class RankingReranker(PlannedReranker):
                 most promising first, by what the steps so far have taken. They go to the cutoff layer at most, with a
                 cascade, also one that `budget` or `quality` chose, no more of them than that says, and rank as in a
                 cascade. Of several queries each has so long from when it is computed, which one device does.
-            min_score: hits with a lower score are left out. It is compared with the score that is returned: raw, its
-                sigmoid or the calibrated probability, as `normalize` says.
+            min_score: hits with a lower score are left out and do not count in `top_k`. It is compared with the score
+                that is returned: raw, its sigmoid or the calibrated probability, as `normalize` says.
             first_stage_scores: the score that the first stage, such as BM25, gave each document. Documents then rank by
                 z(score) + fusion · z(first-stage score), where z is the standard score among the query's documents, by
                 the population's standard deviation; z of equal scores is 0. None is a document that the first stage did

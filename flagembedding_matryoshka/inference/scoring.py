@@ -229,12 +229,15 @@ def ranking_of(
 
     Args:
         documents: texts to include in the hits.
+        top_k: the most hits to return; None is all of them. Hits that `min_score` leaves out do not count.
         min_score: hits with a lower score, normalised, are left out.
         normalize: applied to what is returned: it makes scores equal that are not.
         depth: where scores were read that do not say so themselves.
     """
     ranking: list[Hit] = []
-    for place in best_first(hits)[:top_k]:
+    for place in best_first(hits):
+        if len(ranking) == top_k:
+            break
         hit: Hit = {"corpus_id": place} | hits[place] | ({} if documents is None else {"text": documents[place]})
         if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()

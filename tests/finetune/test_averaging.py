@@ -154,3 +154,13 @@ def test_too_few_checkpoints_are_refused_before_training(tmp_path):
         saved.checkpoints(args, 10)
     write_checkpoint(tmp_path, 8)
     assert [path.name for path in saved.checkpoints(args, 10)] == ["checkpoint-8", "checkpoint-4"]
+
+
+def test_a_checkpoint_that_is_lost_is_missed_before_training(tmp_path):
+    for step in (4, 9):
+        write_checkpoint(tmp_path, step)
+    with pytest.raises(ValueError, match=r"needs the checkpoints of steps 8, 9, 10, but .* no complete checkpoint-8:"):
+        begin(tmp_path, [4, 8, 9])
+    begin(tmp_path, [4, 8, 9], average_last=2)
+    write_checkpoint(tmp_path, 8)
+    begin(tmp_path, [4, 8, 9])

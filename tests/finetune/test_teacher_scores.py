@@ -186,6 +186,30 @@ def test_scores_of_other_rows_are_not_continued(killable, training_rows, rows, t
         main([*map(str, options)])
 
 
+def test_rows_that_change_while_they_are_scored_get_no_scores_of_others(killable, training_rows, rows, tmp_path):
+    options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
+    text = training_rows.read_text()
+    teacher = teacher_scores.TEACHERS["bm25"]
+
+    def changing(**given):
+        score = teacher(**given)
+
+        def scores(pairs):
+            training_rows.write_text("\n".join(json.dumps(row) for row in [*rows[:-1], {**rows[-1], "query": "wing"}]))
+            return score(pairs)
+
+        return scores
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"train\.jsonl has changed while"):
+        patch.setitem(teacher_scores.TEACHERS, "bm25", changing)
+        main(options)
+    assert not (tmp_path / "out.jsonl").exists()
+    training_rows.write_text(text)
+    killable.kill_at = 0
+    main(options)
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 7
+
+
 def test_other_margins_need_no_scores_anew(killable, training_rows, tmp_path):
     options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
     with pytest.raises(ValueError, match="all 7 rows lose all their negatives by a margin of 1000"):
@@ -250,6 +274,9 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
         (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--cutoff_layers is nothing that --backend bi_encoder"),
         (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 contradict each other"),
+        (["--max_length", "0"], "argument --max_length: 0 must be at least 1"),
+        (["--query_max_length", "0"], "argument --query_max_length: 0 must be at least 1"),
+        (["--batch_size", "-1"], "argument --batch_size: -1 must be at least 1"),
         (["--output", "{parent}"], "is a directory: name a file"),
         (["--input", "{parent}/empty.jsonl"], r"empty\.jsonl has no row"),
     ],

@@ -232,7 +232,8 @@ def test_first_stage_scores_may_be_an_array_or_integers(reranker):
     numbers = [round(value) for value in FIRST]
     expected = reranker.rank(QUERY, DOCUMENTS, first_stage_scores=numbers, fusion=0.5)
     array = torch.tensor(numbers).double().numpy()
-    assert reranker.rank(QUERY, DOCUMENTS, first_stage_scores=array, fusion=0.5) == expected
+    for values in (array, torch.tensor(numbers), torch.tensor(numbers).bfloat16()):
+        assert reranker.rank(QUERY, DOCUMENTS, first_stage_scores=values, fusion=0.5) == expected
     assert reranker.rank_batch([QUERY], [DOCUMENTS], first_stage_scores=array[None], fusion=0.5) == [expected]
 
 
@@ -273,6 +274,8 @@ def test_min_score_is_compared_with_the_score_and_top_k_cuts_the_fused_order(rer
     least = sorted(hit["score"] for hit in hits)[12]
     kept = reranker.rank(QUERY, DOCUMENTS, min_score=least, **options)
     assert kept == [hit for hit in hits if hit["score"] >= least] and len(kept) == 8
+    for top_k in (1, 4, 10):  # those that are left out take no place
+        assert reranker.rank(QUERY, DOCUMENTS, top_k=top_k, min_score=least, **options) == kept[:top_k]
     raw = reranker.rank(QUERY, DOCUMENTS, **options | {"normalize": False})
     assert [hit["fused_score"] for hit in raw] == [hit["fused_score"] for hit in hits]
 

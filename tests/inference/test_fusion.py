@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -64,11 +65,23 @@ def test_a_missing_candidate_gets_the_lowest_score():
     assert as_first_stage(0, [None, None], 2) == [0.0, 0.0]
 
 
+def test_scores_may_be_scalars_of_any_library():
+    assert as_first_stage(0, [np.float32(0.5), torch.tensor(2), np.int64(3), torch.tensor(0.5).bfloat16()], 4) == [
+        0.5,
+        2.0,
+        3.0,
+        0.5,
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "error", "said"),
     [
         ([1.0], ValueError, "query 4 has 1 first_stage_scores, but 2 candidates"),
-        ([1.0, math.nan], ValueError, "query 4: value 1 is nan"),
+        ([1.0, math.nan], ValueError, "query 4: value 1 is nan, but must be finite, or None for a candidate that"),
+        (torch.tensor([1.0, math.inf]), ValueError, "query 4: value 1 is inf"),
+        (torch.ones(2, 1), TypeError, r"query 4: value 0 must be a number, or None, got tensor\(\[1"),
+        (torch.tensor([True, False]), TypeError, "query 4: value 0 must be a number, or None, got True"),
         ([math.inf, 1.0], ValueError, "query 4: value 0 is inf"),
         ([1.0, "2"], TypeError, "query 4: value 1 must be a number, or None, got '2'"),
         ([True, 1.0], TypeError, "query 4: value 0 must be a number, or None, got True"),

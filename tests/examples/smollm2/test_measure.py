@@ -67,3 +67,9 @@ def test_a_split_is_measured_by_the_evaluation(tiny_layerwise_path, tmp_path, mo
     row = (output / "table.md").read_text().splitlines()[2].split("|")
     assert row[1].strip() == "code" and float(row[3]) == pytest.approx(results["baselines"][0]["nDCG@10"], abs=5e-4)
     assert (output / "quality_cost.svg").is_file()
+    fused = measure.measure(tmp_path / "data" / "code", output / "code", str(tiny_layerwise_path), 0.5, "test", 50)
+    stale = json.loads((output / "code" / "settings" / "layer6.json").read_text())
+    stale["setting"]["cutoff_layers"] = [5]  # of an earlier evaluation
+    (output / "code" / "settings" / "cascade_2-0.5_layer5.json").write_text(json.dumps(stale))
+    plain = measure.measure(tmp_path / "data" / "code", output / "code", str(tiny_layerwise_path), 0.0, "test", 50)
+    assert plain.plain == fused.plain == plain.fused != fused.fused

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 import widen
@@ -31,3 +34,19 @@ def test_a_higher_rank_and_more_exits_change_no_score(checkpoint, tmp_path):
 def test_what_would_lose_something_is_refused(checkpoint, tmp_path, rank, exits, said):
     with pytest.raises(ValueError, match=said):
         widen.widen(checkpoint, tmp_path / "wide", rank, [*exits])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lora_alpha": 9}, "rank 7 changes the scale .* multiple of 4"),
+        ({"modules_to_save": ["embed_tokens"]}, "whole"),
+    ],
+)
+def test_adapters_that_cannot_be_widened_are_refused(checkpoint, tmp_path, changed, said):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "adapter_config.json").read_text()) | {"r": 4} | changed
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        widen.widen(copy, tmp_path / "wide", 7, EXITS)
