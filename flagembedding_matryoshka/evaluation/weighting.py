@@ -11,7 +11,7 @@ import torch
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.halves import Halves, at
 from flagembedding_matryoshka.evaluation.metrics import Run, mean, quality_of
-from flagembedding_matryoshka.inference.fusion import standard_scores
+from flagembedding_matryoshka.inference.fusion import ROUNDING, standard_scores
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)
 """Weights that are tried unless others are given."""
@@ -62,15 +62,15 @@ def fuse_runs(
         queries: the queries of the result; None is all.
     """
 
-    def standard(scores: Run, query: str) -> torch.Tensor:
+    def standard(scores: Run, query: str, rounding: float = 0.0) -> torch.Tensor:
         values = [scores[query][passage] for passage in candidates.passages[query]]
-        return standard_scores(torch.tensor(values, dtype=torch.float64))
+        return standard_scores(torch.tensor(values, dtype=torch.float64), rounding)
 
     fused: Run = {}
     for query in candidates.passages if queries is None else queries:
         values = torch.zeros(0)
         if candidates.passages[query]:
-            values = standard(run, query)
+            values = standard(run, query, ROUNDING)
             for other, weight in others:
                 values = values + weight * standard(other, query)
         fused[query] = dict(zip(candidates.passages[query], values.tolist(), strict=True))

@@ -19,6 +19,8 @@ ORDER = "order"
 """The value of `first_stage` that takes the candidates' order for the first stage's ranking."""
 AUTO = "auto"
 """The value of `fusion` that takes the weight from the plan."""
+ROUNDING = 1e-5
+"""Share of the largest score, in float32, by which the scores of equal documents may differ."""
 RANK_OFFSET = 60
 """Added to a rank before its reciprocal is taken: Cormack, Clarke and Büttcher, Reciprocal Rank Fusion, SIGIR 2009."""
 
@@ -63,13 +65,18 @@ def fuse(scores: Tensor, first_stage: Tensor, weight: float) -> Tensor:
     Returns:
         (candidates,) float64.
     """
-    return standard_scores(scores) + weight * standard_scores(first_stage)
+    return standard_scores(scores, ROUNDING) + weight * standard_scores(first_stage)
 
 
-def standard_scores(values: Tensor) -> Tensor:
-    """(candidates,) float64 of mean 0 and standard deviation 1; zeros if all values are equal."""
+def standard_scores(values: Tensor, rounding: float = 0.0) -> Tensor:
+    """(candidates,) float64 of mean 0 and standard deviation 1; zeros if all values are equal.
+
+    Args:
+        rounding: values that differ by at most this share of the largest magnitude are equal. Otherwise the rounding
+            errors of equal documents would become standard scores of ±1.
+    """
     values = values.double()
-    if not len(values) or bool((values == values[0]).all()):
+    if not len(values) or bool(values.max() - values.min() <= rounding * values.abs().max()):
         return torch.zeros_like(values)
     # From 0 to 1 no square overflows, and none of all underflows.
     values = values / values.abs().max()
@@ -177,7 +184,8 @@ def as_first_stage_score(name: str, value: Any) -> float | None:
     number = _as_float(value)
     if not math.isfinite(number):
         raise ValueError(
-            f"{name} is {excerpt(value)}, but must be finite, or None for a candidate that the first stage did not find."
+            f"{name} is {excerpt(value)}, but must be finite, or None for a candidate that the first stage did not "
+            "find."
         )
     return number
 

@@ -50,14 +50,16 @@ class Scored:
 
     def best(self, name: str, count: int | None) -> list[dict[str, Any]]:
         """ "index", the score under `name` and what else there is of OF_HITS, of the best `count` documents; the deeper
-        one came in a cascade the better.
+        one came in a cascade the better. Documents that `min_score` leaves out do not count.
 
         Fused hits have a score under `name` that falls in the order of the ranking, because clients sort by it. The
         model's own score is their "model_score", with which `min_score` is compared.
         """
         fused = None if self.fusion is None else self._fused_shown(self.fusion)
         found = []
-        for index in best_first(self.hits)[:count]:
+        for index in best_first(self.hits):
+            if len(found) == count:
+                break
             hit = self.hits[index]
             own = self.scale(hit["score"], hit.get("cutoff_layer", self.depth))
             if self.min_score is not None and own < self.min_score:

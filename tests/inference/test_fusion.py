@@ -100,3 +100,11 @@ def test_wrong_weights_are_refused(weight, error):
 
 def test_reciprocal_ranks_fall():
     assert reciprocal_ranks(3) == [1 / 61, 1 / 62, 1 / 63]
+
+
+def test_rounding_errors_of_equal_documents_do_not_overrule_the_first_stage():
+    scores = torch.tensor([3.0, 3.0000002, 2.9999998])
+    assert fuse(scores, torch.tensor([1.0, 2.0, 3.0]), 0.1).argsort(descending=True).tolist() == [2, 1, 0]
+    assert fuse(scores * torch.tensor([1.0, 1.001, 1.0]), torch.tensor([1.0, 2.0, 3.0]), 0.1).argmax() == 1
+    timestamps = torch.tensor([1.7e9, 1.7e9 + 1, 1.7e9 + 2], dtype=torch.float64)
+    assert fuse(scores, timestamps, 0.1).argsort(descending=True).tolist() == [2, 1, 0]

@@ -157,6 +157,8 @@ def test_top_n_cuts_the_fused_order_and_min_score_the_models_score(client, form)
     least = sorted(hit["model_score"] for hit in every)[7]
     kept = asked(client, form, fusion=3, min_score=least)
     assert kept == [hit for hit in every if hit["model_score"] >= least] and len(kept) == 5
+    assert kept[2] not in every[:3]
+    assert asked(client, form, fusion=3, min_score=least, **{name: 3}) == kept[:3]
 
 
 @pytest.mark.parametrize("options", [{}, {"cascade": {"2": 0.6, "4": 0.3}}])
