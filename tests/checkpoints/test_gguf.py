@@ -249,6 +249,7 @@ def test_a_damaged_cache_is_repaired(gguf_path, converted, cache, damage, caplog
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once(gguf_path, cache):
     program = (
         "import sys, pathlib; from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, resolve; "

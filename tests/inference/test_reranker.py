@@ -419,7 +419,7 @@ def test_a_score_that_is_not_finite_is_an_error(tiny_layerwise_path, value):
         broken.compute_score([("a wing", "air")])
 
 
-@pytest.mark.parametrize("devices", ["cpu", ["cpu", "cpu"]])
+@pytest.mark.parametrize("devices", ["cpu", pytest.param(["cpu", "cpu"], marks=pytest.mark.slow)])
 def test_a_score_that_is_no_number_is_an_error(tiny_layerwise_path, devices):
     with MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=devices) as broken:
         with torch.no_grad():

@@ -204,6 +204,7 @@ def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog
     assert len(processes(two)) == 2, "a new one has taken its place"
 
 
+@pytest.mark.slow
 def test_if_all_workers_die_the_caller_hears_it(one, two):
     score_until_all_are_ready(two)
     for process in processes(two):
@@ -218,6 +219,7 @@ def test_if_all_workers_die_the_caller_hears_it(one, two):
     close(two.compute_score(PAIRS), one.compute_score(PAIRS))
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_stops_the_workers_at_once(one, two):
     score_until_all_are_ready(two)
     stopped = processes(two)
