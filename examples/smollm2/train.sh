@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # usage: train.sh DATA FROM OUT STEPS [DECAY [SEED [PASSAGE_TOKENS]]]
-# Train the adapters in FROM further on the rows in DATA, DIR/short or DIR/long of mix.py. FROM is what widen.py, write.py
-# or train.sh wrote; its exits stay. FROM is "-" for new adapters on the base.
+# Train the adapters in FROM further on the rows in DATA, DIR/short or DIR/long of mix.py. FROM is the output of widen.py,
+# write.py or train.sh; its exits stay. FROM is "-" for new adapters on the base.
+# STEPS must be more than 150: four states are averaged, and a checkpoint is written every 50 steps.
 # The run can be stopped at any time: called again it continues from the newest checkpoint. To end it earlier, call it
 # again with STEPS = the steps so far + DECAY: the learning rate falls in the last DECAY steps.
-# On a processor that computes bfloat16 fast; without --bf16 it takes several times as long.
+# --bf16 needs a processor that computes bfloat16 fast; without it a run takes several times as long.
 set -euo pipefail
 data=$1 from=$2 out=$3 steps=$4 decay=${5:-400} seed=${6:-1} tokens=${7:-128}
 base=$(python -c 'from flagembedding_matryoshka.checkpoints.gguf import smollm2_base; print(smollm2_base())')
 [ "$from" = - ] && adapters=(--learning_rate 7e-4) || adapters=(--from_peft "$from" --learning_rate 4e-4)
-# glibc returns every large block to the system and faults it in again: half of the time of a step.
+# By default glibc returns every large block to the system and faults it in again, which takes half of the time of a step.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
 exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetune --use_cpu True --bf16 \
     --model_name_or_path "$base" "${adapters[@]}" --train_data "$data" --output_dir "$out" --cache_path "$out.cache" \
