@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse_one_kind(candidates, halves)
     if options.fusion is not None:
         for candidates in first_stages:
-            first_stage_run(candidates)  # refuses candidates without scores
+            first_stage_run(candidates)  # raises, before the model is loaded, if there are no scores
     reranker = MatryoshkaReranker(
         options.model,
         peft_path=options.peft_path,

@@ -27,7 +27,7 @@ class Baseline:
         name: whose it is, in words.
         per_query: measure to its value for each query, in the order of the candidates.
         flops_per_pair, pairs_per_second: of the timed sample; None for an order that costs nothing.
-        run: scores that can be fused with others; None for an order alone.
+        run: scores, which can be fused with a re-ranker's; None for an order alone.
     """
 
     name: str

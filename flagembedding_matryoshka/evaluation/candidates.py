@@ -26,13 +26,13 @@ class Candidates:
         collection: texts and judgements.
         passages: id of each query that has a relevant passage to its candidates' ids, the best first.
         source: whose lists they are, in words.
-        first_stage: id of each query to the first stage's scores of its candidates, in their order; None if it gave
-            none.
+        first_stage: id of each query to the first stage's scores of its candidates, in the same order; None if there
+            are no such scores.
 
     Raises:
-        TypeError: if a score of the first stage is no number.
-        ValueError: if there is no candidate at all, an id holds white space, which a TREC run cannot, or a query does
-            not have a finite score of the first stage for each candidate.
+        TypeError: if a first-stage score is not a number.
+        ValueError: if there is no candidate, an id contains white space, which a TREC run does not allow, or a query
+            lacks a finite first-stage score for a candidate.
     """
 
     collection: Collection
@@ -146,10 +146,11 @@ def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
 
 
 def _first_of(collection: Collection, best: Mapping[str, Mapping[str, float]], top_k: int, source: str) -> Candidates:
-    """The first `top_k` of each query.
+    """Return the first `top_k` candidates of each query.
 
     Args:
         best: id of each query to {passage id: score}, best first.
+        source: description of the lists.
     """
     first = {query: list(scores.items())[:top_k] for query, scores in best.items()}
     passages = {query: [passage for passage, _ in scored] for query, scored in first.items()}

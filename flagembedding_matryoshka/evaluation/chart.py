@@ -88,7 +88,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _mark(point: Point, x: float, y: float) -> str:
-    """A circle; a diamond for a cascade, a square for a baseline; hollow if it is fused."""
+    """Draw a circle, for a cascade a diamond, for a baseline a square; hollow if scores are fused."""
     kind = ("baseline" if point.group is None else f"group{point.group % 6}") + (" fused" if point.is_fused else "")
     shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     if point.is_cascade:

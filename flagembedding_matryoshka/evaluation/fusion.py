@@ -1,4 +1,4 @@
-"""What fusion with the first stage gives on the queries that did not choose the weight."""
+"""Quality of fusion with the first stage, on the queries that did not choose the weight."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Difference:
     """A change of nDCG@10 on the held-out half.
 
     Attributes:
-        interval: 95 % confidence, of a paired bootstrap; None of a single query.
-        p_value: of a paired randomisation test, after Holm for the tests of its family.
+        change: mean over queries.
+        interval: 95 % confidence interval of a paired bootstrap; None for a single query.
+        p_value: of a paired randomisation test, after Holm's correction for the tests of its family.
     """
 
     change: float
@@ -40,25 +41,31 @@ class Difference:
 
 @dataclass(frozen=True)
 class Level:
-    """nDCG@10 on the held-out half; its 95 % confidence interval is of a bootstrap, and None of a single query."""
+    """nDCG@10 on the held-out half.
+
+    Attributes:
+        mean: over queries.
+        interval: 95 % confidence interval of a bootstrap; None for a single query.
+    """
 
     mean: float
     interval: tuple[float, float] | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Level:
-        """The level of one value for each query."""
+        """Return the level of values, one for each query."""
         return cls(mean(values), mean_interval(values))
 
 
 @dataclass(frozen=True)
-class FusedSetting:
-    """A setting whose scores are fused with the first stage's.
+class SettingComparison:
+    """A setting with and without fusion.
 
     Attributes:
-        result: what it costs and gives, on all queries.
+        result: cost and quality with fusion, on all queries.
         plain, fused: levels without and with fusion.
-        against_plain, against_first_stage: the fused order against the setting's own, and against the first stage's.
+        against_plain: the fused order against the setting's plain order.
+        against_first_stage: the fused order against the first stage's order.
     """
 
     result: Result
@@ -68,7 +75,7 @@ class FusedSetting:
     against_first_stage: Difference
 
     def as_json(self) -> dict[str, Any]:
-        """All but the values of single queries."""
+        """Return JSON values, without the values of single queries."""
         levels = {name: asdict(getattr(self, name)) for name in ("plain", "fused")}
         return {
             **asdict(self.result.setting),
@@ -83,11 +90,11 @@ class FusedSetting:
 
 @dataclass(frozen=True)
 class Order:
-    """An order by one scorer, or by several of them.
+    """An order by one scorer, or by the fused scores of several scorers.
 
     Attributes:
-        baseline: its values on all queries, and what it costs.
-        weights: the names of the scorers after the first, with their weights.
+        baseline: quality on all queries, and cost.
+        weights: (name, weight) of each scorer but the first, whose weight is 1.
         is_reference: True for the full network fused with the first stage.
     """
 
@@ -97,12 +104,12 @@ class Order:
 
 
 @dataclass(frozen=True)
-class ComparedOrder:
-    """An order beside the full network fused with the first stage.
+class OrderComparison:
+    """An order against the reference, the full network fused with the first stage.
 
     Attributes:
-        held_out: its level.
-        change: the order against that network; None for the network itself.
+        held_out: the order's level.
+        change: the order against the reference; None for the reference itself.
     """
 
     order: Order
@@ -110,7 +117,7 @@ class ComparedOrder:
     change: Difference | None
 
     def as_json(self) -> dict[str, Any]:
-        """All but the values of single queries."""
+        """Return JSON values, without the values of single queries."""
         baseline = self.order.baseline
         return {
             "name": baseline.name,
@@ -125,16 +132,17 @@ class ComparedOrder:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What fusion with a first stage gives.
+    """Quality of fusion with a first stage.
 
     Attributes:
-        choice: the weight, which the full network's scores choose.
-        queries, held_out_queries: how many queries choose, and how many report.
+        choice: the weight, chosen by the full network's scores.
+        queries, held_out_queries: number of queries in the choosing and in the held-out half.
         first_stage: the level of the first stage alone.
         full: the deepest exit at full width.
-        settings: each measured setting, fused at this weight. The p-values of the full network are of a family of two
-            tests; those of all other settings are of another.
-        orders: bi-encoders beside the re-ranker, alone and fused, a third family; none without a bi-encoder.
+        settings: each measured setting, fused at this weight. For Holm's correction the two tests of the full network
+            are one family, and the tests of all other settings another.
+        orders: the first stage, bi-encoders and the re-ranker, alone and fused, a third family; empty without a
+            bi-encoder.
     """
 
     choice: WeightChoice
@@ -142,8 +150,8 @@ class FusionReport:
     held_out_queries: int
     first_stage: Level
     full: Setting
-    settings: Sequence[FusedSetting]
-    orders: Sequence[ComparedOrder] = ()
+    settings: Sequence[SettingComparison]
+    orders: Sequence[OrderComparison] = ()
 
     @property
     def weight(self) -> float:
@@ -151,17 +159,17 @@ class FusionReport:
         return self.choice.weights[0]
 
     def summary(self) -> str:
-        """The choice, and what it gives the full network, in a sentence or two."""
+        """Return the choice and the full network's change by it, as a sentence."""
         (item,) = (item for item in self.settings if item.result.setting == self.full)
         return (
             f"fusion weight {self.weight:g}, chosen by {self.queries} queries; on the {self.held_out_queries} others "
             f"{QUALITY} of {self.full}: {item.plain.mean:.4f} plain → {item.fused.mean:.4f} fused, "
-            f"{_in_words(item.against_plain)}; against the first stage alone ({self.first_stage.mean:.4f}) "
-            f"{_in_words(item.against_first_stage)}."
+            f"{_describe(item.against_plain)}; against the first stage alone ({self.first_stage.mean:.4f}) "
+            f"{_describe(item.against_first_stage)}."
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All but the values of single queries."""
+        """Return JSON values, without the values of single queries."""
         return {
             "weight": self.weight,
             "queries": self.queries,
@@ -185,13 +193,13 @@ def measure_fusion(
     recall_at: int,
     tokenized: Callable[[], Lists] | None = None,
 ) -> FusionReport:
-    """Choose the weight of the first stage by the full network's scores, and fuse every setting at it.
+    """Choose the weight of the first stage by the full network's scores, and fuse every setting at this weight.
 
     Args:
         results, store: of `evaluate`.
-        baselines: the candidates' own order first.
+        baselines: the first one is the candidates' own order.
         full: the deepest exit at full width.
-        weights: to try.
+        weights: weights to try; a single weight is used without a choice.
         timed_pairs, recall_at, tokenized: as in `evaluate`.
 
     Raises:
@@ -201,10 +209,10 @@ def measure_fusion(
     choice = choose_weights(candidates, scores, [first_stage_run(candidates)], weights, Halves.of(candidates.passages))
     (weight,) = choice.weights
     if len(choice.qualities) > 1 and weight == max(weights):
-        logger.warning("fusion weight %g is the largest of those tried: give --fusion larger ones too", weight)
+        logger.warning("fusion weight %g is the largest weight tried: give --fusion larger weights too", weight)
     fused = evaluate_fused(reranker, candidates, results, store, weight, timed_pairs, recall_at, tokenized)
     (reference,) = (result for result in fused if result.setting == full)
-    orders = orders_beside(candidates, scores, reference, weight, baselines, weights, recall_at)
+    orders = fuse_orders(candidates, scores, reference, weight, baselines, weights, recall_at)
     return report_fusion(candidates, choice, results, fused, full, baselines[0], orders)
 
 
@@ -220,11 +228,11 @@ def report_fusion(
     """Compare fused orders on the held-out half.
 
     Args:
-        choice: of the first stage's weight.
+        choice: the first stage's weight.
         plain, fused: results of the same settings, without and with fusion.
         full: the deepest exit at full width.
         first_stage: the candidates' own order.
-        orders: as `orders_beside` returns them.
+        orders: as `fuse_orders` returns them.
     """
     halves = Halves.of(candidates.passages)
 
@@ -242,21 +250,21 @@ def report_fusion(
         )
         found |= {made.setting: tested[2 * place : 2 * place + 2] for place, (_, made) in enumerate(family)}
     settings = [
-        FusedSetting(made, Level.of(held_out(before)), Level.of(held_out(made)), *found[made.setting])
+        SettingComparison(made, Level.of(held_out(before)), Level.of(held_out(made)), *found[made.setting])
         for before, made in zip(plain, fused, strict=True)
     ]
     (reference,) = (held_out(result) for result in fused if result.setting == full)
     others = [order for order in orders if not order.is_reference]
     against = iter(_differences([(held_out(order.baseline), reference) for order in others]))
     beside = [
-        ComparedOrder(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
+        OrderComparison(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
         for order in orders
     ]
     sizes = len(halves.choosing), len(halves.held_out)
     return FusionReport(choice, *sizes, Level.of(alone), full, settings, beside)
 
 
-def orders_beside(
+def fuse_orders(
     candidates: Candidates,
     scores: Run,
     full: Result,
@@ -265,16 +273,19 @@ def orders_beside(
     weights: Sequence[float],
     recall_at: int,
 ) -> list[Order]:
-    """The first stage, the bi-encoders and the full network, alone and fused; nothing without a bi-encoder.
+    """Return the orders of the first stage, the bi-encoders and the full network, alone and fused.
 
-    The choosing half chooses the weights of each order by itself.
+    The choosing half chooses the weights of each order separately.
 
     Args:
-        scores: the full network's.
+        scores: the full network's scores.
         full: the full network's result, fused with the first stage.
-        weight: of the first stage in it.
-        baselines: the candidates' own order first.
-        weights: to try.
+        weight: weight of the first stage in `full`.
+        baselines: the first one is the candidates' own order.
+        weights: weights to try.
+
+    Returns:
+        An empty list if no baseline is a bi-encoder.
     """
     encoders = [baseline for baseline in baselines if baseline.run is not None]
     if not encoders:
@@ -282,7 +293,11 @@ def orders_beside(
     halves = Halves.of(candidates.passages)
 
     def fuse(name: str, run: Run, others: Sequence[tuple[str, Run]], cost: Baseline) -> Order:
-        """`cost` is an order that costs the same."""
+        """Fuse `run` with others.
+
+        Args:
+            cost: an order of the same cost.
+        """
         names, runs = zip(*others, strict=True)
         chosen = choose_weights(candidates, run, runs, weights, halves).weights
         fused = fuse_runs(candidates, run, list(zip(runs, chosen, strict=True)))
@@ -299,20 +314,24 @@ def orders_beside(
     orders.append(Order(reference, [(FIRST_STAGE, weight)], is_reference=True))
     for encoder in encoders:
         assert encoder.run is not None
-        both = _one_after_the_other(reference, encoder)
+        both = _add_cost(reference, encoder)
         orders.append(fuse(name, scores, [first, (encoder.name, encoder.run)], both))
     return orders
 
 
-def _one_after_the_other(one: Baseline, other: Baseline) -> Baseline:
-    """`one` at the cost of both."""
+def _add_cost(one: Baseline, other: Baseline) -> Baseline:
+    """Return `one` at the cost of running both, one after the other."""
     assert one.flops_per_pair and other.flops_per_pair and one.pairs_per_second and other.pairs_per_second
     speed = 1 / (1 / one.pairs_per_second + 1 / other.pairs_per_second)
     return replace(one, flops_per_pair=one.flops_per_pair + other.flops_per_pair, pairs_per_second=speed)
 
 
 def _differences(tests: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Difference]:
-    """Of a family of tests, each of the values of an order and those of another."""
+    """Compare each pair of value lists; all pairs are one family of tests.
+
+    Args:
+        tests: (values, reference) with one value for each query.
+    """
     p_values = holm([paired_p_value(values, reference) for values, reference in tests])
     return [
         Difference(mean(values) - mean(reference), paired_interval(values, reference), p_value)
@@ -320,6 +339,7 @@ def _differences(tests: Sequence[tuple[Sequence[float], Sequence[float]]]) -> li
     ]
 
 
-def _in_words(difference: Difference) -> str:
+def _describe(difference: Difference) -> str:
+    """Return the change with its interval and p-value, as text."""
     interval = "" if difference.interval is None else "95 % {:+.4f} to {:+.4f}, ".format(*difference.interval)
     return f"{difference.change:+.4f} ({interval}p = {difference.p_value:.3f})"

@@ -44,9 +44,9 @@ def evaluate(
 
     Args:
         timed_pairs: the speed of a setting is that of whole lists with so many pairs together, run for it alone.
-        tokenized: returns what `tokenize` makes of the candidates; None tokenises them here.
-        fusion: the weight of the first stage in fused scores, by which settings rank and cascades drop; None ranks by
-            the re-ranker's scores.
+        tokenized: returns the result of `tokenize` for the candidates; None calls `tokenize`.
+        fusion: the weight of the first stage in fused scores, by which settings rank and cascades drop candidates;
+            None ranks by the re-ranker's scores.
 
     Returns:
         a result for each setting, in order.
@@ -88,15 +88,21 @@ def evaluate_fused(
     recall_at: int,
     tokenized: Callable[[], Lists] | None = None,
 ) -> list[Result]:
-    """Results of the same settings with the order of fused scores.
+    """Measure the same settings in the order of fused scores.
 
-    The scores of exits are those that `store` holds. Cascades drop by the fused score, so the model runs them again.
-    The fused runs and their results are saved in `fused/` beside the others.
+    The scores of exits are read from `store`. Cascades drop candidates by the fused score, so the model runs again.
+    Fused runs and results are saved in the directory `fused/` of the store.
 
     Args:
         results: of `evaluate`, with the same store.
-        fusion: the weight of the first stage. A weight of 0 changes no order and runs nothing.
+        fusion: the weight of the first stage. A weight of 0 returns `results`.
         timed_pairs, recall_at, tokenized: as in `evaluate`.
+
+    Returns:
+        a result for each item of `results`, in the same order.
+
+    Raises:
+        ValueError: as `first_stage_run`.
     """
     if fusion == 0:
         return list(results)
@@ -196,7 +202,11 @@ def score_cascade(
     queries: Sequence[str],
     fusion: float | None = None,
 ) -> list[list[Hit]]:
-    """`MatryoshkaReranker.score_lists` of some queries' lists; `fusion` is the weight of the first stage."""
+    """Score the lists of `queries` by `MatryoshkaReranker.score_lists`.
+
+    Args:
+        fusion: the weight of the first stage; None is no fusion.
+    """
     fused: dict[str, Any] = {}
     if fusion is not None:
         assert candidates.first_stage is not None

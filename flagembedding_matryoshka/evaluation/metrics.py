@@ -32,7 +32,7 @@ def per_query(candidates: Candidates, run: Run, recall_at: int) -> dict[str, lis
 
 
 def quality_of(candidates: Candidates, run: Run, queries: Sequence[str]) -> list[float]:
-    """nDCG@10 of some queries, as `per_query` has it. Judgements of other queries are not read."""
+    """Return nDCG@10 of each of `queries`, as `per_query`. Judgements of other queries are not read."""
     return _per_query(candidates, run, {QUALITY: nDCG @ 10}, queries)[QUALITY]
 
 

@@ -38,7 +38,7 @@ def html_table(markdown: str, mark: str = "") -> str:
     """A table of `markdown_table`.
 
     Args:
-        mark: with the row's number the id by which points of a chart name a row; empty if none does.
+        mark: prefix of the row ids, mark and number, which points of a chart refer to; empty if no point does.
     """
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
@@ -111,8 +111,8 @@ def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
     about_fused = ""
     if stage.fusion is not None:
         about_fused = (
-            f" Hollow points are fused with the first stage at weight {stage.fusion.weight:g}, which "
-            f"{stage.fusion.queries} of these queries chose."
+            f" Hollow points are fused with the first stage at weight {stage.fusion.weight:g}, chosen by "
+            f"{stage.fusion.queries} of these queries."
         )
     charts = [
         chart(by_operations, levels, "GFLOP per pair", QUALITY),
@@ -132,7 +132,7 @@ def _section(stage: Stage, prefix: str, chosen: Mapping[float, Setting]) -> str:
 
 
 def _said(name: str, quality: float, item: Compared | ComparedBaseline) -> str:
-    """What stands beside the charts once a point is pointed at."""
+    """Return the text beside the charts for the point under the pointer."""
     of = item.result if isinstance(item, Compared) else item.baseline
     change, interval, p_value = difference(item)
     against = ""

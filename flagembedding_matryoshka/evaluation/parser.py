@@ -68,15 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="the order by cosine of a sentence-transformers model, in the same dtype; give it again for another",
     )
 
-    fusion = parser.add_argument_group("fusion", "with the scores by which the first stage found the candidates")
+    fusion = parser.add_argument_group("fusion", "with the first stage's scores of the candidates")
     fusion.add_argument(
         "--fusion",
         type=_weight,
         nargs="*",
         metavar="WEIGHT",
-        help="also measure every setting with its standard scores plus WEIGHT times the first stage's. Half of the "
-        f"queries choose among several weights (default: {' '.join(f'{weight:g}' for weight in WEIGHTS)}), and "
-        "--write_plan writes the choice into the plan",
+        help="also measure every setting by its standard scores plus WEIGHT times the first stage's standard scores. "
+        "Half of the queries choose among several weights (without WEIGHT: "
+        f"{' '.join(f'{weight:g}' for weight in WEIGHTS)}). --write_plan writes the choice into the plan",
     )
 
     output = parser.add_argument_group("measuring")
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _weight(text: str) -> float:
-    """A fusion weight."""
+    """Parse a fusion weight."""
     try:
         return as_weight(float(text))
     except ValueError as error:

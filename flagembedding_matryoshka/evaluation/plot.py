@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flagembedding_matryoshka.evaluation.fusion import FusedSetting
+from flagembedding_matryoshka.evaluation.fusion import SettingComparison
 from flagembedding_matryoshka.evaluation.metrics import QUALITY, mean
 from flagembedding_matryoshka.evaluation.report import Compared, milliseconds
 from flagembedding_matryoshka.evaluation.stage import Stage
@@ -23,10 +23,10 @@ MARKERS = "osD^"
 
 
 def plot(stage: Stage, title: str, path: Path) -> None:
-    """nDCG@10 against operations, and against time as measured: a line for each width, a point for each exit with its
-    number, a star for each cascade, the Pareto front behind. What is fused is hollow, on a dashed line.
+    """Draw nDCG@10 against operations and against measured time.
 
-    A baseline is a cross where it has a cost, and else a level.
+    Each width is a line, each exit a point with its number, each cascade a star. A thick line in the background is the
+    Pareto front. Fused settings are hollow, on dashed lines. A baseline is a cross, or a level if it has no cost.
 
     Args:
         path: the PNG to write.
@@ -57,7 +57,12 @@ def _draw(
     cost: Callable[..., Any],
     front: Sequence[bool],
 ) -> None:
-    """One panel, by what `cost` gives for a result or a baseline."""
+    """Draw one panel.
+
+    Args:
+        cost: returns the cost of a result or a baseline, None if it has none.
+        front: whether each setting is on the panel's Pareto front.
+    """
     places = _places(stage.compared, cost)
     fused = {} if stage.fusion is None else _places(stage.fusion.settings, cost)
     best = sorted(places[item.result.setting] for item, on_front in zip(stage.compared, front, strict=True) if on_front)
@@ -111,7 +116,7 @@ def _draw(
 
 
 def _places(
-    items: Sequence[Compared] | Sequence[FusedSetting], cost: Callable[..., Any]
+    items: Sequence[Compared] | Sequence[SettingComparison], cost: Callable[..., Any]
 ) -> dict[Setting, tuple[float, float]]:
-    """Cost and nDCG@10 of each setting."""
+    """Return cost and nDCG@10 of each setting."""
     return {item.result.setting: (cost(item.result), item.result.mean(QUALITY)) for item in items}

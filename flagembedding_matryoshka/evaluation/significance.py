@@ -31,10 +31,10 @@ def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float
 
 
 def paired_interval(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
-    """Where the mean difference lies in `LEVEL` of all draws of as many queries, by the percentiles of a paired
-    bootstrap (Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13). None of a single query.
+    """Return the 95 % confidence interval of the mean difference, None for a single query.
 
-    Unlike a p-value after `holm` it is of one comparison: of twenty settings, one interval misses by chance.
+    The percentiles of a paired bootstrap are its ends (Efron and Tibshirani, An introduction to the bootstrap, 1993,
+    chapter 13). Unlike a p-value after `holm` it is of one comparison: of twenty intervals, one misses by chance.
 
     Args:
         values, reference: one value for each query.
@@ -43,7 +43,14 @@ def paired_interval(values: Sequence[float], reference: Sequence[float]) -> tupl
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
-    """As `paired_interval`, of the mean of one value for each query."""
+    """Return the 95 % confidence interval of a mean, by the bootstrap of `paired_interval`.
+
+    Args:
+        values: one value for each query.
+
+    Returns:
+        None for fewer than two values.
+    """
     if len(values) < 2:
         return None
     drawn = bootstrap(

@@ -27,16 +27,16 @@ from flagembedding_matryoshka.evaluation.table import (
 from flagembedding_matryoshka.setting import Setting
 
 SETTINGS, FUSED, ORDERS = "r", "f", "o"
-"""Marks of tables whose rows have points."""
+"""Marks of the tables whose rows are points of a chart."""
 
 
 class Part(NamedTuple):
     """A table of a report.
 
     Attributes:
-        said: what it shows, in words.
+        said: its heading.
         table: Markdown.
-        mark: a letter by which the page names the rows, so that points of a chart belong to them; empty if none does.
+        mark: first letter of the row ids, which points of a chart refer to; empty if no point does.
     """
 
     said: str
@@ -53,7 +53,7 @@ class Stage:
         halves: which queries choose, and which are held out.
         chosen: what the first half chooses, reported on the other; empty where that says nothing.
         calibrated: maps fitted to the first half, if they were asked for.
-        fusion: fused orders, if they were asked for.
+        fusion: fused orders; None without --fusion.
     """
 
     candidates: Candidates
@@ -88,10 +88,10 @@ class Stage:
         return f"{len(passages)} queries, {len(self.candidates)} pairs, {self.candidates.source}"
 
     def parts(self, chosen: Mapping[float, Setting]) -> list[Part]:
-        """What is said, in order.
+        """Return the tables of the report, in order.
 
         Args:
-            chosen: what the model's own plan chooses, by budget.
+            chosen: setting that the model's own plan chooses for each budget.
         """
         sides = f"{len(self.halves.choosing)} queries, drawn by the hashes of their ids"
         others = f"the {len(self.halves.held_out)} others"
@@ -104,10 +104,10 @@ class Stage:
             said = f"Expected calibration error on {others} of maps fitted to {sides}"
             parts.append(Part(said, calibration_table(self.calibrated)))
         if self.fusion is not None:
-            chose = f"Fusion weights of the first stage, tried on {sides}; {self.fusion.weight:g} is chosen"
-            parts.append(Part(chose, weights_table(self.fusion)))
+            tried = f"Fusion weights of the first stage, tried on {sides}; {self.fusion.weight:g} is chosen"
+            parts.append(Part(tried, weights_table(self.fusion)))
             said = f"{QUALITY} of {others}, plain and fused at weight {self.fusion.weight:g}"
-            tested = "p-values after Holm, for the two of the full network and for all of the other settings"
+            tested = "p-values after Holm, one family for the full network and one for all other settings"
             parts.append(Part(f"{said}; {tested}", fusion_table(self.fusion), FUSED))
         if self.fusion is not None and self.fusion.orders:
             said = f"{QUALITY} of {others} by one scorer and by several, with weights that the first half chose"

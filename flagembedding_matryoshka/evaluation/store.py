@@ -53,7 +53,7 @@ class Store:
         self.conditions = conditions
 
     def beside(self, name: str, conditions: Mapping[str, Any]) -> Store:
-        """A store in a directory of this one's, under its conditions and others."""
+        """Return a store in the subdirectory `name`, under this store's conditions and further ones."""
         return Store(self.directory / name, {**self.conditions, **conditions})
 
     def load(self, setting: Setting) -> Result | None:
@@ -100,7 +100,10 @@ class Store:
 def conditions(
     reranker: MatryoshkaReranker, candidates: Candidates, timed_pairs: int, recall_at: int
 ) -> dict[str, Any]:
-    """All that results of `evaluate` depend on but the setting. They do not depend on fusion."""
+    """Return all conditions that results of `evaluate` depend on, apart from the setting.
+
+    The default weight of fusion is none of them: `evaluate` gets the weight as an argument.
+    """
     options = [field.name for field in fields(ScoringOptions) if field.name != "fusion"]
     return {
         "model": model_fingerprint(reranker),

@@ -70,7 +70,7 @@ def calibration_table(calibrated: Sequence[Calibrated]) -> str:
 
 
 def weights_table(fusion: FusionReport) -> str:
-    """nDCG@10 on the choosing half at every weight that was tried."""
+    """Tabulate nDCG@10 on the choosing half for every weight that was tried."""
     tried = fusion.choice.qualities.items()
     rows = [["weight", *(f"{weight:g}" for (weight,), _ in tried)]]
     rows.append([f"{QUALITY} where chosen", *(f"{quality:.4f}" for _, quality in tried)])
@@ -78,8 +78,7 @@ def weights_table(fusion: FusionReport) -> str:
 
 
 def fusion_table(fusion: FusionReport) -> str:
-    """Each setting, plain and fused, and the fused order against the plain one and the first stage, on the held-out
-    half."""
+    """Tabulate each setting on the held-out half: plain, fused, and fused against plain and against the first stage."""
     of_plain = ["change", "95 %", "p"]
     of_first = [f"against {FIRST_STAGE} alone", *of_plain[1:]]
     rows = [["setting", "plain", "fused", "95 %", *of_plain, *of_first]]
@@ -91,7 +90,7 @@ def fusion_table(fusion: FusionReport) -> str:
 
 
 def orders_table(fusion: FusionReport) -> str:
-    """Scorers alone and fused with each other, on the held-out half."""
+    """Tabulate scorers, alone and fused with each other, on the held-out half."""
     rows = [["order", "weights", "nDCG@10", "95 %", "change", "95 %", "p"]]
     for item in fusion.orders:
         weights = ", ".join(f"{weight:g}" for _, weight in item.order.weights)
@@ -120,6 +119,7 @@ def difference(item: Compared | ComparedBaseline | Chosen | Difference) -> list[
 
 
 def _level(level: Level) -> list[str]:
+    """Return cells of the mean and its interval."""
     return [f"{level.mean:.4f}", "" if level.interval is None else "{:.4f} to {:.4f}".format(*level.interval)]
 
 

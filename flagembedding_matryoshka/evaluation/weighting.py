@@ -1,4 +1,4 @@
-"""Runs by fused scores, and the weights that half of the queries choose for them."""
+"""Runs by fused scores, and the choice of their weights by half of the queries."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from flagembedding_matryoshka.evaluation.metrics import Run, mean, quality_of
 from flagembedding_matryoshka.inference.fusion import ROUNDING, standard_scores
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)
-"""Weights that are tried unless others are given."""
+"""Weights to try by default."""
 
 
 @dataclass(frozen=True)
 class WeightChoice:
-    """The weights that rank best on the choosing half, one for each scorer that is added to the first.
+    """The weights with the best ranking on the choosing half, one for each scorer but the first.
 
     Attributes:
-        weights: the best; of equally good ones those with the smallest sum.
-        qualities: all weights that were tried to nDCG@10 on the choosing half.
+        weights: the best weights; of equally good ones the weights with the smallest sum.
+        qualities: nDCG@10 on the choosing half for each combination of weights that was tried.
     """
 
     weights: tuple[float, ...]
@@ -31,10 +31,10 @@ class WeightChoice:
 
 
 def first_stage_run(candidates: Candidates) -> Run:
-    """The first stage's scores.
+    """Return the first stage's scores.
 
     Raises:
-        ValueError: if the first stage gave no scores, or the same score to all candidates of each query.
+        ValueError: if there are no first-stage scores, or all candidates of every query have the same score.
     """
     if candidates.first_stage is None:
         raise ValueError(f"{candidates.source}: --fusion needs the first stage's scores, and these lists have none")
@@ -54,12 +54,12 @@ def fuse_runs(
 ) -> Run:
     """Add standard scores over the candidates of each query: z(run) + Σ weight · z(other).
 
-    With one other it is [`~flagembedding_matryoshka.inference.fusion.fuse`].
+    For one other run it equals [`~flagembedding_matryoshka.inference.fusion.fuse`].
 
     Args:
-        run: scores whose weight is 1.
-        others: scores with their weights.
-        queries: the queries of the result; None is all.
+        run: scores with weight 1.
+        others: (scores, weight) of each other run.
+        queries: the queries of the result; None is all queries.
     """
 
     def standard(scores: Run, query: str, rounding: float = 0.0) -> torch.Tensor:
@@ -83,9 +83,9 @@ def choose_weights(
     """Try all combinations of weights on the choosing half. Scores and judgements of the other half are not read.
 
     Args:
-        run: scores whose weight is 1.
-        others: scores that are added to them.
-        weights: to try for each of these.
+        run: scores with weight 1.
+        others: scores to add to `run`.
+        weights: weights to try for each of `others`.
     """
     queries = at(list(candidates.passages), halves.choosing)
     qualities = {}

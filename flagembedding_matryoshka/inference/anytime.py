@@ -46,8 +46,8 @@ class AnytimeRun:
         reading: what reading scores at a layer costs, as a share of running it.
         deadline: has started.
         between: called before each call of `score`.
-        fusion: the most promising candidates at an exit are those of the highest fused scores among the candidates that
-            wait there; None takes those of the highest scores.
+        fusion: candidates with the highest fused scores at an exit go deeper first; z is taken over the candidates that
+            wait there. None ranks them by their scores.
     """
 
     def __init__(
@@ -77,9 +77,13 @@ class AnytimeRun:
         self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
-        they were read, and (sequences,) float64 fused scores among the candidates that stopped at that exit. Without
-        fusion these are the scores."""
+        """Score as deep as the deadline allows.
+
+        Returns:
+            For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits
+            where they were read, and (sequences,) float64 fused scores. z of a fused score is taken over the candidates
+            that stopped at the same exit. Without fusion the scores stand in their place.
+        """
         self._go_deeper()
         fused = self._scores if self._fusion is None else torch.zeros(len(self._scores), dtype=torch.float64)
         if self._fusion is not None:
@@ -89,7 +93,7 @@ class AnytimeRun:
         return self._scores, self._reached, fused
 
     def _go_deeper(self) -> None:
-        """Run all steps that there is time for."""
+        """Run steps until the deadline."""
         for part in self._parts:
             self._between()
             self._advance(part, self._exits[0])

@@ -13,15 +13,20 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 KINDS = (int, float, str)
 """What one word of a command line can be, the widest last."""
-OF_THE_INPUT = ("first_stage_scores",)
-"""Arguments of `MatryoshkaReranker.rank_batch` that rows of the input give, and no option."""
+ROW_ARGUMENTS = ("first_stage_scores",)
+"""Arguments of `MatryoshkaReranker.rank_batch` that are read from rows of the input and have no option."""
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def add_reranker(
     parser: argparse.ArgumentParser, names: Collection[str] | None = None, without: Collection[str] = ()
 ) -> None:
-    """`--model` and the options of `MatryoshkaReranker`: those of `names`, or all but those of `without`."""
+    """Add `--model` and options of `MatryoshkaReranker`.
+
+    Args:
+        names: the options to add; None adds all but `without`.
+        without: options to leave out; read only if `names` is None.
+    """
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     about = explanations(MatryoshkaReranker)
     group.add_argument("--model", required=True, help=about["model_name_or_path"].replace("%", "%%"))
@@ -69,17 +74,17 @@ def stage(text: str) -> tuple[int, float]:
 
 
 class NumberOrWord:
-    """Reads a float, or one of some words, from a command line.
+    """A type of argparse: a float, or one of several words.
 
     Args:
-        words: that may stand in place of the number.
+        words: words that are accepted instead of a number.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
 
     def __call__(self, text: str) -> float | str:
-        """The number, or the word. Raises argparse.ArgumentTypeError if the text is neither."""
+        """Return the number or the word. Raises argparse.ArgumentTypeError if the text is neither."""
         if text in self._words:
             return text
         try:
@@ -100,7 +105,7 @@ class _Cascade(argparse.Action):
 
 
 def _ranking_options() -> list[str]:
-    return [name for name in _options(MatryoshkaReranker.rank_batch) if name not in OF_THE_INPUT]
+    return [name for name in _options(MatryoshkaReranker.rank_batch) if name not in ROW_ARGUMENTS]
 
 
 def _options(function: Callable[..., Any]) -> list[str]:

@@ -26,13 +26,13 @@ def run_cascade(
         batches: candidates before the first layer; `queries` says whose they are.
         queries: for each batch the number of each sequence's query.
         setting: with one cutoff layer, at which the last ones are scored.
-        fusion: after each stage a query's running candidates are ranked by their fused scores; None ranks them by their
+        fusion: after each stage candidates that still run are ranked by their fused scores; None ranks them by their
             scores.
 
     Returns:
-        for all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
-        they were read, and (sequences,) float64 fused scores among the query's candidates that ran up to that exit.
-        Without fusion these are the scores.
+        For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
+        they were read, and (sequences,) float64 fused scores. z of a fused score is taken over the query's candidates
+        that ran up to the same exit. Without fusion the scores stand in their place.
     """
     sizes = [len(numbers) for numbers in queries]
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
@@ -73,7 +73,7 @@ def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
 
 
 def _best_of_each_query(fused: Tensor, scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:
-    """(sequences,) bool: the running sequences that are among the best `share` of all of their query's."""
+    """Return (sequences,) bool: True for running sequences among the best `share` of all candidates of their query."""
     _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
     going_on = torch.tensor([share_of(share, count) for count in candidates.tolist()])
     places = running.nonzero()[:, 0]

@@ -147,10 +147,10 @@ class Candidates:
     """What is scored of one query's documents.
 
     Attributes:
-        documents: none where only tokenised pairs are given.
+        documents: empty if only tokenised pairs are given.
         pairs: one for each document, or for each chunk.
-        cut: the chunks, if documents are cut.
-        first_stage: the first stage's score of each document, if scores are fused with it.
+        cut: the chunks of each document; None if documents are not cut.
+        first_stage: the first stage's score of each document; None without fusion.
     """
 
     documents: Sequence[str]
@@ -160,7 +160,7 @@ class Candidates:
 
     @property
     def first_stage_of_pairs(self) -> Sequence[float] | None:
-        """The first stage's score of each pair: a chunk's is its document's."""
+        """The first stage's score of each pair. A chunk has the score of its document."""
         if self.cut is None or self.first_stage is None:
             return self.first_stage
         return [

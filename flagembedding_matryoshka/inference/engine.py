@@ -31,11 +31,11 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 Parts = list[tuple[int, list[int]]]
 """Numbers of batches, and of each places in it, that are computed together."""
 Stages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What `run_cascade` returns: scores, exits and fused scores."""
+"""Scores, exits and fused scores, as `run_cascade` returns them."""
 
 
 class ExitScore(NamedTuple):
-    """A candidate's score, the exit where it was read, and its fused score, which is the score without fusion."""
+    """A candidate's score, the exit where it was read, and its fused score; without fusion this is the score."""
 
     score: float
     exit: int
@@ -166,10 +166,17 @@ class Engine:
         setting: Setting,
         fusion: Fusion | None = None,
     ) -> list[ExitScore]:
-        """Score and exit of each pair, batch after batch; `owners` says whose candidate each is. Parts of batches that
-        are computed apart keep this order, also for `fusion`.
+        """Score the pairs of a cascade.
 
-        Out of memory, all of it starts again, in smaller batches. Names and errors are those of `score`.
+        After an out-of-memory error all pairs start again, in smaller batches. Their order stays, also for `fusion`.
+
+        Args:
+            owners: for each batch the number of each pair's query.
+            fusion: as in `run_cascade`.
+            batches, names: as in `score`, whose errors are raised.
+
+        Returns:
+            score, exit and fused score of each pair, batch after batch.
         """
 
         def run(states: list[PackedStates], parts: Parts) -> Stages:
@@ -213,7 +220,7 @@ class Engine:
         names: Sequence[Sequence[int]],
         setting: Setting,
     ) -> list[ExitScore]:
-        """What `run` makes of states before the first layer, those of parts of the batches, for each pair."""
+        """Embed the batches in parts, call `run` on their states, and return the score of each pair."""
         while True:
             parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
             packs = [[batches[number][place] for place in part] for number, part in parts]
@@ -224,7 +231,7 @@ class Engine:
                 self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
                 continue
             self._limit.fitted()
-            # A score that is no number spoils the fused scores of its query, also where a later exit replaces it.
+            # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
             self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*names)))
             return list(map(ExitScore, scores.tolist(), exits.tolist(), fused.tolist()))
 

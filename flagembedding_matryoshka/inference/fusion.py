@@ -16,21 +16,21 @@ from flagembedding_matryoshka.inference.inputs import MISSING, as_iterable, as_l
 
 T = TypeVar("T")
 ORDER = "order"
-"""The value of `first_stage` that takes the candidates' order for the first stage's ranking."""
+"""The value of `first_stage` for candidates in the first stage's order."""
 AUTO = "auto"
 """The value of `fusion` that takes the weight from the plan."""
 ROUNDING = 1e-5
-"""Share of the largest score, in float32, by which the scores of equal documents may differ."""
+"""Scores of equal documents may differ by this fraction of the largest score, by rounding in float32."""
 RANK_OFFSET = 60
 """Added to a rank before its reciprocal is taken: Cormack, Clarke and Büttcher, Reciprocal Rank Fusion, SIGIR 2009."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """First-stage scores of the candidates of a task, and their weight.
+    """First-stage scores of a task's candidates, and their weight.
 
     Attributes:
-        weight: of the first stage, at least 0.
+        weight: weight of the first stage, at least 0.
         first_stage: the first-stage score of each sequence, batch after batch.
     """
 
@@ -41,8 +41,8 @@ class Fusion:
         """Fuse the scores of some candidates of one query.
 
         Args:
-            scores: (sequences,) of all sequences, batch after batch.
-            places: (candidates,) int64, the places of the candidates among the sequences.
+            scores: (sequences,) float, the re-ranker's scores of all sequences, batch after batch.
+            places: (candidates,) int64 indices of the candidates into `scores`.
 
         Returns:
             (candidates,) float64.
@@ -57,10 +57,13 @@ class Fusion:
 def fuse(scores: Tensor, first_stage: Tensor, weight: float) -> Tensor:
     """Add the standard scores of two scorers: z(scores) + weight · z(first_stage).
 
+    z is zero mean, unit variance normalisation (ZMUV: Montague and Aslam, Relevance score normalization for
+    metasearch, CIKM 2001).
+
     Args:
         scores: (candidates,) the re-ranker's scores of one query's candidates, all read at one exit.
         first_stage: (candidates,) the first stage's scores of the same candidates.
-        weight: of the first stage, at least 0.
+        weight: weight of the first stage, at least 0.
 
     Returns:
         (candidates,) float64.
@@ -69,16 +72,20 @@ def fuse(scores: Tensor, first_stage: Tensor, weight: float) -> Tensor:
 
 
 def standard_scores(values: Tensor, rounding: float = 0.0) -> Tensor:
-    """(candidates,) float64 of mean 0 and standard deviation 1; zeros if all values are equal.
+    """Return (x - mean) / standard deviation of each value, by the population's standard deviation.
 
     Args:
-        rounding: values that differ by at most this share of the largest magnitude are equal. Otherwise the rounding
-            errors of equal documents would become standard scores of ±1.
+        values: (candidates,) finite.
+        rounding: values that differ by at most this fraction of the largest magnitude are equal. Otherwise the
+            rounding errors of equal documents would become standard scores of ±1.
+
+    Returns:
+        (candidates,) float64 of mean 0 and standard deviation 1; zeros if all values are equal.
     """
     values = values.double()
     if not len(values) or bool(values.max() - values.min() <= rounding * values.abs().max()):
         return torch.zeros_like(values)
-    # From 0 to 1 no square overflows, and none of all underflows.
+    # Scaled to [0, 1], squares do not overflow, and their sum does not underflow.
     values = values / values.abs().max()
     values = values - values.min()
     values = values / values.max()
@@ -86,35 +93,36 @@ def standard_scores(values: Tensor, rounding: float = 0.0) -> Tensor:
 
 
 def best_first(fused: Tensor, scores: Tensor) -> Tensor:
-    """(candidates,) int64: places in descending order of the fused score, then of the score; ties keep their order.
+    """Return (candidates,) int64: indices in descending order of the fused score, then of the score.
 
-    Two scores that differ by less than float64 holds beside the others have equal standard scores.
+    Ties keep their order. The score is compared because close scores can have the same standard score in float64.
     """
     by_score = scores.argsort(descending=True, stable=True)
     return by_score[fused[by_score].argsort(descending=True, stable=True)]
 
 
 def reciprocal_ranks(candidates: int) -> list[float]:
-    """1 / (60 + rank) of each candidate, which stand in the order of the first stage's ranking."""
+    """Return 1 / (60 + rank) for each of so many candidates, in the first stage's order, rank 1 first."""
     return [1 / (RANK_OFFSET + rank) for rank in range(1, candidates + 1)]
 
 
 def read_first_stage(
     lists: Iterable[tuple[str, list[T]]], first_stage_scores: Iterable[Iterable[Any]] | None, first_stage: str | None
 ) -> Iterator[tuple[str, list[T], list[float] | None]]:
-    """Each query with its documents and the first stage's scores of them, as they come.
+    """Yield each query with its documents and their first-stage scores.
 
     Args:
-        first_stage_scores: for each query a score, or None, for each document.
-        first_stage: "order" takes reciprocal ranks, by the order of the documents.
+        lists: each query with its documents.
+        first_stage_scores: for each query a list with a score, or None, for each document; None is no scores.
+        first_stage: "order" gives each document its reciprocal rank in the order of the documents; None is no order.
 
     Yields:
-        None in place of the scores if neither is given.
+        (query, documents, scores); scores is None if neither argument is given.
 
     Raises:
         TypeError: if the scores are no list, or as `as_first_stage`.
-        ValueError: if both are given, `first_stage` has another value, there are not as many lists of scores as
-            queries, or as `as_first_stage`. What is wrong with a list is raised when the list is read.
+        ValueError: if both arguments are given, `first_stage` has another value, the number of lists of scores is not
+            the number of queries, or as `as_first_stage`. Errors of a list are raised when the list is read.
     """
     if first_stage not in (None, ORDER):
         raise ValueError(f"first_stage is {excerpt(first_stage)}, but must be {ORDER!r} or None.")
@@ -134,28 +142,27 @@ def _read_scores(
     for number, (query, documents) in enumerate(lists):
         values = next(scores, MISSING)
         if values is MISSING:
-            raise ValueError(
-                f"there must be as many queries as lists of first_stage_scores, but list {number} is missing."
-            )
+            raise ValueError(f"each query needs a list of first_stage_scores, but list {number} is missing.")
         values = as_list(f"first_stage_scores of query {number}", values)
         yield query, documents, as_first_stage(number, values, len(documents))
     if next(scores, MISSING) is not MISSING:
-        raise ValueError(
-            f"there must be as many queries as lists of first_stage_scores, but query {number + 1} is missing."
-        )
+        raise ValueError(f"each list of first_stage_scores needs a query, but query {number + 1} is missing.")
 
 
 def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[float]:
-    """Check the first stage's scores of one query's candidates.
+    """Check the first stage's scores of one query's candidates, and fill in missing ones.
 
     Args:
         query: number of the query, for errors.
-        values: a score for each candidate, a number or a tensor of one; None if the first stage did not find the
-            candidate. Such a candidate gets the lowest of the query's scores, and 0 if the first stage found none.
+        values: for each candidate a number, a tensor of one number, or None if the first stage did not find it.
+        candidates: number of candidates.
+
+    Returns:
+        a score for each candidate. A missing score is the query's lowest one, or 0 if all are missing.
 
     Raises:
         TypeError: if a value is neither a number nor None.
-        ValueError: if a value is not finite, or there are not as many values as candidates.
+        ValueError: if a value is not finite, or the number of values is not the number of candidates.
     """
     if len(values) != candidates:
         raise ValueError(f"query {query} has {len(values)} first_stage_scores, but {candidates} candidates.")
@@ -166,10 +173,14 @@ def as_first_stage(query: int, values: Sequence[Any], candidates: int) -> list[f
 
 
 def as_first_stage_score(name: str, value: Any) -> float | None:
-    """Check the first stage's score of one candidate; None if the first stage did not find the candidate.
+    """Check the first stage's score of one candidate.
 
     Args:
-        name: of the value, for errors.
+        name: name of the value, for errors.
+        value: a number, a tensor of one number, or None if the first stage did not find the candidate.
+
+    Returns:
+        the score; None for None.
 
     Raises:
         TypeError: if the value is neither a number nor None.
@@ -191,9 +202,10 @@ def as_first_stage_score(name: str, value: Any) -> float | None:
 
 
 def as_fusion(value: Any, of_plan: Callable[[], float]) -> float | None:
-    """The weight that a value of `fusion` asks for; None is no fusion.
+    """Return the weight for a value of `fusion`; None is no fusion.
 
     Args:
+        value: a number, "auto" for the weight in the plan, or None.
         of_plan: returns the weight in the plan, or raises.
 
     Raises:
@@ -209,8 +221,8 @@ def as_weight(value: Any) -> float:
     """Check a fusion weight.
 
     Raises:
-        TypeError: if it is no number.
-        ValueError: if it is negative or not finite.
+        TypeError: if the value is not a number.
+        ValueError: if the value is negative or not finite.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"fusion must be a number, {AUTO!r} or None, got {excerpt(value)}.")
@@ -221,7 +233,7 @@ def as_weight(value: Any) -> float:
 
 
 def _as_float(value: Real) -> float:
-    """The nearest float; infinite beyond the largest."""
+    """Return the nearest float; infinity for numbers above the largest float."""
     try:
         return float(value)
     except OverflowError:

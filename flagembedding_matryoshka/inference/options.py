@@ -29,10 +29,10 @@ OF_TEXTS = (
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How pairs are put together, scored and ranked; the names are those of the re-ranker's constructor.
+    """Options of building, scoring and ranking pairs, named as in the re-ranker's constructor.
 
     Attributes:
-        fusion: the weight of the first stage's scores in a ranking that has such scores; None is no weight.
+        fusion: weight of the first stage's scores in a ranking that has such scores; None is no weight.
     """
 
     query_instruction_for_rerank: str
@@ -50,13 +50,13 @@ class ScoringOptions:
 
     @classmethod
     def resolve(cls, defaults: Any, overrides: Mapping[str, Any]) -> ScoringOptions:
-        """The attributes of `defaults` with `overrides`, of which None keeps the default.
+        """Return the attributes of `defaults` with `overrides`. None as an override keeps the default.
 
         Raises:
             FileNotFoundError: if `fusion` is "auto", and the model has no plan.
-            TypeError: if an override is unknown, a size is no int, or `fusion` no number.
-            ValueError: if a size is less than 1, `normalize` asks for nothing that there is, `fusion` is negative or
-                not finite, or it is "auto" and the plan has no weight.
+            TypeError: if an override is unknown, a size is not an int, or `fusion` is not a number.
+            ValueError: if a size is less than 1, `normalize` has an unknown value, `fusion` is negative or not finite,
+                or `fusion` is "auto" and the plan has no weight.
         """
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(overrides) - set(names))
@@ -120,13 +120,15 @@ def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:
 
 
 def ranking_weight(options: ScoringOptions, overrides: Mapping[str, Any], has_first_stage: bool) -> float | None:
-    """The weight of the first stage's scores in a ranking; None without such scores.
+    """Return the weight of the first stage's scores in a ranking; None without such scores.
 
     Args:
-        options: of the call, which `overrides` are part of.
+        options: options of the call, with `overrides`.
+        overrides: arguments of the call.
+        has_first_stage: whether the call gives first-stage scores or an order.
 
     Raises:
-        ValueError: if the call gives such scores and there is no weight, or it gives a weight and no scores.
+        ValueError: if the call gives such scores without a weight, or a weight without scores.
     """
     if not has_first_stage and overrides.get("fusion") is not None:
         raise ValueError(
@@ -150,7 +152,7 @@ def refuse_beside_plan(given: Any) -> None:
 
 
 def resolve_call(defaults: Any, overrides: Mapping[str, Any]) -> tuple[ScoringOptions, Setting]:
-    """What a call with these arguments does, and what it runs; a call that does not rank.
+    """Return the options and the setting of a call that does not rank.
 
     Args:
         defaults: a re-ranker.
@@ -171,7 +173,7 @@ def resolve_call(defaults: Any, overrides: Mapping[str, Any]) -> tuple[ScoringOp
 def _resolve(
     defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None
 ) -> tuple[ScoringOptions, Setting]:
-    """As `resolve_call`, of any call."""
+    """Return the options and the setting of any call, as `resolve_call`."""
     of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
     compress_layer = of_text.pop("compress_layer", None)
     depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
@@ -197,7 +199,8 @@ def resolve_ranking(
 
     Raises:
         FileNotFoundError: as `ScoringOptions.resolve`.
-        TypeError, ValueError: as `resolve_call`, though `fusion` may be given, and ValueError on several cutoff layers.
+        TypeError, ValueError: as `resolve_call`, except that `fusion` is allowed; ValueError if several cutoff layers
+            are given.
     """
     own = any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
     if defaults.planned is not None and cascade is None and not own:

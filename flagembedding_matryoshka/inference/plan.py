@@ -66,11 +66,11 @@ class Plan:
             [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
         weights: the fingerprint of the weights, see
             [`~flagembedding_matryoshka.checkpoints.weights.weights_fingerprint`]; None in plans of older versions.
-        fusion: weight of the first stage's scores, chosen on the same queries and lists; None where none was chosen.
-            The best weight hardly depends on the setting, so that a plan has one for all.
+        fusion: weight of the first stage's scores, chosen on the same queries and lists; None if no weight was chosen.
+            A plan has one weight for all settings, because the best weight hardly depends on the setting.
 
     Raises:
-        TypeError: if the weight is no number.
+        TypeError: if the weight is not a number.
         ValueError: if the weight is negative or not finite.
 
     Which setting is best hardly depends on rounding: a plan chooses settings in any dtype. A calibration maps scores
@@ -145,7 +145,7 @@ class Plan:
         return fitted[wanted]
 
     def fusion_weight(self) -> float:
-        """The weight of the first stage's scores. Raises ValueError if none was chosen."""
+        """Return the weight of the first stage's scores. Raises ValueError if the plan has no weight."""
         if self.fusion is None:
             raise ValueError(
                 f"fusion='auto': the plan of {self.data} has no fusion weight. An evaluation with --fusion "

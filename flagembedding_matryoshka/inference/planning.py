@@ -50,7 +50,7 @@ class PlannedReranker(HostedReranker):
             setattr(self, name, value)
 
     def _choose_fusion(self, fusion: Any) -> None:
-        """Make a weight the default: the given one, or if None that of the plan that is followed."""
+        """Set the default weight: the given one, or for None the weight of the plan that `budget` or `quality` use."""
         follows = fusion is None and self.planned is not None
         self.fusion = self.plan.fusion if follows else as_fusion(fusion, lambda: self.plan.fusion_weight())
 

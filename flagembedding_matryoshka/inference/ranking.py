@@ -68,25 +68,27 @@ class RankingReranker(PlannedReranker):
                 cascade, also one that `budget` or `quality` chose, no more of them than that says, and rank as in a
                 cascade. Of several queries each has so long from when it is computed, which one device does.
             min_score: hits with a lower score are left out and do not count in `top_k`. It is compared with the score
-                that is returned: raw, its sigmoid or the calibrated probability, as `normalize` says.
-            first_stage_scores: the score that the first stage, such as BM25, gave each document. Documents then rank by
-                z(score) + fusion · z(first-stage score), where z is the standard score among the query's documents, by
-                the population's standard deviation; z of equal scores is 0. None is a document that the first stage did
-                not find: it gets the lowest of the query's scores. A cascade drops by the fused scores of the
-                candidates that still run, and a deadline by those of the candidates that wait at an exit. A chunk
-                has the first-stage score of its document.
-            first_stage: "order" says that the documents are in the first stage's order, without scores: the first-stage
-                score of rank r, from 1, is 1 / (60 + r).
-            overrides: as in `compute_score`, with one cutoff layer, and `fusion`, which needs first-stage scores.
+                that is returned: raw, its sigmoid or the calibrated probability, as `normalize` says. None leaves out
+                none.
+            first_stage_scores: for each document the score of the first stage, such as BM25; None is no fusion.
+                Documents then rank by z(score) + fusion · z(first-stage score). z is the standard score among the
+                query's documents, by the population's standard deviation (Montague and Aslam, CIKM 2001); z of equal
+                scores is 0. None in the list: the first stage did not find the document, which gets the lowest score
+                of the query. A cascade drops candidates by the fused scores of those that still run; a deadline ranks
+                the candidates that wait at an exit by their fused scores. A chunk has the score of its document.
+            first_stage: "order" if the documents are in the first stage's order, without scores: rank r, from 1, gets
+                the score 1 / (60 + r) (Cormack, Clarke and Büttcher, SIGIR 2009). None is no order.
+            overrides: as in `compute_score`, with one cutoff layer; also `fusion`, the weight of the first stage's
+                scores: at least 0, "auto" for the plan's, or None for the default of the constructor.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
-            the best first; ties keep the order given. With first-stage scores also "first_stage_score" and
-            "fused_score", by which documents rank: among all documents, in a cascade among the candidates that ran up
-            to the exit where this one stopped, with a deadline among those that stopped there. With a cascade or a
-            deadline also "cutoff_layer", where the score was read. Where the query or the document is longer than what
-            was read of it, also "is_truncated", which is True. With `chunk` also "chunk", a dict with "start" and
-            "end": the best is `document[start:end]`. Between chunks is at most white space.
+            best first; ties keep the order given. With first-stage scores also "first_stage_score" and "fused_score",
+            by which documents rank; z is taken over all documents, in a cascade over the candidates that ran up to the
+            exit where this one stopped, with a deadline over the candidates that stopped there. With a cascade or a
+            deadline also "cutoff_layer", the exit where the score was read. If the query or the document was cut, also
+            "is_truncated", which is True. With `chunk` also "chunk", a dict with "start" and "end": the best chunk is
+            `document[start:end]`. Between chunks is at most white space.
 
         Raises:
             FileNotFoundError: if `fusion` is "auto", and the model has no plan.
@@ -94,10 +96,10 @@ class RankingReranker(PlannedReranker):
                 above 0, `min_score` is no number or would be compared with scores of several exits that are not
                 calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
                 or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand. Also if a first-stage score is missing or
-                not finite, `first_stage_scores` and `first_stage` are both given, one of them is given without a
-                weight, `fusion` is given without either, or it is negative, not finite, or "auto" while the plan has no
-                weight.
+                meets a tokenizer that does not say where its tokens stand. Also if the number of first-stage scores is
+                not the number of documents, a first-stage score is not finite, both `first_stage_scores` and
+                `first_stage` are given, one of them is given without a weight, or `fusion` is given without them, is
+                negative, not finite, or "auto" while the plan has no weight.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         of_first_stage = {
@@ -169,7 +171,7 @@ class RankingReranker(PlannedReranker):
 
         Args:
             queries: or, without `candidates`, tuples of a query and its documents.
-            first_stage_scores: any iterable of as many lists as queries; it is read with them.
+            first_stage_scores: an iterable with a list of scores for each query; it is read together with the queries.
 
         Yields:
             what `rank` returns, for one query after the other.
@@ -202,8 +204,8 @@ class RankingReranker(PlannedReranker):
         """Rankings of lists, of `total` pairs if that is known; wrong options raise at once.
 
         Args:
-            lists: each query with its documents and their first-stage scores, if it has such.
-            instructions: one for each list, or None for one that has none of its own; None is none at all.
+            lists: each query with its documents and their first-stage scores, or None without such scores.
+            instructions: one for each list, or None for a list without an own one; None if no list has one.
         """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
@@ -262,16 +264,20 @@ class RankingReranker(PlannedReranker):
         first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
-        """What `rank_batch` orders: for each list of pairs that `tokenize` made, all of one query, "score", not
-        normalised, with a cascade or a deadline "cutoff_layer", with first-stage scores "first_stage_score" and
-        "fused_score", and "is_truncated" where it is, of each, in the order given.
+        """Score lists of tokenised pairs, the pairs of a list all of one query.
 
         Args:
-            first_stage_scores: for each list a score, or None, for each pair.
-            cascade, deadline_ms, overrides: as in `rank`, without those that say how texts become tokens.
+            lists: pairs as `tokenize` returns them.
+            first_stage_scores: for each list a list with a score, or None, for each pair; None is no fusion.
+            cascade, deadline_ms, overrides: as in `rank`, without options that say how texts become tokens.
+
+        Returns:
+            For each list a dict for each pair, in the order given: "score", not normalised, with a cascade or a
+            deadline "cutoff_layer", with first-stage scores "first_stage_score" and "fused_score", and "is_truncated",
+            which is True, if the pair was cut.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as in `rank`, and TypeError if something is not tokenised.
+            FileNotFoundError, TypeError, ValueError: as in `rank`, and TypeError if a pair is not tokenised.
         """
         call, show_progress_bar = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, first_stage_scores is not None))

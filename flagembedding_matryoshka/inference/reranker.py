@@ -76,9 +76,9 @@ class MatryoshkaReranker(RankingReranker):
             length that the checkpoint was saved with, or 512.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
             by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
-        fusion: default weight, at least 0, of the first stage's scores where `rank` is given such scores; "auto" is the
-            weight in the `matryoshka_plan.json` beside the model. None is no weight, or with `budget` or `quality` that
-            of the plan, if it has one. Rankings without first-stage scores do not depend on it.
+        fusion: default weight, at least 0, of the first stage's scores in rankings that have such scores; "auto" is the
+            weight in the `matryoshka_plan.json` beside the model. None is no weight, or with `budget` or `quality` the
+            plan's weight, if it has one. Other rankings do not depend on it.
         devices: one device or several; None is the first accelerator, else the CPU.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes ten seconds in the first
             pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
@@ -91,7 +91,7 @@ class MatryoshkaReranker(RankingReranker):
 
     Raises:
         FileNotFoundError: if a checkpoint or adapter is not there, or the plan that is needed.
-        TypeError: if `fusion` is no number.
+        TypeError: if `fusion` is neither a number, "auto" nor None.
         ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
         ValueError: if there is no backbone for the checkpoint, arguments contradict it or each other, or nothing
             measured is within `budget` or reaches `quality`, no calibration is in the plan, or `fusion` is negative,

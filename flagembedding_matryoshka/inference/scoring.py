@@ -46,13 +46,17 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
 def score_lists(
     run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[list[Hit], None, None]:
-    """For each list "score" of its pairs, in a cascade "cutoff_layer", where it was read, with fusion
-    "first_stage_score" and "fused_score", and "is_truncated" of those that are cut. No more lists are read than are
-    scored in one go, and those that are tokenised meanwhile.
+    """Score lists of pairs.
+
+    Only the lists of the current window and of the next one, which is tokenised meanwhile, are read ahead.
 
     Args:
-        total: pairs of all lists, if that is known.
+        total: number of pairs of all lists; None if unknown.
         show_progress_bar: as in `score_pairs`.
+
+    Yields:
+        For each list a hit for each pair, in the order given: "score", in a cascade "cutoff_layer", with fusion
+        "first_stage_score" and "fused_score", and "is_truncated" if the pair was cut.
     """
     with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
@@ -64,8 +68,7 @@ def score_lists(
 def _scored(
     run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
-    """The same of each list, which is given too; with fusion "fused_score" in a cascade alone, and no
-    "first_stage_score"."""
+    """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score"."""
     waiting: deque[Candidates] = deque()
 
     def noted() -> Iterator[Candidates]:
@@ -76,7 +79,7 @@ def _scored(
     hits: list[Hit] = []
     with _progress(total, show_progress_bar) as progress, closing(windows_of(noted(), call)) as windows:
         for window in windows:
-            # Whoever takes the rankings may score something else in between: no task is left unfinished.
+            # The caller may score other pairs between two rankings, so no task may be left unfinished.
             found = iter(_hits(run, window, call, progress))
             for portion in window.portions:
                 hits += islice(found, len(portion.pairs))
@@ -138,8 +141,10 @@ def rank_lists(
     total: int | None,
     show_progress_bar: bool | None,
 ) -> Generator[list[Hit], None, None]:
-    """The ranking of each query's documents, as soon as it and those before it are known; arguments as `score_lists`
-    and `ranking_of`."""
+    """Yield the ranking of each query's documents, in the order of the queries, as soon as it is known.
+
+    Arguments are those of `score_lists` and `ranking_of`.
+    """
     with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
             if candidates.cut is not None:
@@ -160,8 +165,10 @@ def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> No
 
 
 def best_first(hits: Sequence[Hit]) -> list[int]:
-    """Places of a list's hits, best first: by the exit if hits have one, then by the fused score if hits have one, then
-    by the score."""
+    """Return the indices of a list's hits, best first: by exit, then by fused score, then by score.
+
+    Hits without an exit or without a fused score are compared by the rest.
+    """
 
     def key(place: int) -> tuple[float, ...]:
         hit = hits[place]
@@ -171,12 +178,12 @@ def best_first(hits: Sequence[Hit]) -> list[int]:
 
 
 def fuse_hits(hits: Sequence[Hit], first_stage: Sequence[float], weight: float) -> list[Hit]:
-    """A list's hits with "first_stage_score" and "fused_score". A cascade's hits have fused scores already, which stay.
+    """Add "first_stage_score" and "fused_score" to hits. The fused scores of a cascade's hits stay.
 
     Args:
-        hits: of one query, with raw scores, in the order of the first stage's scores.
-        first_stage: the first stage's score of each.
-        weight: of the first stage.
+        hits: hits of one query, with raw scores.
+        first_stage: the first stage's score of each hit.
+        weight: weight of the first stage.
     """
     scores = torch.tensor([hit["score"] for hit in hits], dtype=torch.float64)
     fused = fuse(scores, torch.tensor(first_stage, dtype=torch.float64), weight).tolist()
@@ -229,8 +236,8 @@ def ranking_of(
 
     Args:
         documents: texts to include in the hits.
-        top_k: the most hits to return; None is all of them. Hits that `min_score` leaves out do not count.
-        min_score: hits with a lower score, normalised, are left out.
+        top_k: number of hits to return at most; None is all hits. Hits that `min_score` leaves out do not count.
+        min_score: hits with a lower normalised score are left out; None leaves out none.
         normalize: applied to what is returned: it makes scores equal that are not.
         depth: where scores were read that do not say so themselves.
     """

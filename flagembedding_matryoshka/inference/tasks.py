@@ -39,8 +39,8 @@ class Call:
     Attributes:
         shares: devices, for each of which there is work, if there is enough of it.
         is_cascade: whether candidates of a list wait for each other.
-        deadline: of each list; one that has not started does when the list is computed.
-        fusion: weight of the first stage's scores, which all lists have then; None is no fusion.
+        deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
+        fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
     """
 
     tokenizer: PairTokenizer
@@ -58,12 +58,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Portion:
-    """Candidates of one query that are scored in one go: all of them, or of very many some.
+    """Candidates of one query that are scored together: the whole list, or a slice of a long list.
 
     Attributes:
-        number: of their list.
-        is_last: whether it has no more of them.
-        first_stage: the first stage's score of each candidate, where candidates are dropped by fused scores.
+        number: number of the list.
+        pairs: their pairs.
+        is_last: whether the list ends here.
+        first_stage: the first stage's score of each candidate if candidates are dropped by fused scores; otherwise
+            empty.
     """
 
     number: int
@@ -111,8 +113,11 @@ def batches_of(pairs: Pairs, call: Call) -> Iterator[Work]:
 
 
 def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, None, None]:
-    """Neighbouring lists, as many as are scored in one go, each window read and tokenised while the one before it is
-    computed. A list that is longer has several windows, unless it is a cascade's."""
+    """Yield windows of neighbouring lists, the lists of a window to be scored together.
+
+    A window is read and tokenised while the previous one is computed. A list longer than a window has several windows,
+    unless it is a cascade's.
+    """
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
     sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 

@@ -30,19 +30,19 @@ FIRST_NAMES = {
     "cache_dir": "cache_folder",
 }
 """Arguments of CrossEncoder that have been renamed, and are read under both names."""
-OF_FUSION = ("first_stage_scores", "first_stage", "fusion")
+FUSION_ARGUMENTS = ("first_stage_scores", "first_stage", "fusion")
 
 
 class MatryoshkaCrossEncoder(CrossEncoder):
-    """A CrossEncoder whose `rank` takes the depth and width that its `predict` takes, and a first stage's scores."""
+    """A CrossEncoder whose `rank` takes depth and width, as its `predict`, and a first stage's scores."""
 
     def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `CrossEncoder.predict`, of any iterable of pairs.
+        """Score any iterable of pairs, as `CrossEncoder.predict`.
 
         Raises:
-            TypeError: as `CrossEncoder.predict`, and if an argument of `rank` is given that fuses scores.
+            TypeError: as `CrossEncoder.predict`, and if an argument of fusion is given, which only `rank` takes.
         """
-        for name in OF_FUSION:
+        for name in FUSION_ARGUMENTS:
             if kwargs.pop(name, None) is not None:
                 raise TypeError(
                     f"{name} is an argument of rank, which fuses the scores of one query's documents with those of the "
@@ -72,20 +72,20 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         """As `CrossEncoder.rank`, by the scores before the activation, which may make some equal.
 
         Args:
-            first_stage_scores, first_stage, fusion: as of `MatryoshkaReranker.rank`. Documents then rank by the fused
-                score, z(score before the activation) + fusion · z(first-stage score). "auto" is no weight here, because
-                a CrossEncoder reads no plan.
+            first_stage_scores, first_stage, fusion: as in `MatryoshkaReranker.rank`; None, the default, is no fusion.
+                Documents then rank by z(score before the activation) + fusion · z(first-stage score). `fusion` must be
+                a number: a CrossEncoder has no plan for "auto".
             depth_and_width: `cutoff_layers`, `compress_layers` and `compress_ratio`.
 
         Returns:
-            As `CrossEncoder.rank`, with first-stage scores also "first_stage_score" and "fused_score" of each document.
+            As `CrossEncoder.rank`; with first-stage scores also "first_stage_score" and "fused_score" of each document.
 
         Raises:
-            TypeError: if `documents` is no list of strings, an argument is unknown, or a first-stage score or `fusion`
-                is no number.
-            ValueError: if `top_k` is less than 1, there is not a finite first-stage score for each document, both forms
-                of first-stage scores are given, they are given without `fusion` or `fusion` without them, or it is
-                negative, not finite or "auto".
+            TypeError: if `documents` is not a list of strings, an argument is unknown, or a first-stage score or
+                `fusion` is not a number.
+            ValueError: if `top_k` is less than 1, the number of first-stage scores is not the number of documents, a
+                first-stage score is not finite, both `first_stage_scores` and `first_stage` are given, one of them is
+                given without `fusion`, or `fusion` is given without them, is negative, not finite or "auto".
         """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
@@ -125,12 +125,12 @@ class MatryoshkaCrossEncoder(CrossEncoder):
 
 
 def _weight(fusion: Any, has_first_stage: bool) -> float | None:
-    """The weight of the first stage's scores; None without such scores.
+    """Check `fusion` and return the weight of the first stage's scores; None without such scores.
 
     Raises:
-        TypeError: if it is no number.
-        ValueError: if there are scores and no weight, or a weight and no scores, or it is "auto", negative or not
-            finite.
+        TypeError: if `fusion` is not a number.
+        ValueError: if there are scores without a weight or a weight without scores, or the weight is "auto", negative
+            or not finite.
     """
     if fusion is None and not has_first_stage:
         return None
@@ -143,7 +143,7 @@ def _weight(fusion: Any, has_first_stage: bool) -> float | None:
         )
     if isinstance(fusion, str) and fusion == AUTO:
         raise ValueError(
-            f"fusion={AUTO!r}: a CrossEncoder reads no plan. Give a number, such as MatryoshkaReranker's plan.fusion."
+            f"fusion={AUTO!r}: a CrossEncoder has no plan. Give a number, such as MatryoshkaReranker's plan.fusion."
         )
     return as_weight(fusion)
 

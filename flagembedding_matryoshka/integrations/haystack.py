@@ -16,12 +16,13 @@ from flagembedding_matryoshka.integrations.ranking import Ranking
 
 @component
 class MatryoshkaRanker:
-    """Keeps the best documents, best first, with our score instead of the retriever's.
+    """Rank documents, best first, and replace the retriever's score by the re-ranker's.
 
-    As with Haystack's own rankers, documents of one id are ranked once, and one without content by its metadata.
+    As with Haystack's own rankers, documents of one id are ranked once. A document without content is ranked by its
+    metadata.
 
-    With fusion the documents' scores are the first stage's, and the score of a returned document is the fused one. Its
-    `meta` holds the re-ranker's as "reranker_score" and the first stage's as "first_stage_score".
+    With fusion, the first stage's scores are the documents' scores. A returned document's score is the fused score, and
+    its `meta` has "reranker_score" and "first_stage_score".
 
     Args:
         reranker: or the path of one, which `warm_up` loads. Pipelines with paths alone can be saved;
@@ -96,7 +97,12 @@ class MatryoshkaRanker:
         instruction: str | None = None,
         fusion: float | str | None = None,
     ) -> dict[str, list[Document]]:
-        """Copies of the best documents; `top_k` and the others override the ranker's own.
+        """Return copies of the best documents.
+
+        Args:
+            query: the query.
+            documents: the documents; their `score` is read if scores are fused.
+            top_k, scale_score, score_threshold, instruction, fusion: None keeps the ranker's own.
 
         Raises:
             TypeError, ValueError: as [`~flagembedding_matryoshka.integrations.ranking.Ranking`] when it is called.

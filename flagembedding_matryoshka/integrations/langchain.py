@@ -15,11 +15,11 @@ from flagembedding_matryoshka.integrations.ranking import Ranking
 
 
 class MatryoshkaCompressor(BaseDocumentCompressor):
-    """Keeps the best documents, best first, with their score in `metadata["relevance_score"]`.
+    """Rank documents, best first, with their score in `metadata["relevance_score"]`.
 
     LangChain has no field for a retriever's scores. `first_stage_key` names the metadata that holds them, such as
-    "score"; without it and without `first_stage="order"` nothing is fused. With fusion "relevance_score" is the fused
-    score, "reranker_score" the re-ranker's and "first_stage_score" the retriever's.
+    "score". Without it and without `first_stage="order"` nothing is fused. With fusion "relevance_score" is the fused
+    score, "reranker_score" the re-ranker's score and "first_stage_score" the retriever's score.
 
     Args:
         reranker: or the path of one.

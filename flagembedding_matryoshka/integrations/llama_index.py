@@ -15,13 +15,13 @@ from flagembedding_matryoshka.integrations.ranking import Hit, Ranking
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):
-    """Keeps the best nodes, best first, with our score instead of the retriever's.
+    """Rank nodes, best first, and replace the retriever's score by the re-ranker's.
 
-    A node's text is what is embedded of it, metadata included; with `meta_fields_to_embed`, these and the text alone.
+    A node's text is the text that LlamaIndex embeds, with metadata. With `meta_fields_to_embed` it is the node's own
+    text with these fields.
 
-    With fusion the nodes' scores are the first stage's, and the score of a returned node is the fused one. Its metadata
-    hold the re-ranker's as "reranker_score" and the first stage's as "first_stage_score"; neither is embedded or shown
-    to a language model.
+    With fusion, the first stage's scores are the nodes' scores. A returned node's score is the fused score, and its
+    metadata have "reranker_score" and "first_stage_score". Neither is embedded or shown to a language model.
 
     Args:
         reranker: or the path of one.
@@ -86,7 +86,7 @@ class MatryoshkaRerank(BaseNodePostprocessor):
         if self.keep_retrieval_score:
             node = node.model_copy(update={"metadata": node.metadata | {"retrieval_score": item.score}})
         if hit.metadata:
-            # Metadata stand in the text that a model reads, unless they are excluded.
+            # LlamaIndex writes metadata into the text for a model, unless they are excluded.
             excluded = {
                 name: [*getattr(node, name), *(key for key in hit.metadata if key not in getattr(node, name))]
                 for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")

@@ -37,7 +37,7 @@ WITHOUT_EFFECT = ("normalize", "show_progress_bar", "return_documents")
 THRESHOLDS = ("min_score", "score_threshold")
 OF_METADATA = ("meta_fields_to_embed", "embedding_separator", "first_stage_key")
 PREDICTIONS = "_predictions.json"
-"""How mteb ends the names of the files that it writes into a `prediction_folder`; they begin with the task's name."""
+"""End of the names of the files in a `prediction_folder` of mteb. They begin with the task's name."""
 TAKEN = ("batch_size", "show_progress_bar")
 """What may be among `encode_kwargs`: mteb itself sets both."""
 
@@ -58,25 +58,25 @@ class MatryoshkaSearch:
     query, as mteb puts it, and a task's prompt is not used.
 
     mteb gives a re-ranker its candidates without scores. With fusion, the first stage's scores are read from the folder
-    that mteb wrote its predictions into, or the order of the candidates stands for them. The result is mteb's measure
-    of the fused scores, or in a cascade of the ranks.
+    of its predictions, or the order of the candidates replaces them. mteb then measures the fused scores, in a cascade
+    the ranks.
 
     Args:
         reranker: or the path of one.
         name: "organisation/model", as mteb lists it; None is the path, or "matryoshka/" and its last part.
         revision: None is the SHA-256 of configuration, weights and tokenizer, which reads all weights once.
-        first_stage_scores: the `prediction_folder` of the first stage's `mteb.evaluate`. A candidate that the first
-            stage did not find gets the lowest score of its query. With `fusion`, or a re-ranker that has a default
-            weight.
-        first_stage: "order" takes the order of the candidates, which `task.convert_to_reranking(DIR)` leaves in the
-            order of the first stage's scores. Tasks of re-ranking have candidates of their own, in an order that is not
-            a first stage's, and are refused. None is no fusion, unless `first_stage_scores` is given.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`], but for what changes no order.
+        first_stage_scores: the `prediction_folder` of the first stage's `mteb.evaluate`; None is no scores. A candidate
+            that the first stage did not find gets the lowest score of its query. Needs `fusion`, or a re-ranker with a
+            default weight.
+        first_stage: "order" uses the order of the candidates, for `task.convert_to_reranking(DIR)`, which sorts them by
+            the first stage's scores. Tasks of type re-ranking are refused: the order of their candidates is not a first
+            stage's. None is no fusion, unless `first_stage_scores` is given.
+        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`], except options that change no order.
 
     Raises:
         FileNotFoundError: if the folder has no predictions.
-        TypeError, ValueError: if the options do not fit the model, one has no effect here, or `fusion` is given without
-            the first stage's scores or order, or these without a weight.
+        TypeError, ValueError: if the options do not fit the model, an option has no effect here, `fusion` is given
+            without the first stage's scores or order, or these are given without a weight.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class MatryoshkaSearch:
         if given := sorted(set(options) & set(THRESHOLDS)):
             raise ValueError(f"{given} would leave out candidates, which mteb then takes for irrelevant.")
         if given := sorted(set(options) & set(OF_METADATA)):
-            raise ValueError(f"{given} is of a text's metadata, and mteb's texts have none: leave it out.")
+            raise ValueError(f"{given} needs texts with metadata, and mteb's texts have none: leave it out.")
         if first_stage not in (None, ORDER):
             raise ValueError(f"first_stage is {first_stage!r}, but must be {ORDER!r} or None.")
         if first_stage_scores is not None and first_stage is not None:
@@ -156,7 +156,7 @@ class MatryoshkaSearch:
         if self._first_stage is not None and task_metadata.type.endswith("Reranking"):
             raise ValueError(
                 f"first_stage={self._first_stage!r}: {task_metadata.name} is a task of type {task_metadata.type}, and "
-                "its candidates are in no first stage's order. Give first_stage_scores, or leave fusion out."
+                "the order of its candidates is not a first stage's. Give first_stage_scores, or leave fusion out."
             )
         reranker, options = self._ranking.load(), dict(self._ranking.options)
         known = None
@@ -207,10 +207,13 @@ class MatryoshkaSearch:
 
 
 class Predictions:
-    """Scores that mteb wrote into a `prediction_folder`.
+    """Scores in a `prediction_folder` of mteb.
+
+    Args:
+        folder: the folder.
 
     Raises:
-        FileNotFoundError: if it holds none.
+        FileNotFoundError: if the folder has no predictions.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
@@ -224,23 +227,23 @@ class Predictions:
         self._digests = {path.name: _digest(path) for path in paths}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all files."""
+        """Return the SHA-256 of all files."""
         return hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
 
     def read(self, task: str, subset: str, split: str) -> Mapping[str, Mapping[str, float]]:
-        """The scores of each query's passages.
+        """Return the score of each passage of each query.
 
         Raises:
-            ValueError: if there are none of this task, subset and split, or the file is another than when the folder
+            ValueError: if there are no scores of this task, subset and split, or the file has changed since the folder
                 was first read.
         """
         path = self._folder / f"{task}{PREDICTIONS}"
         if path.name not in self._digests:
-            raise ValueError(f"{self._folder} has no scores of task {task}: there are {sorted(self._digests)}.")
+            raise ValueError(f"{self._folder} has no scores of task {task}, only {sorted(self._digests)}.")
         if _digest(path) != self._digests[path.name]:
             raise ValueError(
-                f"{path} has changed since MatryoshkaSearch was made. Write the predictions of the re-ranker into "
-                "another folder than those of the first stage."
+                f"{path} has changed since MatryoshkaSearch was made. Write the re-ranker's predictions to another "
+                "folder than the first stage's."
             )
         found = json.loads(path.read_text(encoding="utf-8")).get(subset, {}).get(split)
         if found is None:
@@ -253,23 +256,23 @@ def _digest(path: Path) -> str:
 
 
 def _scores_of(query: str, passages: Sequence[str], known: Mapping[str, Mapping[str, float]]) -> list[float | None]:
-    """The first stage's score of each candidate; None of one that it did not find.
+    """Return the first stage's score of each candidate, None for a candidate that it did not find.
 
     Raises:
-        ValueError: if it found none of the candidates.
+        ValueError: if the first stage found none of the candidates.
     """
     found = known.get(query, {})
     scores = [found.get(passage) for passage in passages]
     if all(score is None for score in scores):
         raise ValueError(
-            f"the first stage has no score of any of the {len(passages)} candidates of query {query!r}: they are not "
-            "of this first stage."
+            f"the first stage has no score for any of the {len(passages)} candidates of query {query!r}: another first "
+            "stage found them. Give first_stage_scores of the one that did."
         )
     return scores
 
 
 def _score(hit: Mapping[str, Any]) -> float:
-    """By which a list without a cascade is ordered."""
+    """Return the score that orders a list without a cascade."""
     return float(hit.get("fused_score", hit["score"]))
 
 
@@ -313,10 +316,10 @@ def _apart(
 
 
 def _model_meta(ranking: Ranking, name: str | None, revision: str | None, first_stage: str | None) -> ModelMeta:
-    """Under `experiment_kwargs` the setting, lengths, and words that are not the checkpoint's own.
+    """Return mteb's metadata, with the setting, lengths and changed words of the template in `experiment_kwargs`.
 
     Args:
-        first_stage: what its scores are known by; None without fusion.
+        first_stage: "order", or the fingerprint of the first stage's scores; None without fusion.
 
     Raises:
         TypeError, ValueError: as `MatryoshkaReranker.rank` with these options.

@@ -25,21 +25,21 @@ OF_RANKING = {
     *(field.name for field in fields(ScoringOptions)),
 }
 NONE = "none"
-"""The value of `first_stage` that leaves the documents' scores unused."""
+"""The value of `first_stage` that turns fusion off."""
 RERANKER_SCORE = "reranker_score"
 FIRST_STAGE_SCORE = "first_stage_score"
-OF_FIRST_STAGE = ("first_stage_scores", "first_stage")
+FIRST_STAGE_ARGUMENTS = ("first_stage_scores", "first_stage")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A text's place in a ranking.
+    """A text in a ranking.
 
     Attributes:
-        index: among the texts that were ranked.
-        score: the fused score, or without fusion the re-ranker's. Texts of one exit are in its order.
-        metadata: with fusion the re-ranker's score and the first stage's; empty without.
-        cutoff_layer: exit where the score was read, in a cascade or with a deadline; None without.
+        index: index into the texts that were ranked.
+        score: the fused score, or without fusion the re-ranker's. Texts of one exit are ordered by it.
+        metadata: with fusion the re-ranker's and the first stage's score; empty without fusion.
+        cutoff_layer: exit where the score was read; None without a cascade or a deadline.
     """
 
     index: int
@@ -53,27 +53,27 @@ class Ranking:
 
     Args:
         reranker: or the path of one, which `load` loads.
-        meta_fields_to_embed: metadata that stands before a text, where there is some of that name.
-        embedding_separator: what stands between them.
+        meta_fields_to_embed: names of metadata to write before each text that has them.
+        embedding_separator: separator between metadata and text.
         score_threshold: another name of `min_score`: texts with a lower score of the re-ranker are left out, also with
             fusion. Scores mean the same at the several exits of a cascade or a deadline only with
             `normalize="calibrated"`.
-        first_stage_key: name of the metadata that holds the first stage's scores; the higher, the better. None is the
+        first_stage_key: name of the metadata that holds the first stage's scores, where higher is better. None is the
             library's own field for scores, if it has one.
-        first_stage: "order" takes the order of the texts for the first stage's ranking. "none" is no fusion, also if
-            the re-ranker has a default weight. None takes the texts' scores, if some have one and there is a weight:
-            the option `fusion`, or the default of the re-ranker, which may come from its plan.
-        options: what `MatryoshkaReranker.rank` takes: `cutoff_layers`, `compress_layers`, `compress_ratio`, `cascade`,
-            `normalize`, `instruction`, `min_score`, `fusion`, …; with a path also what its constructor takes: `devices`
-            (or `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
+        first_stage: "order" uses the order of the texts as the first stage's ranking. "none" is no fusion, even if the
+            re-ranker has a default weight. None uses the texts' scores if a text has one and there is a weight: the
+            option `fusion`, or the default of the re-ranker, which may come from its plan.
+        options: arguments of `MatryoshkaReranker.rank`: `cutoff_layers`, `compress_layers`, `compress_ratio`,
+            `cascade`, `normalize`, `instruction`, `min_score`, `fusion`, …; with a path also arguments of its
+            constructor: `devices` (or `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
 
     Attributes:
         options: those that are given to each call.
 
     Raises:
-        TypeError: if an option is unknown, or one of loading is given with a re-ranker that is loaded.
-        ValueError: if `min_score` is not a number, or it or a device is given twice, or `first_stage` has another value
-            or contradicts `first_stage_key` or `fusion`.
+        TypeError: if an option is unknown, or an option of loading is given with a loaded re-ranker.
+        ValueError: if `min_score` is not a number, it or a device is given twice, or `first_stage` has another value or
+            contradicts `first_stage_key` or `fusion`.
     """
 
     def __init__(
@@ -126,10 +126,11 @@ class Ranking:
         return self._reranker
 
     def check(self, top_k: int | None = None, has_scores: bool = True) -> None:
-        """Load the re-ranker, and raise what a call raises with these options.
+        """Load the re-ranker, and raise the errors that a call would raise with these options.
 
         Args:
-            has_scores: whether calls can give the texts' scores.
+            top_k: as in a call.
+            has_scores: whether the library's texts have a field for scores.
         """
         self._rank("", [], [], [] if has_scores else None, top_k, self.min_score, {})
 
@@ -146,14 +147,16 @@ class Ranking:
         """Rank texts, best first.
 
         Args:
-            contents: None is a text that is empty but for its metadata.
-            metadata: of each text.
-            scores: of each text, in the library's own field; None if it has no such field.
-            overrides: of `MatryoshkaReranker.rank`, `first_stage_scores` and `first_stage` among them; as with
-                `score_threshold`, None keeps the ranking's own.
+            contents: the texts; None is a text with metadata alone.
+            metadata: metadata of each text.
+            top_k: number of hits to return at most; None is all hits.
+            score_threshold: None keeps the ranking's own.
+            scores: score of each text in the library's own field; None if the library has no such field.
+            overrides: arguments of `MatryoshkaReranker.rank`, also `first_stage_scores` and `first_stage`; None keeps
+                the ranking's own.
 
         Raises:
-            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `fusion` or `first_stage_key` was
+            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `fusion` or `first_stage_key` is
                 given, and no text has a first-stage score.
         """
         own = _least(score_threshold, overrides.pop("min_score", None))
@@ -174,7 +177,7 @@ class Ranking:
         overrides: Mapping[str, Any],
     ) -> list[Hit]:
         of_first_stage = self._first_stage_of(texts, metadata, scores, overrides)
-        options = self.options | {name: value for name, value in overrides.items() if name not in OF_FIRST_STAGE}
+        options = self.options | {name: value for name, value in overrides.items() if name not in FIRST_STAGE_ARGUMENTS}
         if not of_first_stage:
             options.pop("fusion", None)
         hits = self.load().rank(query, texts, top_k, min_score=least, **of_first_stage, **options)
@@ -187,8 +190,8 @@ class Ranking:
         scores: Sequence[float | None] | None,
         overrides: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The arguments of `MatryoshkaReranker.rank` that give it the first stage's scores; empty without fusion."""
-        of_call = {name: overrides[name] for name in OF_FIRST_STAGE if name in overrides}
+        """Return `MatryoshkaReranker.rank`'s arguments with the first stage's scores; empty without fusion."""
+        of_call = {name: overrides[name] for name in FIRST_STAGE_ARGUMENTS if name in overrides}
         first_stage = of_call.get("first_stage", None if of_call else self.first_stage)
         _check_first_stage(first_stage, overrides.get("fusion"), first_stage_scores=of_call.get("first_stage_scores"))
         if first_stage == NONE:
@@ -214,11 +217,11 @@ class Ranking:
         )
 
     def _checked(self, values: Sequence[Any]) -> Sequence[Any]:
-        """The first stage's scores; an error says where they come from."""
+        """Check the first stage's scores; an error says where they come from."""
         try:
             as_first_stage(0, values, len(values))
         except (TypeError, ValueError) as error:
-            of_field = f"the texts' scores, which first_stage={NONE!r} leaves unused"
+            of_field = f"the texts' scores, which first_stage={NONE!r} ignores"
             source = of_field if self.first_stage_key is None else f"the texts' metadata {self.first_stage_key!r}"
             raise type(error)(f"{error} They are {source}.") from None
         return values
@@ -279,10 +282,10 @@ def _hit(hit: Mapping[str, Any]) -> Hit:
 
 
 def _check_first_stage(first_stage: Any, fusion: Any, **scores: Any) -> None:
-    """Raise ValueError if `first_stage` has an unknown value, or contradicts a weight or where scores come from.
+    """Raise ValueError if `first_stage` has an unknown value, or contradicts the weight or another source of scores.
 
     Args:
-        scores: where else the first stage's scores come from, by the argument's name; None is an argument not given.
+        scores: other arguments that give the first stage's scores, by name; None is an argument that is not given.
     """
     if first_stage not in (None, ORDER, NONE):
         raise ValueError(f"first_stage is {excerpt(first_stage)}, but must be {ORDER!r}, {NONE!r} or None.")

@@ -22,9 +22,9 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 class MatryoshkaLayerWiseRanker(BaseRanker):
     """Ranks as every `rerankers` model.
 
-    Its documents have no field for a first stage's scores: `rank` takes them, or `first_stage_key` names the metadata
-    that holds them. With fusion the score of a result is the fused one, and its metadata hold the re-ranker's as
-    "reranker_score" and the first stage's as "first_stage_score".
+    Its documents have no field for a first stage's scores. `rank` takes these scores, or `first_stage_key` names the
+    metadata that holds them. With fusion a result's score is the fused score, and its metadata have "reranker_score"
+    and "first_stage_score".
 
     Args:
         model_name_or_path: a path, or a re-ranker.
@@ -68,19 +68,19 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
         first_stage: str | None = None,
         fusion: float | str | None = None,
     ) -> RankedResults:
-        """All documents, best first. With a cascade or a deadline, ranks and not scores say their order.
+        """Rank all documents, best first. With a cascade or a deadline scores do not give the order; ranks do.
 
         Args:
-            instruction: None is the ranker's own, "" is none.
-            first_stage_scores: the first stage's score of each document, None for one that it did not find. They stand
-                in place of those that `first_stage_key` names.
+            instruction: None is the ranker's own instruction, "" is none.
+            first_stage_scores: for each document the first stage's score, or None if it did not find the document.
+                They replace the scores that `first_stage_key` names. None is no such list.
             first_stage: "order" for documents in the first stage's order, "none" for no fusion; None is the ranker's
-                own.
-            fusion: weight of the first stage's scores; None is the ranker's own.
+                own value.
+            fusion: weight of the first stage's scores; None is the ranker's own weight.
 
         Raises:
-            TypeError: if a document has no text, as an image, or as `MatryoshkaReranker.rank`.
-            ValueError: if there are not as many ids or metadata as documents, or as `MatryoshkaReranker.rank`.
+            TypeError: if a document has no text, such as an image, or as `MatryoshkaReranker.rank`.
+            ValueError: if the number of ids or metadata is not that of documents, or as `MatryoshkaReranker.rank`.
         """
         documents = _documents(docs, doc_ids, metadata)
         found = self._ranking(
@@ -100,7 +100,7 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
         return RankedResults(results, query, has_scores=all(hit.cutoff_layer is None for hit in found))
 
     def score(self, query: str, doc: str) -> float:
-        """The re-ranker's score of one document, also with fusion."""
+        """Return the re-ranker's own score of one document, even with a default of `fusion`."""
         (hit,) = self._ranking(query, [doc], score_threshold=-inf, first_stage=NONE)
         return hit.score
 

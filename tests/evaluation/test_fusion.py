@@ -7,7 +7,7 @@ import torch
 
 from flagembedding_matryoshka.evaluation import measuring
 from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given, at_random, by_bi_encoder
-from flagembedding_matryoshka.evaluation.fusion import measure_fusion, orders_beside, report_fusion
+from flagembedding_matryoshka.evaluation.fusion import fuse_orders, measure_fusion, report_fusion
 from flagembedding_matryoshka.evaluation.halves import Halves
 from flagembedding_matryoshka.evaluation.measuring import evaluate, evaluate_fused
 from flagembedding_matryoshka.evaluation.metrics import in_order, per_query, ranking
@@ -230,7 +230,7 @@ def test_bi_encoders_are_fused_too(reranker, candidates, measured, tmp_path):
 def test_without_a_bi_encoder_no_orders_stand_beside(candidates, measured):
     results, store = measured(candidates)
     baselines = [as_given(candidates, 10), at_random(candidates, 10)]
-    assert orders_beside(candidates, store.run(FULL), results[1], 0.5, baselines, (0.5,), 10) == []
+    assert fuse_orders(candidates, store.run(FULL), results[1], 0.5, baselines, (0.5,), 10) == []
 
 
 def test_a_choice_at_the_end_of_the_weights_is_said(reranker, candidates, measured, caplog):
@@ -244,5 +244,5 @@ def test_a_choice_at_the_end_of_the_weights_is_said(reranker, candidates, measur
     for weights, is_said in (((0.0, 9.0), True), ((9.0,), False), ((9.0, 10.0), False)):
         report = measure_fusion(reranker, sure, [full], [as_given(sure, 10)], FULL, store, weights, *COSTS)
         assert report.weight == 9.0
-        assert ("fusion weight 9 is the largest of those tried" in caplog.text) is is_said
+        assert ("fusion weight 9 is the largest weight tried" in caplog.text) is is_said
         caplog.clear()

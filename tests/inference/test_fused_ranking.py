@@ -345,10 +345,10 @@ def test_there_are_as_many_lists_of_scores_as_queries(reranker, count, monkeypat
     named = "list 1 is missing" if count == 1 else "query 2 is missing"
     options = {"first_stage_scores": [[1.0]] * count, "fusion": 1}
     rankings = reranker.rank_iter(["a", "b"], [["c"], ["d"]], **options)
-    with pytest.raises(ValueError, match=f"as many queries as lists of first_stage_scores, but {named}"):
+    with pytest.raises(ValueError, match=f"first_stage_scores.*, but {named}"):
         list(rankings)
     monkeypatch.setattr(reranker, "_run", lambda *_, **__: pytest.fail("something is computed"))
-    with pytest.raises(ValueError, match=f"as many queries as lists of first_stage_scores, but {named}"):
+    with pytest.raises(ValueError, match=f"first_stage_scores.*, but {named}"):
         reranker.rank_batch(["a", "b"], [["c"], ["d"]], **options)
 
 

@@ -240,7 +240,7 @@ def test_what_contradicts_is_refused_at_once(reranker, library, options, message
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_score_that_is_not_finite_is_refused_by_where_it_stands(reranker, library):
-    where = "metadata 'bm25'" if library.of_scores else "scores, which first_stage='none' leaves unused"
+    where = "metadata 'bm25'" if library.of_scores else "scores, which first_stage='none' ignores"
     with pytest.raises(ValueError, match=f"value 1 is nan, but must be finite.*They are the texts' {where}"):
         library(reranker, fusion=0.5, **library.of_scores).rank([1.0, math.nan, 2.0, 3.0])
 

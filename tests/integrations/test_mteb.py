@@ -367,8 +367,8 @@ def test_a_default_weight_is_for_a_first_stage_that_is_given(tiny_layerwise_path
         ({"first_stage": "none", "fusion": 1}, ValueError, "first_stage is 'none', but must be 'order' or None"),
         ({"first_stage": "order", "first_stage_scores": "x", "fusion": 1}, ValueError, "give one of them"),
         ({"first_stage_scores": "nothing/there", "fusion": 1}, FileNotFoundError, r"'nothing/there' holds no \*_pred"),
-        ({"first_stage_key": "bm25", "fusion": 1}, ValueError, r"\['first_stage_key'\] is of a text's metadata"),
-        ({"meta_fields_to_embed": ["title"]}, ValueError, r"\['meta_fields_to_embed'\] is of a text's metadata"),
+        ({"first_stage_key": "bm25", "fusion": 1}, ValueError, r"\['first_stage_key'\] needs texts with metadata"),
+        ({"meta_fields_to_embed": ["title"]}, ValueError, r"\['meta_fields_to_embed'\] needs texts with metadata"),
     ],
 )
 def test_fusion_that_does_not_fit_is_refused_at_once(reranker, tiny_layerwise_path, options, error, message):

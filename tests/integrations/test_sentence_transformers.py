@@ -310,7 +310,7 @@ def test_rank_fuses_as_the_reranker(options, given, cross_encoder, tiny_layerwis
         ({"first_stage_scores": FIRST}, ValueError, r"need a weight: give fusion=, a number"),
         ({"first_stage": "order"}, ValueError, r"need a weight: give fusion=, a number"),
         ({"fusion": 0.5}, ValueError, r"fusion=0\.5 needs the first stage's scores"),
-        ({"first_stage": "order", "fusion": "auto"}, ValueError, "fusion='auto': a CrossEncoder reads no plan"),
+        ({"first_stage": "order", "fusion": "auto"}, ValueError, "fusion='auto': a CrossEncoder has no plan"),
         ({"first_stage": "order", "fusion": -1}, ValueError, "fusion is -1, but must be finite and at least 0"),
         ({"first_stage": "order", "fusion": "a"}, TypeError, "fusion must be a number, .* got 'a'"),
         ({"first_stage": "none", "fusion": 1}, ValueError, "first_stage is 'none', but must be 'order' or None"),
