@@ -1,4 +1,4 @@
-"""The mean of a run's last states, in place of its last one (Izmailov et al., arXiv 1803.05407)."""
+"""The mean of the weights of a run's last states (stochastic weight averaging, Izmailov et al., arXiv 1803.05407)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def refuse_impossible_average(args: Any) -> None:
     """Raise ValueError if the arguments contradict `average_last`.
 
     Args:
-        args: `MatryoshkaTrainingArguments`, after `rank_checkpoints` where checkpoints are evaluated.
+        args: `MatryoshkaTrainingArguments`, with evaluated checkpoints after `rank_checkpoints`.
     """
     count = args.average_last
     if count < 1:
-        raise ValueError(f"average_last={count}, but must be at least 1, which is the last state alone.")
+        raise ValueError(f"average_last={count}, but must be at least 1; 1 is the final state alone.")
     if count == 1:
         return
     if args.save_strategy not in ("steps", "epoch"):
@@ -41,22 +41,22 @@ def refuse_impossible_average(args: Any) -> None:
 
 
 class SavedSteps(TrainerCallback, ExportableState):
-    """Notes the steps of a run's checkpoints, and refuses a run that has too few of them to average.
+    """Record the steps of a run's checkpoints, and refuse a run with too few checkpoints to average.
 
     Attributes:
-        steps: of the checkpoints that the run has written, resumed or not. Every checkpoint has those before it in
-            trainer_state.json.
+        steps: steps of the checkpoints that the run has written, also before it was resumed. trainer_state.json of a
+            checkpoint has the steps of earlier ones.
     """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise ValueError if the run will lack a checkpoint to average, or those of another run lie in its way."""
+        """Raise ValueError if the run will lack a checkpoint to average, or `output_dir` has another run's."""
         callbacks: Any = state.stateful_callbacks
         if state.global_step:
             before = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("steps", [])
@@ -72,8 +72,8 @@ class SavedSteps(TrainerCallback, ExportableState):
         usable = {step for step in self.steps if is_complete(_checkpoint(output_dir, step))} | future
         if len(usable) < count:
             raise ValueError(
-                f"average_last={count}, but the run of {state.max_steps} steps has {len(usable)} checkpoints, those of "
-                f"steps {', '.join(map(str, sorted(usable)))}: save more often, or average fewer."
+                f"average_last={count}, but the run of {state.max_steps} steps has {len(usable)} checkpoints, of steps "
+                f"{', '.join(map(str, sorted(usable)))}: train more steps, save more often, or average fewer."
             )
         wanted = sorted({*self.steps, *future})[-count:]
         if missing := [_checkpoint(output_dir, step) for step in wanted if step not in usable]:
@@ -88,8 +88,8 @@ class SavedSteps(TrainerCallback, ExportableState):
         }
         if args.save_total_limit is not None and (others := sorted(found - usable - set(self.steps))):
             raise ValueError(
-                f"average_last={count} and save_total_limit={args.save_total_limit}, but {output_dir} holds "
-                f"checkpoints of another run, which count too: those of steps {', '.join(map(str, others))}. Remove "
+                f"average_last={count} and save_total_limit={args.save_total_limit}, but {output_dir} has "
+                f"checkpoints of another run, which the limit counts too: steps {', '.join(map(str, others))}. Remove "
                 "them, or name another output_dir."
             )
 
@@ -97,10 +97,14 @@ class SavedSteps(TrainerCallback, ExportableState):
         self.steps = [step for step in self.steps if step != state.global_step] + [state.global_step]
 
     def checkpoints(self, args: Any, last_step: int) -> list[Path]:
-        """Return the checkpoints to average with the final state, that of `last_step`, the newest first.
+        """Return the checkpoints to average with the final state, newest first.
+
+        Args:
+            args: the training arguments.
+            last_step: step of the final state.
 
         Raises:
-            ValueError: if one of them is not there or was not written to its end.
+            ValueError: if a checkpoint is missing or incomplete.
         """
         output_dir, wanted = Path(str(args.output_dir)), args.average_last - 1
         steps = sorted((step for step in self.steps if step < last_step), reverse=True)[:wanted]
@@ -108,7 +112,7 @@ class SavedSteps(TrainerCallback, ExportableState):
         if len(paths) < wanted:
             raise ValueError(
                 f"average_last={args.average_last} needs {wanted} checkpoints before that of step {last_step}, but "
-                f"{output_dir} has {len(paths)} of them, of steps {steps} that were saved. The final state alone is in "
+                f"{output_dir} has {len(paths)} complete ones of the saved steps {steps}. The final state alone is in "
                 f"{_checkpoint(output_dir, last_step)}."
             )
         return paths
@@ -117,11 +121,12 @@ class SavedSteps(TrainerCallback, ExportableState):
 def average_weights(
     parameters: Mapping[str, nn.Parameter], checkpoints: Sequence[Path], load: Callable[[str], None]
 ) -> None:
-    """Set the parameters to the mean, in float32, of their values and of those in the checkpoints.
+    """Set the parameters to the float32 mean of their values and their values in the checkpoints.
 
     Args:
-        parameters: those that learn.
-        load: sets them to the values in a checkpoint.
+        parameters: trained parameters, by name.
+        checkpoints: directories of checkpoints.
+        load: sets the parameters to the values in a checkpoint.
     """
     sums = {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in parameters.items()}
     for checkpoint in checkpoints:

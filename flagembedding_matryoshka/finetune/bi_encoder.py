@@ -18,7 +18,7 @@ from flagembedding_matryoshka.text.output import FileOutput
 
 SCORES_AT_ONCE = 2**26
 TEXTS_AT_ONCE = 4096
-"""Texts whose vectors are stored together."""
+"""Number of texts that are encoded and stored at a time."""
 
 
 class BiEncoder:
@@ -28,7 +28,7 @@ class BiEncoder:
         max_length: tokens of a text; the model's own limit if None.
         device: what sentence-transformers chooses if None.
         use_fp16, use_bf16: compute in float16 or bfloat16; vectors are float32 all the same.
-        stored: file to which `lists` appends vectors, and where it continues when it is called again; None is none.
+        stored: file to which `lists` appends vectors, so that a later run continues after them; None stores nothing.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class BiEncoder:
         """For each query the places of the k texts with the highest cosine, best first, by exact search.
 
         Raises:
-            ValueError: if the model gives vectors that are not finite, or `stored` holds those of other texts or of
-                another model.
+            ValueError: if a vector is not finite, or `stored` has vectors of other texts or of another model.
         """
         progress = sys.stderr.isatty()
         if self.stored is None:
@@ -89,7 +88,7 @@ class BiEncoder:
     def _stored_vectors(
         self, path: Path, texts: Sequence[str], queries: Sequence[str], progress: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return vectors of passages and queries, of which those that an earlier run has stored are read."""
+        """Return vectors of passages and queries. Vectors that an earlier run has stored are read."""
         settings = {"texts": digest_texts(texts), "queries": digest_texts(queries), "weights": digest_model(self.name)}
         output = FileOutput(path, settings | self.settings)
         done = sum(1 for _ in output.lines())

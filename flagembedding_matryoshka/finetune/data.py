@@ -23,7 +23,7 @@ from flagembedding_matryoshka.text.templates import Template
 RANDOM_MARGIN = 10.0
 """A random negative gets the row's lowest teacher score minus this margin, that is e^-10 of its softmax weight."""
 DRAWS = 100
-"""Draws of a random negative before the different texts of the file are listed."""
+"""Number of attempts to draw a random negative before all distinct texts of the file are listed."""
 ROWS_LOOKED_AT, PASSAGES_LOOKED_AT = 1000, 8
 """Of how many rows, and of how many passages of each, `MatryoshkaTrainDataset.cut_shares` speaks."""
 
@@ -97,10 +97,10 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
     What is drawn is a function of (seed, epoch, item) alone: a resumed run, and any number of processes, draw the same.
 
     Attributes:
-        others: which texts of other rows `random_negatives` are drawn from.
+        others: column of the rows that `random_negatives` are drawn from.
 
     Raises:
-        ValueError: if a file has too few different texts for the random negatives of one of its rows.
+        ValueError: if a file has too few distinct texts for the random negatives of one of its rows.
     """
 
     others = "pos"
@@ -131,7 +131,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         return rows
 
     def _refuse_few_texts(self, rows: Dataset, path: str) -> None:
-        """Raise ValueError if a row of the file cannot get all of its random negatives."""
+        """Raise ValueError if the file has too few texts for the random negatives of one of its rows."""
         wanted = _count_random_negatives(self.args)
         own_columns = [
             rows.data.column(name) for name in COLUMNS[self.reads(self.args)] if not name.endswith("_scores")
@@ -148,11 +148,11 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
                 raise ValueError(
                     f"random_negatives={self.args.random_negatives} takes {wanted} passages of other rows into a group "
                     f"of {self.args.train_group_size}, but {path} has {available} that are not in row {number} itself "
-                    f"(rows counted from 0; query {row['query']!r:.80})."
+                    f"(rows counted from 0; query {row['query']!r:.80}). Lower random_negatives, or add rows."
                 )
 
     def _own_texts(self, row: dict[str, Any]) -> set[str]:
-        """Texts that are no random negative of the row, normalised."""
+        """Return the normalised texts that must not be random negatives of the row."""
         return set(map(_normalize, (row["query"], *self.passages_of(row))))
 
     def passages_of(self, row: dict[str, Any]) -> list[str]:
@@ -197,10 +197,10 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         return self._sequences(row, passages), scores
 
     def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
-        """Draw as many passages of other rows of the same file as `random_negatives` asks for.
+        """Draw the random negatives of a group from other rows of the same file.
 
-        They differ from each other, from all passages of the row and from its query. White space and case make no
-        difference.
+        They differ from each other, from all passages of the row and from its query. The comparison ignores white space
+        and case.
         """
         first, size = next((first, size) for first, size in self._files if item < first + size)
         taken = self._own_texts(row)
@@ -219,7 +219,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         return others
 
     def _texts_of_file(self, first: int, size: int) -> dict[str, str]:
-        """Return the different texts of rows `first` to `first + size - 1` by their normalised form."""
+        """Return the distinct texts of rows `first` to `first + size - 1` by their normalised form."""
         if first not in self._texts_of_files:
             rows = self.dataset.select(range(first, first + size))
             self._texts_of_files[first] = {_normalize(text): text for row in rows for text in row[self.others]}
@@ -259,17 +259,17 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
 
 
 def _count_random_negatives(args: AbsRerankerDataArguments) -> int:
-    """Return how many passages of a group are random negatives."""
+    """Return the number of random negatives in a group."""
     return round(args.random_negatives * (args.train_group_size - 1))
 
 
 def _normalize(text: str) -> str:
-    """Return what two texts have in common that differ in white space and case alone."""
+    """Return the text with case folded and each run of white space as one space."""
     return " ".join(text.split()).casefold()
 
 
 def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
-    """Draw `wanted` of `size` places, each of them ceil(wanted / size) times at most."""
+    """Draw `wanted` of `size` indices, each at most ceil(wanted / size) times."""
     if not wanted:
         return []
     return draw.sample(list(range(size)) * math.ceil(wanted / size), wanted)

@@ -57,9 +57,9 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         default=0.0,
         metadata={
             "help": "Share of a group's negatives that are passages of other rows of the same file, drawn anew each "
-            "epoch: where all that were mined are too hard, a small model's loss stays at chance without them. They "
-            "differ from each other and from the query and all passages of the row. Their teacher score is "
-            f"{RANDOM_MARGIN:g} below the lowest of the row. With 1, neg may be empty."
+            "epoch. Without them a small model's loss can stay at chance if all mined negatives are too hard. They "
+            "differ from each other, from the query and from all passages of the row. Their teacher score is the row's "
+            f"lowest minus {RANDOM_MARGIN:g}. With 1, neg may be empty."
         },
     )
     skip_bad_lines: bool = field(

@@ -1,4 +1,4 @@
-"""Digests by which a command knows the inputs and the model that an earlier run of it had."""
+"""Digests of inputs and models, by which a resumed command recognises those of the earlier run."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def digest_files(paths: Iterable[Path], root: Path) -> str:
 
 
 def digest_model(name: str) -> str | None:
-    """Return the SHA-256 of a directory's weights and configurations, None for a name on the hub.
+    """Return the SHA-256 of the weights and configurations in a model's directory; None for a name on the hub.
 
-    The checkpoints of a training run in it do not count.
+    Checkpoints of a training run in the directory are left out.
     """
     model = Path(locate(name))
     if not model.is_dir():

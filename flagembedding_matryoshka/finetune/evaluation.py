@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 
 PADDING = -100
-"""Stands behind the end of a list in scores and labels, as `Trainer` pads them."""
+"""Value after the end of a list in scores and labels, as `Trainer` pads them."""
 
 
 BEST_METRIC = "nDCG@10"
@@ -27,15 +27,15 @@ def rank_checkpoints(args: Any) -> None:
 
 
 def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[str, float]:
-    """MRR@10 and nDCG@10 of each exit, `layer_{exit}_MRR@10`, and their means over the exits, `MRR@10`.
+    """Return MRR@10 and nDCG@10 of each exit, `layer_{exit}_MRR@10`, and their means over the exits, `MRR@10`.
 
-    Of equal scores those of passages that are not relevant come first.
+    Among equal scores, irrelevant passages rank first.
 
     Args:
         prediction: scores (queries, longest list, exits) and labels (queries, longest list), 1 on relevant passages.
 
     Raises:
-        ValueError: if a score is NaN, with its exit and query.
+        ValueError: if a score is NaN; names its exit, query and passage.
     """
     scores, labels = np.asarray(prediction.predictions, dtype=float), np.asarray(prediction.label_ids)
     is_padding = labels == PADDING
@@ -43,9 +43,9 @@ def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[st
     if len(unordered):
         query, place, number = unordered[0].tolist()
         raise ValueError(
-            f"layer {exits[number]} gives passage {place} of query {query} of the evaluation data (both counted from "
-            f"0) the score NaN, as it does {len(unordered) - 1} more scores: the model does not rank any more. Lower "
-            "the learning rate, or resume from a checkpoint before it."
+            f"passage {place} of query {query} of the evaluation data (both counted from 0) has the score NaN at layer "
+            f"{exits[number]}, and {len(unordered) - 1} more scores are NaN: the model has diverged. Lower the "
+            "learning rate, or resume from an earlier checkpoint."
         )
     metrics: dict[str, float] = {}
     for number, layer in enumerate(exits):

@@ -26,12 +26,12 @@ def best_ranks(lists: Sequence[Sequence[int]]) -> dict[int, int]:
 
 
 def vectors_path(output: Path) -> Path:
-    """Return where the vectors of a command lie until its output is complete."""
+    """Return the path of the stored vectors of a command, which exist until its output is complete."""
     return output.with_name(f"{output.name}.vectors")
 
 
 def add_miners(parser: argparse.ArgumentParser) -> None:
-    """Options that say what finds passages."""
+    """Add the options of the miners."""
     parser.add_argument("--miner", choices=["bm25", "bi_encoder", "both"], default="bm25", help="whose ranks")
     parser.add_argument("--bi_encoder", help="name or path of a sentence-transformers model")
     encoder = parser.add_argument_group("of the bi-encoder", argument_default=argparse.SUPPRESS)
@@ -44,9 +44,10 @@ def add_miners(parser: argparse.ArgumentParser) -> None:
 
 
 def make_miners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[], list[Miner]]:
-    """What loads the miners asked for; options that contradict each other end the program here, before data is read.
+    """Return a function that loads the chosen miners.
 
-    The vectors of a bi-encoder are stored beside `options.output`, see `vectors_path`.
+    Contradicting options end the program here, before data is read. A bi-encoder's vectors are stored at
+    `vectors_path(options.output)`.
     """
     given = {name: value for name, value in vars(options).items() if name in ENCODER_OPTIONS}
     if options.miner != "bm25" and options.bi_encoder is None:

@@ -1,4 +1,4 @@
-"""Where in its data a resumed run continues."""
+"""Order of the training data, and its check in a resumed run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ WORDS = {
 
 
 class DataOrder(TrainerCallback, ExportableState):
-    """Tells the data which epoch begins, and refuses a resumed run whose steps have other rows.
+    """Pass each epoch's number to the dataset, and refuse a resumed run whose steps would have other rows.
 
-    transformers finds the epoch and the rows to skip from the number of steps. With another number of rows per step it
-    would continue in another epoch, and train rows twice or not at all.
+    transformers computes the epoch and the rows to skip from the number of steps. With another number of rows per step
+    it would continue in another epoch, and train rows twice or never.
 
     Attributes:
-        order: what the order of the rows depends on, see `WORDS`. Every checkpoint has it in trainer_state.json.
+        order: values that the order of the rows depends on, see `WORDS`. trainer_state.json of each checkpoint has it.
     """
 
     def __init__(self) -> None:
         self.order: dict[str, int | None] = {}
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {"args": {}, "attributes": {"order": self.order}}
 
     def on_train_begin(
@@ -61,7 +61,7 @@ class DataOrder(TrainerCallback, ExportableState):
         if changed:
             raise ValueError(
                 f"the checkpoint of step {state.global_step} cannot be resumed with another order of rows. "
-                f"{'; '.join(changed)}. Resume with the values of before, or start a new run from the adapter "
+                f"{'; '.join(changed)}. Resume with the old values, or start a new run from the adapter "
                 "(--from_peft)."
             )
 
@@ -74,8 +74,8 @@ class DataOrder(TrainerCallback, ExportableState):
 def seed_workers_apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Give the loader a random generator for the seeds of its worker processes.
 
-    Otherwise these seeds are drawn from PyTorch's global generator whenever workers are started. Workers that persist
-    are started once in a run and again in a resumed one, whose dropout would then differ.
+    Otherwise PyTorch's global generator draws these seeds whenever workers start. A resumed run starts persistent
+    workers once more than an uninterrupted run, so its dropout would differ.
     """
     getattr(loader, "base_dataloader", loader).generator = torch.Generator()
     return loader

@@ -71,12 +71,12 @@ def training_files(paths: Sequence[str]) -> list[str]:
 def load_rows(
     path: str, reads: Reads, cache_dir: str | None, skip_bad_lines: bool = False, min_negatives: int = 1
 ) -> Dataset:
-    """The rows of a file, memory-mapped, of the columns that are read; a file is parsed once and then in the cache.
+    """Load the rows of a file, memory-mapped, with the columns that are read. A file is parsed once and then cached.
 
     Args:
         cache_dir: of `datasets`; None is its own.
-        skip_bad_lines: leave out lines that are wrong, and warn how many and of the first, instead of raising.
-        min_negatives: as for `row_fault`.
+        skip_bad_lines: leave out bad lines, and warn of their number and the first one, instead of raising.
+        min_negatives: as in `row_fault`.
 
     Raises:
         ValueError: naming file, line and what is wrong with the first line that is.
@@ -124,14 +124,14 @@ def load_files(
 
 
 def sampled(rows: Dataset, path: str, limit: int, seed: int) -> Dataset:
-    """Draw at most `limit` rows of the file at `path`, by `seed` and the file's name, in whatever directory it lies."""
+    """Draw at most `limit` rows of a file, by `seed` and the file's name without its directory."""
     if len(rows) <= limit:
         return rows
     return rows.select(random.Random(f"{seed}-{Path(path).name}").sample(range(len(rows)), limit))
 
 
 def _arrow_rows(path: str, reads: Reads, min_negatives: int) -> Iterator[dict[str, Any]]:
-    """Every row, or what is wrong with it under `fault`; `NO_ROW` of a file without any, which cannot be cached."""
+    """Yield every row, with its fault under `fault`; `NO_ROW` for a file without rows, which cannot be cached."""
     names = ("query", *COLUMNS[reads], *INSTRUCTIONS)
     number = 0
     check = partial(row_fault, reads=reads, min_negatives=min_negatives)
@@ -149,11 +149,13 @@ def _arrow_rows(path: str, reads: Reads, min_negatives: int) -> Iterator[dict[st
 
 
 def row_fault(row: dict[str, Any], reads: Reads, min_negatives: int = 1) -> str | None:
-    """Return what is wrong with a row of which `reads` is read, None if nothing is.
+    """Return the fault of a row, None for a valid row.
 
     Args:
+        row: a row of a training file.
+        reads: the columns that training reads.
         min_negatives: least length of `neg`, 0 or 1. 0 is for groups whose negatives are all drawn from other rows: an
-            empty `neg` needs no `neg_scores`, and `passages` may be a single one.
+            empty `neg` needs no `neg_scores`, and `passages` may have a single passage.
     """
     if not isinstance(row.get("query"), str):
         return f"query must be a string, got {row.get('query')!r:.200}"

@@ -1,4 +1,4 @@
-"""A Matryoshka re-ranker as the teacher of others, and of itself in a second round."""
+"""A Matryoshka re-ranker as a teacher, also of itself in a second round."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def is_layer_wise(model: str) -> bool:
 
 
 class StudentTeacher:
-    """Raw scores of a layer-wise checkpoint at one exit and width, as `MatryoshkaReranker.compute_score` gives them.
+    """Raw scores of a layer-wise checkpoint at one exit and width, as `MatryoshkaReranker.compute_score` returns them.
 
-    Pairs of one query that stand side by side share its states, and nothing is padded.
+    Neighbouring pairs of one query share its states, and batches have no padding.
 
     Args:
         model: "smollm2", or a layer-wise checkpoint, such as a directory that fine-tuning wrote.
         batch_size: pairs scored in one pass.
         cutoff_layers: the exit; None is the deepest.
-        compress_layers, compress_ratio: as of `MatryoshkaReranker`.
-        max_length, query_max_length: tokens as of `MatryoshkaReranker`; None is the checkpoint's own.
-        device: None is the first accelerator, or the CPU.
-        dtype: of the weights and the products; scores are float32.
+        compress_layers, compress_ratio: as in `MatryoshkaReranker`.
+        max_length, query_max_length: tokens, as in `MatryoshkaReranker`; None is the checkpoint's own limit.
+        device: None is the first accelerator, or the CPU if there is none.
+        dtype: format of weights and products; scores are float32.
         trust_remote_code: as in transformers, for the tokenizer alone.
 
     Raises:

@@ -2,7 +2,7 @@
 
 python -m flagembedding_matryoshka.finetune.teacher_scores --input train.jsonl --output scored.jsonl --model NAME
 
-Scores are appended to OUTPUT.partial. A run that was stopped continues there when it is called again.
+Scores are appended to OUTPUT.partial. If the command is stopped, the same command continues there.
 
 `flagembedding-matryoshka score` is another command: it scores pairs with a re-ranker.
 """
@@ -48,7 +48,7 @@ TEACHERS: dict[str, Callable[..., Scorer]] = {
     "bm25": bm25_teacher,
 }
 ALIASES = {"sentence_transformers": "cross_encoder"}
-"""First names of backends, which are accepted."""
+"""Other accepted names of backends."""
 MODEL_DEFAULTS = {
     "model": None,
     "batch_size": 64,
@@ -76,13 +76,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def score_rows(path: Path, scorer: Scorer, add: bool = False, done: int = 0) -> Iterator[list[Scores]]:
-    """Score the rows of a training file behind the first `done`, ROWS_AT_ONCE at a time.
+    """Score the rows of a training file after the first `done`, ROWS_AT_ONCE at a time.
 
     Args:
-        add: add the scores to those that the rows have.
+        path: the training file.
+        scorer: the teacher.
+        add: add the scores to the scores in the rows.
+        done: number of rows to skip.
 
     Raises:
-        ValueError: if the teacher gives anything but one finite number for each pair.
+        ValueError: if the teacher does not return one finite number for each pair.
     """
     given = islice(_read(path, add), done, None)
     while rows := list(islice(given, ROWS_AT_ONCE)):
@@ -106,6 +109,7 @@ def join_scores(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     """Yield the rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
 
     Args:
+        path: the training file.
         lines: the scores of each row in JSON.
     """
     for row, line in zip(_read(path), lines, strict=True):
@@ -117,7 +121,7 @@ def _read(path: Path, add: bool = False) -> Iterator[Row]:
 
 
 def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the scores depend on; another batch size or device changes no more than rounding."""
+    """Return the conditions of the scores. Batch size and device are none: they change only rounding."""
     given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
     return {
         "input": _digest_input(options),
@@ -155,7 +159,7 @@ def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
 
 
 def raise_positives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
-    """The rows with every positive's score at least their best negative's + `margin`."""
+    """Yield the rows with each positive's score raised to at least the best negative's score + `margin`."""
     for row in rows:
         least = max(row["neg_scores"], default=-math.inf) + margin
         yield {**row, "pos_scores": [max(score, least) for score in row["pos_scores"]]}
@@ -171,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=[*TEACHERS, *ALIASES],
         default="flagembedding",
         help="kind of teacher (default: %(default)s); cross_encoder is a CrossEncoder of sentence-transformers or a "
-        "layer-wise re-ranker, such as what fine-tuning wrote or smollm2 (sentence_transformers is its first name)",
+        "layer-wise re-ranker: smollm2 or the output of fine-tuning (alias: sentence_transformers)",
     )
     parser.add_argument("--add", action="store_true", help="add the scores to those that the rows have")
     parser.add_argument(
@@ -190,22 +194,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher.add_argument("--model", help="name or path, for every backend but bm25")
     teacher.add_argument("--model_class", help="FlagEmbedding's, such as encoder-only-base, if the name does not tell")
     teacher.add_argument(
-        "--scale", type=_finite, help="of bi_encoder's cosines (default: 20), of cross_encoder's and bm25's scores (1)"
+        "--scale",
+        type=_finite,
+        help="factor of bi_encoder's cosines (default: 20), of cross_encoder's and bm25's scores (default: 1)",
     )
-    teacher.add_argument("--batch_size", type=_positive, help="pairs, or bi_encoder's texts, at once (default: 64)")
+    teacher.add_argument("--batch_size", type=_positive, help="pairs, or bi_encoder's texts, per batch (default: 64)")
     teacher.add_argument(
         "--max_length",
         type=_positive,
-        help="tokens of a pair (default: 512, or a layer-wise model's own), or of bi_encoder's text (its own limit)",
+        help="tokens of a pair (default: 512, or a layer-wise model's own limit), or of bi_encoder's text (default: its "
+        "own limit)",
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
     teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")
-    teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16: bi_encoder and cross_encoder")
+    teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16; bi_encoder and cross_encoder only")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the teacher")
-    student = parser.add_argument_group("of a layer-wise cross_encoder", argument_default=argparse.SUPPRESS)
+    student = parser.add_argument_group("a layer-wise cross_encoder", argument_default=argparse.SUPPRESS)
     student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
     student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")
-    student.add_argument("--compress_ratio", type=int, help="1 (default), 2, 4 or 8 tokens become one there")
+    student.add_argument("--compress_ratio", type=int, help="tokens that become one there: 1 (default), 2, 4 or 8")
     student.add_argument("--query_max_length", type=_positive, help="tokens of a query (default: the model's own)")
     options = parser.parse_args(arguments)
     options.backend = ALIASES.get(options.backend, options.backend)
@@ -221,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} is nothing that --backend {options.backend} takes")
     settings |= given
     if settings.get("use_fp16") and settings.get("use_bf16"):
-        parser.error("--use_fp16 and --use_bf16 contradict each other")
+        parser.error("--use_fp16 and --use_bf16 contradict each other: give one of them")
     if settings.get("model", "") is None:
         parser.error(f"--backend {options.backend} needs --model")
     total = sum(1 for _ in _read(options.input, options.add))
@@ -234,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complete(scores, options, settings, total)
         if _digest_input(options) != conditions["input"]:
             raise ValueError(
-                f"{options.input} has changed while its rows were scored, so that the scores in {scores.path} are of "
-                "other rows. Restore the file and call the command again, or remove the scores."
+                f"{options.input} has changed while its rows were scored, so the scores in {scores.path} are of other "
+                f"rows. Restore {options.input} and call the command again, or remove {scores.path}."
             )
         rows: Iterable[Row] = join_scores(options.input, scores.lines())
         if options.drop_margin is not None:
@@ -252,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complete(scores: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], total: int) -> None:
-    """Append the scores that an earlier run has not written, from the first of its batches that is not whole."""
+    """Append the missing scores, from the first batch that an earlier run has not completed."""
     done = sum(1 for _ in scores.lines())
     if done == total:
         return

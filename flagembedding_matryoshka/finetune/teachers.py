@@ -50,16 +50,21 @@ def cross_encoder_teacher(
     scale: float = 1.0,
     **student: Any,
 ) -> Scorer:
-    """`scale` times the raw scores of a cross-encoder, no sigmoid applied.
+    """Return a scorer: `scale` times the raw scores of a cross-encoder, without a sigmoid.
 
     Args:
-        model: a layer-wise checkpoint, which `StudentTeacher` scores with, or any that sentence-transformers'
-            `CrossEncoder` loads.
-        max_length: tokens of a pair; None is 512, or a layer-wise checkpoint's own.
-        student: of a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
+        model: a layer-wise checkpoint, scored by `StudentTeacher`, or a model for sentence-transformers'
+            `CrossEncoder`.
+        batch_size: pairs per batch.
+        max_length: tokens of a pair; None is 512, or a layer-wise checkpoint's own limit.
+        device: None is the first accelerator, or the CPU if there is none.
+        use_fp16, use_bf16: score in float16 or bfloat16; default float32.
+        trust_remote_code: run code that comes with the model.
+        scale: factor of the scores.
+        student: for a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
 
     Raises:
-        ValueError: if these are given for a model without exits, or are none that the checkpoint has.
+        ValueError: if `student` is given for a model without exits, or the checkpoint has no such setting.
     """
     dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
     score: Scorer
@@ -76,9 +81,7 @@ def cross_encoder_teacher(
     else:
         given = {name: value for name, value in student.items() if value not in (None, 1)}
         if given:
-            raise ValueError(
-                f"{model} is no layer-wise checkpoint, which alone has exits and widths: leave out {given}."
-            )
+            raise ValueError(f"{model} is not a layer-wise checkpoint and has no exits and widths: leave out {given}.")
         from sentence_transformers import CrossEncoder
 
         encoder = CrossEncoder(

@@ -54,8 +54,8 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.add_callback(SavedSteps())
         if self.args.average_last > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed: their checkpoints are "
-                "shards."
+                f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed, whose checkpoints are "
+                "shards: leave it out."
             )
         self.eval_collator = eval_collator
         self.compress_layers = compress_layers
@@ -87,11 +87,11 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return BalancedSampler(rows, seed, batch_size, args.world_size, passes)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in transformers; the seeds of workers are not drawn from what dropout is drawn from."""
+        """Return the loader of transformers, with a random generator of its own for the seeds of workers."""
         return seed_workers_apart(super().get_train_dataloader())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers; `average_last` states are averaged then, and evaluated where there is data for it."""
+        """Train as transformers, then average `average_last` states, and evaluate the mean if there is `eval_data`."""
         output = super().train(*args, **kwargs)
         count = self.args.average_last
         if count > 1:
@@ -106,7 +106,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers takes one more step where a checkpoint of the last step, within an epoch, is resumed.
+        # transformers would take one more step if a checkpoint of the last step, within an epoch, is resumed.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

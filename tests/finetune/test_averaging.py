@@ -145,7 +145,7 @@ def test_too_few_checkpoints_are_refused_before_training(tmp_path):
     saved = begin(tmp_path, [4])
     assert saved.steps == [4]
     write_checkpoint(tmp_path, 12)
-    with pytest.raises(ValueError, match=r"holds checkpoints of another run, .* those of steps 12\. Remove"):
+    with pytest.raises(ValueError, match=r"has checkpoints of another run, .* steps 12\. Remove"):
         begin(tmp_path, [4], save_total_limit=3)
     for step in (8, 10):
         saved.on_save(None, TrainerState(global_step=step), None)

@@ -45,5 +45,5 @@ def test_a_score_that_is_no_number_is_named():
     scores[1, 2] = np.nan  # behind the list
     ranking_metrics(EvalPrediction(scores, LABELS), exits=[4, 8])
     scores[1, :2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"layer 8 gives passage 0 of query 1 .* the score NaN, .* 1 more scores"):
+    with pytest.raises(ValueError, match=r"passage 0 of query 1 .* has the score NaN at layer 8, and 1 more scores"):
         ranking_metrics(EvalPrediction(scores, LABELS), exits=[4, 8])
