@@ -9,21 +9,22 @@ Values = NDArray[np.float64]
 
 
 def rank_grades(scores: ArrayLike, grades: ArrayLike, is_padding: ArrayLike = False) -> Values:
-    """Sort the grades of each list by the scores, the best first.
+    """Sort the grades of each list by the scores, best first.
 
-    Of equal scores the lowest grade comes first: a model that gives one score to all passages has the worst ranking,
-    and not that of the order in which they were given.
+    Among equal scores the lowest grade comes first. So a model with one score for all passages has the worst ranking,
+    and does not profit from the order of its input.
 
     Args:
         scores: (..., passages) float.
         grades: (..., passages), above 0 on relevant passages; shapes broadcast.
-        is_padding: (..., passages) bool, True behind the end of a list. Its grades are 0 and come last.
+        is_padding: (..., passages) bool, True after the end of a list; default no padding. Grades there are 0 and come
+            last.
 
     Returns:
         (..., passages) float64.
 
     Raises:
-        ValueError: if a score is NaN, with its place.
+        ValueError: if a score is NaN; names its index.
     """
     scores, grades, is_padding = np.broadcast_arrays(
         np.asarray(scores, dtype=np.float64), np.asarray(grades, dtype=np.float64), np.asarray(is_padding, dtype=bool)
@@ -37,15 +38,15 @@ def rank_grades(scores: ArrayLike, grades: ArrayLike, is_padding: ArrayLike = Fa
 
 
 def ndcg(ranked: ArrayLike, k: int, judged: ArrayLike | None = None) -> Values:
-    """Return nDCG@k of each list, with the grade as the gain (Järvelin and Kekäläinen, 2002), as trec_eval does.
+    """Return nDCG@k of each list, with the grade as the gain (Järvelin and Kekäläinen, TOIS 2002), as in trec_eval.
 
     Args:
-        ranked: (..., passages) grades in the order of the ranking; those below 0 count as 0.
-        judged: (..., any) grades of all judged passages, in any order, of which the ideal ranking is made. None is
-            `ranked`.
+        ranked: (..., passages) grades in the order of the ranking; negative grades count as 0.
+        k: number of first passages that count.
+        judged: (..., any) grades of all judged passages, in any order, for the ideal ranking. None is `ranked`.
 
     Returns:
-        (...,) float64 in [0, 1]; 0 where no passage is relevant.
+        (...,) float64 in [0, 1]; 0 for a list without a relevant passage.
     """
     ranked = np.asarray(ranked, dtype=np.float64)
     ideal = _dcg(-np.sort(-np.asarray(ranked if judged is None else judged, dtype=np.float64), axis=-1), k)
@@ -53,10 +54,11 @@ def ndcg(ranked: ArrayLike, k: int, judged: ArrayLike | None = None) -> Values:
 
 
 def reciprocal_rank(ranked: ArrayLike, k: int) -> Values:
-    """Return 1 / the rank of the first relevant passage, 0 if it is not among the first `k`.
+    """Return 1 / the rank of the first relevant passage, 0 if none is among the first `k`.
 
     Args:
         ranked: (..., passages) grades in the order of the ranking.
+        k: number of first passages that count.
 
     Returns:
         (...,) float64; its mean over queries is MRR@k.

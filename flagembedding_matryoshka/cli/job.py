@@ -38,7 +38,7 @@ class Job(ABC):
 
     Args:
         options: of `MatryoshkaReranker`.
-        call: arguments of each of its calls, and what they take from rows.
+        call: arguments of each of its calls, and the fields of rows that they need.
     """
 
     result: ClassVar[str]
@@ -57,7 +57,7 @@ class Job(ABC):
     @staticmethod
     @abstractmethod
     def as_row(value: Any, call: Mapping[str, Any]) -> Row:
-        """A row of a JSON value or a list of texts. Raises ValueError if it is none, or lacks what `call` needs."""
+        """Return a row of a JSON value or a list of texts. Raises ValueError if it lacks a field that `call` needs."""
 
     @staticmethod
     @abstractmethod
@@ -87,7 +87,7 @@ class Job(ABC):
 
 
 def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Where rows come from and go to, and what computes.
+    """Add the options of input, output and the re-ranker.
 
     Args:
         without: options of `MatryoshkaReranker` that the command does not have.

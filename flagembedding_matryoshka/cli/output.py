@@ -1,4 +1,4 @@
-"""Where the lines of a command go: a file, or standard output."""
+"""Output of a command: a file, or standard output."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ class StandardOutput:
 
 
 def open_output(path: Path, settings: Mapping[str, Any]) -> Output:
-    """A file's, or that of standard output, whose name is that of standard input."""
+    """Open a file, or standard output if `path` is `STANDARD_INPUT`."""
     return StandardOutput() if path == STANDARD_INPUT else FileOutput(path, settings)

@@ -5,12 +5,13 @@ flagembedding-matryoshka rank --model smollm2 --input lists.jsonl --output ranke
 A line is {"query": …, "documents": […]}, where "passages" is another name of the documents, ["query", "document", …],
 or the query and its documents with tabs between them. A document is a string, or an object with "text". A line that is
 an object may have an "instruction" of its own, which goes before --instruction. The line is written back with "ranking"
-in place of the documents, the best first: "corpus_id", which is the document's place in the line from 0, "score", and
-what else the document has. An output that is there is continued behind its last whole line.
+in place of the documents, best first: "corpus_id", which is the document's index in the line, "score", and the other
+fields of the document. If the output file exists, the run resumes after its last complete line.
 
-With --first_stage_field bm25 --fusion 0.35 scores are fused with the first stage's, which are the "bm25" of documents
-that are objects, or a list "bm25" of the line with a score for each document. Null is a document that the first stage
-did not find. Documents of the ranking then also have "first_stage_score" and "fused_score", by which they rank.
+--first_stage_field bm25 --fusion 0.35 fuses scores with the first stage's scores. These are the "bm25" of documents
+that are objects, or a list "bm25" of the line with a score for each document. Null means that the first stage did not
+find the document. Documents of the ranking then also have "first_stage_score" and "fused_score", and rank by
+"fused_score".
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ WEIGHTS = ("fusion", "budget", "quality")
 
 
 class Rank(Job):
-    """What `MatryoshkaReranker.rank` returns for each query, with the other fields of documents that are objects.
+    """Rankings by `MatryoshkaReranker.rank`, with the other fields of documents that are objects.
 
-    Its calls may have a "first_stage_field", the field with the first stage's scores.
+    `call` may have "first_stage_field", the name of the field with the first stage's scores.
     """
 
     result = "ranking"
@@ -76,9 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"--{FIRST_STAGE_FIELD}",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help="field with the first stage's scores, which are fused with the re-ranker's: of documents that are objects "
-        "a number or null, or of the line a list of these, one for each document; needs a weight, --fusion or that of "
-        "the plan that --budget or --quality follows",
+        help="field with the first stage's scores, to fuse with the re-ranker's: a number or null in documents that "
+        "are objects, or a list in the line with a number or null for each document. Needs a weight: --fusion, or the "
+        "plan's weight with --budget or --quality",
     )
     return parser
 

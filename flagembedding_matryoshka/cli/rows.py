@@ -104,20 +104,23 @@ def text_of(document: Any) -> Any:
 
 
 def first_stage_scores(row: Row, field: str) -> list[float | None]:
-    """The first stage's score of each document of a row that `as_list` made.
+    """Read the first stage's score of each document of a row.
 
     Args:
-        field: of the row, with a list of scores, or of documents that are objects. In a list null, and in a document
-            null or no such field is a document that the first stage did not find.
+        row: a row of `as_list`.
+        field: name of a list of scores in the row, or of a score in documents that are objects.
+
+    Returns:
+        a score for each document; None for null, or if the document lacks the field: the first stage did not find it.
 
     Raises:
-        ValueError: if neither the row nor one of its documents has the field, both have it, a list is not of as many
-            scores as documents, or a score is neither a finite number nor null.
+        ValueError: if neither the row nor a document has the field, both have it, the number of scores in a list is not
+            the number of documents, or a score is neither a finite number nor null.
     """
     documents = row[name_of(row, DOCUMENTS)]
     in_documents = [isinstance(document, dict) and field in document for document in documents]
     if field in row and any(in_documents):
-        raise ValueError(f"the row and document {in_documents.index(True)} have {field!r}: one of them is wanted")
+        raise ValueError(f"the row and document {in_documents.index(True)} both have {field!r}: remove one of them")
     if field in row:
         values, names = row[field], f"{field!r}: value"
         if not isinstance(values, list) or len(values) != len(documents):

@@ -19,8 +19,8 @@ from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
-OF_RANKINGS = ("fusion", "first_stage", "first_stage_field")
-"""Options of `rank` that its users may try here."""
+RANKING_OPTIONS = ("fusion", "first_stage", "first_stage_field")
+"""Options of `rank` that `score` refuses with a reason."""
 
 
 class Score(Job):
@@ -50,21 +50,21 @@ class Score(Job):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_files(parser, without=OF_RANKINGS)
-    for name in OF_RANKINGS:
+    add_files(parser, without=RANKING_OPTIONS)
+    for name in RANKING_OPTIONS:
         parser.add_argument(
-            f"--{name}", action=_OfRankings, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            f"--{name}", action=_RefuseRankingOption, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     return parser
 
 
-class _OfRankings(argparse.Action):
-    """Refuses an option that changes the order of rankings."""
+class _RefuseRankingOption(argparse.Action):
+    """Refuse an option that changes the order of a ranking."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        parser.error(f"{option} changes the order of a query's documents, and score orders none: use rank")
+        parser.error(f"{option} changes the order of a query's documents, and score does not rank: use rank")
 
 
 def _tokenized(

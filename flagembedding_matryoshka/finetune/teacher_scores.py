@@ -202,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher.add_argument(
         "--max_length",
         type=_positive,
-        help="tokens of a pair (default: 512, or a layer-wise model's own limit), or of bi_encoder's text (default: its "
-        "own limit)",
+        help="tokens of a pair (default: 512, or a layer-wise model's own limit), or of bi_encoder's text (default: "
+        "its own limit)",
     )
     teacher.add_argument("--device", help="such as cpu or cuda:0; default: what the backend chooses")
     teacher.add_argument("--use_fp16", action="store_true", help="score in half precision, for GPUs")

@@ -85,8 +85,8 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
     average_last: int = field(
         default=1,
         metadata={
-            "help": "Write the mean of the weights of this many states: the final state and the last checkpoints before "
-            "it. save_total_limit must be at least this number, with eval_data at least one more."
+            "help": "Write the mean of the weights of this many states: the final state and the last checkpoints "
+            "before it. save_total_limit must be at least this number, with eval_data at least one more."
         },
     )
     warmup_ratio: float | None = field(

@@ -123,7 +123,7 @@ def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator
 
 
 def bm25_scored_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[dict[int, float]]:
-    """As `bm25_lists`, with BM25's score of each place, best first."""
+    """Yield {index of a text: BM25's score} for each query, best first, as `bm25_lists`."""
     index, tokenize = _bm25(texts)
     for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
         places, scores = index.retrieve(

@@ -1,4 +1,4 @@
-"""JSON Lines that a command appends to, and continues where it was stopped."""
+"""Output files of commands that resume: lines are appended, and a later run continues after the last one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 from flagembedding_matryoshka.files import write_text
 
 NOT_ALWAYS = ("weights", "resolved_dtype")
-"""Settings that not every run notes: no older version did, and the dtype of a cluster's workers is not known."""
+"""Settings that a run may lack: older versions did not store them, and a cluster does not know its workers' dtype."""
 
 
 class FileOutput:
-    """A file, with the settings of the run beside it in `{path}.settings.json`.
+    """A file of lines, with the settings of its run in `{path}.settings.json`.
 
-    What stands behind the last line break of a file that is there, of a run that was killed while it wrote, is removed.
+    If the file exists, an incomplete last line is removed, which a run writes when it is killed.
 
     Args:
-        settings: all that its lines depend on beside the input, as JSON can hold it.
+        path: the file.
+        settings: JSON values of all conditions of the lines, apart from the input.
 
     Raises:
-        ValueError: if the file is there and was written with other settings, or not by such a run.
+        ValueError: if the file exists and was written with other settings, or without settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -34,11 +35,11 @@ class FileOutput:
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         if path.exists():
             if not beside.is_file():
-                raise ValueError(f"{path} is there, and is not of a run that could be continued: name another file.")
+                raise ValueError(f"{path} exists without {beside.name}, so no run can continue it: name another file.")
             if difference := _difference(beside, json.loads(text)):
                 raise ValueError(
                     f"{path} was written with other settings, those of {beside}: {difference}. Name another file, or "
-                    "remove it."
+                    f"remove {path.name}."
                 )
             self.end = _end_of_lines(path)
             os.truncate(path, self.end)
@@ -58,27 +59,31 @@ class FileOutput:
         remove_output(self.path)
 
     def lines(self) -> Iterator[str]:
+        """Yield the lines, with their line breaks."""
         with self.path.open("rb") as file:
             for line in file:
-                yield line.decode(errors="replace")  # which no row has written
+                yield line.decode(errors="replace")  # bytes that are not UTF-8 do not come from a run
 
     def append(self, lines: Iterable[str]) -> None:
-        """Raises ValueError if somebody else has written to the file meanwhile."""
+        """Append lines. Raises ValueError if another process has changed the file."""
         data = join_lines(lines)
         with self.path.open("ab") as file:
             if file.tell() != self.end:
-                raise ValueError(f"{self.path} has been written to meanwhile: {file.tell()} bytes, not {self.end}.")
+                raise ValueError(
+                    f"{self.path} has {file.tell()} bytes instead of {self.end}: another process has written to it. "
+                    "Stop that process, remove the file and call the command again."
+                )
             file.write(data)
         self.end += len(data)
 
 
 def settings_path(path: Path) -> Path:
-    """Return where the settings of a file lie."""
+    """Return the path of a file's settings."""
     return path.with_name(f"{path.name}.settings.json")
 
 
 def remove_output(path: Path) -> None:
-    """Remove a file and its settings, if they are there."""
+    """Remove a file and its settings, if they exist."""
     path.unlink(missing_ok=True)
     settings_path(path).unlink(missing_ok=True)
 
@@ -89,7 +94,7 @@ def join_lines(lines: Iterable[str]) -> bytes:
 
 
 def _end_of_lines(path: Path) -> int:
-    """How many bytes there are up to the last line break, it included."""
+    """Return the number of bytes up to and including the last line break."""
     with path.open("rb") as file:
         place = file.seek(0, os.SEEK_END)
         while place > 0:
@@ -103,21 +108,25 @@ def _end_of_lines(path: Path) -> int:
 
 
 def _difference(before: Path, new: Mapping[str, Any]) -> str | None:
-    """The first setting in which two runs differ; None where all are the same, however they are laid out.
+    """Describe the first setting in which two runs differ; None if all are equal.
+
+    Args:
+        before: file with the settings of the earlier run.
+        new: settings of this run.
 
     Raises:
-        ValueError: if the file of those before holds no settings.
+        ValueError: if the file has no settings.
     """
     try:
         old = json.loads(before.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{before} is no JSON: {error}") from error
+        raise ValueError(f"{before} is not JSON: {error}") from error
     if not isinstance(old, dict):
-        raise ValueError(f"{before} holds no object of settings.")
+        raise ValueError(f"{before} must be a JSON object of settings.")
     if "weights" not in old:
         warnings.warn(
-            f"{before} names no weights: a version wrote it that did not note them. Whether the lines before were "
-            "written with the same is not known.",
+            f"{before} names no weights: an older version wrote it. It is not known whether the earlier lines were "
+            "written with the same weights.",
             UserWarning,
             stacklevel=4,
         )

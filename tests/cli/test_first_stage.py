@@ -152,7 +152,7 @@ def test_score_refuses_what_is_of_rankings(desk, words, capsys):
     desk.write([["wing", "air"]])
     with pytest.raises(SystemExit):
         score.main(desk.words(*words))
-    assert f"{words[0]} changes the order of a query's documents, and score orders none" in capsys.readouterr().err
+    assert f"{words[0]} changes the order of a query's documents, and score does not rank" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         score.main(["--help"])
     assert words[0] not in capsys.readouterr().out

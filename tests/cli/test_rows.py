@@ -106,7 +106,7 @@ def test_first_stage_scores_are_those_of_documents_or_of_the_row(row, expected):
     ("row", "fault"),
     [
         ({"documents": ["a", {"text": "b", "bm52": 1}]}, "neither the row nor one of its documents has .* in 'bm25'"),
-        ({"documents": DOCUMENTS, "bm25": [1] * 5}, "the row and document 1 have 'bm25'"),
+        ({"documents": DOCUMENTS, "bm25": [1] * 5}, "the row and document 1 both have 'bm25'"),
         ({"documents": ["a", "b"], "bm25": [1]}, r"'bm25' must be a list of 2 scores, got \[1\]"),
         ({"documents": ["a", "b"], "bm25": {"a": 1}}, "'bm25' must be a list of 2 scores"),
         ({"documents": ["a", "b"], "bm25": [1, "2"]}, "'bm25': value 1 must be a number, or None, got '2'"),

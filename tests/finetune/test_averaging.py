@@ -134,12 +134,12 @@ def write_checkpoint(output_dir, step):
 
 def test_too_few_checkpoints_are_refused_before_training(tmp_path):
     begin(tmp_path)
-    with pytest.raises(ValueError, match=r"average_last=4, but the run of 10 steps has 3 check.* 4, 8, 10: save"):
+    with pytest.raises(ValueError, match=r"average_last=4, but the run of 10 steps has 3 check.* 4, 8, 10: train"):
         begin(tmp_path, average_last=4)
-    with pytest.raises(ValueError, match="has 2 checkpoints, those of steps 5, 10"):
+    with pytest.raises(ValueError, match="has 2 checkpoints, of steps 5, 10"):
         begin(tmp_path, save_strategy="epoch")
     begin(tmp_path, average_last=1, save_strategy="no")
-    with pytest.raises(ValueError, match="has 2 checkpoints, those of steps 8, 10"):
+    with pytest.raises(ValueError, match="has 2 checkpoints, of steps 8, 10"):
         begin(tmp_path, [4])  # which is not there any more
     write_checkpoint(tmp_path, 4)
     saved = begin(tmp_path, [4])
@@ -150,7 +150,7 @@ def test_too_few_checkpoints_are_refused_before_training(tmp_path):
     for step in (8, 10):
         saved.on_save(None, TrainerState(global_step=step), None)
     args = SimpleNamespace(output_dir=tmp_path, average_last=3)
-    with pytest.raises(ValueError, match=r"needs 2 checkpoints before that of step 10, but .* has 1 of them"):
+    with pytest.raises(ValueError, match=r"needs 2 checkpoints before that of step 10, but .* has 1 complete ones"):
         saved.checkpoints(args, 10)
     write_checkpoint(tmp_path, 8)
     assert [path.name for path in saved.checkpoints(args, 10)] == ["checkpoint-8", "checkpoint-4"]

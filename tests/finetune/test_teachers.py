@@ -138,7 +138,7 @@ def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_
     with pytest.raises(ValueError, match="compress_ratio"):
         cross_encoder_teacher(student_path, compress_layers=[2], compress_ratio=3)
     encoder = str(save_cross_encoder(tmp_path / "encoder", labels=1))
-    with pytest.raises(ValueError, match=r"encoder is no layer-wise checkpoint.* leave out \{'cutoff_layers': 3\}"):
+    with pytest.raises(ValueError, match=r"encoder is not a layer-wise checkpoint.* leave out \{'cutoff_layers': 3\}"):
         cross_encoder_teacher(encoder, cutoff_layers=3, compress_ratio=1, compress_layers=None)
 
 

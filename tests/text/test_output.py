@@ -54,7 +54,7 @@ def test_the_same_settings_in_another_layout_are_the_same(tmp_path):
     FileOutput(path, SETTINGS).append(["a"])
     beside.write_text(json.dumps(dict(reversed(SETTINGS.items()))))
     assert list(FileOutput(path, SETTINGS).lines()) == ["a\n"]
-    for text, said in (("{", "is no JSON"), ("[]", "holds no object of settings")):
+    for text, said in (("{", "is not JSON"), ("[]", "must be a JSON object of settings")):
         beside.write_text(text)
         with pytest.raises(ValueError, match=said):
             FileOutput(path, SETTINGS)
@@ -63,7 +63,7 @@ def test_the_same_settings_in_another_layout_are_the_same(tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("not ours")
-    with pytest.raises(ValueError, match=r"out\.jsonl is there, and is not of a run"):
+    with pytest.raises(ValueError, match=r"out\.jsonl exists without out\.jsonl\.settings\.json"):
         FileOutput(path, SETTINGS)
     assert path.read_text() == "not ours"
 
@@ -71,7 +71,7 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path):
 def test_two_that_write_one_file_are_noticed(tmp_path):
     one, other = (FileOutput(tmp_path / "out.jsonl", SETTINGS) for _ in range(2))
     one.append(["a"])
-    with pytest.raises(ValueError, match="has been written to meanwhile: 2 bytes, not 0"):
+    with pytest.raises(ValueError, match="has 2 bytes instead of 0: another process"):
         other.append(["a"])
 
 
