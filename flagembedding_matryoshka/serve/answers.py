@@ -16,7 +16,7 @@ from flagembedding_matryoshka.inference.scoring import Hit, best_first
 
 OF_HITS = ("cutoff_layer", "chunk", "is_truncated", "first_stage_score", "fused_score")
 GAP = 0.1
-"""Distance between the fused scores of two exits, where those of the shallower one are lowered."""
+"""Distance between the lowest fused score of an exit and the lowered scores of the next shallower one."""
 
 Scale = Callable[[float, int], float]
 """Turns a raw score that was read at an exit into the score that an answer shows."""
@@ -34,8 +34,8 @@ class Scored:
         depth: the exit of hits that name none.
         min_score: hits that would show a lower score are left out; None leaves out none.
         operations: floating-point operations that were spent on it, if they were asked for.
-        fusion: the weight of the first stage's scores, if the hits have fused scores; None if they have none.
-        is_raw: whether the answer shows raw scores.
+        fusion: weight of the first stage's scores; None if the hits have no fused scores.
+        is_raw: whether the answer has raw scores.
     """
 
     hits: Sequence[Hit]
@@ -49,11 +49,17 @@ class Scored:
     is_raw: bool = False
 
     def best(self, name: str, count: int | None) -> list[dict[str, Any]]:
-        """ "index", the score under `name` and what else there is of OF_HITS, of the best `count` documents; the deeper
-        one came in a cascade the better. Documents that `min_score` leaves out do not count.
+        """Return the best documents, best first; documents of deeper exits rank first.
 
-        Fused hits have a score under `name` that falls in the order of the ranking, because clients sort by it. The
-        model's own score is their "model_score", with which `min_score` is compared.
+        Args:
+            name: field of the score.
+            count: number of documents to return at most; None is all. Documents that `min_score` leaves out do not
+                count.
+
+        Returns:
+            For each document "index", the score under `name` and the fields of OF_HITS that it has. Fused hits have a
+            score under `name` that falls with the rank, because clients sort by it. Their "model_score" is the model's
+            own score, which `min_score` is compared with.
         """
         fused = None if self.fusion is None else self._fused_shown(self.fusion)
         found = []
@@ -69,11 +75,11 @@ class Scored:
         return found
 
     def _fused_shown(self, weight: float) -> list[float]:
-        """For each hit its fused score, as the answer shows it.
+        """Return the fused score of each hit, as the answer shows it.
 
-        Fused scores of several exits are standard scores among different candidates. Those of a shallower exit are
-        lowered until they lie below those of all deeper ones. The sigmoid is that of the weighted mean of both standard
-        scores, which reaches 1 for no weight.
+        Fused scores of several exits are standard scores among different candidates. Scores of a shallower exit are
+        lowered below those of all deeper exits. Unless scores are raw, the sigmoid of fused score / (1 + weight), the
+        weighted mean of both standard scores, is returned: without the division a large weight would make it 1.
         """
         exits: dict[int, list[int]] = {}
         for place, hit in enumerate(self.hits):

@@ -39,8 +39,8 @@ BESIDE = {
     "chunk": _object(start=INTEGER, end=INTEGER),
     "is_truncated": {"const": True},
 }
-OF_FUSION = {name: NUMBER for name in ("model_score", "first_stage_score", "fused_score")}
-RESULT = BESIDE | OF_FUSION
+FUSION_SCORES = {name: NUMBER for name in ("model_score", "first_stage_score", "fused_score")}
+RESULT = BESIDE | FUSION_SCORES
 USAGE = _object({"operations": INTEGER}, prompt_tokens=INTEGER, total_tokens=INTEGER)
 RANKED = {
     "anyOf": [

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, WithJsonSchema
 
 FIRST_STAGE_SCORE = "first_stage_score"
-"""The field of a document that is an object with the first stage's score of it."""
+"""The field of a document that is an object, with its first-stage score."""
 
 
 def _as_flag(value: Any) -> Any:
@@ -49,7 +49,7 @@ OfChatTemplate = Annotated[
     ),
 ]
 MOST_FUSION = 1e6
-"""The highest weight that a request may give. Far below it the model's scores do not change the order any more."""
+"""The highest weight of a request. At far lower weights the model's scores no longer change the order."""
 Weight = Annotated[float, Field(ge=0, le=MOST_FUSION, allow_inf_nan=False)] | Literal["auto"]
 FirstStageScores = Annotated[list[Number | None], Field(fail_fast=True)]
 Document = Annotated[

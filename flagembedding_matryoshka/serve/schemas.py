@@ -43,8 +43,8 @@ from flagembedding_matryoshka.serve.fields import (
 from flagembedding_matryoshka.serve.shortening import Lengths
 
 SETTING = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
-OF_FUSION = ("first_stage_scores", "first_stage", "fusion")
-NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score", *OF_FUSION)
+FUSION_FIELDS = ("first_stage_scores", "first_stage", "fusion")
+NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score", *FUSION_FIELDS)
 MOST_UNKNOWN_FIELDS = 100
 T = TypeVar("T")
 
@@ -78,24 +78,24 @@ class Request(BaseModel):
     )
     min_score: Number | None = Field(
         None,
-        description="results that would show a lower score are left out; not beside a cascade or a deadline, unless "
-        'normalize is "calibrated"; with first-stage scores it is compared with the model_score',
+        description="results with a lower score are left out; not with a cascade or a deadline, unless normalize is "
+        '"calibrated"; with first-stage scores it is compared with model_score',
     )
     first_stage_scores: FirstStageScores | None = Field(
         None,
-        description="the first stage's score of each document, with which its score is fused; null is a document that "
-        "the first stage did not find, which gets the lowest of these scores. Documents that are objects may have a "
-        "first_stage_score instead",
+        description="the first stage's score of each document, to fuse with the model's score. Null means that the "
+        "first stage did not find the document, which gets the lowest of these scores. Documents that are objects may "
+        "have a first_stage_score instead",
     )
     first_stage: Literal["order"] | None = Field(
         None,
-        description='"order" says that the documents are in the first stage\'s order, without scores: rank r, from 1, '
-        "has the first-stage score 1 / (60 + r)",
+        description='"order": the documents are in the first stage\'s order, without scores. Rank r, from 1, has the '
+        "first-stage score 1 / (60 + r)",
     )
     fusion: Weight | None = Field(
         None,
         description="the weight of the first stage's scores; \"auto\" is the weight in the model's plan. If missing, "
-        "the server's own --fusion, or the weight in the plan that its --budget or --quality follows",
+        "the server's --fusion, or with its --budget or --quality the plan's weight",
     )
     normalize: Normalize | None = Field(
         None,
@@ -186,14 +186,15 @@ class Request(BaseModel):
         return self._first_stage
 
     def _read_first_stage(self, documents: int, own: Sequence[float | None] | None = None) -> None:
-        """Check the first stage's scores and keep them.
+        """Check the first stage's scores and store them.
 
         Args:
-            documents: how many there are.
-            own: the scores that documents have themselves; None if no document has one.
+            documents: number of documents.
+            own: scores in the documents; None if no document has one.
 
         Raises:
-            ValueError: if they are given in several ways, or not for each document, or a weight is given without them.
+            ValueError: if scores are given in several ways, their number is not that of documents, or a weight is given
+                without scores.
         """
         ways = {
             "first_stage_scores": self.first_stage_scores,
@@ -202,7 +203,7 @@ class Request(BaseModel):
         }
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}: give the first stage's scores in one way")
+            raise ValueError(f"{' and '.join(given)}: give the first stage's scores in one of these ways")
         if not given and self.fusion is not None:
             if documents:
                 raise ValueError(
@@ -244,8 +245,8 @@ class DocumentsRequest(Request):
         list[str | Document],
         FailFast(),
         Field(
-            description=f"texts, or objects with a text; the {FIRST_STAGE_SCORE} of an object, a number or null, is "
-            "the first stage's score, and is not ranked as text"
+            description=f"texts, or objects with a text. An object may have the first stage's score, a number or null, "
+            f"in {FIRST_STAGE_SCORE}, which is not ranked as text"
         ),
     ]
     top_n: int | None = Field(None, ge=1, description="how many to return; all if missing")
@@ -280,7 +281,8 @@ class DocumentsRequest(Request):
         fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
         if FIRST_STAGE_SCORE in fields:
             raise ValueError(
-                f"rank_fields: {FIRST_STAGE_SCORE!r} is the first stage's score of a document, and no text"
+                f"rank_fields: {FIRST_STAGE_SCORE!r} is the first stage's score of a document and not a text: leave it "
+                "out"
             )
         own = [_first_stage_score(number, document) for number, document in enumerate(self.documents)]
         has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in self.documents)
@@ -360,7 +362,7 @@ class ScoreRequest(Request):
             raise ValueError("there are no texts")
         if self.min_score is not None:
             raise ValueError("min_score leaves results out of a ranking; /score answers every pair")
-        if given := [name for name in OF_FUSION if getattr(self, name) is not None]:
+        if given := [name for name in FUSION_FIELDS if getattr(self, name) is not None]:
             raise ValueError(f"{' and '.join(given)} change the order of a ranking; /score answers every pair")
         return self
 
@@ -391,16 +393,16 @@ def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequenc
 
 
 def _first_stage_score(number: int, document: str | Mapping[str, Any]) -> float | None:
-    """The first stage's score that a document has itself; None if it has none, or is no object.
+    """Return the first stage's score in a document; None if the document has none, or is a string.
 
     Raises:
-        ValueError: if it is neither a finite number nor null.
+        ValueError: if the score is neither a finite number nor null.
     """
     if isinstance(document, str):
         return None
     try:
         return as_first_stage_score(f"documents.{number}.{FIRST_STAGE_SCORE}", document.get(FIRST_STAGE_SCORE))
-    except TypeError as error:  # which pydantic does not take for an error of the body
+    except TypeError as error:  # pydantic reports only a ValueError as an error of the body
         raise ValueError(str(error)) from error
 
 

@@ -43,11 +43,12 @@ def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """A cascade that drops candidates by fused scores.
+class FusionKey:
+    """Key of a cascade that drops candidates by fused scores.
 
     Attributes:
-        fusion: the weight of the first stage's scores.
+        setting: the cascade.
+        fusion: weight of the first stage's scores.
     """
 
     setting: Setting
@@ -55,12 +56,12 @@ class Fused:
 
 
 @dataclass(frozen=True, eq=False)
-class Hurried:
+class DeadlineKey:
     """What is computed until a deadline, and with nobody else.
 
     Attributes:
         end: what `time.monotonic` says then.
-        fusion: the weight of the first stage's scores; None is no fusion.
+        fusion: weight of the first stage's scores; None is no fusion.
     """
 
     setting: Setting
@@ -78,7 +79,7 @@ class Work:
         pairs: documents, or their chunks, as the model reads them, all of one query.
         shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
         cut: the chunks of each document, if the request wants them.
-        fusion: the first stage's score of each document, and their weight; None is no fusion.
+        fusion: first-stage scores of the documents, and their weight; None is no fusion.
     """
 
     setting: Setting
@@ -95,13 +96,12 @@ class Work:
         """What `Scorer.compute` is told."""
         weight = None if self.fusion is None else self.fusion.weight
         if self.end is not None:
-            return Hurried(self.setting, self.end, weight)
-        return self.setting if weight is None or self.divisible else Fused(self.setting, weight)
+            return DeadlineKey(self.setting, self.end, weight)
+        return self.setting if weight is None or self.divisible else FusionKey(self.setting, weight)
 
     @property
     def items(self) -> Sequence[Any]:
-        """What `Scorer.compute` is given: pairs, or where candidates are dropped by fused scores, tuples of a pair and
-        the first stage's score of its document."""
+        """Items for `Scorer.compute`: pairs, or (pair, first-stage score) if candidates are dropped by fused scores."""
         if self.fusion is None or self.divisible:
             return self.pairs
         of_pairs = Candidates((), self.pairs, self.cut, self.fusion.first_stage).first_stage_of_pairs
@@ -144,9 +144,9 @@ class Scorer:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The plan beside the model; None if there is none that can be used.
+        """The plan beside the model; None if there is no valid plan.
 
-        It is looked for once. What is wrong with it is for the log, since it names paths.
+        The plan is read once. Its errors go to the log and not to clients, because they name paths.
         """
         try:
             return self.reranker.plan
@@ -158,24 +158,23 @@ class Scorer:
 
     @property
     def fusion_weights(self) -> dict[str, float | None]:
-        """The weight of the first stage's scores: "default" is that of requests that name none, "plan" that of
-        requests with "auto"; None where there is none."""
+        """Weights of the first stage's scores: "default" of requests without `fusion`, "plan" of "auto"; or None."""
         options = ScoringOptions.resolve(self.reranker, {})
         return {"default": options.fusion, "plan": None if self.plan is None else self.plan.fusion}
 
     def fusion(self, weight: float | str | None, first_stage: Sequence[float] | None) -> Fusion | None:
-        """What a ranking is fused with; None without first-stage scores.
+        """Return first-stage scores with their weight; None without first-stage scores.
 
         Args:
             weight: as `fusion` of `MatryoshkaReranker.rank`.
-            first_stage: the first stage's score of each document; None if there are none.
+            first_stage: the first stage's score of each document; None without such scores.
 
         Raises:
             TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if the weight is "auto" and the model
                 has no plan.
         """
         if weight == AUTO and self.plan is None:
-            raise ValueError(f"fusion={AUTO!r}: the model has no plan, which would have the weight.")
+            raise ValueError(f"fusion={AUTO!r}: the model has no plan with a weight. Give a number.")
         asked = {"fusion": weight}
         options = ScoringOptions.resolve(self.reranker, asked)
         found = ranking_weight(options, asked, first_stage is not None)
@@ -220,7 +219,7 @@ class Scorer:
             asked: arguments of `MatryoshkaReranker.setting`.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
             instruction: of the query; None is the model's own, "" is none.
-            fusion: what the scores are fused with; None is no fusion.
+            fusion: first-stage scores of the documents, and their weight; None is no fusion.
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
@@ -256,30 +255,33 @@ class Scorer:
         exits = sorted({*dict(setting.cascade), *depths, setting.depth})
         return self.reranker.estimate_flops(work.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
 
-    def _deadline_ms(self, key: Hurried) -> float:
+    def _deadline_ms(self, key: DeadlineKey) -> float:
         seconds = (key.end - time.monotonic()) / max(1, self.hurried)
         return max(seconds, NO_TIME) * 1000
 
     def compute(
-        self, key: Setting | Fused | Hurried, shares: list[Sequence[Any]], between: Callable[[], None]
+        self, key: Setting | FusionKey | DeadlineKey, shares: list[Sequence[Any]], between: Callable[[], None]
     ) -> list[list[dict[str, Any]]]:
         """Score the documents of each request.
 
         Args:
-            key: what has a deadline takes no more of the time until then than its share: others that have one wait.
+            key: of the requests. A request with a deadline takes its share of the time until then, because other
+                requests with a deadline wait.
             shares: the `Work.items` of each request.
-            between: called between a cascade's batches, or the steps until a deadline. What it raises ends the call.
+            between: called between a cascade's batches, or between the steps until a deadline. Its exception ends the
+                call.
 
         Returns:
-            for each a dict with "score", not normalised, with a cascade or a deadline "cutoff_layer", "is_truncated" if
-            it is, and where candidates are dropped by fused scores, "first_stage_score" and "fused_score".
+            For each request a list with a dict for each item: "score", not normalised, with a cascade or a deadline
+            "cutoff_layer", "is_truncated" if the pair was cut, and if candidates are dropped by fused scores
+            "first_stage_score" and "fused_score".
 
         Raises:
             ArithmeticError: if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
         setting = key if isinstance(key, Setting) else key.setting
-        deadline_ms = self._deadline_ms(key) if isinstance(key, Hurried) else None
+        deadline_ms = self._deadline_ms(key) if isinstance(key, DeadlineKey) else None
         weight = None if isinstance(key, Setting) else key.fusion
         fused: dict[str, Any] = {}
         if weight is not None:

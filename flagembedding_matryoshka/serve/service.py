@@ -116,7 +116,7 @@ class Service:
         return self._ready()[0].reranker
 
     async def fusion_weights(self) -> dict[str, float | None]:
-        """As `Scorer.fusion_weights`.
+        """Return `Scorer.fusion_weights`.
 
         Raises:
             HTTPException: 503 before the model is loaded.

@@ -256,7 +256,7 @@ DIGITS = int("9" * 400)
         ({"first_stage_scores": [*FIRST[:5], DIGITS, *FIRST[6:]], "fusion": 1}, "body.first_stage_scores.5"),
         ({"first_stage_scores": [True] * 12, "fusion": 1}, "body.first_stage_scores.0"),
         ({"first_stage": "ranks", "fusion": 1}, "body.first_stage"),
-        ({"first_stage": "order", "first_stage_scores": FIRST, "fusion": 1}, "in one way"),
+        ({"first_stage": "order", "first_stage_scores": FIRST, "fusion": 1}, "in one of these ways"),
         (
             {"documents": OBJECTS, "first_stage": "order", "fusion": 1},
             "first_stage='order' and the first_stage_score of",
@@ -272,7 +272,7 @@ DIGITS = int("9" * 400)
             {"documents": [{"text": "t", "first_stage_score": DIGITS}], "fusion": 1},
             "documents.0.first_stage_score is 99",
         ),
-        ({"documents": OBJECTS, "fusion": 1, "rank_fields": ["first_stage_score"]}, "and no text"),
+        ({"documents": OBJECTS, "fusion": 1, "rank_fields": ["first_stage_score"]}, "and not a text"),
         ({"first_stage_score": FIRST, "fusion": 1}, "'first_stage_scores' is what it looks like"),
         ({"first_stages": "order"}, "'first_stage' is what it looks like"),
         ({"fusions": 1}, "'fusion' is what it looks like"),
