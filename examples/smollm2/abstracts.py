@@ -1,6 +1,6 @@
 """Pairs of a query and an abstract, from titles with abstracts of all sciences.
 
-Every abstract belongs to one kind, by its id alone: no abstract is trained on in one kind and measured in another.
+The id of an abstract alone decides its kind. So no abstract is trained on in one kind and measured in another.
 """
 
 import random
@@ -17,20 +17,24 @@ Row = Mapping[str, str]
 
 
 def kind_of(row: Row) -> str:
-    """The kind that an abstract belongs to."""
+    """Return the kind that an abstract belongs to."""
     return seeded("arxiv", row["id"]).choice(KINDS)
 
 
 def abstract_pairs(seed: int, rows: Iterable[Row]) -> dict[str, list[Pair]]:
-    """A pair for each abstract that a query can be made for, by kind.
+    """Make pairs by kind, at most one for each abstract.
 
     Kinds:
         titles: title → abstract without its title.
-        abstracts: a sentence or two → the other sentences.
-        phrases: key phrases, or a long request that names phrases → abstract.
-        notes: a sentence, phrases or a request → title with at most two other sentences, as short records have.
+        abstracts: one or two sentences → the other sentences.
+        phrases: key phrases, or a long request with phrases → abstract.
+        notes: a sentence, phrases or a request → title with at most two other sentences, as in short records.
 
-    Half of the passages begin with their title, except where the title is the query.
+    Half of the passages of abstracts and phrases begin with their title.
+
+    Args:
+        seed: seed of all draws.
+        rows: with the fields id, title and abstract.
     """
     english = [row for row in rows if is_english(row["abstract"])]
     prose = Prose([plain(row["abstract"]) for row in english])
@@ -50,12 +54,16 @@ def abstract_pairs(seed: int, rows: Iterable[Row]) -> dict[str, list[Pair]]:
 
 
 def title_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -> Pair | None:
-    """The title as the query."""
+    """Make a pair with the title as the query."""
     return Pair(title, shortened(abstract, rng))
 
 
 def sentence_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -> Pair | None:
-    """The first sentence, one from the middle or two neighbours as the query, and no longer in the passage."""
+    """Make a pair with one or two neighbouring sentences as the query; the passage does not contain them.
+
+    Returns:
+        None if the abstract has too few sentences, or the query would be too short or too long.
+    """
     parts = sentences(abstract)
     if len(parts) < 4:
         return None
@@ -68,13 +76,13 @@ def sentence_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -
 
 
 def phrase_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -> Pair | None:
-    """Key phrases or a long request as the query."""
+    """Make a pair with key phrases or a long request as the query; None if the abstract has too few phrases."""
     query = phrases(abstract, rng, prose)
     return query and Pair(query, titled(title, shortened(abstract, rng), rng))
 
 
 def note_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -> Pair | None:
-    """A passage of a title and at most two sentences; the query is made from the other sentences."""
+    """Make a pair of a title with at most two sentences, and a query from the other sentences; None if it cannot be."""
     parts = sentences(abstract)
     if len(parts) < 4:
         return None
@@ -89,7 +97,7 @@ def note_pair(title: str, abstract: str, rng: random.Random, prose: Prose) -> Pa
 
 
 def phrases(text: str, rng: random.Random, prose: Prose) -> str | None:
-    """Keywords, two to four phrases in a row, or a request in which phrases stand."""
+    """Draw a query of keywords, of two to four phrases, or of a request with phrases; None if there are too few."""
     draw = rng.random()
     if draw < 0.35:
         return prose.keywords(text, rng)
@@ -103,17 +111,17 @@ def phrases(text: str, rng: random.Random, prose: Prose) -> str | None:
 
 
 def titled(title: str, text: str, rng: random.Random) -> str:
-    """The text, half of the time with its title in front."""
+    """Put the title before the text, half of the time."""
     return f"{title}. {text}" if rng.random() < 0.5 else text
 
 
 def shortened(text: str, rng: random.Random) -> str:
-    """The whole text, up to 250 words, or half of the time its beginning."""
+    """Cut the text to its first 250 words, or half of the time to a drawn beginning."""
     return cut(text, rng) if rng.random() < 0.5 else " ".join(text.split()[:MOST_WORDS])
 
 
 def distinct_titles(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows whose title is new."""
+    """Yield the first row of each title; case is ignored."""
     seen: set[str] = set()
     for row in rows:
         title = row["title"].lower()

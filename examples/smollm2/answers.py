@@ -1,4 +1,4 @@
-"""Pairs of a question and the passage that answers it: medical questions, and questions on sections of Wikipedia."""
+"""Pairs of a question and a passage with its answer: medical questions, and questions on sections of Wikipedia."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,10 +11,14 @@ MIN_WORDS = 12
 
 
 def medical_pairs(seed: int, rows: Iterable[Mapping[str, str]]) -> Iterator[Pair]:
-    """A question and its answer.
+    """Yield a pair of each question and its answer.
 
-    Other answers on the same disease, and answers to the same question on other diseases, are in the collection too:
-    they become the negatives.
+    The collection also has other answers on the same disease, and answers to the same question on other diseases.
+    Mining finds negatives among them.
+
+    Args:
+        seed: seed of all draws.
+        rows: with the fields id, question and answer.
     """
     for row in rows:
         question, answer = plain(row["question"]).replace(" ?", "?"), plain(row["answer"])
@@ -23,7 +27,12 @@ def medical_pairs(seed: int, rows: Iterable[Mapping[str, str]]) -> Iterator[Pair
 
 
 def section_question_pairs(seed: int, rows: Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
-    """A question and the section with its answer; a passage is cut after the answer alone."""
+    """Yield a pair of each question and the section with its answer. A passage is never cut before the answer's end.
+
+    Args:
+        seed: seed of all draws.
+        rows: with the fields question, article, sentences and answers (indices of sentences).
+    """
     for row in rows:
         if not row["answers"]:
             continue

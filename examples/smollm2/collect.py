@@ -37,7 +37,13 @@ MOST_ABSTRACTS = 80000
 
 
 class Sources:
-    """What is read, each once and only where a kind that is missing wants it."""
+    """Sources of texts, each read once and only if an incomplete kind needs it.
+
+    Args:
+        seed: seed of all draws.
+        cache: folder of downloaded package files.
+        texts: folder with arxiv.jsonl.xz, medquad.jsonl.xz and selqa.jsonl.xz; None leaves out their kinds.
+    """
 
     def __init__(self, seed: int, cache: Path, texts: Path | None = None) -> None:
         self.seed, self.cache, self.texts = seed, cache, texts
@@ -82,7 +88,7 @@ class Sources:
         return section_question_pairs(self.seed, self._rows("selqa"))
 
     def _rows(self, name: str) -> Iterator[dict]:
-        """The rows of NAME.jsonl.xz in the folder `texts`; none if no folder was given."""
+        """Yield the rows of NAME.jsonl.xz in the folder `texts`; no rows without `--texts`."""
         if self.texts is not None:
             with lzma.open(self.texts / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
@@ -128,7 +134,7 @@ KINDS: dict[str, Callable[[Sources], Iterable[Pair]]] = {
     "wikipedia": Sources.section_questions,
 }
 PERCENT = {"wikipedia": 6}
-"""Share of the queries in dev and in test, where it is not `HELD_OUT_PERCENT`."""
+"""Percentage of the queries in dev and in test for kinds other than `HELD_OUT_PERCENT`."""
 
 
 def source_versions(cache: Path) -> dict[str, str]:
@@ -142,7 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where the collections go")
     parser.add_argument("--cache", type=Path, help="where package files go (default: OUTPUT/cache)")
-    parser.add_argument("--texts", type=Path, help="folder with arxiv, medquad and selqa .jsonl.xz: see README.md")
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        help="folder with arxiv.jsonl.xz, medquad.jsonl.xz and selqa.jsonl.xz, see README.md (default: leave out their "
+        "kinds)",
+    )
     parser.add_argument("--limit", type=int, default=5000, help="training queries per kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

@@ -17,7 +17,10 @@ FILES = ("corpus.jsonl", "queries.jsonl", *(f"qrels/{split}.tsv" for split in SP
 HELD_OUT_PERCENT = 2
 MOST_HELD_OUT = 300
 SHINGLE, ONE_OF, MOST_SHARED = 8, 4, 0.5
-"""Near-duplicates: runs of 8 words, of which every fourth is kept by its hash, and the share of them seen before."""
+"""Near-duplicates: words in a run, 1 of so many runs is kept by its hash, and the highest fraction of runs seen before.
+
+Broder et al., Syntactic clustering of the web, WWW 1997.
+"""
 
 
 def is_complete(directory: Path) -> bool:
@@ -26,9 +29,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """The pairs whose query and passage are both new: a passage that could answer another's query is not kept.
+    """Yield the pairs whose query and passage are both new, so that no passage answers another pair's query.
 
-    A passage is not new either if more than half of its runs of words are in passages before it.
+    A passage is a near-duplicate, and not new, if earlier passages have more than half of its runs of words.
     """
     seen: set[object] = set()
     for pair in pairs:
@@ -40,19 +43,20 @@ def distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
 
 
 def shingles(text: str) -> set[int]:
-    """Hashes of a fourth of the runs of eight words in a text."""
+    """Return hashes of a fourth of the runs of eight words in a text."""
     words = normalise(text).split()
     hashes = {zlib.crc32(" ".join(words[at : at + SHINGLE]).encode()) for at in range(len(words) - SHINGLE + 1)}
     return {number for number in hashes if number % ONE_OF == 0}
 
 
 def split_of(query: str, percent: int = HELD_OUT_PERCENT) -> str:
-    """The split of a query, by its hash: the same whatever else is collected.
+    """Return the split of a query, by its hash. It does not depend on the other queries.
 
     Args:
-        percent: share of the queries in dev, and share in test.
+        query: the query.
+        percent: percentage of the queries in dev, and the same in test.
 
-    It is another hash than that by which `docstrings.split` holds pairs out.
+    The hash is not the one of `docstrings.split`.
     """
     place = int(hashlib.sha256(f"dev {normalise(query)}".encode()).hexdigest(), 16) % 100
     return "dev" if place < percent else "test" if place < 2 * percent else "train"
@@ -63,11 +67,18 @@ def write_collection(
 ) -> bool:
     """Write a seeded sample of pairs as a collection.
 
-    It has `limit` training queries, at most 300 of dev and of test, and 0.6 times as many further passages.
-    Nothing is written, and False returned, if there are no pairs.
+    The collection has at most `limit` training queries, 300 queries of dev, 300 of test, and 0.6 × `limit` further
+    passages.
 
     Args:
+        directory: folder of the collection.
+        pairs: pairs to draw from.
+        limit: number of training queries at most.
+        seed: seed of the sample.
         percent: as in `split_of`.
+
+    Returns:
+        False if there are no pairs; then nothing is written.
     """
     pairs = sorted(pairs, key=lambda pair: seeded(seed, pair.query, pair.passage).random())
     most = {"train": limit, "dev": MOST_HELD_OUT, "test": MOST_HELD_OUT}

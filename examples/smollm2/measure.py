@@ -3,8 +3,8 @@
     python examples/smollm2/measure.py DIR --split test --output OUT
 
 BM25's first passages for each query of DIR/KIND are re-ranked at several depths and widths, plain and fused with BM25
-at the weight in the model's plan. `python -m flagembedding_matryoshka.evaluation` measures each kind. Its reports stay
-in OUT/KIND, and what is there is not measured again.
+at the weight in the model's plan. `python -m flagembedding_matryoshka.evaluation` measures each kind and writes its
+report to OUT/KIND. Complete results are not measured again.
 
 OUT/table.md has nDCG@10 of each kind, with p-values of a paired randomisation test against BM25, after Holm over the
 kinds. OUT/quality_cost.svg has 95 % confidence intervals of a bootstrap over the queries of each kind.
@@ -39,7 +39,7 @@ GROUPS = {
     "medical answers": ("medical",),
     "code and its documentation": ("code", "docstrings"),
 }
-"""Kinds that share a panel of the figure. Within a panel each kind counts alike."""
+"""Kinds of each panel of the figure. All kinds of a panel have the same weight in its mean."""
 RESAMPLES = 2000
 BM25, BI_ENCODER = "BM25", "all-MiniLM-L6-v2"
 
@@ -49,10 +49,10 @@ class Kind:
     """nDCG@10 on one kind of text.
 
     Attributes:
-        plain, fused: of each query by setting.
-        bm25: of each query in the order of BM25.
-        bi_encoder: the mean in the order of the bi-encoder.
-        cost: share of the full network's operations by setting.
+        plain, fused: nDCG@10 of each query by setting, without and with fusion.
+        bm25: nDCG@10 of each query in the order of BM25.
+        bi_encoder: mean nDCG@10 in the order of the bi-encoder.
+        cost: fraction of the full network's operations by setting.
     """
 
     plain: Mapping[Setting, Sequence[float]]
@@ -63,10 +63,14 @@ class Kind:
 
 
 def measure(data: Path, output: Path, model: str, weight: float, split: str, top_k: int) -> Kind:
-    """Evaluate a model on a collection, and read what was written.
+    """Evaluate a model on a collection, and read the results.
 
     Args:
-        weight: of BM25 in fused scores.
+        data: the collection.
+        output: folder of the report.
+        model: name or path of the model.
+        weight: weight of BM25 in fused scores.
+        split: split of the collection.
         top_k: candidates of a query.
     """
     evaluate(
@@ -78,9 +82,9 @@ def measure(data: Path, output: Path, model: str, weight: float, split: str, top
         ]
     )
     report = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    plain = results(output / "settings", report["settings"])
-    # A weight of 0 changes no order, and nothing is stored.
-    fused = results(output / "fused" / "settings", report["settings"]) if weight else plain
+    plain = read_results(output / "settings", report["settings"])
+    # At weight 0 the evaluation stores no fused results, since no order changes.
+    fused = read_results(output / "fused" / "settings", report["settings"]) if weight else plain
     full = plain[max(plain, key=lambda setting: (setting.depth, -setting.compress_ratio))]
     candidates = from_bm25(read_collection(data, split), top_k)
     return Kind(
@@ -92,11 +96,12 @@ def measure(data: Path, output: Path, model: str, weight: float, split: str, top
     )
 
 
-def results(directory: Path, settings: Sequence[Mapping]) -> dict[Setting, dict]:
-    """The results that an evaluation stored, by setting.
+def read_results(directory: Path, settings: Sequence[Mapping]) -> dict[Setting, dict]:
+    """Read the stored results of an evaluation, by setting.
 
     Args:
-        settings: those of the evaluation's results.json; an earlier one may have stored others in the directory.
+        directory: folder of the stored results, which may also have those of an earlier evaluation.
+        settings: the settings in the evaluation's results.json.
     """
     names = [field.name for field in fields(Setting)]
     return {
@@ -107,8 +112,8 @@ def results(directory: Path, settings: Sequence[Mapping]) -> dict[Setting, dict]
     }
 
 
-def table(kinds: Mapping[str, Kind]) -> str:
-    """nDCG@10 of each kind, and the mean of all, as Markdown."""
+def tabulate(kinds: Mapping[str, Kind]) -> str:
+    """Tabulate nDCG@10 of each kind, and the mean over kinds, as Markdown."""
     settings = sorted(next(iter(kinds.values())).plain, key=lambda setting: (setting.compress_ratio, setting.depth))
     deepest = max((setting for setting in settings if setting.compress_ratio == 1), key=lambda item: item.depth)
     names = [
@@ -148,7 +153,17 @@ def table(kinds: Mapping[str, Kind]) -> str:
 
 
 def interval(parts: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """The mean of the means of some kinds, and its 95 % confidence interval, by drawing queries within each kind."""
+    """Return the mean over kinds of their means, and its 95 % confidence interval by a bootstrap.
+
+    Queries are drawn within each kind. The percentiles of the draws are the interval's ends (Efron and Tibshirani, An
+    introduction to the bootstrap, 1993, chapter 13).
+
+    Args:
+        parts: for each kind a value for each query.
+
+    Returns:
+        mean, low and high end.
+    """
     rng = np.random.default_rng(0)
     arrays = [np.asarray(part) for part in parts]
     drawn = np.mean(
@@ -159,7 +174,7 @@ def interval(parts: Sequence[Sequence[float]]) -> tuple[float, float, float]:
 
 
 def draw(panels: Mapping[str, Sequence[Kind]], path: Path) -> None:
-    """A panel for each group of kinds, quality against share of operations."""
+    """Draw a panel for each group of kinds: quality against the fraction of operations."""
     figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (name, kinds) in zip(axes, panels.items(), strict=True):
@@ -174,7 +189,7 @@ def draw(panels: Mapping[str, Sequence[Kind]], path: Path) -> None:
 
 
 def draw_panel(panel: Axes, kinds: Sequence[Kind]) -> None:
-    """Lines of the exits at each ratio, plain and fused, over the levels of BM25 and of the bi-encoder."""
+    """Draw a line of exits for each ratio, plain and fused, and the levels of BM25 and the bi-encoder."""
     panel.axhline(float(np.mean([np.mean(kind.bm25) for kind in kinds])), color="grey", ls="--", label=BM25)
     panel.axhline(float(np.mean([kind.bi_encoder for kind in kinds])), color="grey", ls=":", label=BI_ENCODER)
     for side, fill in (("plain", None), ("fused", "white")):
@@ -218,7 +233,7 @@ def main() -> None:
         for group in GROUPS.values()
         for name in group
     }
-    text = table(kinds)
+    text = tabulate(kinds)
     print(text)
     write_text(options.output / "table.md", text)
     draw(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# usage: mine.sh DIR      make training rows, DIR/rows, of the collections that collect.py wrote to DIR
-# Negatives are what BM25 and a bi-encoder (BI_ENCODER, all-MiniLM-L6-v2 if not set) rank first. A complete file is not
-# made again.
+# usage: mine.sh DIR      make training rows, DIR/rows, from the collections that collect.py wrote to DIR
+# Negatives are the first passages of BM25 and of a bi-encoder (BI_ENCODER, default all-MiniLM-L6-v2). Complete files are
+# skipped.
 set -euo pipefail
 dir=$1
 mkdir -p "$dir/rows"

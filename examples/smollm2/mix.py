@@ -2,8 +2,8 @@
 
     python examples/smollm2/mix.py DIR
 
-Reads DIR/taught and writes DIR/short and DIR/long. The short stage takes the first rows of a kind, the long stage the
-last.
+Reads DIR/taught and writes DIR/short and DIR/long. The short stage has the first rows of a kind, the long stage the
+last rows.
 """
 
 import argparse
@@ -43,17 +43,26 @@ LONG = {
 
 
 def mix(taught: Path, output: Path, counts: Mapping[str, int], is_first: bool) -> int:
-    """Write the first, or last, rows of each kind to `output` and return how many there are.
+    """Write the first, or last, rows of each kind to `output`.
+
+    Args:
+        taught: folder with the rows of each kind, as teach.sh writes them.
+        output: folder to write to.
+        counts: number of rows of each kind at most.
+        is_first: take the first rows of a kind; False takes the last rows.
+
+    Returns:
+        the number of rows written.
 
     Raises:
         FileNotFoundError: if `taught` has none of the kinds.
-        ValueError: if `output` has rows of another kind, on which training would run too.
+        ValueError: if `output` has rows of another kind, which training would read too.
     """
     names = {f"{kind}.jsonl" for kind in counts if (taught / f"{kind}.jsonl").is_file()}
     if not names:
-        raise FileNotFoundError(f"{taught} has none of {', '.join(counts)}: teach.sh writes them")
+        raise FileNotFoundError(f"{taught} has none of {', '.join(counts)}: run teach.sh, which writes them.")
     if others := sorted({path.name for path in output.glob("*.jsonl")} - names):
-        raise ValueError(f"{output} has {', '.join(others)}, which this mixture does not have: remove them.")
+        raise ValueError(f"{output} has {', '.join(others)}, which this mixture does not contain: remove them.")
     written = 0
     for kind, count in counts.items():
         path = taught / f"{kind}.jsonl"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# usage: teach.sh DIR     give the rows of mine.sh teacher scores: DIR/taught
+# usage: teach.sh DIR     add teacher scores to the rows of mine.sh: DIR/taught
 # The teacher is 20 × cosine of the bi-encoder + WEIGHT × BM25. weigh.py measures weights on the dev queries of each kind.
-# Negatives that the teacher scores higher than the positive by more than 2 are taken for relevant and dropped.
+# Negatives with a score more than 2 above the positive's are probably relevant and are dropped.
 set -euo pipefail
 dir=$1
 declare -A weight=([titles]=0.8 [phrases]=0.9 [abstracts]=0.9 [notes]=0.5 [sentences]=0.9 [wikipedia]=1)

@@ -2,8 +2,8 @@
 
     python examples/smollm2/weigh.py DIR
 
-Prints, for each collection that collect.py wrote to DIR, nDCG@10 of BM25's first 50 passages in their order, and in the
-order of the teacher with several weights. teach.sh has the weights that were chosen.
+Prints nDCG@10 of BM25's first 50 passages for each collection that collect.py wrote to DIR: in the order of BM25, and
+in the order of the teacher with several weights. teach.sh has the chosen weights.
 """
 
 import argparse
@@ -21,7 +21,12 @@ WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5)
 
 
 def measure(directory: Path, encoder: BiEncoder) -> tuple[int, list[float]]:
-    """Return the number of dev queries of a collection, and nDCG@10 of BM25 and of the teacher with each weight."""
+    """Return the number of dev queries of a collection, and nDCG@10 of BM25 and of the teacher with each weight.
+
+    Args:
+        directory: the collection.
+        encoder: the bi-encoder whose cosines the teacher uses.
+    """
     collection = read_collection(directory, "dev")
     names, texts = list(collection.passages), list(collection.passages.values())
     bm25 = bm25_scorer(texts)

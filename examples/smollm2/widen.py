@@ -2,8 +2,8 @@
 
     python examples/smollm2/widen.py --checkpoint FROM --rank 32 --exits 6 9 12 15 18 --output OUT
 
-Rows that are added to an adapter's A are drawn at random. Columns that are added to its B are zero. A new exit starts
-with the head of the next deeper one. Fine-tuning goes on from OUT with `--from_peft OUT`.
+New rows of an adapter's A are drawn at random, new columns of its B are zero. A new exit starts with the head of the
+next deeper exit. Fine-tuning continues from OUT with `--from_peft OUT`.
 """
 
 import argparse
@@ -21,18 +21,26 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
-    """Write the adapters in `checkpoint` with `rank` and `exits` to the directory `output`.
+    """Write the adapters in `checkpoint` with a higher rank and more exits to the directory `output`.
+
+    Args:
+        checkpoint: adapters that fine-tuning or write.py wrote.
+        output: directory to write to.
+        rank: new rank, such as a multiple of the adapters' rank.
+        exits: new exits, with all exits of the adapters and the same deepest one.
 
     Raises:
-        ValueError: if the rank is lower than the adapters', it changes their scale, they hold whole layers, or an exit
-            would be lost or be the new deepest.
+        ValueError: if the rank is lower than the adapters' rank or changes their scale, the adapters have whole layers,
+            an exit is missing, or a new exit is the deepest.
     """
     config, adapters = inspect_checkpoint(str(checkpoint)).config, PeftConfig.from_pretrained(checkpoint)
     have, exits = config.exit_layers, sorted(set(exits))
     if rank < adapters.r:
-        raise ValueError(f"rank {rank} is lower than that of {checkpoint}, {adapters.r}.")
+        raise ValueError(f"rank {rank} is lower than that of {checkpoint}, {adapters.r}: give a multiple of it.")
     if not set(have) <= set(exits) or exits[-1] != have[-1]:
-        raise ValueError(f"exits {exits} must contain those of {checkpoint}, {have}, and end with the same.")
+        raise ValueError(
+            f"exits {exits} must contain the exits of {checkpoint}, {have}, and have the same deepest exit."
+        )
     if adapters.lora_alpha * rank % adapters.r:
         raise ValueError(
             f"rank {rank} changes the scale of the adapters in {checkpoint}, lora_alpha {adapters.lora_alpha} / rank "
@@ -44,7 +52,7 @@ def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
     weights: dict[str, Tensor] = {}
     for name, value in load_file(checkpoint / WEIGHTS).items():
         head = re.search(r"\.lm_head\.(\d+)\.", name)
-        value = widened(value.float(), rank, is_first=".lora_A." in name)
+        value = pad_rank(value.float(), rank, is_first=".lora_A." in name)
         if head is None:
             weights[name] = value
             continue
@@ -61,8 +69,14 @@ def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
     save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
 
 
-def widened(value: Tensor, rank: int, is_first: bool) -> Tensor:
-    """A (rank, in) with drawn rows added, or B (out, rank) with columns of zeros."""
+def pad_rank(value: Tensor, rank: int, is_first: bool) -> Tensor:
+    """Add drawn rows to A, (rank, in), or columns of zeros to B, (out, rank).
+
+    Args:
+        value: A or B of an adapter.
+        rank: new rank.
+        is_first: True for A.
+    """
     if is_first:
         added = torch.empty(rank - len(value), value.shape[1]).uniform_(-1, 1) * value.shape[1] ** -0.5
         return torch.cat([value, added])

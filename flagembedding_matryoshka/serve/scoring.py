@@ -57,10 +57,11 @@ class FusionKey:
 
 @dataclass(frozen=True, eq=False)
 class DeadlineKey:
-    """What is computed until a deadline, and with nobody else.
+    """Key of a request with a deadline, which is computed alone.
 
     Attributes:
-        end: what `time.monotonic` says then.
+        setting: the deepest exit, the width and the cascade.
+        end: the deadline, as a value of `time.monotonic`.
         fusion: weight of the first stage's scores; None is no fusion.
     """
 

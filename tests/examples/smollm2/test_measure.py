@@ -26,7 +26,7 @@ def kind(shift):
 def test_the_table_has_means_and_p_values_of_each_kind():
     kinds = {"one": kind(1), "two": kind(2)}
     header, _, first, _, means = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in measure.table(kinds).splitlines()
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in measure.tabulate(kinds).splitlines()
     )
     assert header == ["kind", "queries", "BM25", "all-MiniLM-L6-v2", "2", "4", "p, 4", "fused 2", "fused 4", "p, fused"]
     expected = [

@@ -23,7 +23,7 @@ def test_rows_of_an_earlier_mixture_are_not_mixed_in(tmp_path):
     for kind in ("code", "glosses"):
         write_rows(tmp_path / "taught", kind, 3)
     mix(tmp_path / "taught", tmp_path / "short", {"code": 2, "glosses": 2}, True)
-    with pytest.raises(ValueError, match=r"short has glosses\.jsonl, which this mixture does not have: remove them"):
+    with pytest.raises(ValueError, match=r"short has glosses\.jsonl, which this mixture does not contain: remove them"):
         mix(tmp_path / "taught", tmp_path / "short", {"code": 1}, True)
     assert mix(tmp_path / "taught", tmp_path / "short", {"code": 1, "glosses": 3}, True) == 4
 
