@@ -9,7 +9,7 @@ from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 
 
 @pytest.mark.parametrize("highest", [1, 3])
-def test_measures_are_those_of_ir_measures(highest):
+def test_measures_equal_those_of_ir_measures(highest):
     draw = np.random.default_rng(0)
     lists, longest = 200, 25
     lengths = draw.integers(1, longest + 1, lists)
@@ -29,7 +29,7 @@ def test_measures_are_those_of_ir_measures(highest):
             assert len(set(found.round(6))) > (1 if k == 1 else 4)
 
 
-def test_of_equal_scores_the_lowest_grade_comes_first():
+def test_among_equal_scores_the_lowest_grade_ranks_first():
     scores = [[2.0, 1.0, 1.0, 1.0, 0.0], [5.0, 5.0, 5.0, 5.0, 5.0]]
     grades = [[0, 2, 0, 1, 3], [1, 0, 0, 0, 0]]
     ranked = rank_grades(scores, grades)
@@ -40,7 +40,7 @@ def test_of_equal_scores_the_lowest_grade_comes_first():
     assert ndcg(ranked, 10) == pytest.approx([dcg / ideal, 1 / math.log2(6)])
 
 
-def test_the_ideal_ranking_may_have_passages_that_the_list_lacks():
+def test_the_ideal_ranking_may_have_passages_that_are_not_in_the_list():
     assert ndcg([0, 1], 10, judged=[1, 0, 1]) == pytest.approx(1 / math.log2(3) / (1 + 1 / math.log2(3)))
     assert ndcg([0, 0], 10, judged=[0, 1]) == ndcg([0, 0], 10) == ndcg([-1, -2], 10) == 0
 

@@ -62,7 +62,7 @@ class Scored:
             own score, which `min_score` is compared with.
         """
         fused = None if self.fusion is None else self._fused_shown(self.fusion)
-        found = []
+        found: list[dict[str, Any]] = []
         for index in best_first(self.hits):
             if len(found) == count:
                 break

@@ -52,7 +52,7 @@ def like(hits, others):
 
 @pytest.mark.parametrize("rows", [OBJECTS, STRINGS], ids=["documents", "row"])
 @pytest.mark.parametrize("options", [{}, {"cascade": {2: 0.5, 4: 0.3}}])
-def test_scores_stand_in_documents_or_in_the_row(desk, reranker, rows, options, monkeypatch):
+def test_scores_are_read_from_documents_or_from_the_row(desk, reranker, rows, options, monkeypatch):
     monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
     words = ["--cascade", "2:0.5", "4:0.3"] if options else []
     rankings = ranked(desk, rows, *FUSED, *words)
@@ -99,7 +99,7 @@ def test_the_weight_of_the_plan(planned, reranker, words):
         like(hits, expected(reranker, number))
 
 
-def test_an_output_that_was_cut_off_is_completed_with_the_same_options_alone(desk, tmp_path, monkeypatch):
+def test_a_truncated_output_resumes_only_with_the_same_options(desk, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
     ranked(desk, OBJECTS, *FUSED)
     noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
@@ -133,14 +133,14 @@ def test_an_output_that_was_cut_off_is_completed_with_the_same_options_alone(des
         (("--first_stage", "order", "--fusion", "best"), "'best' must be a number or auto"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(desk, words, fault, capsys):
+def test_contradicting_options_are_refused(desk, words, fault, capsys):
     desk.write(OBJECTS)
     with pytest.raises(SystemExit):
         main(desk.words(*words))
     assert fault in capsys.readouterr().err and not desk.output.exists()
 
 
-def test_a_row_without_scores_is_named_before_anything_is_computed(desk):
+def test_a_row_without_scores_is_named_before_computation(desk):
     desk.write([*OBJECTS, STRINGS[0], ["wing", *TEXTS]])
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 5: neither the row nor one of its documents has"):
         main(desk.words(*FUSED))
@@ -148,7 +148,7 @@ def test_a_row_without_scores_is_named_before_anything_is_computed(desk):
 
 
 @pytest.mark.parametrize("words", [("--fusion", "0.5"), ("--first_stage", "order"), ("--first_stage_field", "bm25")])
-def test_score_refuses_what_is_of_rankings(desk, words, capsys):
+def test_score_refuses_options_of_rankings(desk, words, capsys):
     desk.write([["wing", "air"]])
     with pytest.raises(SystemExit):
         score.main(desk.words(*words))

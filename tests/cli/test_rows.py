@@ -98,7 +98,7 @@ DOCUMENTS = ["a", {"text": "b", "bm25": 3}, {"text": "c", "bm25": None}, {"text"
         ({"documents": [], "bm25": []}, []),
     ],
 )
-def test_first_stage_scores_are_those_of_documents_or_of_the_row(row, expected):
+def test_first_stage_scores_come_from_documents_or_from_the_row(row, expected):
     assert first_stage_scores(as_list({"query": "q"} | row), "bm25") == expected
 
 
@@ -115,6 +115,6 @@ def test_first_stage_scores_are_those_of_documents_or_of_the_row(row, expected):
         ({"documents": ["a", {"text": "b", "bm25": 10**400}]}, "'bm25' of document 1 is 10+.*, but must be finite"),
     ],
 )
-def test_first_stage_scores_that_are_missing_or_no_numbers_are_refused(row, fault):
+def test_missing_or_invalid_first_stage_scores_are_refused(row, fault):
     with pytest.raises(ValueError, match=fault):
         first_stage_scores(as_list({"query": "q"} | row), "bm25")

@@ -47,7 +47,7 @@ def test_the_scores_of_a_run_stay_with_its_candidates(beir, run):
         ({"q": [1.0, float("nan")]}, "value 1 is nan, but must be finite"),
     ],
 )
-def test_each_candidate_has_a_score_of_the_first_stage_or_none_has(scores, message):
+def test_all_candidates_or_none_need_first_stage_scores(scores, message):
     collection = Collection({"a": "x", "b": "y"}, {"q": "x"}, {"q": {"a": 1}})
     with pytest.raises(ValueError, match=message):
         Candidates(collection, {"q": ["a", "b"]}, "mine", scores)

@@ -40,7 +40,7 @@ def measured(reranker, tmp_path_factory):
     return results
 
 
-def test_exits_are_fused_from_the_scores_that_were_measured(reranker, candidates, measured, monkeypatch):
+def test_exits_are_fused_from_measured_scores(reranker, candidates, measured, monkeypatch):
     def second_pass(*arguments):
         raise AssertionError("the model ran again")
 
@@ -76,7 +76,7 @@ def test_a_fused_setting_ranks_as_the_re_ranker_does(reranker, candidates, measu
     assert {query: ranking(scores) for query, scores in found.items()} == {q: ids for q, ids in rankings.items() if ids}
 
 
-def test_a_cascade_that_drops_by_the_fused_score_stands_beside_the_plain_one(reranker, candidates, measured):
+def test_a_fused_cascade_is_stored_beside_the_plain_one(reranker, candidates, measured):
     results, store = measured(candidates)
     evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS)
     assert store.run(CASCADE) != Store(store.directory / "fused", {}).run(CASCADE)
@@ -127,7 +127,7 @@ def report():
     return report_fusion(lists_of(40), choice, plain, fused, FULL, first_stage), plain, fused, first
 
 
-def test_changes_are_of_the_queries_that_did_not_choose(report):
+def test_changes_are_measured_on_the_held_out_half(report):
     found, plain, fused, first = report
     halves = Halves.of(lists_of(40).passages)
     places = list(halves.held_out)
@@ -164,7 +164,7 @@ def test_other_settings_are_tested_together(report):
     assert [item.result.setting.depth for item in many.settings] == [3, 6, 4, 5]
 
 
-def test_the_summary_says_the_choice_and_what_it_gives(report):
+def test_the_summary_has_the_choice_and_the_change(report):
     found, *_ = report
     _, full = found.settings
     low, high = full.against_plain.interval
@@ -227,13 +227,13 @@ def test_bi_encoders_are_fused_too(reranker, candidates, measured, tmp_path):
     assert [item["name"] for item in report.as_json()["orders"]] == list(orders)
 
 
-def test_without_a_bi_encoder_no_orders_stand_beside(candidates, measured):
+def test_without_a_bi_encoder_there_are_no_orders(candidates, measured):
     results, store = measured(candidates)
     baselines = [as_given(candidates, 10), at_random(candidates, 10)]
     assert fuse_orders(candidates, store.run(FULL), results[1], 0.5, baselines, (0.5,), 10) == []
 
 
-def test_a_choice_at_the_end_of_the_weights_is_said(reranker, candidates, measured, caplog):
+def test_a_choice_of_the_largest_weight_is_logged(reranker, candidates, measured, caplog):
     (_, full, _), store = measured(candidates)
     judged = candidates.collection.relevant
     first_stage = {

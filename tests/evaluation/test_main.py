@@ -296,13 +296,13 @@ def test_the_texts_of_fused_cascades_are_not_tokenised_again(evaluate, no_pictur
 
 
 @pytest.mark.parametrize("weight", ["-1", "nan", "inf", "much"])
-def test_a_weight_that_is_none_is_refused(evaluate, weight, capsys):
+def test_an_invalid_weight_is_refused(evaluate, weight, capsys):
     with pytest.raises(SystemExit):
         evaluate(f"--fusion={weight}")
     assert f"'{weight}' must be a finite number of at least 0" in capsys.readouterr().err
 
 
-def test_fusion_without_scores_is_refused_before_anything_is_measured(evaluate, tmp_path, monkeypatch):
+def test_fusion_without_scores_is_refused_before_measuring(evaluate, tmp_path, monkeypatch):
     run = tmp_path / "same.trec"
     run.write_text("".join(f"q{query} Q0 p{number} 1 1 x\n" for query in (1, 2, 3) for number in (0, 4)))
     with pytest.raises(ValueError, match=r"the first 100 of same\.trec: --fusion needs the first stage's scores"):

@@ -71,7 +71,7 @@ def test_an_interval_is_of_the_differences_and_repeats():
     assert paired_interval([0.5], [0.25]) is None
 
 
-def test_an_interval_of_a_mean_is_that_of_differences_from_nothing():
+def test_the_interval_of_a_mean_is_that_of_differences_from_zero():
     values = [0.9, 0.4, 0.8, 0.7, 0.75]
     low, high = mean_interval(values)
     assert low < np.mean(values) < high and (low, high) == paired_interval(values, [0.0] * 5)

@@ -127,5 +127,5 @@ def test_lists_without_scores_are_refused(lists, first_stage, message):
         first_stage_run(replace(lists, first_stage=first_stage(lists.passages)))
 
 
-def test_a_query_whose_candidates_have_one_score_is_no_reason(lists):
+def test_a_single_query_with_equal_scores_is_accepted(lists):
     assert first_stage_run(replace(lists, first_stage=lists.first_stage | {"q0": [1.0] * 6}))["q0"]["p0"] == 1.0

@@ -109,7 +109,9 @@ def test_the_mean_is_evaluated(tiny_raw_model_path, training_file, tmp_path):
         ({"load_best_model_at_end": True}, "average_last=3 contradicts load_best_model_at_end=True"),
     ],
 )
-def test_what_contradicts_an_average_is_refused(options, message, tiny_raw_model_path, training_file, tmp_path):
+def test_arguments_that_contradict_an_average_are_refused(
+    options, message, tiny_raw_model_path, training_file, tmp_path
+):
     data_args = {"eval_data": [str(training_file)]} if "load_best_model_at_end" in options else {}
     with pytest.raises(ValueError, match=message):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {}, data_args, **OPTIONS | options)
@@ -156,7 +158,7 @@ def test_too_few_checkpoints_are_refused_before_training(tmp_path):
     assert [path.name for path in saved.checkpoints(args, 10)] == ["checkpoint-8", "checkpoint-4"]
 
 
-def test_a_checkpoint_that_is_lost_is_missed_before_training(tmp_path):
+def test_a_missing_checkpoint_is_refused_before_training(tmp_path):
     for step in (4, 9):
         write_checkpoint(tmp_path, step)
     with pytest.raises(ValueError, match=r"needs the checkpoints of steps 8, 9, 10, but .* no complete checkpoint-8:"):

@@ -73,7 +73,7 @@ def test_vectors_that_are_not_finite_are_refused(path, texts):
         list(encoder.lists(texts, ["wing"], 3))
 
 
-def test_vectors_that_are_stored_are_not_computed_again(path, encoder, texts, monkeypatch, tmp_path):
+def test_stored_vectors_are_not_computed_again(path, encoder, texts, monkeypatch, tmp_path):
     monkeypatch.setattr(bi_encoder, "TEXTS_AT_ONCE", 4)
     corpus, questions = texts[:10], texts[10:16]
     expected = list(encoder.lists(corpus, questions, 3))

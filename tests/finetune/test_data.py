@@ -144,7 +144,7 @@ def test_random_negatives_differ_from_each_other_and_from_the_row(kind, share, t
                 assert scores == [score_of.get(text, -11.0) for text in passages]
 
 
-def test_rows_without_negatives_get_all_of_theirs_from_other_rows(tmp_path, tiny_tokenizer):
+def test_rows_without_negatives_get_negatives_from_other_rows(tmp_path, tiny_tokenizer):
     rows = [{"query": f"q {i}", "pos": [f"pos {i}"], "neg": [], "pos_scores": [i]} for i in range(5)]
     path = write(tmp_path / "rows.jsonl", *rows)
     options = {"train_group_size": 4, "knowledge_distillation": True}

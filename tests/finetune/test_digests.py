@@ -1,7 +1,7 @@
 from flagembedding_matryoshka.finetune.digests import digest_model, digest_texts
 
 
-def test_a_model_is_its_weights_and_not_the_checkpoints_of_its_training(tmp_path):
+def test_the_digest_of_a_model_ignores_checkpoints_of_its_training(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "model.safetensors").write_bytes(b"a")
     before = digest_model(str(tmp_path))
@@ -12,5 +12,5 @@ def test_a_model_is_its_weights_and_not_the_checkpoints_of_its_training(tmp_path
     assert digest_model("BAAI/some-name") is None
 
 
-def test_texts_differ_by_where_they_end():
+def test_digests_depend_on_the_ends_of_texts():
     assert digest_texts(["ab", "c"]) == digest_texts(iter(["ab", "c"])) != digest_texts(["a", "bc"])

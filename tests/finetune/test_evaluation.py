@@ -33,14 +33,14 @@ def test_a_relevant_passage_below_the_tenth_place_counts_nothing():
     assert metrics["layer_4_MRR@10"] == metrics["layer_4_nDCG@10"] == 0.0
 
 
-def test_a_model_that_gives_one_score_to_all_passages_ranks_worst():
+def test_a_model_with_one_score_for_all_passages_ranks_worst():
     scores = np.zeros((2, 3, 1))
     metrics = ranking_metrics(EvalPrediction(scores, LABELS), exits=[4])
     assert metrics["MRR@10"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert metrics["nDCG@10"] == pytest.approx((1 / math.log2(4) + 1 / math.log2(3)) / 2)
 
 
-def test_a_score_that_is_no_number_is_named():
+def test_a_nan_score_is_named():
     scores = np.zeros((2, 3, 2))
     scores[1, 2] = np.nan  # behind the list
     ranking_metrics(EvalPrediction(scores, LABELS), exits=[4, 8])

@@ -68,7 +68,7 @@ WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
         pytest.param({**WORKERS, "gradient_accumulation_steps": 2}, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_is_killed_twice_trains_what_it_would_have(
+def test_a_run_that_is_killed_twice_trains_like_an_uninterrupted_run(
     options, evaluates, tiny_raw_model_path, nine_rows, tmp_path, passes
 ):
     def run(output_dir, **more):
@@ -117,7 +117,7 @@ def test_a_run_is_not_resumed_in_another_order(tiny_raw_model_path, nine_rows, t
     assert [step for step, *_ in passes[count:]] == [3, 3]
 
 
-def test_what_changes_the_order_is_named():
+def test_changes_of_the_order_are_named():
     class Loader(list):
         dataset = range(9)
 

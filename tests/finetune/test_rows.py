@@ -153,7 +153,7 @@ def test_files_without_a_row(tmp_path):
         load_files([str(empty)], "labels", str(tmp_path))
 
 
-def test_the_rows_that_are_drawn_do_not_depend_on_the_directory(tmp_path):
+def test_drawn_rows_do_not_depend_on_the_directory(tmp_path):
     rows = load(write(tmp_path / "rows.jsonl", *({**ROW, "query": f"q {number}"} for number in range(50))))
     drawn = [sampled(rows, path, 5, seed)["query"][:] for path, seed in (("a/x.jsonl", 1), ("/b/x.jsonl", 1), ("x", 2))]
     assert len(drawn[0]) == 5 and drawn[0] == drawn[1] != drawn[2]

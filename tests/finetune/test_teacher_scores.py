@@ -149,7 +149,7 @@ def killable(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [(), ("--drop_margin", 0.5, "--raise_positive", 1)])
-def test_a_run_that_is_stopped_continues_where_it_was(more, killable, training_rows, rows, tmp_path):
+def test_a_stopped_run_continues(more, killable, training_rows, rows, tmp_path):
     def run(name, *words):
         options = ["--input", training_rows, "--output", tmp_path / name, "--backend", "bm25", *more, *words]
         main([*map(str, options)])
@@ -186,7 +186,7 @@ def test_scores_of_other_rows_are_not_continued(killable, training_rows, rows, t
         main([*map(str, options)])
 
 
-def test_rows_that_change_while_they_are_scored_get_no_scores_of_others(killable, training_rows, rows, tmp_path):
+def test_an_input_that_changes_while_it_is_scored_is_refused(killable, training_rows, rows, tmp_path):
     options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
     text = training_rows.read_text()
     teacher = teacher_scores.TEACHERS["bm25"]
@@ -210,7 +210,7 @@ def test_rows_that_change_while_they_are_scored_get_no_scores_of_others(killable
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 7
 
 
-def test_other_margins_need_no_scores_anew(killable, training_rows, tmp_path):
+def test_other_margins_keep_the_scores(killable, training_rows, tmp_path):
     options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
     with pytest.raises(ValueError, match="all 7 rows lose all their negatives by a margin of 1000"):
         main([*options, "--drop_margin", "1000"])
@@ -297,7 +297,7 @@ def test_a_teacher_needs_a_model(training_rows, capsys):
     assert "--backend bi_encoder needs --model" in capsys.readouterr().err
 
 
-def test_a_backend_is_found_by_its_first_name(cross_encoder, training_rows):
+def test_a_backend_has_an_alias(cross_encoder, training_rows):
     first, now = (scored(training_rows, cross_encoder, (name,)) for name in ("sentence_transformers", "cross_encoder"))
     assert first == now
 

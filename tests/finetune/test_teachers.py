@@ -98,7 +98,7 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize("options", WIDTHS, ids=str)
-def test_a_student_teaches_what_it_scores(student_path, options):
+def test_a_student_teaches_its_own_scores(student_path, options):
     reranker = MatryoshkaReranker(student_path, dtype="float32", devices="cpu")
     expected = np.array(reranker.compute_score(PAIRS, **options))
     teach = cross_encoder_teacher(student_path, device="cpu", batch_size=7, scale=2.0, **options)
@@ -114,7 +114,7 @@ def test_a_student_teaches_in_bfloat16(student_path):
     assert found == pytest.approx(expected, abs=0.02) and 1e-4 < np.abs(found - full).max() < 0.2
 
 
-def test_a_query_is_computed_once_for_its_neighbours(student_path, monkeypatch):
+def test_neighbouring_pairs_share_their_query(student_path, monkeypatch):
     tokens = []
     pack = student_teacher.pack_pairs
 

@@ -169,13 +169,13 @@ def test_until_a_deadline_the_best_by_the_fused_score_go_deeper(timed, share):
     assert bool(deeper) == (share > 0.01) and len(deeper) < len(DOCUMENTS)
 
 
-def test_any_time_is_the_plain_fused_ranking_at_full_depth(reranker):
+def test_a_late_deadline_gives_the_fused_ranking_at_full_depth(reranker):
     options = {"first_stage_scores": FIRST, "fusion": 0.7}
     (expected,), (found,) = ([reranker.rank(QUERY, DOCUMENTS, **options, **depth)] for depth in DEPTHS[::2])
     close([[hit | {"cutoff_layer": 6} for hit in expected]], [found])
 
 
-def test_with_a_cascade_and_any_time_as_many_and_the_same_go_to_the_end(reranker):
+def test_a_late_deadline_with_a_cascade_gives_the_cascade(reranker):
     options = {"cascade": {3: 0.4}, "first_stage_scores": FIRST, "fusion": 0.7}
     expected, found = (reranker.rank(QUERY, DOCUMENTS, **options, **time) for time in ({}, {"deadline_ms": math.inf}))
     last = [[hit for hit in hits if hit["cutoff_layer"] == 6] for hits in (expected, found)]
@@ -325,7 +325,7 @@ def test_each_query_may_have_an_instruction_beside_its_scores(reranker):
         ({"first_stage_scores": FIRST, "fusion": "auto"}, FileNotFoundError, "fusion='auto' .*with --fusion also"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_computed(reranker, options, error, message, monkeypatch):
+def test_invalid_options_are_refused_before_computation(reranker, options, error, message, monkeypatch):
     monkeypatch.setattr(reranker, "_run", lambda *_, **__: pytest.fail("something is computed"))
     with pytest.raises(error, match=message):
         reranker.rank(QUERY, DOCUMENTS, **options)
@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(reranker, opti
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_there_are_as_many_lists_of_scores_as_queries(reranker, count, monkeypatch):
+def test_each_query_needs_a_list_of_scores(reranker, count, monkeypatch):
     named = "list 1 is missing" if count == 1 else "query 2 is missing"
     options = {"first_stage_scores": [[1.0]] * count, "fusion": 1}
     rankings = reranker.rank_iter(["a", "b"], [["c"], ["d"]], **options)
@@ -352,7 +352,7 @@ def test_there_are_as_many_lists_of_scores_as_queries(reranker, count, monkeypat
         reranker.rank_batch(["a", "b"], [["c"], ["d"]], **options)
 
 
-def test_a_stream_raises_what_is_wrong_with_a_list_when_it_is_read(reranker, monkeypatch):
+def test_a_stream_raises_the_fault_of_a_list_when_it_is_read(reranker, monkeypatch):
     monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 1)
     scores = iter([[1.0]] * 5 + [[math.nan]])
     rankings = reranker.rank_iter(["a"] * 6, [["d"]] * 6, first_stage_scores=scores, fusion=1)
@@ -381,7 +381,7 @@ def test_calls_that_do_not_rank_refuse_a_weight_by_its_name(reranker):
         reranker.setting(fusion=-1)
 
 
-def test_a_score_that_is_no_number_spoils_no_fused_score_silently(reranker, monkeypatch):
+def test_a_nan_score_is_an_error_with_fusion(reranker, monkeypatch):
     scores = reranker.model.scores
 
     def broken_at_the_first_exit(states, setting, layers):
@@ -429,7 +429,7 @@ def planned(tiny_layerwise_path, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*names no weights")
-def test_a_plan_gives_the_weight_to_those_who_follow_or_ask(planned, reranker):
+def test_a_plan_gives_the_weight_for_a_budget_and_for_auto(planned, reranker):
     expected = reranker.rank(QUERY, DOCUMENTS, first_stage_scores=FIRST, fusion=0.4)
     followed = planned(PLAN, budget=0.7)
     of_cascade = reranker.rank(QUERY, DOCUMENTS, first_stage_scores=FIRST, fusion=0.4, cascade={3: 0.25})

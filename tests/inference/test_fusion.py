@@ -43,12 +43,12 @@ def test_equal_scores_of_one_side_leave_the_order_to_the_other():
 
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-200, 1.0, 1e200, 1.5e308])
-def test_no_scale_overflows_or_vanishes(scale):
+def test_standard_scores_of_extreme_scales_are_finite(scale):
     values = torch.tensor([-1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     assert torch.allclose(standard_scores(values * scale), standard_scores(values), atol=1e-3)
 
 
-def test_the_last_digit_of_a_large_value_is_no_division_by_zero():
+def test_the_last_digit_of_a_large_value_causes_no_division_by_zero():
     last = math.nextafter(1.0, 2.0)
     for values in ([last, math.nextafter(last, 2.0)], [1.0, last, last], [-last, -1.0]):
         found = standard_scores(torch.tensor(values, dtype=torch.float64)).tolist()

@@ -202,7 +202,7 @@ def test_a_plan_is_read_as_it_was_written(model, tmp_path):
         assert load_plan(model, config, ["somewhere/one"]) == plan
 
 
-def test_a_plan_of_before_there_was_fusion_has_no_weight(model, tmp_path):
+def test_an_older_plan_has_no_weight(model, tmp_path):
     stored = json.loads(_stored())
     del stored["fusion"]
     (tmp_path / "model" / PLAN_NAME).write_text(json.dumps(stored))

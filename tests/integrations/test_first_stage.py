@@ -154,7 +154,7 @@ def test_a_path_takes_a_weight_and_is_saved_with_it(reranker, from_path, library
     close(by_order.rank(), reranker.rank(QUERY, TEXTS, first_stage="order", fusion=2.0))
 
 
-def test_haystack_and_llama_index_write_where_scores_come_from(reranker, from_path):
+def test_haystack_and_llama_index_save_the_source_of_scores(reranker, from_path):
     hits = reranker.rank(QUERY, TEXTS, first_stage_scores=SCORES, fusion=2.0)
     haystack, llama_index = (library(**from_path, fusion=2.0, **KEYS) for library in (Haystack, LlamaIndex))
     haystack.made = type(haystack.made).from_dict(json.loads(json.dumps(haystack.made.to_dict())))
@@ -164,7 +164,7 @@ def test_haystack_and_llama_index_write_where_scores_come_from(reranker, from_pa
 
 
 @pytest.mark.parametrize("library", WITH_FIELD)
-def test_a_key_stands_in_place_of_the_librarys_field(reranker, library):
+def test_a_key_replaces_the_librarys_field(reranker, library):
     made = library(reranker, fusion=2.0, first_stage_key="rank")
     with pytest.raises(ValueError, match=r"first_stage_key='rank' needs .* none of 4 texts has one"):
         made.rank()
@@ -187,14 +187,14 @@ def test_a_plans_weight_is_for_documents_with_scores(planned, library):
 
 
 @pytest.mark.parametrize("library", WITHOUT_FIELD)
-def test_a_plans_weight_is_not_for_metadata_that_nobody_named(planned, library):
+def test_a_plans_weight_does_not_read_unnamed_metadata(planned, library):
     close(library(planned).rank(), planned.rank(QUERY, TEXTS))
     close(library(planned, **KEYS).rank(), planned.rank(QUERY, TEXTS, first_stage_scores=SCORES))
     with pytest.raises(ValueError, match="first_stage_key='bm25' needs the first stage's scores, but none of 4 texts"):
         library(planned, **KEYS).rank([None] * 4)
 
 
-def test_the_default_of_a_reranker_is_as_a_plans(tiny_layerwise_path):
+def test_a_rerankers_default_weight_acts_like_a_plans(tiny_layerwise_path):
     own = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", fusion=2.0)
     close(Haystack(own).rank(), own.rank(QUERY, TEXTS, first_stage_scores=SCORES))
     close(Haystack(own).rank([None] * 4), own.rank(QUERY, TEXTS))
@@ -212,7 +212,7 @@ def test_a_weight_is_refused_if_no_document_has_a_score(reranker, from_path, lib
     assert made.made._ranking(QUERY, [], [], scores=[]) == []
 
 
-def test_langchain_asks_for_a_key_at_once(reranker, from_path):
+def test_langchain_needs_a_key_at_construction(reranker, from_path):
     for given in ({"reranker": reranker}, from_path):
         with pytest.raises(
             ValueError, match=r"fusion=0.5 needs .* the library's texts have no score field. Give first"
@@ -233,13 +233,13 @@ def test_langchain_asks_for_a_key_at_once(reranker, from_path):
         ({"first_stage": "order", "fusion": -1}, "fusion is -1, but must be finite and at least 0"),
     ],
 )
-def test_what_contradicts_is_refused_at_once(reranker, library, options, message):
+def test_contradicting_options_are_refused_at_once(reranker, library, options, message):
     with pytest.raises(ValueError, match=message):
         library(reranker, **options)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_score_that_is_not_finite_is_refused_by_where_it_stands(reranker, library):
+def test_the_error_of_an_infinite_score_names_its_source(reranker, library):
     where = "metadata 'bm25'" if library.of_scores else "scores, which first_stage='none' ignores"
     with pytest.raises(ValueError, match=f"value 1 is nan, but must be finite.*They are the texts' {where}"):
         library(reranker, fusion=0.5, **library.of_scores).rank([1.0, math.nan, 2.0, 3.0])
@@ -286,7 +286,7 @@ def test_rerankers_takes_scores_with_a_call(reranker):
         Rerankers(reranker).rank(first_stage_scores=own)
 
 
-def test_rerankers_says_whether_scores_are_in_order_and_scores_one_document(reranker):
+def test_rerankers_has_scores_is_false_with_a_cascade_and_scores_one_document(reranker):
     for options, is_ordered in (({}, True), ({"cascade": {3: 0.5}}, False), ({"deadline_ms": 1000}, False)):
         made = Rerankers(reranker, fusion=2.0, **KEYS, **options).made
         found = made.rank(QUERY, TEXTS, metadata=[{"bm25": score} for score in SCORES])

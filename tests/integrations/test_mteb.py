@@ -320,7 +320,7 @@ def test_candidates_without_a_first_stage_are_refused(reranker, first_stage, tmp
             run(MatryoshkaSearch(reranker, fusion=0.5, first_stage="order"), task, tmp_path)
 
 
-def test_another_file_than_was_read_is_refused(reranker, first_stage, tmp_path):
+def test_changed_predictions_are_refused(reranker, first_stage, tmp_path):
     folder = tmp_path / "first"
     shutil.copytree(first_stage[0], folder)
     search = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=folder)
@@ -333,7 +333,7 @@ def test_another_file_than_was_read_is_refused(reranker, first_stage, tmp_path):
         run(MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=folder), second_stage(first_stage[0]), tmp_path)
 
 
-def test_each_first_stage_and_weight_has_a_cache_of_its_own(reranker, first_stage, tmp_path):
+def test_each_first_stage_and_weight_has_its_own_cache(reranker, first_stage, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(first_stage[0], other)
     options = [
@@ -352,7 +352,7 @@ def test_each_first_stage_and_weight_has_a_cache_of_its_own(reranker, first_stag
     assert "fusion" not in models[0].experiment_kwargs and models[2].experiment_kwargs["fusion"] == 1.0
 
 
-def test_a_default_weight_is_for_a_first_stage_that_is_given(tiny_layerwise_path, reranker):
+def test_a_default_weight_is_for_a_given_first_stage(tiny_layerwise_path, reranker):
     path = str(tiny_layerwise_path)
     own = MatryoshkaReranker(path, dtype="float32", devices="cpu", fusion=0.7)
     assert MatryoshkaSearch(own).mteb_model_meta == MatryoshkaSearch(reranker).mteb_model_meta
@@ -371,7 +371,7 @@ def test_a_default_weight_is_for_a_first_stage_that_is_given(tiny_layerwise_path
         ({"meta_fields_to_embed": ["title"]}, ValueError, r"\['meta_fields_to_embed'\] needs texts with metadata"),
     ],
 )
-def test_fusion_that_does_not_fit_is_refused_at_once(reranker, tiny_layerwise_path, options, error, message):
+def test_invalid_fusion_is_refused_at_once(reranker, tiny_layerwise_path, options, error, message):
     for model in (reranker, str(tiny_layerwise_path)):
         with pytest.raises(error, match=message):
             MatryoshkaSearch(model, **options)

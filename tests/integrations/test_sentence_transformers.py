@@ -318,9 +318,7 @@ def test_rank_fuses_as_the_reranker(options, given, cross_encoder, tiny_layerwis
         ({"first_stage_scores": FIRST[1:], "fusion": 1}, ValueError, "4 first_stage_scores, but 5 candidates"),
     ],
 )
-def test_fusion_that_does_not_fit_is_refused_before_anything_is_computed(
-    cross_encoder, options, error, message, monkeypatch
-):
+def test_invalid_fusion_is_refused_before_computation(cross_encoder, options, error, message, monkeypatch):
     monkeypatch.setattr(type(cross_encoder), "predict", lambda *_, **__: pytest.fail("something is computed"))
     with pytest.raises(error, match=message):
         cross_encoder.rank("heat", DOCUMENTS, **options)

@@ -83,7 +83,7 @@ def test_every_form_ranks_as_the_library(client, reranker, options):
 
 @pytest.mark.parametrize("options", DEPTHS)
 @pytest.mark.parametrize("shown", [{}, {"raw_scores": True}])
-def test_who_sorts_by_the_score_shown_keeps_the_order(client, options, shown):
+def test_sorting_by_the_shown_score_keeps_the_order(client, options, shown):
     for weight in (0, 0.5, 40, 1e6):
         for form in ("cohere", "tei"):
             results = asked(client, form, fusion=weight, **options, **shown)
@@ -94,7 +94,7 @@ def test_who_sorts_by_the_score_shown_keeps_the_order(client, options, shown):
 
 
 @pytest.mark.parametrize("is_raw", [True, False])
-def test_no_two_exits_overlap_whatever_their_fused_scores(is_raw):
+def test_shown_scores_of_two_exits_do_not_overlap(is_raw):
     draw = random.Random(0)
     for weight in (0.0, 0.35, 1e6):
         for _ in range(50):
@@ -112,7 +112,7 @@ def test_no_two_exits_overlap_whatever_their_fused_scores(is_raw):
                 assert [hit["shown"] for hit in deepest] == [hit["fused_score"] for hit in deepest]
 
 
-def test_what_is_shown_at_one_exit(client):
+def test_the_shown_score_at_one_exit(client):
     results = asked(client, "cohere", fusion=0.7)
     raw = asked(client, "cohere", fusion=0.7, raw_scores=True)
     for hit, other in zip(results, raw, strict=True):
@@ -173,7 +173,7 @@ def test_a_chunk_has_the_first_stage_score_of_its_document(client, reranker, opt
     assert any(hit["chunk"]["start"] for hit in results) or options == {}
 
 
-def test_objects_come_back_as_they_were(client):
+def test_objects_are_returned_unchanged(client):
     body = body_of("objects", fusion=0.7, return_documents=True)
     for hit in results_of(client.post("/v2/rerank", json=body)):
         assert hit["document"] == body["documents"][hit["index"]]
@@ -187,7 +187,7 @@ def test_no_documents_are_no_results(client, form):
 
 
 @pytest.mark.parametrize("cascade", [None, {"2": 0.5, "4": 0.2}])
-def test_requests_of_all_kinds_in_one_queue_keep_their_own_scores(reranker, cascade, gate):
+def test_requests_in_one_queue_keep_their_own_scores(reranker, cascade, gate):
     depth = {} if cascade is None else {"cascade": cascade}
     bodies = [body_of("cohere", fusion=weight, **depth) for weight in (0.2, 0.7)]
     bodies += [body_of("cohere", first=FIRST[::-1], fusion=0.7, **depth), {"query": QUERY, "documents": TEXTS} | depth]
@@ -207,7 +207,7 @@ def test_requests_of_all_kinds_in_one_queue_keep_their_own_scores(reranker, casc
     assert len({tuple(hit["index"] for hit in results) for results in alone[:4]}) == 4
 
 
-def test_a_hurried_request_ranks_by_fused_scores_at_the_first_exit(client, reranker):
+def test_a_request_with_a_short_deadline_ranks_by_fused_scores_at_the_first_exit(client, reranker):
     expected = reranker.rank(QUERY, TEXTS, cutoff_layers=2, first_stage_scores=FIRST, fusion=0.7)
     results = asked(client, "cohere", fusion=0.7, deadline_ms=0.001)
     assert {hit["cutoff_layer"] for hit in results} == {2}
@@ -278,7 +278,7 @@ DIGITS = int("9" * 400)
         ({"fusions": 1}, "'fusion' is what it looks like"),
     ],
 )
-def test_what_cannot_be_fused_is_refused_before_anything_is_computed(client, reranker, options, message, monkeypatch):
+def test_invalid_fusion_is_refused_before_computation(client, reranker, options, message, monkeypatch):
     monkeypatch.setattr(reranker, "score_lists", lambda *_, **__: pytest.fail("something is computed"))
     bodies = [{"query": QUERY, "documents": TEXTS} | options]
     bodies += [] if "documents" in options else [{"query": QUERY, "texts": TEXTS} | options]
@@ -288,7 +288,7 @@ def test_what_cannot_be_fused_is_refused_before_anything_is_computed(client, rer
 
 
 @pytest.mark.parametrize("options", [{"first_stage_scores": [1.0]}, {"first_stage": "order"}, {"fusion": 0.5}])
-def test_score_ranks_nothing(client, options):
+def test_score_refuses_fusion(client, options):
     answer = client.post("/score", json={"text_1": QUERY, "text_2": ["air"]} | options)
     message = f"{next(iter(options))} change the order of a ranking; /score answers every pair"
     assert answer.status_code == 422 and message in answer.json()["message"]

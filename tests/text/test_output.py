@@ -10,7 +10,7 @@ SETTINGS = {"command": "score", "model": "m", "cutoff_layers": [3]}
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), max_size=5), st.data())
-def test_a_file_that_is_cut_anywhere_is_continued_behind_its_last_whole_line(tmp_path_factory, lines, data):
+def test_a_truncated_file_continues_after_its_last_complete_line(tmp_path_factory, lines, data):
     path = tmp_path_factory.mktemp("output") / "deep" / "out.jsonl"
     FileOutput(path, SETTINGS).append(lines)
     whole = path.read_bytes()
@@ -23,7 +23,7 @@ def test_a_file_that_is_cut_anywhere_is_continued_behind_its_last_whole_line(tmp
     assert path.read_bytes() == whole
 
 
-def test_a_line_that_is_longer_than_what_is_read_at_once(tmp_path):
+def test_a_line_longer_than_a_read_block(tmp_path):
     path = tmp_path / "out.jsonl"
     FileOutput(path, SETTINGS).append(["a"])
     with path.open("a") as file:
@@ -60,7 +60,7 @@ def test_the_same_settings_in_another_layout_are_the_same(tmp_path):
             FileOutput(path, SETTINGS)
 
 
-def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+def test_a_file_without_settings_is_not_changed(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("not ours")
     with pytest.raises(ValueError, match=r"out\.jsonl exists without out\.jsonl\.settings\.json"):
@@ -68,14 +68,14 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     assert path.read_text() == "not ours"
 
 
-def test_two_that_write_one_file_are_noticed(tmp_path):
+def test_a_second_writer_of_a_file_is_noticed(tmp_path):
     one, other = (FileOutput(tmp_path / "out.jsonl", SETTINGS) for _ in range(2))
     one.append(["a"])
     with pytest.raises(ValueError, match="has 2 bytes instead of 0: another process"):
         other.append(["a"])
 
 
-def test_where_the_dtype_is_not_known_it_is_not_compared_and_weights_are(tmp_path):
+def test_an_unknown_dtype_is_not_compared_and_weights_are(tmp_path):
     path, weights = tmp_path / "out.jsonl", {"weights": "a"}
     FileOutput(path, SETTINGS | weights | {"resolved_dtype": "float32"}).append(["a"])
     assert list(FileOutput(path, SETTINGS | weights).lines()) == ["a\n"]

@@ -53,7 +53,7 @@ def test_no_query_and_no_passage_is_there_twice(tmp_path):
     assert counts(tmp_path)["passages"] == 20
 
 
-def test_a_passage_that_repeats_half_of_another_is_left_out():
+def test_near_duplicates_are_left_out():
     common = " ".join(f"word{number}" for number in range(60))
     first = Pair("what is first", f"first {common} {' '.join(f'own{number}' for number in range(20))}")
     second = Pair("what is second", f"second {common}")

@@ -41,7 +41,7 @@ def test_the_table_has_means_and_p_values_of_each_kind():
     assert means[2] == f"{np.mean([np.mean(item.bm25) for item in kinds.values()]):.3f}" and means[6] == ""
 
 
-def test_an_interval_weighs_kinds_alike_and_shrinks_with_queries():
+def test_an_interval_weighs_kinds_equally_and_shrinks_with_queries():
     mean, low, high = measure.interval([[0.0] * 1000, [0.5, 1.5]])
     assert mean == pytest.approx(0.5) and low < mean < high
     few, many = (measure.interval([np.random.default_rng(1).random(count)]) for count in (20, 2000))

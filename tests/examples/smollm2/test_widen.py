@@ -31,7 +31,7 @@ def test_a_higher_rank_and_more_exits_change_no_score(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("rank", "exits", "said"), [(1, EXITS, "rank 1 is lower"), (64, EXITS[:-1], "must contain"), (64, [99], "end with")]
 )
-def test_what_would_lose_something_is_refused(checkpoint, tmp_path, rank, exits, said):
+def test_lower_ranks_and_missing_exits_are_refused(checkpoint, tmp_path, rank, exits, said):
     with pytest.raises(ValueError, match=said):
         widen.widen(checkpoint, tmp_path / "wide", rank, [*exits])
 
