@@ -51,7 +51,7 @@ class Job(ABC):
 
     @cached_property
     def reranker(self) -> MatryoshkaReranker:
-        """Made when it is first used: its errors are then those of the work, which Ray hands on as they are."""
+        """The re-ranker, loaded at first use, so that Ray passes its errors on unchanged, as errors of the work."""
         return MatryoshkaReranker(self.model, **self.options)
 
     @staticmethod
@@ -79,7 +79,7 @@ class Job(ABC):
         Raises:
             ValueError: if the re-ranker refuses a row, or gives something that is no number.
         """
-        reranker = self.reranker  # what is wrong with its options is no row's fault
+        reranker = self.reranker  # outside of try: errors of its options name no rows
         try:
             return self.results(reranker, window.rows)
         except (ArithmeticError, TypeError, ValueError) as error:

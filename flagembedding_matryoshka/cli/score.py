@@ -4,8 +4,8 @@ flagembedding-matryoshka score --model smollm2 --input pairs.jsonl --output scor
 
 A line is {"query": …, "passage": …}, where "document" is another name of the passage, ["query", "passage"], or the two
 with a tab between them. An object may have an "instruction" of its own, which goes before --instruction. The line is
-written back with "score" and all else that it has; with several --cutoff_layers "score" is a list, in their order. An
-output that is there is continued behind its last whole line.
+written back with all of its fields and "score"; with several --cutoff_layers "score" is a list, in their order. If the
+output file exists, the run resumes after its last complete line.
 """
 
 from __future__ import annotations

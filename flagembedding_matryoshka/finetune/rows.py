@@ -1,4 +1,4 @@
-"""Files of training rows: which there are, what is in them, and what is wrong with their lines."""
+"""Files of training rows: paths, contents and faults of lines."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ COLUMNS: dict[Reads, dict[str, Any]] = {
 }
 NO_ROW = "no row"
 LAYOUT = 3
-"""Of what the cache holds and which rows are right: what an older version has written is not read."""
+"""Version of the cache's layout and of the row checks. Caches of other versions are not read."""
 
 
 def training_files(paths: Sequence[str]) -> list[str]:
-    """The files that `paths`, files or directories, stand for, those of a directory in order of name, hidden ones not.
+    """Return the training files of `paths`, files or directories; those of a directory by name, without hidden ones.
 
     Raises:
-        FileNotFoundError: if a path is not there.
-        ValueError: if a file is not called .json or .jsonl, or a directory holds no such file.
+        FileNotFoundError: if a path does not exist.
+        ValueError: if a file's name does not end with .json or .jsonl, or a directory has no such file.
     """
     files: list[str] = []
     for path in map(Path, paths):
@@ -79,7 +79,7 @@ def load_rows(
         min_negatives: as in `row_fault`.
 
     Raises:
-        ValueError: naming file, line and what is wrong with the first line that is.
+        ValueError: on the first bad line; names file, line and fault.
     """
     columns = {"query": Value("string"), **COLUMNS[reads], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
     features = Features({**columns, "fault": Value("string")})
@@ -115,7 +115,7 @@ def load_files(
     """`load_rows` of several files.
 
     Raises:
-        ValueError: beside that, if there is no row in any of them.
+        ValueError: as `load_rows`, and if no file has a row.
     """
     files = [load_rows(path, reads, cache_dir, skip_bad_lines, min_negatives) for path in paths]
     if not any(map(len, files)):

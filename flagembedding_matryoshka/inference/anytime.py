@@ -22,7 +22,7 @@ class Part:
     places: list[int]
 
     def select(self, chosen: list[bool]) -> Part:
-        """Some of them; all of them are the part itself."""
+        """Return the chosen sequences; the part itself if all are chosen."""
         if all(chosen):
             return self
         indices = [index for index, is_chosen in enumerate(chosen) if is_chosen]
@@ -30,21 +30,21 @@ class Part:
 
 
 class AnytimeRun:
-    """One query's candidates on their way.
+    """One query's candidates, scored as deep as a deadline allows.
 
-    What is done is cascades, each twice as wide as the one before and going on from where that came; the first is of a
-    third of the candidates, or of as many as a batch has where these are fewer. In each as many come to an exit as it
-    is shallow, half as many to one that is twice as deep (successive halving, arXiv 1502.07943).
-    The order of the steps does not depend on when time is over, so that more of it leaves nobody less deep; where there
-    is enough for all that is left, that is the next step.
+    Runs cascades of doubling width. Each one continues where the previous one stopped. The first one has a third of the
+    candidates, or one batch if that is less. Within a cascade, half as many candidates reach an exit that is twice as
+    deep (successive halving, arXiv 1502.07943).
+    The order of the steps does not depend on the deadline, so a later deadline makes no candidate less deep. If the
+    time is enough for all remaining work, this work is the next step.
 
     Args:
         score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on the CPU.
         batches: candidates before the first layer.
-        setting: with one cutoff layer, the deepest that they go to; its cascade says how many go deeper at most.
-        exits: the model's, ascending.
-        reading: what reading scores at a layer costs, as a share of running it.
-        deadline: has started.
+        setting: with one cutoff layer, the deepest exit; its cascade limits the number of candidates that go deeper.
+        exits: the model's exits, ascending.
+        reading: cost of reading scores at a layer, relative to running the layer.
+        deadline: a deadline that has started.
         between: called before each call of `score`.
         fusion: candidates with the highest fused scores at an exit go deeper first; z is taken over the candidates that
             wait there. None ranks them by their scores.
@@ -115,7 +115,7 @@ class AnytimeRun:
             width *= 2
 
     def _bring(self, index: int, numbers: Sequence[int]) -> bool:
-        """Bring the best at an exit to a deeper one, as many as are missing there; whether time allowed it."""
+        """Run the best candidates at an exit to a deeper exit, up to its number; return False if time was too short."""
         layer = self._exits[index]
         missing = numbers[index + 1] - int((self._reached > layer).sum())
         if missing <= 0:
@@ -178,5 +178,5 @@ class AnytimeRun:
 
 
 def _most(setting: Setting, layer: int, candidates: int) -> int:
-    """How many of so many candidates may come to a layer behind the stages before it."""
+    """Return the number of candidates that may reach a layer after the cascade's earlier stages."""
     return min([candidates, *(share_of(share, candidates) for stage, share in setting.cascade if stage < layer)])

@@ -43,10 +43,10 @@ class ExitScore(NamedTuple):
 
 
 class Task(Protocol):
-    """What an engine computes for somebody."""
+    """A computation of an engine."""
 
     def start(self, engine: Engine) -> Callable[[], Any]:
-        """Give the device what it shall do, and return what waits for the result."""
+        """Queue the work on the device, and return a callable that blocks until the result is ready and returns it."""
         ...
 
 

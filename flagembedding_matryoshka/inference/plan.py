@@ -1,4 +1,4 @@
-"""Which setting to run within a budget, or for a wanted quality: a choice among those that an evaluation measured."""
+"""Choice of a setting within a budget or for a wanted quality, among the settings that an evaluation measured."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ COMMAND = "python -m flagembedding_matryoshka.evaluation --model {} --data DIR -
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting with what it costs and gives, as shares of the full network: deepest exit, full width, no cascade.
+    """A setting with its cost and quality, relative to the full network: deepest exit, full width, no cascade.
 
     Attributes:
-        flops_share: of its operations.
-        ndcg_share: of its nDCG@10, on the queries that the plan chooses by.
-        held_out_ndcg_share: the same on the others, by which nothing is chosen; None where that was not measured.
-        calibration: from its scores to the probability of relevance, where one was fitted.
+        flops_share: fraction of the full network's operations.
+        ndcg_share: fraction of its nDCG@10, on the queries that choose.
+        held_out_ndcg_share: the same on the held-out queries; None if that was not measured.
+        calibration: map from scores of the setting to probabilities of relevance; None if none was fitted.
 
     Raises:
         TypeError: if a share is not a number.
@@ -54,15 +54,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation measured.
+    """The measurements of an evaluation.
 
     Attributes:
-        exit_layers: the model's exits, all of them.
-        adapters: names of the adapters that were merged into it or attached beside its own, in order.
-        data, queries, candidates: on what it was measured: the collection, how many queries choose, whose lists.
-        settings: everything measured.
-        held_out_queries: how many others of the collection `held_out_ndcg_share` is of.
-        scored_with: words around the texts, dtype and quantization, on which calibrations depend; see
+        exit_layers: all exits of the model.
+        adapters: names of the adapters that were merged or attached, in order, apart from the model's own.
+        data, queries, candidates: the collection, the number of queries that choose, and the source of the lists.
+        settings: all measured settings.
+        held_out_queries: number of queries that `held_out_ndcg_share` was measured on.
+        scored_with: words around the texts, dtype and quantization, which calibrations depend on; see
             [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
         weights: the fingerprint of the weights, see
             [`~flagembedding_matryoshka.checkpoints.weights.weights_fingerprint`]; None in plans of older versions.

@@ -1,4 +1,4 @@
-"""A re-ranker that ranks, one query's documents or those of as many as come."""
+"""Ranking of one query's documents, or of the documents of many queries."""
 
 from __future__ import annotations
 
@@ -50,23 +50,22 @@ class RankingReranker(PlannedReranker):
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
 
         Args:
-            top_k: how many to return; None is all.
+            top_k: number of hits to return at most; None is all.
             return_documents: also return each document's text.
-            cascade: {exit: share of all documents that goes deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after exit
-                8 and a fifth of all after exit 16; the others stop there and rank behind, the further they came the
-                better. All of it is one pass, and the states of a query's documents lie in memory. None is the one that
-                `budget` or `quality` chose, if they did; where it keeps fewer than `top_k`, stopped ones fill up.
-            chunk: cut documents that are too long into chunks that each fit beside the query, and take of each document
-                the best. With a cascade chunks are the candidates: its shares are of all chunks of a query, a document
-                comes as far as its furthest chunk, and where chunks of fewer than `top_k` documents come to the end,
-                stopped ones fill up.
-            max_chunks_per_doc: chunks of a document, at most, from its beginning; None is as many as it takes.
-            overlap: tokens that a chunk has in common with the one before it, at most half of those it can hold.
-            deadline_ms: milliseconds from the call in which the ranking shall be there. All documents are scored at the
-                model's first exit, however long that takes; then they go from exit to exit as far as there is time, the
-                most promising first, by what the steps so far have taken. They go to the cutoff layer at most, with a
-                cascade, also one that `budget` or `quality` chose, no more of them than that says, and rank as in a
-                cascade. Of several queries each has so long from when it is computed, which one device does.
+            cascade: {exit: fraction of all documents that go deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after
+                exit 8 and a fifth of all after exit 16. Dropped documents rank after the documents of deeper exits. A
+                cascade is one pass, with the states of a query's documents in memory. None is the cascade that `budget`
+                or `quality` chose, if any; if it keeps fewer than `top_k`, dropped documents fill up.
+            chunk: cut documents that are too long into chunks that each fit beside the query, and take the best chunk
+                of each document. With a cascade its fractions are of all chunks of a query, and a document comes as far
+                as its furthest chunk. If fewer than `top_k` documents come to the end, dropped documents fill up.
+            max_chunks_per_doc: chunks of a document at most, from its beginning; None is no limit.
+            overlap: tokens that a chunk has in common with the previous chunk, at most half of its capacity.
+            deadline_ms: milliseconds from the call to the ranking; None is no deadline. All documents are scored at the
+                model's first exit, however long that takes. Then the most promising documents go deeper, as far as time
+                allows by the measured time of earlier steps, at most to the cutoff layer. A cascade, also one that
+                `budget` or `quality` chose, limits their number. Hits rank as in a cascade. Each of several queries has
+                this time from the start of its computation, on one device.
             min_score: hits with a lower score are left out and do not count in `top_k`. It is compared with the score
                 that is returned: raw, its sigmoid or the calibrated probability, as `normalize` says. None leaves out
                 none.
@@ -130,8 +129,8 @@ class RankingReranker(PlannedReranker):
         `instruction` may also be a list with an instruction, or None, for each query.
         `first_stage_scores` has a list of scores for each query.
 
-        Returns, raises: as `rank`, a list for each query; ValueError if there are not as many lists, instructions or
-            lists of first-stage scores as queries.
+        Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
+            first-stage scores is not the number of queries.
         """
         deadline = Deadline.of(deadline_ms, self._clock)
         queries, lists = as_lists(queries, candidates)
@@ -163,21 +162,20 @@ class RankingReranker(PlannedReranker):
         first_stage: Literal["order"] | None = None,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
-        """`rank_batch` for what does not fit into memory: the same rankings in the same order, each as soon as it and
-        those before it are known.
+        """Rank lists that need not fit into memory: the rankings of `rank_batch`, in the same order, as soon as known.
 
-        The input is read while that before it is computed, some thousand pairs ahead: as many as fill
-        [`~flagembedding_matryoshka.inference.tasks.BATCHES_TOKENIZED_AHEAD`] batches on each device, or one query's.
+        The input is read ahead of the computation by some thousand pairs, the content of
+        [`~flagembedding_matryoshka.inference.tasks.BATCHES_TOKENIZED_AHEAD`] batches on each device, or by one query.
 
         Args:
-            queries: or, without `candidates`, tuples of a query and its documents.
+            queries: the queries, or without `candidates` tuples of a query and its documents.
             first_stage_scores: an iterable with a list of scores for each query; it is read together with the queries.
 
         Yields:
-            what `rank` returns, for one query after the other.
+            the result of `rank` for each query.
 
         Raises:
-            TypeError, ValueError: as `rank_batch`; what is wrong with a list is raised when the list is read.
+            TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
         of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         lists = read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage)
@@ -309,13 +307,18 @@ class RankingReranker(PlannedReranker):
         min_score: float | None = None,
         **overrides: Any,
     ) -> Normalizer | None:
-        """What `rank` with these arguments turns raw scores into, given them and the exit at which they were read; None
-        leaves them raw. Errors as there."""
+        """Return the function by which `rank` with these arguments normalises raw scores of an exit; None for raw ones.
+
+        Raises: as `rank`.
+        """
         return self._normalizer_of(self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)[0], min_score)
 
     def _normalizer_of(self, call: Call, min_score: float | None) -> Normalizer | None:
-        """Check what a ranking needs beside its setting: a place for the instruction, a calibration of each exit, and
-        scores that `min_score` can be compared with."""
+        """Return the normalizer of a ranking.
+
+        Raises ValueError without a place for the instruction, without a calibration of an exit, or if scores cannot be
+        compared with `min_score`.
+        """
         if min_score is not None:
             refuse_min_score(min_score, call)
         call.options.template(self._pair_tokenizer)

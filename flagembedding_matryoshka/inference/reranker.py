@@ -39,58 +39,58 @@ class MatryoshkaReranker(RankingReranker):
         model_name_or_path: "smollm2", the shipped re-ranker, unless the working directory holds something of that name;
             a layer-wise checkpoint, a raw one, a GGUF file, or a directory that fine-tuning wrote.
         peft_path: one LoRA adapter or several, merged in order; those that fine-tuning wrote with `finetune_type=token`
-            stay apart, and each call uses the one of its `compress_ratio`, or none where there is none.
-        dtype: "auto" is bfloat16 where the device computes it fast, else float32; or a torch dtype or its name.
-        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU `use_fp16` asks for nothing, there
-            as here.
-        from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
-        start_layer, layer_sep: the exits that a raw checkpoint gets, by default 4, 5, 6, …; a layer-wise one has its
-            own.
-        max_layer: layers above this one are not loaded, and no deeper cutoff can be asked for.
-        quantization: "int8" holds the decoder layers in 8 bits, on a CPU, and computes in them: a quarter of float32's
-            memory, and faster. "nf4" holds them in 4 bits (bitsandbytes), on any one device: an eighth, and slower.
-            Scores differ from those of the full weights, and with "int8" a little with what is scored beside a pair.
+            stay separate, and each call uses the adapter of its `compress_ratio`, or none if there is none.
+        dtype: "auto" is bfloat16 if the device computes it fast, otherwise float32; or a torch dtype or its name.
+        use_fp16, use_bf16: FlagEmbedding's arguments for float16 and bfloat16. On a CPU `use_fp16` has no effect, as in
+            FlagEmbedding.
+        from_raw: True requires a raw, False a layer-wise checkpoint; None accepts either.
+        start_layer, layer_sep: the exits of a raw checkpoint, by default 4, 5, 6, …; a layer-wise checkpoint has its
+            own exits.
+        max_layer: layers above this one are not loaded, and deeper cutoffs are refused; None loads all layers.
+        quantization: "int8" stores the decoder layers in 8 bits, on a CPU, and computes in them: a quarter of float32's
+            memory, and faster. "nf4" stores them in 4 bits (bitsandbytes), on any one device: an eighth, and slower.
+            Scores differ from those of the full weights, and with "int8" slightly with the other pairs of a batch.
         cutoff_layers: exits to score at, an int or several; None is the deepest.
         compress_layers: numbers of layers after which the passage is compressed, an int or several.
-        compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
-        budget: share of the full network's floating-point operations; depth, width and for `rank` a cascade are then
-            the best that an evaluation measured within it: those of the `matryoshka_plan.json` beside the model.
-        quality: share of the full network's nDCG@10; they are then the cheapest measured that reach it.
-        template: what stands around query and passage, by name, as a JSON file or as what such a file holds, see
-            [`~flagembedding_matryoshka.text.templates`]; None is what the checkpoint was trained with.
-        prompt: text behind the passage; None is the template's.
-        instruction: what the task is, for a template that has a place for it; None is the checkpoint's own, "" is none.
-        query_instruction_for_rerank, passage_instruction_for_rerank: what is put around the texts, as in FlagEmbedding.
-            None is the template's; "" is no instruction.
-        query_instruction_format, passage_instruction_format: how, as in FlagEmbedding. None, and its default there, is
-            the template's.
-        batch_size: pairs scored in one pass, at most.
-        max_tokens_per_batch: tokens scored in one pass, at most, unless a single pair has more. Nothing is padded and
-            a query that pairs have in common counts once, so they are what a pass costs in time and memory. None is
-            1,024 for each thread of a CPU, more for models of less than 512 values a token, and elsewhere 65,536, or
-            16,384 of a model that is 4,096 wide.
+        compress_ratio: number of neighbouring passage tokens that become one there: 1 (off), 2, 4 or 8.
+        budget: fraction of the full network's floating-point operations. Depth, width and for `rank` a cascade are then
+            the best measured setting within it, of the `matryoshka_plan.json` beside the model.
+        quality: fraction of the full network's nDCG@10. The cheapest measured setting that reaches it is used.
+        template: text around query and passage: a name, a JSON file or the content of such a file, see
+            [`~flagembedding_matryoshka.text.templates`]; None is the template that the checkpoint was trained with.
+        prompt: text after the passage; None is the template's.
+        instruction: description of the task, for a template with a place for it; None is the checkpoint's own, "" is
+            none.
+        query_instruction_for_rerank, passage_instruction_for_rerank: text around query and passage, as in
+            FlagEmbedding. None is the template's; "" is no instruction.
+        query_instruction_format, passage_instruction_format: format of these, as in FlagEmbedding. None, or the default
+            of FlagEmbedding, is the template's.
+        batch_size: pairs in a pass, at most.
+        max_tokens_per_batch: tokens in a pass, at most, unless a single pair has more. There is no padding, and a query
+            that pairs share counts once, so tokens determine time and memory of a pass. None is 1,024 for each thread
+            of a CPU, more for models with less than 512 values per token; on other devices 65,536, or 16,384 for a
+            model with a hidden size of 4,096.
         query_max_length: tokens of a query with its instruction; None is the length that the checkpoint was saved with,
             or three quarters of `max_length`.
         max_length: tokens of query and passage, with the template's words on top; for templates of the reference's
             form (`cost_wise`, …) tokens of bos, query, separator and passage, with the prompt on top. None is the
             length that the checkpoint was saved with, or 512.
         normalize: True is the sigmoid of the scores instead of the scores, "calibrated" the probability of relevance
-            by the model's plan, which means the same at every depth and width; rankings are by the scores themselves.
+            by the model's plan, which means the same at every depth and width. Rankings are by the raw scores.
         fusion: default weight, at least 0, of the first stage's scores in rankings that have such scores; "auto" is the
             weight in the `matryoshka_plan.json` beside the model. None is no weight, or with `budget` or `quality` the
             plan's weight, if it has one. Other rankings do not depend on it.
-        devices: one device or several; None is the first accelerator, else the CPU.
+        devices: one device or several; None is the first accelerator, or the CPU if there is none.
         compile: fuse norms, rotary embedding and activations with `torch.compile`, which takes ten seconds in the first
-            pass and some more in the first that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
+            pass and some more in the first pass that compresses. A pass is 1.2 to 2.5 times as fast on an H200, and 1.1
             times on a CPU, where it needs a C++ compiler.
-        batch_invariant: in bfloat16 on a CPU a pair's score is then the same bits whatever is scored beside it, which
-            it else is but for rounding; in float32 it is so to 1e-6 in any case. Costs 10 to 24 % of
-            the speed.
-        cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` alone.
-        trust_remote_code: as in transformers, for the tokenizer alone: the model's code is ours.
+        batch_invariant: in bfloat16 on a CPU the score of a pair is bitwise independent of its batch. Otherwise it may
+            differ by rounding, in float32 by up to 1e-6. Costs 10 to 24 % of the speed.
+        cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` only.
+        trust_remote_code: as in transformers, for the tokenizer only: the model's code is this package's.
 
     Raises:
-        FileNotFoundError: if a checkpoint or adapter is not there, or the plan that is needed.
+        FileNotFoundError: if a checkpoint or an adapter is missing, or a plan that an argument needs.
         TypeError: if `fusion` is neither a number, "auto" nor None.
         ImportError: if a package is missing that the checkpoint needs, with the line that installs it.
         ValueError: if there is no backbone for the checkpoint, arguments contradict it or each other, or nothing
@@ -98,8 +98,8 @@ class MatryoshkaReranker(RankingReranker):
             not finite, or "auto" while the plan has no weight.
 
     With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
-    width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among the
-    settings without a cascade. It keeps the same promise, and its scores may be of another exit than those of `rank`.
+    width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among
+    settings without a cascade, by the same budget or quality. Its scores may be of another exit than those of `rank`.
     """
 
     def __init__(

@@ -22,22 +22,22 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer
 T = TypeVar("T")
 R = TypeVar("R")
 PAIRS_TOKENIZED_FIRST = 256
-"""Devices wait for them; each time after it are twice as many, up to:"""
+"""Pairs tokenised before the first batch, while devices wait. The number doubles each time, up to:"""
 PAIRS_TOKENIZED_AHEAD = 8192
 BATCHES_AT_ONCE = 16
-"""Of a cascade, whose candidates must all wait for each other."""
+"""Batches of a cascade's task, whose candidates wait for each other."""
 BATCHES_TOKENIZED_AHEAD = 64
-"""Of lists, on each device: the first ranking waits for so many, and each device at their end for the others."""
+"""Batches of lists in a window, for each device. The first ranking waits for a window, and devices wait at its end."""
 TOKENS_OF_A_PAIR = 256
-"""As far as can be told before it is tokenised."""
+"""Assumed length of a pair before it is tokenised."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is done with the pairs of a call.
+    """Options of a call, for all of its pairs.
 
     Attributes:
-        shares: devices, for each of which there is work, if there is enough of it.
+        shares: number of devices that the work is split among.
         is_cascade: whether candidates of a list wait for each other.
         deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
         fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
@@ -155,10 +155,11 @@ def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, Non
 
 
 def tasks_of(window: Window, call: Call) -> Iterator[Work]:
-    """What computes all pairs of a window.
+    """Yield the tasks that compute all pairs of a window.
 
-    The states of a cascade's task lie in memory at once: it has as many queries as fill BATCHES_AT_ONCE batches, or
-    one, and there is one for each share, if there are as many queries. With a deadline each query has one.
+    A cascade's task holds the states of all its queries in memory. Its queries fill up to BATCHES_AT_ONCE batches, at
+    least one query. The window has at least `call.shares` tasks if it has that many queries. With a deadline each query
+    is a task.
     """
     inputs = window.inputs
     if not call.is_cascade:
