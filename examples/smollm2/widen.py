@@ -38,9 +38,7 @@ def widen(checkpoint: Path, output: Path, rank: int, exits: list[int]) -> None:
     if rank < adapters.r:
         raise ValueError(f"rank {rank} is lower than that of {checkpoint}, {adapters.r}: give a multiple of it.")
     if not set(have) <= set(exits) or exits[-1] != have[-1]:
-        raise ValueError(
-            f"exits {exits} must contain the exits of {checkpoint}, {have}, and have the same deepest exit."
-        )
+        raise ValueError(f"exits {exits} must contain the exits of {checkpoint}, {have}, and end with the same exit.")
     if adapters.lora_alpha * rank % adapters.r:
         raise ValueError(
             f"rank {rank} changes the scale of the adapters in {checkpoint}, lora_alpha {adapters.lora_alpha} / rank "

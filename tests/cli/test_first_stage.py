@@ -43,7 +43,7 @@ def expected(reranker, number, **options):
 
 
 def like(hits, others):
-    """Whether hits are those of the library, but for rounding."""
+    """Return whether hits equal the library's, up to rounding."""
     assert len(hits) == len(others)
     for hit, other in zip(hits, others, strict=True):
         numbers = {name: pytest.approx(other[name], abs=1e-4) for name in ("score", "fused_score")}

@@ -127,7 +127,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killable(monkeypatch):
-    """Scores pairs with BM25; raises `Killed` in the place of the batch of a number, and counts the pairs."""
+    """A BM25 scorer that counts its pairs, and raises `Killed` instead of scoring the batch of a given number."""
 
     def teacher(texts, scale):
         score = bm25_teacher(texts, scale)

@@ -125,7 +125,7 @@ def test_first_stage_scores_stay_with_their_candidates_when_batches_do_not_fit(r
 
 
 class LayerClock:
-    """A clock that runs when layers do: a millisecond for each token of each."""
+    """A clock that advances by a millisecond for each token of each layer that runs."""
 
     now = 0.0
 
@@ -135,7 +135,7 @@ class LayerClock:
 
 @pytest.fixture(scope="module")
 def timed(tiny_layerwise_path):
-    """Ranks in a time of its own, one document in a batch."""
+    """A function that ranks with `LayerClock`, one document in a batch."""
     reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", batch_size=1)
     reranker._clock = clock = LayerClock()
     reading = reading_share(reranker.config)
@@ -418,7 +418,7 @@ PLAN = Plan(
 
 @pytest.fixture
 def planned(tiny_layerwise_path, tmp_path):
-    """Loads a model beside a plan."""
+    """A function that loads a model with a plan."""
     path = Path(shutil.copytree(tiny_layerwise_path, tmp_path / "model"))
 
     def load(plan, **options):

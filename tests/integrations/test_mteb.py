@@ -309,7 +309,7 @@ def test_a_first_stage_is_fused(reranker, first_stage, options, by_order, tmp_pa
 def test_candidates_without_a_first_stage_are_refused(reranker, first_stage, tmp_path):
     folder, _ = first_stage
     of_scores = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=str(folder))
-    with pytest.raises(ValueError, match=r"no score of any of the 1 candidates of query 'q1'"):
+    with pytest.raises(ValueError, match=r"no score for any of the 1 candidates of query 'q1'"):
         run(of_scores, second_stage(folder, {"q1": ["d1"], "q2": ["d1"]}), tmp_path)
     with pytest.raises(
         ValueError, match=r"has no scores of task MockRerankingTask: there are \['MockRetrievalTask_pred"
