@@ -311,9 +311,7 @@ def test_candidates_without_a_first_stage_are_refused(reranker, first_stage, tmp
     of_scores = MatryoshkaSearch(reranker, fusion=0.5, first_stage_scores=str(folder))
     with pytest.raises(ValueError, match=r"no score for any of the 1 candidates of query 'q1'"):
         run(of_scores, second_stage(folder, {"q1": ["d1"], "q2": ["d1"]}), tmp_path)
-    with pytest.raises(
-        ValueError, match=r"has no scores of task MockRerankingTask, only \['MockRetrievalTask_pred"
-    ):
+    with pytest.raises(ValueError, match=r"has no scores of task MockRerankingTask, only \['MockRetrievalTask_pred"):
         run(of_scores, MockRerankingTask(), tmp_path)
     for task in (MockRerankingTask(), MockInstructionReranking()):
         with pytest.raises(ValueError, match=rf"first_stage='order': {task.metadata.name} is a task of type"):
