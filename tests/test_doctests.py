@@ -10,7 +10,7 @@ MODULES = (
     "inference.tasks",
     "models.attention",
     "models.compression",
-    "models.packing",
+    "models.batch",
     "setting",
 )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from flagembedding_matryoshka.finetune.evaluation import PADDING
-from flagembedding_matryoshka.models.packing import PackedBatch
-from flagembedding_matryoshka.models.query_sharing import pack_pairs
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 Group = tuple[Sequence[TokenizedPair], Sequence[float] | None]

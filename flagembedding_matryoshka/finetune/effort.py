@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.packing import PackedBatch
 from flagembedding_matryoshka.setting import Setting
 
 COUNTED = ("lists", "tokens", "operations", "seconds")

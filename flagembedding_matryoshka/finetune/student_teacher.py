@@ -15,7 +15,7 @@ from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, 
 from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
-from flagembedding_matryoshka.models.query_sharing import pack_pairs
+from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template

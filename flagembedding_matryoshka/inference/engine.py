@@ -24,7 +24,7 @@ from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share
-from flagembedding_matryoshka.models.query_sharing import pack_pairs
+from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 

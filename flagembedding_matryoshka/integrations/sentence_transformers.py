@@ -19,7 +19,7 @@ from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.inputs import are_tokenized, as_pairs
 from flagembedding_matryoshka.integrations.model_card import use_our_card
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.query_sharing import pack_pairs
+from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from flagembedding_matryoshka.models.capped import capped_attention, runs_capped
-from flagembedding_matryoshka.models.packing import PackedBatch, on_device
-from flagembedding_matryoshka.models.unpadded import runs_unpadded, unpadded_attention
+from flagembedding_matryoshka.models.batch import PackedBatch, on_device
+from flagembedding_matryoshka.models.flash import flash_attention, runs_flash
+from flagembedding_matryoshka.models.flex import flex_attention, runs_flex
 
 PACKED_ATTENTION = "cost_wise_packed"
 SEPARATE_ATTENTION = "cost_wise_packed_separately"
@@ -100,18 +100,19 @@ def packed_attention(
     """
     refuse_not_causal(module)
     logits = Logits(scaling, softcap, sliding_window)
-    unpadded = runs_unpadded(query) and softcap is None and not dropout
-    if only_last and not unpadded:
+    on_cpu = query.device.type == "cpu"
+    flash = not on_cpu and runs_flash(query) and softcap is None and not dropout
+    if only_last and not flash:
         return _of_last_tokens(query[0], key[0], value[0], packed, logits, dropout)[None], None
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, logits))
     if separately:
         return _segment_by_segment(query, key, value, packed, logits, dropout), None
-    if unpadded:
-        return unpadded_attention(query, key, value, packed, scaling, sliding_window, only_last), None
-    if compiled and softcap is not None and not dropout and runs_capped(query):
-        return capped_attention(query, key, value, packed, scaling, softcap, sliding_window), None
-    if query.device.type != "cpu":
+    if flash:
+        return flash_attention(query, key, value, packed, scaling, sliding_window, only_last), None
+    if compiled and softcap is not None and not dropout and runs_flex(query):
+        return flex_attention(query, key, value, packed, scaling, softcap, sliding_window), None
+    if not on_cpu:
         return _in_groups(query, key, value, packed, logits, dropout), None
     if not dropout and packed.context_lengths.max() <= _longest_product(query, logits):
         return _in_products(query, key, value, packed, logits), None

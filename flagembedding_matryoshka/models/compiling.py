@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flagembedding_matryoshka.models.attention import packed_attention, refuse_not_causal
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch
 
 OPAQUE_ATTENTION = "cost_wise_packed_opaque"
 _batches: WeakValueDictionary[int, PackedBatch] = WeakValueDictionary()

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.packing import PackedBatch, on_device
+from flagembedding_matryoshka.models.batch import PackedBatch, on_device
 
 UNDERFLOW = 1e-30
 """A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""

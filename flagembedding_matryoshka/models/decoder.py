@@ -15,15 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION
+from flagembedding_matryoshka.models.batch import PackedBatch, on_device
 from flagembedding_matryoshka.models.compiling import OPAQUE_ATTENTION
 from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
-from flagembedding_matryoshka.models.packing import PackedBatch, on_device
-from flagembedding_matryoshka.models.padding import pack
-from flagembedding_matryoshka.models.query_sharing import share_queries
+from flagembedding_matryoshka.models.packing import pack, share_queries
 from flagembedding_matryoshka.setting import Layers, Setting
 
 Lengths = Sequence[int] | Tensor | None

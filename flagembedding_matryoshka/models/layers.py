@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.compiling import name_of
-from flagembedding_matryoshka.models.packing import PackedBatch
 
 
 class ContextKnown(Exception):

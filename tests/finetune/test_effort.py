@@ -3,8 +3,8 @@ import torch
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 from flagembedding_matryoshka.finetune.effort import Effort
+from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.packing import PackedBatch
 
 CONFIG = CostWiseMistralConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,

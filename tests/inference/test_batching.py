@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
-from flagembedding_matryoshka.models.query_sharing import pack_pairs
+from flagembedding_matryoshka.models.packing import pack_pairs
 from tests.batches import tokenized_pair
 
 QUERIES = [[1], [1, 2], [3, 4, 5]]

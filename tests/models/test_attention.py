@@ -10,8 +10,8 @@ from flagembedding_matryoshka.models.attention import (
     last_token_row,
     packed_attention,
 )
-from flagembedding_matryoshka.models.packing import PackedBatch
-from flagembedding_matryoshka.models.unpadded import runs_unpadded
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.flash import runs_flash
 from tests.batches import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,7 +196,7 @@ def test_one_call_on_a_gpu_equals_each_segment_alone(heads, window, prefixes):
     expected = _segment_by_segment(*inputs, packed, Logits(SCALING, window=window))
     there = [part.detach().cuda().bfloat16().requires_grad_() for part in inputs]
     packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cuda"), prefixes)
-    assert runs_unpadded(there[0])
+    assert runs_flash(there[0])
     output, _ = packed_attention(None, *there, None, SCALING, packed, sliding_window=window)
     close(output.float().cpu(), expected, 0.02)
     of_last = there[0][:, :, packed.segment_ends], *there[1:]

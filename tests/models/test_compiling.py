@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from flagembedding_matryoshka.models import attention, compiling
 from flagembedding_matryoshka.models.attention import packed_attention
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch
 from tests.backbones import BACKBONES, layer_wise, write_raw
 from tests.batches import LENGTHS, WIDTHS, close, random_sequences, scores
 
@@ -60,7 +60,7 @@ def test_layers_of_a_kind_are_one_graph_for_all_batches_and_widths(
 def test_fused_layers_score_the_same(name, tiny_tokenizer, tmp_path, monkeypatch, fresh_dynamo):
     model = layer_wise(write_raw(name, tiny_tokenizer, tmp_path))
     expected = score_everything(model)
-    monkeypatch.setattr(attention, "runs_capped", lambda query: True)  # as on a GPU
+    monkeypatch.setattr(attention, "runs_flex", lambda query: True)  # as on a GPU
     model.model.compile_layers()
     for found, wanted in zip(score_everything(model), expected, strict=True):
         close(found, wanted, 1e-5)

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.compression import compress
-from flagembedding_matryoshka.models.packing import PackedBatch
 from tests.batches import close, slow_compress
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from flagembedding_matryoshka.models.attention import Logits, _segment_by_segment, packed_attention
-from flagembedding_matryoshka.models.capped import capped_attention, runs_capped
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.flex import flex_attention, runs_flex
 from tests.batches import close
 
 SCALING = 0.3
@@ -43,7 +43,7 @@ def test_one_kernel_equals_each_segment_alone():
         for packed in batches("cpu"):
             inputs = states(packed)
             with torch.inference_mode():
-                found = capped_attention(*inputs, packed, SCALING, *kind)
+                found = flex_attention(*inputs, packed, SCALING, *kind)
                 close(found, _segment_by_segment(*inputs, packed, Logits(SCALING, *kind)), 1e-6)
 
 
@@ -55,7 +55,7 @@ def test_one_kernel_on_a_gpu_equals_each_segment_alone(dtype, tolerance):
         for here, there in zip(batches("cpu"), batches("cuda"), strict=True):
             inputs = states(here)
             on_gpu = [part.to("cuda", dtype) for part in inputs]
-            assert runs_capped(on_gpu[0])
+            assert runs_flex(on_gpu[0])
             options = {"softcap": cap, "sliding_window": window, "compiled": True}
             with torch.inference_mode():
                 found, _ = packed_attention(None, *on_gpu, None, SCALING, there, **options)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.packing import BLOCK, PackedBatch
+from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
 
 LEAST_HEAD = 16
 GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
@@ -34,12 +34,12 @@ def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]] | None:
     return torch.compile(flex.flex_attention, fullgraph=True), make_mask
 
 
-def runs_capped(query: Tensor) -> bool:
-    """Whether `capped_attention` is the way for queries like (…, head_dim): on a CPU its kernel is the slower one."""
+def runs_flex(query: Tensor) -> bool:
+    """Whether `flex_attention` is the way for queries like (…, head_dim): on a CPU its kernel is the slower one."""
     return query.device.type == "cuda" and query.shape[-1] >= LEAST_HEAD and _flex() is not None
 
 
-def capped_attention(
+def flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.packing import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch
 
 FORMATS = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -34,8 +34,8 @@ def _flash() -> Callable[..., Any] | None:
 FLASH = _flash()
 
 
-def runs_unpadded(query: Tensor) -> bool:
-    """Whether `unpadded_attention` can compute with queries like (…, head_dim)."""
+def runs_flash(query: Tensor) -> bool:
+    """Whether `flash_attention` can compute with queries like (…, head_dim)."""
     return (
         FLASH is not None
         and query.device.type == "cuda"
@@ -51,7 +51,7 @@ def _format(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
-def unpadded_attention(
+def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,0 +1,54 @@
+import hypothesis.strategies as st
+import torch
+from hypothesis import given
+
+from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
+from flagembedding_matryoshka.models.packing import pack
+from tests.batches import LENGTHS, collate, random_sequences
+
+PART_LENGTHS = st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 4)).filter(sum)
+
+
+@given(st.lists(PART_LENGTHS, min_size=1, max_size=6))
+def test_every_index_names_its_place_in_the_row(lengths):
+    packed = PackedBatch(*torch.tensor(lengths).T, torch.device("cpu"))
+    places = [(row, offset) for row, parts in enumerate(lengths) for offset in range(sum(parts))]
+    starts = [places.index((row, 0)) for row in range(len(lengths))]
+    assert packed.lengths.tolist() == [sum(parts) for parts in lengths]
+    assert packed.max_seqlen == max(map(sum, lengths))
+    assert packed.cu_seqlens.tolist() == [*starts, len(places)]
+    assert packed.segments == list(zip(starts, [*starts[1:], len(places)], strict=True))
+    assert packed.segment_ids.tolist() == [row for row, _ in places]
+    assert packed.offsets.tolist() == packed.position_ids[0].tolist() == [offset for _, offset in places]
+    assert [places[token] for token in packed.last_tokens] == [
+        (row, sum(parts) - 1) for row, parts in enumerate(lengths)
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=6))
+def test_blocks_of_contexts_are_those_that_a_token_attends_to(groups):
+    """Each group is a query of so many tokens, and that many passages that share it."""
+    lengths, prefixes, number = [], [], 0
+    for query, passages in groups:
+        lengths += [query, *(100 * place + 1 for place in range(passages))]
+        prefixes += [-1, *[number] * passages]
+        number = len(lengths)
+    lengths, prefixes = torch.tensor(lengths), torch.tensor(prefixes)
+    packed = PackedBatch(lengths * 0, lengths * 0, lengths, torch.device("cpu"), prefixes)
+    segment, token = packed.segment_ids, torch.arange(int(lengths.sum()))
+    assert packed.prefix_ids.tolist() == [prefixes[s] if prefixes[s] >= 0 else s for s in segment.tolist()]
+    in_context = (segment == segment[:, None]) | (segment == packed.prefix_ids[:, None])
+    of, at = (in_context & (token <= token[:, None])).nonzero().unbind(1)
+    counts, blocks = packed.context_blocks
+    seen = [(row, block) for row, count in enumerate(counts.tolist()) for block in blocks[row, :count].tolist()]
+    assert seen == sorted(set(zip((of // BLOCK).tolist(), (at // BLOCK).tolist(), strict=True)))
+    assert {tensor.dtype for tensor in (counts, blocks)} == {torch.int32}
+
+
+def test_padding_again_gives_right_padded_rows():
+    sequences = random_sequences(LENGTHS)
+    right, left = collate(sequences), collate(sequences, "left")
+    token_ids, packed = pack(**left)
+    mask = packed.padded_attention_mask()
+    torch.testing.assert_close(mask, right["attention_mask"])
+    torch.testing.assert_close(packed.pad(token_ids[0][:, None])[..., 0], right["input_ids"] * mask)
