@@ -71,8 +71,8 @@ if TYPE_CHECKING:
         CostWiseSmolLM3ForCausalLM,
         CostWiseSmolLM3Model,
     )
-    from flagembedding_matryoshka.models.heads import CostWiseHead
-    from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast, CostWiseModelOutputWithPast
+    from flagembedding_matryoshka.models.causal_lm import CostWiseCausalLMOutputWithPast, CostWiseHead
+    from flagembedding_matryoshka.models.decoder import CostWiseModelOutputWithPast
     from flagembedding_matryoshka.registry import register
     from flagembedding_matryoshka.setting import Setting
     from flagembedding_matryoshka.setting import Setting as SubNetwork
@@ -151,9 +151,9 @@ __all__ = [
 # transformers and FlagEmbedding take seconds to import: only who asks for what needs them waits for them.
 _MODULES = {
     "MatryoshkaReranker": "inference.reranker",
-    "CostWiseHead": "models.heads",
-    "CostWiseCausalLMOutputWithPast": "models.outputs",
-    "CostWiseModelOutputWithPast": "models.outputs",
+    "CostWiseHead": "models.causal_lm",
+    "CostWiseCausalLMOutputWithPast": "models.causal_lm",
+    "CostWiseModelOutputWithPast": "models.decoder",
     "SMOLLM2": "checkpoints.shipped",
     "Setting": "setting",
     "SubNetwork": "setting",

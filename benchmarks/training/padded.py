@@ -17,7 +17,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, ea
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 from flagembedding_matryoshka.finetune.collators import Group
-from flagembedding_matryoshka.models.heads import CostWiseHead
+from flagembedding_matryoshka.models.causal_lm import CostWiseHead
 
 PADDED_ATTENTION = "padded_baseline"
 

@@ -4,22 +4,57 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import maybe_autocast
 
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel, Lengths, PackedStates
-from flagembedding_matryoshka.models.heads import CostWiseHead
-from flagembedding_matryoshka.models.outputs import CostWiseCausalLMOutputWithPast
+from flagembedding_matryoshka.models.invariance import RowwiseLinear
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CostWiseCausalLMOutputWithPast(ModelOutput):
+    """Scores of one pass; every tuple has one entry per cutoff layer, in the order asked for.
+
+    Attributes:
+        logits: tuple of (batch,) float32 scores.
+        hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
+        attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
+        full_width_logits: as `logits`, without compression and without a graph; None unless asked for.
+    """
+
+    logits: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attention_masks: tuple[Tensor, ...] | None = None
+    full_width_logits: tuple[Tensor, ...] | None = None
+
+
+class CostWiseHead(nn.Module):
+    """The score of one exit: a bias-free projection of the last token's normalised state, in the head's own format.
+
+    A model keeps its heads in float32: in bfloat16 a hundred candidates have a few dozen different scores. A state has
+    the same score whatever others there are.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_head = RowwiseLinear(hidden_size, 1, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(batch, hidden) to (batch,) float32."""
+        with maybe_autocast(states.device.type, enabled=False):
+            return self.linear_head(states.to(self.linear_head.weight.dtype)).squeeze(-1).float()
 
 
 class _Classifier(nn.Module):

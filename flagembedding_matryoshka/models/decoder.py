@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION
 from flagembedding_matryoshka.models.batch import PackedBatch, on_device
@@ -21,7 +22,6 @@ from flagembedding_matryoshka.models.compression import compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
-from flagembedding_matryoshka.models.outputs import CostWiseModelOutputWithPast
 from flagembedding_matryoshka.models.packing import pack, share_queries
 from flagembedding_matryoshka.setting import Layers, Setting
 
@@ -51,6 +51,26 @@ class PackedStates:
         """The states of some sequences, in the order given."""
         packed, tokens = self.packed.select(sequences)
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
+
+
+@dataclass
+class CostWiseModelOutputWithPast(ModelOutput):
+    """Hidden states of one pass; every tuple has one entry per cutoff layer, in the order asked for.
+
+    Attributes:
+        last_hidden_state: (batch, length, hidden), the last entry of `hidden_states`.
+        last_token_states: tuple of (batch, hidden), normalised.
+        hidden_states: tuple of (batch, length, hidden), normalised, zero where padded; None unless asked for.
+        attention_masks: tuple of (batch, length) after compression, 1 on tokens; None unless asked for.
+        full_width_states: as `last_token_states`, of the pass without compression and its graph; None for exits that
+            are read before anything is compressed, where both passes are the same. None unless asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    last_token_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attention_masks: tuple[Tensor, ...] | None = None
+    full_width_states: tuple[Tensor | None, ...] | None = None
 
 
 class CostWiseModel(PreTrainedModel):
