@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.scoring.plain import PlainCrossEncoder
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.quantization import Quantization
+from flagembedding_matryoshka.models.quantization import Quantization
 
 CANDIDATES, TOP = 100, 10
 TOLERANCE = 1e-4

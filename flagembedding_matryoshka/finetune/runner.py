@@ -45,7 +45,7 @@ from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrain
 from flagembedding_matryoshka.finetune.words import count_words, refuse_misplaced, template_of_rows
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
-from flagembedding_matryoshka.models.nf4 import use_nf4
+from flagembedding_matryoshka.models.quantization import use_nf4
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 

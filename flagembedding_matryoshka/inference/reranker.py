@@ -23,10 +23,10 @@ from flagembedding_matryoshka.inference.device import (
 from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
 from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call
 from flagembedding_matryoshka.inference.plan import load_plan
-from flagembedding_matryoshka.inference.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.inference.ranking import RankingReranker
 from flagembedding_matryoshka.inference.scoring import score_pairs
 from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import FLAT, Template
