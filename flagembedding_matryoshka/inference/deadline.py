@@ -1,4 +1,4 @@
-"""How long a ranking may take, and how long its steps take."""
+"""Deadlines of rankings: all candidates are scored at the first exit, then the best ones as deep as time allows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 
+import torch
+from torch import Tensor
+
+from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.inference.inputs import excerpt
+from flagembedding_matryoshka.models.decoder import PackedStates
+from flagembedding_matryoshka.setting import Setting, share_of
 
 
 @dataclass(frozen=True)
@@ -87,3 +93,171 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if rise * mean_x > mean_y:
         return 0.0, mean_y / mean_x
     return mean_y - max(0.0, rise) * mean_x, max(0.0, rise)
+
+
+@dataclass(eq=False)
+class Part:
+    """Candidates that have come equally far together, and their places among all."""
+
+    states: PackedStates
+    places: list[int]
+
+    def select(self, chosen: list[bool]) -> Part:
+        """Return the chosen sequences; the part itself if all are chosen."""
+        if all(chosen):
+            return self
+        indices = [index for index, is_chosen in enumerate(chosen) if is_chosen]
+        return Part(self.states.select(indices), [self.places[index] for index in indices])
+
+
+class AnytimeRun:
+    """One query's candidates, scored as deep as a deadline allows.
+
+    Runs cascades of doubling width. Each one continues where the previous one stopped. The first one has a third of the
+    candidates, or one batch if that is less. Within a cascade, half as many candidates reach an exit that is twice as
+    deep (successive halving, arXiv 1502.07943).
+    The order of the steps does not depend on the deadline, so a later deadline makes no candidate less deep. If the
+    time is enough for all remaining work, this work is the next step.
+
+    Args:
+        score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on the CPU.
+        batches: candidates before the first layer.
+        setting: with one cutoff layer, the deepest exit; its cascade limits the number of candidates that go deeper.
+        exits: the model's exits, ascending.
+        reading: cost of reading scores at a layer, relative to running the layer.
+        deadline: a deadline that has started.
+        between: called before each call of `score`.
+        fusion: candidates with the highest fused scores at an exit go deeper first; z is taken over the candidates that
+            wait there. None ranks them by their scores.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[PackedStates, int], Tensor],
+        batches: Sequence[PackedStates],
+        setting: Setting,
+        exits: Sequence[int],
+        reading: float,
+        deadline: Deadline,
+        between: Callable[[], None],
+        fusion: Fusion | None = None,
+    ) -> None:
+        self._score = score
+        self._setting = setting
+        self._exits = [layer for layer in exits if layer <= setting.depth]
+        self._reading = reading
+        self._deadline = deadline
+        self._between = between
+        self._fusion = fusion
+        self._pace = Pace(deadline.clock)
+        sizes = [len(states.packed.sequences) for states in batches]
+        places = torch.arange(sum(sizes)).split(sizes)
+        self._parts = [Part(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
+        self._scores, self._reached = torch.zeros(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.long)
+        self._first_width = min(max(sizes), -(-sum(sizes) // 3))
+        self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Score as deep as the deadline allows.
+
+        Returns:
+            For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits
+            where they were read, and (sequences,) float64 fused scores. z of a fused score is taken over the candidates
+            that stopped at the same exit. Without fusion the scores stand in their place.
+        """
+        self._go_deeper()
+        fused = self._scores if self._fusion is None else torch.zeros(len(self._scores), dtype=torch.float64)
+        if self._fusion is not None:
+            for layer in self._reached.unique():
+                places = (self._reached == layer).nonzero()[:, 0]
+                fused[places] = self._fusion.fuse(self._scores, places)
+        return self._scores, self._reached, fused
+
+    def _go_deeper(self) -> None:
+        """Run steps until the deadline."""
+        for part in self._parts:
+            self._between()
+            self._advance(part, self._exits[0])
+        for numbers in self._rounds():
+            for index in range(len(self._exits) - 1):
+                if not self._bring(index, numbers):
+                    return
+
+    def _rounds(self) -> Iterator[list[int]]:
+        """How many shall have come to each exit by one cascade after the other."""
+        width, numbers = self._first_width, list[int]()
+        while numbers != self._most:
+            if self._seconds_of_all() <= self._deadline.left:
+                numbers = self._most
+            else:
+                wide = [-(-width * self._exits[1] // layer) for layer in self._exits[1:]]
+                numbers = [len(self._scores), *map(min, wide, self._most[1:])]
+            yield numbers
+            width *= 2
+
+    def _bring(self, index: int, numbers: Sequence[int]) -> bool:
+        """Run the best candidates at an exit to a deeper exit, up to its number; return False if time was too short."""
+        layer = self._exits[index]
+        missing = numbers[index + 1] - int((self._reached > layer).sum())
+        if missing <= 0:
+            return True
+        behind = range(index + 1, len(self._exits) - 1)
+        goal = self._exits[next((exit for exit in behind if numbers[exit + 1] < numbers[exit]), -1)]
+        waiting = (self._reached == layer).nonzero()[:, 0]
+        scores = self._scores[waiting]
+        fused = scores if self._fusion is None else self._fusion.fuse(self._scores, waiting)
+        best = waiting[best_first(fused, scores)][:missing].tolist()
+        rank = {place: number for number, place in enumerate(best)}
+        parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
+        for part in sorted(parts, key=lambda part: min(rank.get(place, len(rank)) for place in part.places)):
+            self._between()
+            chosen = [place in rank for place in part.places]
+            going = part.select(chosen)
+            if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
+                return False
+            if going is not part:
+                self._parts.remove(part)
+                self._parts += [going, part.select([not is_chosen for is_chosen in chosen])]
+            self._advance(going, goal)
+        return True
+
+    def _advance(self, part: Part, goal: int) -> None:
+        with self._pace.measured(*self._work(part.states, goal)):
+            self._scores[part.places] = self._score(part.states, goal)
+        self._reached[part.places] = goal
+
+    def _seconds_of_all(self) -> float:
+        """What it takes to bring all as deep as they may go."""
+
+        def share(layer: int) -> float:
+            return _most(self._setting, layer + 1, len(self._scores)) / len(self._scores)
+
+        work = [self._work(part.states, self._exits[-1], share) for part in self._parts if self._waits(part)]
+        return sum(self._pace.seconds(*of_part) for of_part in work)
+
+    def _waits(self, part: Part) -> bool:
+        return int(self._reached[part.places[0]]) < self._exits[-1]
+
+    def _work(
+        self, states: PackedStates, goal: int, share: Callable[[int], float] = lambda layer: 1.0
+    ) -> tuple[float, float]:
+        """Layers that run to bring candidates to an exit, and the tokens in all of them; the last one is read.
+
+        Args:
+            share: of the candidates that go through a layer.
+        """
+        layers = tokens = 0.0
+        packed = states.packed
+        fixed, passage = int((packed.query_lengths + packed.prompt_lengths).sum()), packed.passage_lengths
+        for layer in range(states.layers_run + 1, goal + 1):
+            weight = share(layer) * (1.0 if layer < goal else self._reading)
+            layers += weight
+            tokens += weight * (fixed + int(passage.sum()))
+            if self._setting.compresses_after(layer):
+                passage = -(-passage // self._setting.compress_ratio)
+        return layers, tokens
+
+
+def _most(setting: Setting, layer: int, candidates: int) -> int:
+    """Return the number of candidates that may reach a layer after the cascade's earlier stages."""
+    return min([candidates, *(share_of(share, candidates) for stage, share in setting.cascade if stage < layer)])

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.anytime import AnytimeRun
 from flagembedding_matryoshka.inference.batching import next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
-from flagembedding_matryoshka.inference.deadline import Deadline
-from flagembedding_matryoshka.inference.fitting import OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
+from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share

@@ -10,7 +10,7 @@ from FlagEmbedding.abc.inference import AbsReranker
 from typing_extensions import Self
 
 from flagembedding_matryoshka.inference.engine import Engine, Task
-from flagembedding_matryoshka.inference.workers import WorkerPool
+from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.cascade import _best_of_each_query
 from flagembedding_matryoshka.inference.engine import Engine
-from flagembedding_matryoshka.inference.fitting import TokenLimit
+from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import close, out_of_memory_above
 

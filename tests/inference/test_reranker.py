@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.batching import count_tokens
-from flagembedding_matryoshka.inference.fitting import TokenLimit
 from flagembedding_matryoshka.inference.inputs import as_pairs
+from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from tests.batches import out_of_memory_above

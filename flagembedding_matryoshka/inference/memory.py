@@ -1,4 +1,4 @@
-"""How much fits into memory at once: found by trying, and tried again later."""
+"""The number of tokens that fit into memory in one batch, found by trying."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from flagembedding_matryoshka.text.pairs import TokenizedPair
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 16
-"""Batches that must fit before twice as many tokens are tried; doubled each time that those were too many."""
+"""After this many batches without an out-of-memory error the limit is doubled. Each time the doubled limit fails, this
+number doubles too."""
 
 
 class OutOfMemory(Exception):
@@ -24,23 +25,23 @@ class OutOfMemory(Exception):
 
 
 def computed(batch: Callable[[], T]) -> T:
-    """What `batch` returns; a shortage of memory on any device, a CPU included, is an `OutOfMemory`."""
+    """Return the result of `batch`. Raises OutOfMemory if any device, also a CPU, lacks memory."""
     try:
         return batch()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
         shortage = OutOfMemory(str(error))
-    # Outside of the handler, whose error holds on to what the batch had computed.
+    # Outside of the handler, whose error keeps the tensors of the batch alive.
     clear_device_cache()
     raise shortage
 
 
 class TokenLimit:
-    """Tokens of a batch that fit, as far as is known.
+    """The number of tokens of a batch that fit.
 
     Attributes:
-        tokens: infinity until something does not fit.
+        tokens: infinity until a batch does not fit.
     """
 
     def __init__(self) -> None:
@@ -50,16 +51,19 @@ class TokenLimit:
         self._has_grown = False
 
     def fitted(self) -> None:
-        """A batch within the limit did. What was short for a while need not be short for ever."""
+        """Note that a batch fitted. After enough of them a larger limit is tried, since memory may be free again."""
         self._fitted += 1
         if self._fitted >= self._patience:
             self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, True
 
     def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory) -> None:
-        """From here on, at most half as many tokens as in `part`, which did not fit.
+        """Limit batches to half the tokens of `part`, which did not fit.
+
+        Args:
+            name: number of the first pair, for the error.
 
         Raises:
-            torch.OutOfMemoryError: if it is a single pair, which is called `name`.
+            torch.OutOfMemoryError: if `part` is a single pair.
         """
         tokens = count_tokens(part)
         if len(part) == 1:

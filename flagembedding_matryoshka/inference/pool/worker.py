@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from flagembedding_matryoshka.inference.engine import Task
-from flagembedding_matryoshka.inference.worker_process import Answer, Order, Word
+from flagembedding_matryoshka.inference.pool.process import Answer, Order, Word
 
 SECONDS_TO_LEAVE = 5.0
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from flagembedding_matryoshka.inference.device import threads_of_each
 from flagembedding_matryoshka.inference.engine import Task
-from flagembedding_matryoshka.inference.worker import Assignment, RunEnded, Worker
-from flagembedding_matryoshka.inference.worker_process import work
+from flagembedding_matryoshka.inference.pool.process import work
+from flagembedding_matryoshka.inference.pool.worker import Assignment, RunEnded, Worker
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.fitting import PATIENCE, OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.inference.memory import PATIENCE, OutOfMemory, TokenLimit, computed
 from tests.batches import close, out_of_memory_above, tokenized_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.engine import Engine, ScoreBatch
-from flagembedding_matryoshka.inference.workers import SHARED_MEMORY
+from flagembedding_matryoshka.inference.pool.pool import SHARED_MEMORY
 from flagembedding_matryoshka.setting import Setting
 
 QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
