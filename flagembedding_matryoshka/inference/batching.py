@@ -50,3 +50,9 @@ def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: int
         batch = next_batch(pairs, order[start : start + batch_size], max_tokens)
         yield batch
         start += len(batch)
+
+
+def count_input_tokens(pairs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
+    """Return the tokens before the passages of one query's pairs, which a batch holds once, and each pair's others."""
+    shared = pairs[0].query_length if pairs else 0
+    return shared, [len(pair) - pair.query_length for pair in pairs]

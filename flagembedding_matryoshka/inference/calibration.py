@@ -4,7 +4,7 @@ exit what it means at another."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -71,6 +71,8 @@ class Platt:
 
 
 Calibration = Isotonic | Platt
+Normalizer = Callable[[Tensor, int], Tensor]
+"""Maps scores that were read at an exit to the values that are returned. It never changes their order."""
 METHODS: dict[str, type[Isotonic] | type[Platt]] = {kind.method: kind for kind in (Isotonic, Platt)}
 
 

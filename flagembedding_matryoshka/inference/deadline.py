@@ -126,7 +126,7 @@ class AnytimeRun:
         exits: the model's exits, ascending.
         reading: cost of reading scores at a layer, relative to running the layer.
         deadline: a deadline that has started.
-        between: called before each call of `score`.
+        between: called before each call of `score`; None is no callback.
         fusion: candidates with the highest fused scores at an exit go deeper first; z is taken over the candidates that
             wait there. None ranks them by their scores.
     """
@@ -139,7 +139,7 @@ class AnytimeRun:
         exits: Sequence[int],
         reading: float,
         deadline: Deadline,
-        between: Callable[[], None],
+        between: Callable[[], None] | None,
         fusion: Fusion | None = None,
     ) -> None:
         self._score = score
@@ -176,7 +176,8 @@ class AnytimeRun:
     def _go_deeper(self) -> None:
         """Run steps until the deadline."""
         for part in self._parts:
-            self._between()
+            if self._between is not None:
+                self._between()
             self._advance(part, self._exits[0])
         for numbers in self._rounds():
             for index in range(len(self._exits) - 1):
@@ -210,7 +211,8 @@ class AnytimeRun:
         rank = {place: number for number, place in enumerate(best)}
         parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
         for part in sorted(parts, key=lambda part: min(rank.get(place, len(rank)) for place in part.places)):
-            self._between()
+            if self._between is not None:
+                self._between()
             chosen = [place in rank for place in part.places]
             going = part.select(chosen)
             if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:

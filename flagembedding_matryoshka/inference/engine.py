@@ -97,21 +97,26 @@ class Engine:
         compile: fuse the layers' token-wise parts.
 
     Attributes:
-        between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. What it
-            raises ends them.
+        between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. An exception
+            ends them. None is no callback.
     """
 
     def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
         self.model = model
-        self.between_batches: Callable[[], None] = lambda: None
+        self.between_batches: Callable[[], None] | None = None
         if compile:
             model.model.compile_layers()
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
         self._limit = TokenLimit()
 
-    def run(self, tasks: Iterable[Task]) -> Generator[tuple[int, Any], None, None]:
-        """(number, result) of each task, one after the other; a GPU has the next one before it is waited for."""
+    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
+        """Yield the number and the result of each task, in their order. A GPU gets a task before the previous result
+        is read.
+
+        Args:
+            device: the only device, or None. `WorkerPool.run` chooses a device by it.
+        """
         ahead = 1 if self.model.device.type == "cuda" else 0
         started: deque[tuple[int, Callable[[], Any]]] = deque()
         for number, task in enumerate(tasks):
@@ -121,6 +126,9 @@ class Engine:
                 yield earlier, result()
         for number, result in started:
             yield number, result()
+
+    def close(self) -> None:
+        """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
     def start_scoring(
         self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting
@@ -183,7 +191,8 @@ class Engine:
             between_batches = self.between_batches
 
             def score(states: PackedStates, layer: int) -> torch.Tensor:
-                between_batches()
+                if between_batches is not None:
+                    between_batches()
                 return self._read(states, layer, setting)
 
             return run_cascade(score, states, of_packs, setting, fusion)

@@ -20,7 +20,6 @@ import torch
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.device import resolve_dtype
-from flagembedding_matryoshka.inference.hosting import HostedReranker
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 HUB = ("cache_dir", "token", "revision", "local_files_only")
@@ -68,7 +67,7 @@ def identity(model: str, options: Mapping[str, Any], is_here: bool) -> dict[str,
     adapters = [adapters] if isinstance(adapters, str | PathLike) else adapters
     found = {"weights": weights_fingerprint(inspect_checkpoint(model, **given, **hub), adapters, **hub)}
     if is_here:
-        device = HostedReranker.get_target_devices(options.get("devices"))[0]
+        device = MatryoshkaReranker.get_target_devices(options.get("devices"))[0]
         dtype = resolve_dtype(
             options.get("dtype", "auto"),
             options.get("use_fp16", False),

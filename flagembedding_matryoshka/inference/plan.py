@@ -63,7 +63,7 @@ class Plan:
         settings: all measured settings.
         held_out_queries: number of queries that `held_out_ndcg_share` was measured on.
         scored_with: words around the texts, dtype and quantization, which calibrations depend on; see
-            [`~flagembedding_matryoshka.inference.normalizing.scored_with`].
+            [`~flagembedding_matryoshka.inference.reranker.MatryoshkaReranker.scored_with`].
         weights: the fingerprint of the weights, see
             [`~flagembedding_matryoshka.checkpoints.weights.weights_fingerprint`]; None in plans of older versions.
         fusion: weight of the first stage's scores, chosen on the same queries and lists; None if no weight was chosen.

@@ -7,27 +7,38 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
+from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
-from flagembedding_matryoshka.inference.normalizing import Normalizer
 from flagembedding_matryoshka.inference.options import (
     ranking_weight,
     refuse_beside_tokens,
     resolve_call,
     resolve_ranking,
 )
-from flagembedding_matryoshka.inference.planning import PlannedReranker
+from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_min_score, refuse_too_short, score_lists
 from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
 
-class RankingReranker(PlannedReranker):
-    """Orders documents by scores, which it reads where its options, or its plan, say."""
+class RankingMixin:
+    """Rankings of documents by the scores of a re-ranker, which the class beside this one brings.
 
+    Attributes:
+        config: configuration of the model.
+        target_devices: the devices that tasks run on.
+    """
+
+    config: CostWiseConfig
+    target_devices: list[str]
+    _engine: Engine | WorkerPool
+    _normalizer: Callable[..., Normalizer | None]
     _pair_tokenizer: PairTokenizer
     _clock: Callable[[], float] = staticmethod(time.monotonic)
 
@@ -237,7 +248,7 @@ class RankingReranker(PlannedReranker):
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
         shown = (top_k, return_documents, normalize, min_score, total, show_progress_bar)
-        return rank_lists(self._run, checked(), call, *shown)
+        return rank_lists(self._engine.run, checked(), call, *shown)
 
     def cut_chunks(
         self,
@@ -284,7 +295,7 @@ class RankingReranker(PlannedReranker):
             refuse_beside_tokens(values, overrides)
         rows = read_first_stage((("", values) for values in pairs), first_stage_scores, None)
         candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
-        return list(score_lists(self._run, candidates, call, sum(map(len, pairs)), show_progress_bar))
+        return list(score_lists(self._engine.run, candidates, call, sum(map(len, pairs)), show_progress_bar))
 
     def _call(
         self, cascade: Mapping[int, float] | None, deadline: Deadline | None, overrides: Mapping[str, Any]

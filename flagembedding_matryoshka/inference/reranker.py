@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import pairwise
 from os import PathLike
 from typing import Any, Literal
 
 import torch
+from FlagEmbedding.abc.inference import AbsReranker
+from typing_extensions import Self
 
 from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
 from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.inference.counting import count_input_tokens, count_operations
+from flagembedding_matryoshka.inference.batching import count_input_tokens, cut_batches
+from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
     fast_batch_tokens,
     resolve_dtype,
     threads_of_each,
 )
-from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs
-from flagembedding_matryoshka.inference.options import refuse_beside_tokens, resolve_call
-from flagembedding_matryoshka.inference.plan import load_plan
-from flagembedding_matryoshka.inference.ranking import RankingReranker
+from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.fusion import as_fusion
+from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.inference.options import (
+    CALIBRATED,
+    ScoringOptions,
+    refuse_beside_plan,
+    refuse_beside_tokens,
+    resolve_call,
+)
+from flagembedding_matryoshka.inference.plan import Plan, load_plan
+from flagembedding_matryoshka.inference.pool.pool import WorkerPool
+from flagembedding_matryoshka.inference.ranking import RankingMixin
 from flagembedding_matryoshka.inference.scoring import score_pairs
 from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
-from flagembedding_matryoshka.setting import Layers
+from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
-class MatryoshkaReranker(RankingReranker):
+class MatryoshkaReranker(RankingMixin, AbsReranker):
     """A re-ranker whose depth and width are chosen when it scores (arXiv 2501.16302).
 
     Args:
@@ -100,7 +115,20 @@ class MatryoshkaReranker(RankingReranker):
     With `budget` or `quality`, `planned` is the setting that `rank` and `rank_batch` use, unless a call names a depth,
     width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among
     settings without a cascade, by the same budget or quality. Its scores may be of another exit than those of `rank`.
+
+    A context manager that ends the worker processes of several devices.
+
+    Attributes:
+        target_devices: the devices that scores are computed on.
+        planned: the setting that `rank` uses by `budget` or `quality`; None without them.
+        fusion: default weight of the first stage's scores in rankings that have such scores; None is no default.
+        quantization: the format of the weights, if they are quantized.
+        dtype: the format that weights are loaded in, such as "float32".
+        words: the template.
+        temperature: the template's: scores are divided by it before the sigmoid.
     """
+
+    planned: Setting | None = None
 
     def __init__(
         self,
@@ -205,12 +233,16 @@ class MatryoshkaReranker(RankingReranker):
         self._normalizer(*resolve_call(self, {}))
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
-        model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
+        self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)
         if quantization is not None:
-            quantize(model, quantization)
+            quantize(self.model, quantization)
         if batch_invariant:
-            model.model.become_batch_invariant()
-        self._host(model, compile)
+            self.model.model.become_batch_invariant()
+        self._engine: Engine | WorkerPool
+        if len(self.target_devices) == 1:
+            self._engine = Engine(self.model.to(first), compile)  # type: ignore[arg-type]
+        else:
+            self._engine = WorkerPool(self.model, self.target_devices, compile)
 
     def compute_score(
         self,
@@ -250,11 +282,28 @@ class MatryoshkaReranker(RankingReranker):
         if not pairs:
             return []
         call = Call(self._pair_tokenizer, options, setting, shares=1 if device else len(self.target_devices))
-        scores = score_pairs(partial(self._run, device=device), pairs, call, show_progress_bar)
+        scores = score_pairs(partial(self._engine.run, device=device), pairs, call, show_progress_bar)
         if normalize is not None:
             scores = torch.stack(list(map(normalize, scores, setting.cutoff_layers)))
         per_layer = scores.tolist()
         return per_layer[0] if len(per_layer) == 1 else per_layer
+
+    def compute_score_single_gpu(
+        self,
+        sentence_pairs: Any,
+        *,
+        device: str | None = None,
+        use_dataloader: bool | None = None,
+        num_workers: int | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Score pairs on one device, by default the first: FlagEmbedding's name for `compute_score`.
+
+        Args:
+            use_dataloader, num_workers: arguments of FlagEmbedding's layer-wise class, without effect: pairs are always
+                tokenised while others are computed.
+        """
+        return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
@@ -302,10 +351,128 @@ class MatryoshkaReranker(RankingReranker):
         depths: Sequence[int] | None = None,
         **overrides: Any,
     ) -> int:
-        """Floating-point operations that `compute_score` spends on all of these pairs, by the model's own count; with
-        `depths` a cascade: the "cutoff_layer" that it gave each pair, with all its exits as `cutoff_layers`."""
+        """Count the floating-point operations of `compute_score` for all of these pairs, in the batches that it uses.
+
+        Args:
+            depths: for each pair the exit where it stops, as the "cutoff_layer" of a cascade's hits, with all exits of
+                the cascade as `cutoff_layers`. None is the deepest cutoff layer.
+
+        Raises:
+            TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair.
+        """
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         refuse_beside_tokens(pairs, overrides)
         inputs = Call(self._pair_tokenizer, options, setting, shares=1).tokenize(pairs)
-        return count_operations(self.config, inputs, options, setting, depths)
+        if depths is not None:
+            depths = as_layer_tuple("depths", depths) or ()
+            if len(depths) != len(inputs) or not set(depths) <= set(setting.cutoff_layers):
+                raise ValueError(
+                    f"depths must be one of cutoff_layers={list(setting.cutoff_layers)} for each of {len(inputs)} "
+                    f"pairs, got {excerpt(list(depths))}."
+                )
+        total = 0
+        for batch in cut_batches(inputs, options.batch_size, options.max_tokens_per_batch):
+            own = [inputs[index] for index in batch]
+            total += estimate_flops(
+                self.config,
+                setting,
+                query_lengths=torch.tensor([pair.query_length for pair in own]),
+                passage_lengths=torch.tensor([pair.passage_length for pair in own]),
+                prompt_lengths=torch.tensor([pair.prompt_length for pair in own]),
+                shares_prefix=torch.tensor([False, *(a.prefix == b.prefix for a, b in pairwise(own))]),
+                passage_first=own[0].passage_first,
+                depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
+                read_alone=setting.cutoff_layers if depths is None else {*depths, setting.depth},
+            )
+        return total
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The measurements of this model by an evaluation.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is no plan beside the model, or it is the plan of another model.
+        """
+        return self._load_plan()
+
+    def _follow_plan(self, budget: float | None, quality: float | None) -> None:
+        """Make the plan's choice the default. At most one argument may be given."""
+        if budget is None and quality is None:
+            return
+        refuse_beside_plan(self)
+        self.planned = self.plan.choose(budget, quality)
+        for name, value in self.plan.choose(budget, quality, cascades=False).arguments.items():
+            setattr(self, name, value)
+
+    def _choose_fusion(self, fusion: Any) -> None:
+        """Set the default weight: the given one, or for None the weight of the plan that `budget` or `quality` use."""
+        follows = fusion is None and self.planned is not None
+        self.fusion = self.plan.fusion if follows else as_fusion(fusion, lambda: self.plan.fusion_weight())
+
+    def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
+        """Return the function that `normalize` asks for: the sigmoid of score ÷ temperature, the plan's map for each
+        exit, or None for raw scores.
+
+        In a cascade each exit has its own map. It was fitted to all candidates; of the candidates that came so far a
+        larger fraction may be relevant.
+
+        Args:
+            exits: further exits where scores may be read.
+
+        Raises:
+            FileNotFoundError: if there is no plan.
+            ValueError: if the plan has no map for an exit, or was measured with other words, weights or dtype.
+        """
+        if options.normalize == CALIBRATED:
+            self.plan.check_conditions(self.scored_with(options))
+            layers = (*exits, *dict(setting.cascade), *setting.cutoff_layers)
+            maps = {layer: self.plan.calibration(setting, layer) for layer in layers}
+            return lambda scores, layer: maps[layer](scores)
+        return (lambda scores, layer: (scores / self.temperature).sigmoid()) if options.normalize else None
+
+    def scored_with(self, options: ScoringOptions) -> dict[str, Any]:
+        """Return, as JSON values, the conditions that scores depend on beside weights, depth, width and lengths.
+
+        These are the template with its temperature and head tokens, the words of the call, quantization and dtype. A
+        plan notes them.
+        """
+        return self.words.to_json() | {
+            "query_instruction": options.query_instruction_for_rerank,
+            "query_format": options.query_instruction_format,
+            "passage_instruction": options.passage_instruction_for_rerank,
+            "passage_format": options.passage_instruction_format,
+            "instruction": self.words.instruction if options.instruction is None else options.instruction,
+            "prompt": options.prompt,
+            "quantization": self.quantization,
+            "dtype": self.dtype,
+        }
+
+    @contextmanager
+    def calling_between_batches(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call `callback` before each batch of cascades that start inside, and of rankings until a deadline.
+
+        An exception of the callback ends them. While it runs, the model may compute other calls.
+        """
+        before, self._engine.between_batches = self._engine.between_batches, callback
+        try:
+            yield
+        finally:
+            self._engine.between_batches = before
+
+    def close(self) -> None:
+        """End the worker processes of several devices; the next call starts new ones."""
+        self._engine.close()
+
+    def stop_self_pool(self) -> None:
+        """End the worker processes: FlagEmbedding's name for `close`."""
+        # FlagEmbedding also calls it if the constructor failed, and when the interpreter ends and classes may be gone.
+        close = getattr(getattr(self, "_engine", None), "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task
 from flagembedding_matryoshka.inference.fusion import fuse
 from flagembedding_matryoshka.inference.inputs import Pairs
-from flagembedding_matryoshka.inference.normalizing import Normalizer
 from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.inference.tasks import Call, Window, Work, batches_of, tasks_of, windows_of
 from flagembedding_matryoshka.setting import Setting

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.inference.normalizing import Normalizer
+from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.scoring import Hit, best_first
 
 OF_HITS = ("cutoff_layer", "chunk", "is_truncated", "first_stage_score", "fused_score")

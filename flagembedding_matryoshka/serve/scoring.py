@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from flagembedding_matryoshka.inference.batching import count_input_tokens
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
-from flagembedding_matryoshka.inference.counting import count_input_tokens
 from flagembedding_matryoshka.inference.fusion import AUTO, Fusion
 from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions, ranking_weight
 from flagembedding_matryoshka.inference.plan import Plan

@@ -61,7 +61,7 @@ def work(connection: Connection, model: CostWiseForCausalLM, device: str, thread
 
 
 def _answer(connection: Connection, engine: Engine, order: Order) -> None:
-    engine.between_batches = partial(_pause, connection, engine) if order.pauses else _go_on
+    engine.between_batches = partial(_pause, connection, engine) if order.pauses else None
     try:
         answer = Answer(order.task.start(engine)())
     except Exception as error:
@@ -75,9 +75,6 @@ def _pause(connection: Connection, engine: Engine) -> None:
         if heard is Word.STOP:
             raise Stopped
         _answer(connection, engine, heard)
-
-
-def _go_on() -> None: ...
 
 
 def _failure(error: Exception) -> Answer:
