@@ -7,7 +7,7 @@ import pytest
 
 MODULES = (
     "finetune.balancing",
-    "inference.tasks",
+    "inference.scoring",
     "models.attention",
     "models.compression",
     "models.batch",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -27,66 +27,45 @@ from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
-Parts = list[tuple[int, list[int]]]
-"""Numbers of batches, and of each places in it, that are computed together."""
 Stages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Scores, exits and fused scores, as `run_cascade` returns them."""
 
 
-class ExitScore(NamedTuple):
-    """A candidate's score, the exit where it was read, and its fused score; without fusion this is the score."""
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Pairs that one device scores together.
 
-    score: float
-    exit: int
-    fused: float
-
-
-class Task(Protocol):
-    """A computation of an engine."""
-
-    def start(self, engine: Engine) -> Callable[[], Any]:
-        """Queue the work on the device, and return a callable that blocks until the result is ready and returns it."""
-        ...
-
-
-@dataclass(frozen=True)
-class ScoreBatch:
-    """The arguments of `Engine.start_scoring`."""
-
-    pairs: Sequence[TokenizedPair]
-    names: Sequence[int]
-    setting: Setting
-
-    def start(self, engine: Engine) -> Callable[[], list[list[float]]]:
-        return engine.start_scoring(self.pairs, self.names, self.setting)
-
-
-@dataclass(frozen=True)
-class RunCascade:
-    """The arguments of `Engine.cascade`."""
+    Attributes:
+        batches: the pairs of each batch, in the order in which they are packed.
+        places: for each batch the number of each pair in its call.
+        setting: depth, width and cascade.
+        owners: for each batch the number of each pair's query, if candidates of a query are dropped by their scores.
+            None: the task is one batch, whose pairs are all scored at all cutoff layers.
+        deadline: deadline of the task's only query, which starts with the task if it has not started; None is none.
+        fusion: first-stage scores by which candidates are dropped, too; None drops by the scores alone.
+    """
 
     batches: Sequence[Sequence[TokenizedPair]]
-    names: Sequence[Sequence[int]]
-    owners: Sequence[Sequence[int]]
+    places: Sequence[Sequence[int]]
     setting: Setting
+    owners: Sequence[Sequence[int]] | None = None
+    deadline: Deadline | None = None
     fusion: Fusion | None = None
 
-    def start(self, engine: Engine) -> Callable[[], list[ExitScore]]:
-        return partial(engine.cascade, self.batches, self.names, self.owners, self.setting, self.fusion)
 
+class Scored(NamedTuple):
+    """The results of a task, pair after pair in the order of its batches.
 
-@dataclass(frozen=True)
-class RunUntil:
-    """The arguments of `Engine.run_until`."""
+    Attributes:
+        scores: for each cutoff layer, in the order asked for, the score of each pair. If candidates are dropped, one
+            list with the score of each pair at its exit.
+        exits: the exit of each pair if candidates are dropped; otherwise empty.
+        fused: the fused score of each pair if candidates are dropped, without fusion its score; otherwise empty.
+    """
 
-    batches: Sequence[Sequence[TokenizedPair]]
-    names: Sequence[Sequence[int]]
-    setting: Setting
-    deadline: Deadline
-    fusion: Fusion | None = None
-
-    def start(self, engine: Engine) -> Callable[[], list[ExitScore]]:
-        return partial(engine.run_until, self.batches, self.names, self.setting, self.deadline, self.fusion)
+    scores: list[list[float]]
+    exits: Sequence[int] = ()
+    fused: Sequence[float] = ()
 
 
 class Engine:
@@ -110,174 +89,128 @@ class Engine:
         self._switching = threading.Lock()
         self._limit = TokenLimit()
 
-    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
-        """Yield the number and the result of each task, in their order. A GPU gets a task before the previous result
-        is read.
+    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[Task, Scored], None, None]:
+        """Yield each task with its results, in order. A GPU gets a task before the previous results are read.
 
         Args:
             device: the only device, or None. `WorkerPool.run` chooses a device by it.
         """
         ahead = 1 if self.model.device.type == "cuda" else 0
-        started: deque[tuple[int, Callable[[], Any]]] = deque()
-        for number, task in enumerate(tasks):
-            started.append((number, task.start(self)))
+        started: deque[tuple[Task, Callable[[], Scored]]] = deque()
+        for task in tasks:
+            started.append((task, self.start(task)))
             if len(started) > ahead:
                 earlier, result = started.popleft()
                 yield earlier, result()
-        for number, result in started:
-            yield number, result()
+        for task, result in started:
+            yield task, result()
 
     def close(self) -> None:
         """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
-    def start_scoring(
-        self, pairs: Sequence[TokenizedPair], names: Sequence[int], setting: Setting
-    ) -> Callable[[], list[list[float]]]:
-        """Score one batch. Out of memory, this and later batches are computed in smaller ones.
+    def start(self, task: Task) -> Callable[[], Scored]:
+        """Queue a batch on the device, without waiting for its scores. A task with `owners` runs when it is waited for.
 
-        Args:
-            names: what an error calls the pairs.
+        After an out-of-memory error, this and later batches are computed in smaller ones.
 
         Returns:
-            what waits for the scores: for each cutoff layer, in the order asked for, a score for each pair.
+            A callable that blocks until the results are ready and returns them. It raises ArithmeticError if a score is
+            not a finite number.
 
         Raises:
-            ArithmeticError: when waiting, if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit.
         """
+        if task.owners is not None:
+            return partial(self._score_in_stages, task, task.owners)
+        (pairs,), (places,) = task.batches, task.places
         scores, start = [], 0
         while start < len(pairs):
-            part = self._that_fits(pairs, start)
-            batch = [pairs[place] for place in part]
+            part = pairs[self._that_fits(pairs, start)]
             try:
-                with self._adapted(setting.compress_ratio):
-                    scores.append(computed(partial(self._forward, batch, setting)))
+                with self._adapted(task.setting.compress_ratio):
+                    scores.append(computed(partial(self._forward, part, task.setting)))
             except OutOfMemory as error:
-                self._limit.halve(batch, names[start], error)
+                self._limit.halve(part, places[start], error)
                 continue
             self._limit.fitted()
             start += len(part)
 
-        def wait() -> list[list[float]]:
+        def wait() -> Scored:
             found = torch.cat(scores, dim=1).cpu()
-            self._refuse_no_number(found, names)
-            return found.tolist()
+            self._refuse_no_number(found, places)
+            return Scored(found.tolist())
 
         return wait
 
-    def cascade(
-        self,
-        batches: Sequence[Sequence[TokenizedPair]],
-        names: Sequence[Sequence[int]],
-        owners: Sequence[Sequence[int]],
-        setting: Setting,
-        fusion: Fusion | None = None,
-    ) -> list[ExitScore]:
-        """Score the pairs of a cascade.
+    def _score_in_stages(self, task: Task, owners: Sequence[Sequence[int]]) -> Scored:
+        """Score the pairs of a cascade, or of one query until a deadline.
 
-        After an out-of-memory error all pairs start again, in smaller batches. Their order stays, also for `fusion`.
-
-        Args:
-            owners: for each batch the number of each pair's query.
-            fusion: as in `run_cascade`.
-            batches, names: as in `score`, whose errors are raised.
-
-        Returns:
-            score, exit and fused score of each pair, batch after batch.
+        After an out-of-memory error all pairs start again, in smaller batches. Their order stays, also for `fusion`. A
+        deadline stays, too.
         """
-
-        def run(states: list[PackedStates], parts: Parts) -> Stages:
-            of_packs = [[owners[number][place] for place in part] for number, part in parts]
-            between_batches = self.between_batches
-
-            def score(states: PackedStates, layer: int) -> torch.Tensor:
-                if between_batches is not None:
-                    between_batches()
-                return self._read(states, layer, setting)
-
-            return run_cascade(score, states, of_packs, setting, fusion)
-
-        return self._in_stages(run, batches, names, setting)
-
-    def run_until(
-        self,
-        batches: Sequence[Sequence[TokenizedPair]],
-        names: Sequence[Sequence[int]],
-        setting: Setting,
-        deadline: Deadline,
-        fusion: Fusion | None = None,
-    ) -> list[ExitScore]:
-        """Score and exit of each pair of one query, batch after batch, as deep as there is time until `deadline`, which
-        starts now if it has not.
-
-        What is computed again, out of memory, is within the same time. Names and errors are those of `score`.
-        """
-        deadline = deadline.start()
-
-        def run(states: list[PackedStates], parts: Parts) -> Stages:
-            exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
-            score = partial(self._read, setting=setting)
-            return AnytimeRun(score, states, setting, exits, reading, deadline, self.between_batches, fusion).run()
-
-        return self._in_stages(run, batches, names, setting)
-
-    def _in_stages(
-        self,
-        run: Callable[[list[PackedStates], Parts], Stages],
-        batches: Sequence[Sequence[TokenizedPair]],
-        names: Sequence[Sequence[int]],
-        setting: Setting,
-    ) -> list[ExitScore]:
-        """Embed the batches in parts, call `run` on their states, and return the score of each pair."""
+        deadline = None if task.deadline is None else task.deadline.start()
         while True:
-            parts = [(number, part) for number, pairs in enumerate(batches) for part in self._parts(pairs)]
-            packs = [[batches[number][place] for place in part] for number, part in parts]
+            parts: list[tuple[int, slice]] = []
+            for number, pairs in enumerate(task.batches):
+                start = 0
+                while start < len(pairs):
+                    parts.append((number, self._that_fits(pairs, start)))
+                    start = parts[-1][1].stop
+            packs = [task.batches[number][part] for number, part in parts]
+            of_packs = [owners[number][part] for number, part in parts]
             try:
-                scores, exits, fused = computed(partial(self._run_stages, run, packs, parts, setting))
+                found = computed(partial(self._run_stages, packs, of_packs, task.setting, deadline, task.fusion))
             except OutOfMemory as error:
-                number, part = max(parts, key=lambda item: len(item[1]))
-                self._limit.halve([batches[number][place] for place in part], names[number][part[0]], error)
+                largest = max(range(len(packs)), key=lambda place: len(packs[place]))
+                number, part = parts[largest]
+                self._limit.halve(packs[largest], task.places[number][part.start], error)
                 continue
             self._limit.fitted()
+            scores, exits, fused = found
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
-            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*names)))
-            return list(map(ExitScore, scores.tolist(), exits.tolist(), fused.tolist()))
+            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*task.places)))
+            return Scored([scores.tolist()], exits.tolist(), fused.tolist())
 
-    def _parts(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
-        """Places of a batch, in parts that fit as far as is known."""
-        start = 0
-        while start < len(pairs):
-            part = self._that_fits(pairs, start)
-            yield part
-            start += len(part)
-
-    def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> list[int]:
-        return next_batch(pairs, range(start, len(pairs)), self._limit.tokens)
+    def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> slice:
+        """Return the pairs of a batch from `start` on that fit into memory, as far as is known."""
+        return slice(start, start + len(next_batch(pairs, range(start, len(pairs)), self._limit.tokens)))
 
     @torch.inference_mode()
     def _run_stages(
         self,
-        run: Callable[[list[PackedStates], Parts], Stages],
-        packs: Sequence[Sequence[TokenizedPair]],
-        parts: Parts,
+        batches: Sequence[Sequence[TokenizedPair]],
+        owners: Sequence[Sequence[int]],
         setting: Setting,
+        deadline: Deadline | None,
+        fusion: Fusion | None,
     ) -> Stages:
         with self._adapted(setting.compress_ratio):
-            states = [self._embed(pairs) for pairs in packs]
-        return run(states, parts)
+            states = [self._embed(pairs) for pairs in batches]
+        between = self.between_batches
+        if deadline is not None:
+            exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
+            score = partial(self._read, setting=setting)
+            return AnytimeRun(score, states, setting, exits, reading, deadline, between, fusion).run()
+
+        def score_one(states: PackedStates, layer: int) -> torch.Tensor:
+            if between is not None:
+                between()
+            return self._read(states, layer, setting)
+
+        return run_cascade(score_one, states, owners, setting, fusion)
 
     def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
         with self._adapted(setting.compress_ratio):
             return self.model.scores(states, setting, (layer,))[0].cpu()
 
-    def _refuse_no_number(self, scores: torch.Tensor, names: Sequence[int]) -> None:
+    def _refuse_no_number(self, scores: torch.Tensor, places: Sequence[int]) -> None:
         """Raise ArithmeticError if one of (exits, pairs) scores is not finite: no order would mean anything."""
         wrong = ~scores.isfinite()
         broken = wrong.any(0).nonzero()[:, 0].tolist()
         if broken:
             value = scores[:, broken[0]][wrong[:, broken[0]]][0].item()
             raise ArithmeticError(
-                f"pair {names[broken[0]]} has a score that is {'not a number' if math.isnan(value) else value}, "
+                f"pair {places[broken[0]]} has a score that is {'not a number' if math.isnan(value) else value}, "
                 f"computed in {self.model.dtype}"
                 f"{f', and {len(broken) - 1} more in its batch' if len(broken) > 1 else ''}. float16 overflows where "
                 "bfloat16 does not; or the weights are damaged."

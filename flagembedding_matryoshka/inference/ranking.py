@@ -20,8 +20,14 @@ from flagembedding_matryoshka.inference.options import (
     resolve_ranking,
 )
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
-from flagembedding_matryoshka.inference.scoring import Hit, rank_lists, refuse_min_score, refuse_too_short, score_lists
-from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.inference.scoring import (
+    Call,
+    Hit,
+    rank_lists,
+    refuse_min_score,
+    refuse_too_short,
+    score_lists,
+)
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
@@ -176,7 +182,7 @@ class RankingMixin:
         """Rank lists that need not fit into memory: the rankings of `rank_batch`, in the same order, as soon as known.
 
         The input is read ahead of the computation by some thousand pairs, the content of
-        [`~flagembedding_matryoshka.inference.tasks.BATCHES_TOKENIZED_AHEAD`] batches on each device, or by one query.
+        [`~flagembedding_matryoshka.inference.scoring.BATCHES_TOKENIZED_AHEAD`] batches on each device, or by one query.
 
         Args:
             queries: the queries, or without `candidates` tuples of a query and its documents.

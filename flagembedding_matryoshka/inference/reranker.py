@@ -38,8 +38,7 @@ from flagembedding_matryoshka.inference.options import (
 from flagembedding_matryoshka.inference.plan import Plan, load_plan
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.ranking import RankingMixin
-from flagembedding_matryoshka.inference.scoring import score_pairs
-from flagembedding_matryoshka.inference.tasks import Call
+from flagembedding_matryoshka.inference.scoring import Call, score_pairs
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple

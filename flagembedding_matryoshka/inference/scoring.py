@@ -1,46 +1,160 @@
-"""From pairs to scores, and from scores to rankings."""
+"""The way from pairs to scores, and from scores to rankings.
+
+Pairs are tokenised some batches ahead, in a thread. They are cut into batches, and batches make tasks. An engine runs
+the tasks, or the workers of several devices do. Results go to the places of their pairs: into a tensor, or into the
+hits of each query, which are ordered at the end.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
-from flagembedding_matryoshka.inference.engine import Task
-from flagembedding_matryoshka.inference.fusion import fuse
-from flagembedding_matryoshka.inference.inputs import Pairs
-from flagembedding_matryoshka.inference.options import CALIBRATED
-from flagembedding_matryoshka.inference.tasks import Call, Window, Work, batches_of, tasks_of, windows_of
+from flagembedding_matryoshka.inference.deadline import Deadline
+from flagembedding_matryoshka.inference.engine import Scored, Task
+from flagembedding_matryoshka.inference.fusion import Fusion, fuse
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
+from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 
-Run = Callable[[Iterator[Task]], Generator[tuple[int, Any], None, None]]
-"""Computes tasks, and yields the number and the result of each."""
+T = TypeVar("T")
+R = TypeVar("R")
+Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
+"""Computes tasks and yields each one with its results."""
 Hit = dict[str, Any]
+PAIRS_TOKENIZED_FIRST = 256
+"""Pairs tokenised before the first batch, while devices wait. The number doubles each time, up to:"""
+PAIRS_TOKENIZED_AHEAD = 8192
+BATCHES_AT_ONCE = 16
+"""Batches of a cascade's task, whose candidates wait for each other."""
+BATCHES_TOKENIZED_AHEAD = 64
+"""Batches of lists in a window, for each device. The first ranking waits for a window, and devices wait at its end."""
+TOKENS_OF_A_PAIR = 256
+"""Assumed length of a pair before it is tokenised."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Options of a call, for all of its pairs.
+
+    Attributes:
+        shares: number of devices that the work is split among.
+        is_cascade: whether candidates of a list wait for each other.
+        deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
+        fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
+    """
+
+    tokenizer: PairTokenizer
+    options: ScoringOptions
+    setting: Setting
+    shares: int
+    is_cascade: bool = False
+    deadline: Deadline | None = None
+    fusion: float | None = None
+
+    def tokenize(self, pairs: Pairs) -> Inputs:
+        """Pairs that are tokenised already stay as they are."""
+        return pairs if are_tokenized(pairs) else self.options.tokenize(pairs, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Candidates of one query that are scored together: the whole list, or a slice of a long list.
+
+    Attributes:
+        number: number of the list.
+        pairs: their pairs.
+        is_last: whether the list ends here.
+        first_stage: the first stage's score of each candidate if candidates are dropped by fused scores; otherwise
+            empty.
+    """
+
+    number: int
+    pairs: Pairs
+    is_last: bool
+    first_stage: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring portions, tokenised.
+
+    Attributes:
+        first: number of the first pair in the whole call.
+        inputs: the pairs of all portions.
+    """
+
+    portions: Sequence[Portion]
+    first: int
+    inputs: Inputs
 
 
 def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | None) -> Tensor:
-    """(cutoff layers, pairs) float32 scores.
+    """Score pairs at all cutoff layers.
 
     Args:
         show_progress_bar: None shows one on work of more than a second.
+
+    Returns:
+        (cutoff layers, pairs) float32, the layers in the order asked for.
     """
     scores = torch.empty(len(call.setting.cutoff_layers), len(pairs))
-    results = _results(run, batches_of(pairs, call))
-    with _progress(len(pairs), show_progress_bar) as progress, closing(results):
-        for places, found in results:
-            scores[:, places] = torch.tensor(found)
+    with _progress(len(pairs), show_progress_bar) as progress, closing(run(batches_of(pairs, call))) as results:
+        for task, scored in results:
+            (places,) = task.places
+            scores[:, places] = torch.tensor(scored.scores)
             progress.update(len(places))
     return scores
+
+
+def batches_of(pairs: Pairs, call: Call) -> Iterator[Task]:
+    """Yield a task for each batch, at least one for each share, of about equal size.
+
+    Pairs are tokenised while earlier ones are computed.
+    """
+
+    def parts() -> Iterator[slice]:
+        start, sizes = 0, _growing(PAIRS_TOKENIZED_AHEAD)
+        while start < len(pairs):
+            part = slice(start, start + next(sizes))
+            yield part
+            start = part.stop
+
+    def tokenize(part: slice) -> tuple[int, Inputs]:
+        return part.start, call.tokenize(pairs[part])
+
+    for first, inputs in _one_ahead(tokenize, parts()):
+        yield from _independent(inputs, first, call)
+
+
+def _independent(inputs: Inputs, first: int, call: Call) -> Iterator[Task]:
+    """Yield a task for each batch, at least one for each share, of pairs that do not wait for each other.
+
+    Args:
+        first: number of the first pair in the call.
+    """
+    max_tokens = call.options.max_tokens_per_batch
+    if call.shares > 1:
+        together = count_tokens([inputs[place] for place in by_prefix(inputs)])
+        max_tokens = min(max_tokens, math.ceil(together / call.shares))
+    for batch in cut_batches(inputs, call.options.batch_size, max_tokens):
+        pairs, places = [inputs[place] for place in batch], [first + place for place in batch]
+        yield Task([pairs], [places], call.setting)
 
 
 def score_lists(
@@ -89,34 +203,144 @@ def _scored(
 
 
 def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
+    """Return a hit for each pair of a window, in order."""
     hits: list[Hit] = [{} for _ in window.inputs]
-    with closing(_results(run, tasks_of(window, call))) as results:
-        for places, found in results:
-            if call.is_cascade:
-                of_task = [
-                    {"score": score, "cutoff_layer": exit} | ({} if call.fusion is None else {"fused_score": fused})
-                    for score, exit, fused in found
-                ]
-            else:
-                of_task = [{"score": score} for score in found[0]]
-            for place, hit in zip(places, of_task, strict=True):
-                hits[place] = hit | ({"is_truncated": True} if window.inputs[place].is_cut else {})
+    with closing(run(tasks_of(window, call))) as results:
+        for task, scored in results:
+            places = [place - window.first for place in chain(*task.places)]
+            for number, place in enumerate(places):
+                hit: Hit = {"score": scored.scores[0][number]}
+                if task.owners is not None:
+                    hit["cutoff_layer"] = scored.exits[number]
+                if task.fusion is not None:
+                    hit["fused_score"] = scored.fused[number]
+                if window.inputs[place].is_cut:
+                    hit["is_truncated"] = True
+                hits[place] = hit
             progress.update(len(places))
     return hits
 
 
-def _results(run: Run, works: Iterable[Work]) -> Generator[tuple[Sequence[int], Any], None, None]:
-    """The places and the result of each task, as they are done."""
-    given: dict[int, Sequence[int]] = {}
+def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, None, None]:
+    """Yield windows of neighbouring lists, the lists of a window to be scored together.
 
-    def tasks() -> Iterator[Task]:
-        for number, (places, task) in enumerate(works):
-            given[number] = places
-            yield task
+    A window is read and tokenised while the previous one is computed. A list longer than a window has several windows,
+    unless it is a cascade's.
+    """
+    tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
+    sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 
-    with closing(run(tasks())) as results:
-        for number, found in results:
-            yield given.pop(number), found
+    def filled() -> Iterator[list[Portion]]:
+        portions: list[Portion] = []
+        count, size = 0, next(sizes)
+        for number, candidates in enumerate(lists):
+            pairs, end, is_last = candidates.pairs, 0, False
+            fuses = call.is_cascade and call.fusion is not None
+            first_stage = (candidates.first_stage_of_pairs if fuses else None) or ()
+            while not is_last:
+                start, end = end, len(pairs) if call.is_cascade else end + size
+                is_last = end >= len(pairs)
+                portion = Portion(number, pairs[start:end], is_last, first_stage)
+                if portions and count + len(portion.pairs) > size:
+                    yield portions
+                    portions, count, size = [], 0, next(sizes)
+                portions.append(portion)
+                count += len(portion.pairs)
+        if portions:
+            yield portions
+
+    def numbered() -> Iterator[tuple[int, list[Portion]]]:
+        first = 0
+        for portions in filled():
+            yield first, portions
+            first += sum(len(portion.pairs) for portion in portions)
+
+    def tokenize(work: tuple[int, list[Portion]]) -> Window:
+        first, portions = work
+        pairs: Any = [pair for portion in portions for pair in portion.pairs]
+        return Window(portions, first, call.tokenize(pairs))
+
+    return _one_ahead(tokenize, numbered())
+
+
+def tasks_of(window: Window, call: Call) -> Iterator[Task]:
+    """Yield the tasks that compute all pairs of a window.
+
+    A cascade's task holds the states of all its queries in memory. Its queries fill up to BATCHES_AT_ONCE batches, at
+    least one query. The window has at least `call.shares` tasks if it has that many queries. With a deadline each query
+    is a task.
+    """
+    inputs = window.inputs
+    if not call.is_cascade:
+        yield from _independent(inputs, window.first, call)
+        return
+    owner = [portion.number for portion in window.portions for _ in portion.pairs]
+    first_stage = list(chain.from_iterable(portion.first_stage for portion in window.portions))
+    max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
+    if call.deadline is not None:
+        max_tokens = 0
+    elif call.shares > 1:
+        max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / call.shares))
+    for part in whole_queries(owner, list(map(len, inputs)), max_tokens):
+        own = inputs[part.start : part.stop]
+        batches = [
+            [part[place] for place in batch]
+            for batch in cut_batches(own, call.options.batch_size, call.options.max_tokens_per_batch)
+        ]
+        fusion = None
+        if call.fusion is not None:
+            fusion = Fusion(call.fusion, [first_stage[place] for place in chain(*batches)])
+        yield Task(
+            [[inputs[place] for place in batch] for batch in batches],
+            [[window.first + place for place in batch] for batch in batches],
+            call.setting,
+            [[owner[place] for place in batch] for batch in batches],
+            call.deadline,
+            fusion,
+        )
+
+
+def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:
+    """Ranges of neighbours whose sizes sum to at most `limit`, unless a single query's do, and which cut no query.
+
+    >>> list(whole_queries([0, 0, 1, 2, 2], [4, 4, 1, 9, 9], limit=10))
+    [range(0, 3), range(3, 5)]
+    """
+    start = end = total = 0
+    for _, group in groupby(owner):
+        behind = end + sum(1 for _ in group)
+        size = sum(sizes[end:behind])
+        if end > start and total + size > limit:
+            yield range(start, end)
+            start, total = end, 0
+        end, total = behind, total + size
+    if end > start:
+        yield range(start, end)
+
+
+def _growing(limit: int) -> Iterator[int]:
+    """How many pairs are tokenised in one go, time after time.
+
+    >>> from itertools import islice
+    >>> list(islice(_growing(500), 4))
+    [256, 500, 500, 500]
+    """
+    size = min(PAIRS_TOKENIZED_FIRST, limit)
+    while True:
+        yield size
+        size = min(2 * size, limit)
+
+
+def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    """Results of `function`, each computed in a thread while its predecessor is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following: Future[R] | None = None
+        for item in items:
+            current, following = following, thread.submit(function, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def _progress(total: int | None, show_progress_bar: bool | None) -> Any:

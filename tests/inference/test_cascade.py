@@ -66,14 +66,14 @@ def test_queries_wait_for_each_other_in_windows_and_rank_the_same(reranker, monk
     arguments = ([*QUERIES, "plate", "cone"], candidates)
     expected = reranker.rank_batch(*arguments, cascade={2: 0.5, 4: 0.4})
     together = []
-    of_engine = Engine.cascade
+    of_engine = Engine.start
 
-    def noting(self, batches, names, owners, setting, fusion):
-        together.append([owner for batch in owners for owner in batch])
-        return of_engine(self, batches, names, owners, setting, fusion)
+    def noting(self, task):
+        together.append([owner for batch in task.owners for owner in batch])
+        return of_engine(self, task)
 
-    monkeypatch.setattr(Engine, "cascade", noting)
-    monkeypatch.setattr("flagembedding_matryoshka.inference.tasks.BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(Engine, "start", noting)
+    monkeypatch.setattr("flagembedding_matryoshka.inference.scoring.BATCHES_AT_ONCE", 1)
     found = reranker.rank_batch(*arguments, cascade={2: 0.5, 4: 0.4}, max_tokens_per_batch=300)
     assert len(together) > 1 and sorted(owner for window in together for owner in window) == sorted(
         number for number, documents in enumerate(candidates) for _ in documents

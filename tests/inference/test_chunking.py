@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference import chunking, tasks
+from flagembedding_matryoshka.inference import chunking, scoring
 from flagembedding_matryoshka.inference.chunking import Chunking
 from flagembedding_matryoshka.inference.options import resolve_call
 from flagembedding_matryoshka.text.encoding import whole_characters
@@ -103,7 +103,7 @@ def test_documents_of_one_chunk_score_as_without(reranker):
 def test_chunks_rank_the_same_one_by_one_together_and_in_windows(reranker, options, monkeypatch):
     queries, lists = [QUERY, "heat", "flow of air"], [DOCUMENTS, [], DOCUMENTS[1:4]]
     expected = [reranker.rank(q, documents, chunk=True, **options) for q, documents in zip(queries, lists, strict=True)]
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 4)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 4)
     for found in (
         reranker.rank_batch(queries, lists, chunk=True, **options),
         list(reranker.rank_iter(zip(queries, lists, strict=True), chunk=True, batch_size=3, **options)),

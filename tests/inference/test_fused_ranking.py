@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference import tasks
+from flagembedding_matryoshka.inference import scoring
 from flagembedding_matryoshka.inference.fusion import fuse, reciprocal_ranks
 from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
@@ -198,7 +198,7 @@ def test_many_queries_rank_as_each_alone(reranker, depth, monkeypatch):
     close(together, alone)
     rows = zip(QUERIES, map(iter, LISTS), strict=True)
     assert list(reranker.rank_iter(rows, first_stage_scores=map(iter, FIRSTS), **options)) == together
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 4)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 4)
     close(list(reranker.rank_iter(QUERIES, LISTS, first_stage_scores=FIRSTS, **options)), alone)
     assert together[-1] == [] and together[-2][0]["fused_score"] == 0.0
 
@@ -326,7 +326,7 @@ def test_each_query_may_have_an_instruction_beside_its_scores(reranker):
     ],
 )
 def test_invalid_options_are_refused_before_computation(reranker, options, error, message, monkeypatch):
-    monkeypatch.setattr(reranker, "_run", lambda *_, **__: pytest.fail("something is computed"))
+    monkeypatch.setattr(reranker._engine, "run", lambda *_, **__: pytest.fail("something is computed"))
     with pytest.raises(error, match=message):
         reranker.rank(QUERY, DOCUMENTS, **options)
     several = {name: [value] if name == "first_stage_scores" else value for name, value in options.items()}
@@ -347,13 +347,13 @@ def test_each_query_needs_a_list_of_scores(reranker, count, monkeypatch):
     rankings = reranker.rank_iter(["a", "b"], [["c"], ["d"]], **options)
     with pytest.raises(ValueError, match=f"first_stage_scores.*, but {named}"):
         list(rankings)
-    monkeypatch.setattr(reranker, "_run", lambda *_, **__: pytest.fail("something is computed"))
+    monkeypatch.setattr(reranker._engine, "run", lambda *_, **__: pytest.fail("something is computed"))
     with pytest.raises(ValueError, match=f"first_stage_scores.*, but {named}"):
         reranker.rank_batch(["a", "b"], [["c"], ["d"]], **options)
 
 
 def test_a_stream_raises_the_fault_of_a_list_when_it_is_read(reranker, monkeypatch):
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 1)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 1)
     scores = iter([[1.0]] * 5 + [[math.nan]])
     rankings = reranker.rank_iter(["a"] * 6, [["d"]] * 6, first_stage_scores=scores, fusion=1)
     assert len(next(rankings)) == 1

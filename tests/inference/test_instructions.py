@@ -140,7 +140,7 @@ def test_a_template_without_a_place_refuses_before_anything_is_computed(without,
             pytest.fail("something is computed")
         yield
 
-    monkeypatch.setattr(without, "_run", run)
+    monkeypatch.setattr(without._engine, "run", run)
     message = "the model's template 'cost_wise' has no place for the instruction 'find wings'"
     pairs = [("q", "d")]
     for call in (

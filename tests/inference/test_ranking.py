@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference import tasks
+from flagembedding_matryoshka.inference import scoring
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
@@ -28,7 +28,7 @@ def reranker(tiny_layerwise_path):
 def pairs_of_a_window(request, monkeypatch):
     """None is as many as fit; 4 cut the longest lists, but not a cascade's."""
     if request.param:
-        monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", request.param)
+        monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", request.param)
 
 
 def lists():
@@ -49,7 +49,7 @@ def test_rankings_come_one_by_one_as_they_come_together(reranker, options):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_windows_change_no_ranking(reranker, options, monkeypatch):
     expected = reranker.rank_batch(QUERIES[: len(LISTS)], LISTS, **options)
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 4)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 4)
     for ours, theirs in zip(reranker.rank_iter(lists(), **options), expected, strict=True):
         assert [hit["corpus_id"] for hit in ours] == [hit["corpus_id"] for hit in theirs]
         assert [hit["score"] for hit in ours] == pytest.approx([hit["score"] for hit in theirs], abs=1e-5)
@@ -57,7 +57,7 @@ def test_windows_change_no_ranking(reranker, options, monkeypatch):
 
 @pytest.mark.parametrize("cascade", [None, {2: 0.5}])
 def test_an_endless_input_is_read_a_window_ahead(reranker, cascade, monkeypatch):
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 10)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 10)
     read = []
 
     def endless():
@@ -115,7 +115,7 @@ def test_a_cascade_that_keeps_too_few_is_refused(reranker):
 
 def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_texts):
     pairs = [(query, document) for query in QUERIES for document in DOCUMENTS]
-    assert len(pairs) < tasks.PAIRS_TOKENIZED_FIRST
+    assert len(pairs) < scoring.PAIRS_TOKENIZED_FIRST
     different = len(set(QUERIES)) + len(set(DOCUMENTS))
     expected = reranker.compute_score(pairs, cutoff_layers=[2, 4, 6], compress_layers=[2], compress_ratio=2)
     assert len(tokenized_texts) == different
@@ -135,16 +135,16 @@ def test_texts_are_tokenised_once_in_a_call_and_not_again(reranker, tokenized_te
 
 def test_few_pairs_are_tokenised_before_the_first_are_scored(reranker, monkeypatch):
     """And then twice as many each time, in whole lists where these are not longer."""
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_FIRST", 5)
-    monkeypatch.setattr(tasks, "PAIRS_TOKENIZED_AHEAD", 15)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 5)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 15)
     sizes = []
-    tokenize = tasks.Call.tokenize
+    tokenize = scoring.Call.tokenize
 
     def counted(call, pairs):
         sizes.append(len(pairs))
         return tokenize(call, pairs)
 
-    monkeypatch.setattr(tasks.Call, "tokenize", counted)
+    monkeypatch.setattr(scoring.Call, "tokenize", counted)
     pairs = [("wing", document) for document in DOCUMENTS] * 2
     found = reranker.compute_score(pairs)
     assert sizes == [5, 10, 15, 10]

@@ -161,8 +161,8 @@ def test_progress_bar_on_long_work_only(reranker, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=True)
     assert "4/4" in capsys.readouterr().err
-    score = reranker._engine.start_scoring
-    monkeypatch.setattr(reranker._engine, "start_scoring", lambda *arguments: time.sleep(0.7) or score(*arguments))
+    start = reranker._engine.start
+    monkeypatch.setattr(reranker._engine, "start", lambda task: time.sleep(0.7) or start(task))
     reranker.compute_score(PAIRS, batch_size=2)
     assert "4/4" in capsys.readouterr().err
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=False)
@@ -325,13 +325,13 @@ def test_an_exit_that_does_not_exist_is_not_exported(tiny_layerwise_path, tmp_pa
 def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_tokens, monkeypatch):
     expected = reranker.compute_score(PAIRS)
     sizes = []
-    score = reranker._engine.start_scoring
+    start = reranker._engine.start
 
-    def recorded(inputs, names, setting):
-        sizes.append(inputs)
-        return score(inputs, names, setting)
+    def recorded(task):
+        sizes.extend(task.batches)
+        return start(task)
 
-    monkeypatch.setattr(reranker._engine, "start_scoring", recorded)
+    monkeypatch.setattr(reranker._engine, "start", recorded)
     found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
     assert sum(map(len, sizes)) == len(PAIRS)

@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from flagembedding_matryoshka.inference.device import threads_of_each
-from flagembedding_matryoshka.inference.engine import Task
+from flagembedding_matryoshka.inference.engine import Scored, Task
 from flagembedding_matryoshka.inference.pool.process import work
 from flagembedding_matryoshka.inference.pool.worker import Assignment, RunEnded, Worker
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -47,8 +46,8 @@ class WorkerPool:
         self._last_death = ""
         self._lock = threading.Lock()
 
-    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[int, Any], None, None]:
-        """(number, result) of each task, as they finish; a worker that is free takes the next.
+    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[Task, Scored], None, None]:
+        """Yield each task with its results, as they finish. A free worker takes the next task.
 
         Calls from several threads take turns, whole or between a cascade's batches. Workers outlive what their tasks
         or `between_batches` raise; what is not consumed to its end, or interrupted, stops them at once.
@@ -78,7 +77,7 @@ class WorkerPool:
 
     def _run(
         self, tasks: Iterable[Task], device: str | None, given: list[Assignment]
-    ) -> Generator[tuple[int, Any], None, None]:
+    ) -> Generator[tuple[Task, Scored], None, None]:
         between, source = self.between_batches, enumerate(tasks)
         upcoming = next(source, None)
         returned: deque[tuple[int, Task]] = deque()
@@ -98,7 +97,7 @@ class WorkerPool:
                     given.remove(assignment)
                     if assignment.answer.error is not None:
                         raise RunEnded(assignment.answer.error)
-                    yield assignment.number, assignment.answer.result
+                    yield assignment.task, assignment.answer.result
             if not (upcoming or returned or given):
                 return
             workers = [worker for worker in self._workers if device in (None, worker.device)]

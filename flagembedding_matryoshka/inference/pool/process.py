@@ -63,7 +63,7 @@ def work(connection: Connection, model: CostWiseForCausalLM, device: str, thread
 def _answer(connection: Connection, engine: Engine, order: Order) -> None:
     engine.between_batches = partial(_pause, connection, engine) if order.pauses else None
     try:
-        answer = Answer(order.task.start(engine)())
+        answer = Answer(engine.start(order.task)())
     except Exception as error:
         answer = _failure(error)
     connection.send(answer)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.engine import Engine, ScoreBatch
+from flagembedding_matryoshka.inference.engine import Engine, Task
 from flagembedding_matryoshka.inference.pool.pool import SHARED_MEMORY
 from flagembedding_matryoshka.setting import Setting
 
@@ -93,7 +93,7 @@ def test_each_query_has_its_deadline_on_one_of_several_devices(two, deadline_ms,
 
 @pytest.mark.parametrize("cascade", [None, {2: 0.5}])
 def test_rankings_come_one_by_one_and_the_workers_are_free_in_between(one, two, cascade, monkeypatch):
-    monkeypatch.setattr("flagembedding_matryoshka.inference.tasks.PAIRS_TOKENIZED_AHEAD", 8)
+    monkeypatch.setattr("flagembedding_matryoshka.inference.scoring.PAIRS_TOKENIZED_AHEAD", 8)
     lists = [(query, PASSAGES) for query in QUERIES * 2]
     found = []
     for ranking in two.rank_iter(lists, cascade=cascade):
@@ -110,7 +110,7 @@ def test_work_is_shared_by_tokens(two, monkeypatch):
     monkeypatch.setattr(two._engine, "run", lambda tasks, device: run(map(noted, tasks), device))
 
     def noted(task):
-        batches.append(sum(len(pair) for pair in task.pairs))
+        batches.append(sum(len(pair) for pair in task.batches[0]))
         return task
 
     two.compute_score(PAIRS)
@@ -150,7 +150,7 @@ def test_threads_take_turns(one, two):
 def test_what_a_worker_raises_arrives_with_its_traceback(two):
     two.compute_score(PAIRS)
     with (
-        closing(two._engine.run(iter([ScoreBatch([], [], None)]))) as results,
+        closing(two._engine.run(iter([Task([[]], [[]], None)]))) as results,
         pytest.raises(ValueError, match="non-empty") as raised,
     ):
         list(results)
@@ -161,17 +161,17 @@ def test_what_a_worker_raises_arrives_with_its_traceback(two):
 def test_workers_outlive_a_bad_task_and_what_they_owe_from_its_call_is_thrown_away(one, two):
     score_until_all_are_ready(two)
     before = processes(two)
-    good = Engine(one.model), ScoreBatch(one_pair(one), [0], Setting(6))
-    expected = good[1].start(good[0])()
+    good = Engine(one.model), Task([one_pair(one)], [[0]], Setting(6))
+    expected = good[0].start(good[1])().scores
     for place in range(3):
         tasks = [good[1]] * 4
-        tasks[place] = ScoreBatch([], [], None)
+        tasks[place] = Task([[]], [[]], None)
         with closing(two._engine.run(iter(tasks))) as results, pytest.raises(ValueError, match="non-empty"):
             list(results)
-        found = dict(two._engine.run(iter([good[1]] * 5)))
-        assert sorted(found) == [0, 1, 2, 3, 4]
-        for scores in found.values():
-            close(scores, expected)
+        found = list(two._engine.run(iter([good[1]] * 5)))
+        assert len(found) == 5
+        for _, scored in found:
+            close(scored.scores, expected)
     close(two.compute_score(PAIRS), one.compute_score(PAIRS))
     assert processes(two) == before and all(process.is_alive() for process in before)
 
