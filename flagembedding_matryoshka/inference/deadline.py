@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.inference.inputs import excerpt
+from flagembedding_matryoshka.models.compression import compressed_lengths
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 
@@ -256,7 +257,7 @@ class AnytimeRun:
             layers += weight
             tokens += weight * (fixed + int(passage.sum()))
             if self._setting.compresses_after(layer):
-                passage = -(-passage // self._setting.compress_ratio)
+                passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens
 
 

@@ -25,6 +25,15 @@ UNDERFLOW = 1e-30
 """A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""
 
 
+def compressed_lengths(passage_lengths: Tensor, ratio: int) -> Tensor:
+    """Return the number of groups that passages of these lengths are merged into, ⌈length ÷ ratio⌉.
+
+    Args:
+        passage_lengths: int64, of any shape.
+    """
+    return (passage_lengths + ratio - 1).div(ratio, rounding_mode="floor")
+
+
 def compress(
     hidden_states: Tensor, attention_row: Tensor | None, packed: PackedBatch, ratio: int
 ) -> tuple[Tensor, PackedBatch]:
@@ -43,7 +52,7 @@ def compress(
     Returns:
         (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.
     """
-    compressed = replace(packed, passage_lengths=(packed.passage_lengths + ratio - 1).div(ratio, rounding_mode="floor"))
+    compressed = replace(packed, passage_lengths=compressed_lengths(packed.passage_lengths, ratio))
     slots, in_passage = _slots(packed, compressed, ratio)
     total = int(compressed.cu_seqlens[-1])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class
+from flagembedding_matryoshka.models.compression import compressed_lengths
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 
@@ -100,6 +101,6 @@ def estimate_flops(
         if setting.compresses_after(depth):
             if config.compress_weights == "attention":
                 total += 2 * query_width * int(lengths.sum() + segments.sum())
-            passage = torch.div(passage + setting.compress_ratio - 1, setting.compress_ratio, rounding_mode="floor")
+            passage = compressed_lengths(passage, setting.compress_ratio)
             changed.add(depth)
     return total
