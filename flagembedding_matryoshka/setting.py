@@ -40,6 +40,23 @@ def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
     return tuple(map(operator.index, values))
 
 
+def resolve_alias(compress_layer: Layers, compress_layers: Layers) -> Layers:
+    """Return the compress layers of a call; `compress_layer` is the reference's name of the argument.
+
+    Raises:
+        TypeError: as `as_layer_tuple`, if both are given.
+        ValueError: if both are given and differ.
+    """
+    if compress_layer is None or compress_layers is None:
+        return compress_layers if compress_layer is None else compress_layer
+    if as_layer_tuple("compress_layer", compress_layer) != as_layer_tuple("compress_layers", compress_layers):
+        raise ValueError(
+            f"compress_layer {compress_layer} and compress_layers {compress_layers} contradict: they are two names of "
+            "one argument. Give one."
+        )
+    return compress_layers
+
+
 def share_of(share: float, candidates: int) -> int:
     """How many a share of so many candidates is, rounded up, as the share is written: 0.07 of 100 is 7.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
-from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.setting import Setting, resolve_alias
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
@@ -160,7 +160,7 @@ def resolve_call(defaults: Any, overrides: Mapping[str, Any]) -> tuple[ScoringOp
 
     Raises:
         TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`, TypeError if `fusion` is given, and
-            ValueError if both spellings are given.
+            ValueError if the two spellings contradict each other.
     """
     if overrides.get("fusion") is not None:
         raise TypeError(
@@ -175,12 +175,9 @@ def _resolve(
 ) -> tuple[ScoringOptions, Setting]:
     """Return the options and the setting of any call, as `resolve_call`."""
     of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
-    compress_layer = of_text.pop("compress_layer", None)
     depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
-    if compress_layer is not None:
-        if depth_and_width["compress_layers"] is not None:
-            raise ValueError("compress_layer and compress_layers are one argument with two names; give one.")
-        depth_and_width["compress_layers"] = compress_layer
+    alias = of_text.pop("compress_layer", None)
+    depth_and_width["compress_layers"] = resolve_alias(alias, depth_and_width["compress_layers"])
     for name, value in depth_and_width.items():
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, of_text)

@@ -18,7 +18,7 @@ from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel, Lengths, PackedStates
 from flagembedding_matryoshka.models.invariance import RowwiseLinear
-from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
+from flagembedding_matryoshka.setting import Layers, Setting, resolve_alias
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +89,7 @@ class CostWiseForCausalLM(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"linear_head"}
 
     def __init__(self, config: CostWiseConfig) -> None:
+        config = copy.deepcopy(config)  # the constructor changes it
         super().__init__(config)
         self.model.__class__ = self.model_class
         self.model.become_layer_wise()
@@ -257,9 +258,9 @@ class CostWiseForCausalLM(PreTrainedModel):
             cutoff_layers: those of `setting`, unless given: a pass may be read, and left, before its end.
         """
         exits = cutoff_layers or setting.cutoff_layers
-        # each by itself, so that its scores are the same bits whichever others are read
-        found = {layer: self.model.last_token_states(states, setting, (layer,))[layer] for layer in sorted(exits)}
-        return torch.stack([self.score(layer, found[layer]) for layer in exits])
+        # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
+        found = {layer: self.score(layer, self.model.states_at(states, setting, layer)) for layer in sorted(exits)}
+        return torch.stack([found[layer] for layer in exits])
 
     def forward(
         self,
@@ -297,12 +298,7 @@ class CostWiseForCausalLM(PreTrainedModel):
             ValueError: if the request does not fit the model or the batch is malformed, and on arguments that only a
                 language model has (labels, past_key_values, …).
         """
-        if compress_layer is not None:
-            if compress_layers is not None and as_layer_tuple("", compress_layer) != as_layer_tuple(
-                "", compress_layers
-            ):
-                raise ValueError(f"compress_layer {compress_layer} and compress_layers {compress_layers} contradict.")
-            compress_layers = compress_layer
+        compress_layers = resolve_alias(compress_layer, compress_layers)
         return_dict = kwargs.pop("return_dict", None)
         unused = [name for name, value in kwargs.items() if value is not None and value is not False]
         if unused:

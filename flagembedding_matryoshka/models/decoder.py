@@ -6,7 +6,8 @@ is different about a decoder is in [`~flagembedding_matryoshka.models.backbones`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,7 +94,7 @@ class CostWiseModel(PreTrainedModel):
     rotary_emb: Any
 
     def __init__(self, config: CostWiseConfig) -> None:
-        super().__init__(config)
+        super().__init__(copy.deepcopy(config))  # the constructor changes it
         self.become_layer_wise()
 
     @classmethod
@@ -233,19 +234,14 @@ class CostWiseModel(PreTrainedModel):
         )
         return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
 
-    def last_token_states(self, states: PackedStates, setting: Setting, exits: Collection[int]) -> dict[int, Tensor]:
-        """Exit to `exit_states` (sequences, hidden) of those in `exits`; brings `states` in front of the deepest."""
-        deepest = max(exits)
-        found = {
-            depth: hidden[0, packed.last_tokens]
-            for depth, hidden, packed in self.run(states, setting, deepest - 1)
-            if depth in exits
-        }
-        found[deepest] = self.read(states)
-        return {depth: self.exit_states(last) for depth, last in found.items()}
+    def states_at(self, states: PackedStates, setting: Setting, layer: int) -> Tensor:
+        """Return the (sequences, hidden) normalised states after `layer`; brings `states` to the layer before it."""
+        for _ in self.run(states, setting, layer - 1):
+            pass
+        return self.exit_states(self.read(states))
 
     def exit_states(self, last: Tensor) -> Tensor:
-        """(sequences, hidden) normalised, in float32 whatever the weights are in: heads would see rounded ones else."""
+        """Normalise (sequences, hidden) states of last tokens in float32: heads would see rounded ones otherwise."""
         return self.norm(last.float())
 
     def forward_packed(
@@ -255,8 +251,10 @@ class CostWiseModel(PreTrainedModel):
         return_full_width: bool = False,
         output_hidden_states: bool = False,
     ) -> CostWiseModelOutputWithPast:
-        """`forward` of a batch that is packed already; brings `states` in front of the last layer of `setting`, or,
-        with `output_hidden_states`, behind it."""
+        """Run `forward` on a packed batch.
+
+        Brings `states` to the layer before the last one of `setting`; with `output_hidden_states` to the last one.
+        """
         exits = setting.cutoff_layers
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
@@ -269,10 +267,10 @@ class CostWiseModel(PreTrainedModel):
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
             if return_full_width and full_width_states is None and setting.compresses_after(depth):
-                deeper = [layer for layer in exits if layer > depth]
+                deeper = Setting(tuple(layer for layer in exits if layer > depth))
                 with torch.no_grad():
-                    branch = PackedStates(hidden, packed, depth)
-                    full_width_states = self.last_token_states(branch, Setting(exits), deeper)
+                    branch = self.forward_packed(PackedStates(hidden, packed, depth), deeper)
+                full_width_states = dict(zip(deeper.cutoff_layers, branch.last_token_states, strict=True))
         if setting.depth not in last_token_states:
             last_token_states[setting.depth] = self.exit_states(self.read(states))
 

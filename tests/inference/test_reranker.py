@@ -270,7 +270,7 @@ def test_what_is_not_a_pair_of_strings_is_named(pairs, message):
             r"compress_ratio is 3, .*\[1, 2, 4, 8\]: the model",
         ),
         ({"compress_ratio": 2}, ValueError, "compress_ratio=2 needs compress_layers"),
-        ({"compress_layers": 2, "compress_layer": 2}, ValueError, "one argument with two names"),
+        ({"compress_layers": 3, "compress_layer": 2}, ValueError, "two names of one argument"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
         ({"max_tokens_per_batch": 0}, ValueError, "max_tokens_per_batch is 0"),
         ({"max_length": -1}, ValueError, "max_length is -1"),

@@ -1,7 +1,8 @@
 import pytest
 from transformers import AutoConfig
 
-from flagembedding_matryoshka import CostWiseMistralConfig, Setting
+from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM, CostWiseMistralModel, Setting
+from flagembedding_matryoshka.setting import resolve_alias
 
 
 def config(**kwargs):
@@ -95,3 +96,23 @@ def test_what_does_not_exist_is_refused(request_, message):
 def test_what_is_not_an_int_is_refused(name, layers, value):
     with pytest.raises(TypeError, match=f"{name} must be an int or a list of ints, got {value}"):
         Setting.resolve(config(), **{name: layers})
+
+
+@pytest.mark.parametrize("model_class", [CostWiseMistralModel, CostWiseMistralForCausalLM])
+def test_a_model_leaves_the_configuration_that_it_is_made_of_alone(model_class):
+    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    given = config(num_key_value_heads=1, tie_word_embeddings=True, **small)
+    before, attention = given.to_dict(), given._attn_implementation
+    model = model_class(given)
+    assert model.config is not given and model.config._attn_implementation == "cost_wise_packed"
+    assert (given.to_dict(), given._attn_implementation) == (before, attention)
+
+
+def test_compress_layers_have_one_value_under_two_names():
+    assert resolve_alias(None, None) is None
+    assert resolve_alias([2, 4], None) == resolve_alias(None, [2, 4]) == [2, 4]
+    assert resolve_alias(2, [2]) == [2]
+    with pytest.raises(ValueError, match=r"compress_layer 2 and compress_layers \[3\] contradict"):
+        resolve_alias(2, [3])
+    with pytest.raises(TypeError, match="compress_layer must be an int or a list of ints, got 'x'"):
+        resolve_alias("x", 2)
