@@ -24,6 +24,7 @@ from flagembedding_matryoshka.cli.job import Job, add_files, run_job
 from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, first_stage_scores, name_of, text_of
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.scoring import Hit
 
 FIRST_STAGE_FIELD = "first_stage_field"
 WEIGHTS = ("fusion", "budget", "quality")
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_job(parser, Rank, options, given_ranking(options) | field)
 
 
-def _beside(document: Any, hit: dict[str, Any]) -> dict[str, Any]:
+def _beside(document: Any, hit: Hit) -> dict[str, Any]:
     """What a document that is an object has beside its text, and its hit has not."""
     if isinstance(document, str):
         return {}

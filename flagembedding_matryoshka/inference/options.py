@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
 from flagembedding_matryoshka.setting import Setting, resolve_alias
@@ -110,6 +111,29 @@ class ScoringOptions:
             ValueError: if a query leaves no room for its passage.
         """
         return tokenizer.build_within(pairs, self.query_max_length, self.max_length, self.template(tokenizer))
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """Arguments of `MatryoshkaReranker.rank` for all queries of a call, apart from texts and first-stage scores.
+
+    Attributes:
+        top_k, return_documents, cascade, chunk, max_chunks_per_doc, overlap, min_score: as in `rank`.
+        deadline: deadline of each query; None is no deadline.
+        has_first_stage: whether the call gives first-stage scores or an order.
+        overrides: the other arguments, as in `compute_score`, without a list of instructions.
+    """
+
+    top_k: int | None
+    return_documents: bool
+    cascade: Mapping[int, float] | None
+    chunk: bool
+    max_chunks_per_doc: int | None
+    overlap: int
+    deadline: Deadline | None
+    min_score: float | None
+    has_first_stage: bool
+    overrides: Mapping[str, Any]
 
 
 def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
 from flagembedding_matryoshka.inference.options import (
+    RankingOptions,
     ranking_weight,
     refuse_beside_tokens,
     resolve_call,
@@ -63,7 +64,7 @@ class RankingMixin:
         first_stage_scores: Iterable[float | None] | None = None,
         first_stage: Literal["order"] | None = None,
         **overrides: Any,
-    ) -> list[dict[str, int | float | str]]:
+    ) -> list[Hit]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
 
         Args:
@@ -117,13 +118,22 @@ class RankingMixin:
                 `first_stage` are given, one of them is given without a weight, or `fusion` is given without them, is
                 negative, not finite, or "auto" while the plan has no weight.
         """
-        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
-        of_first_stage = {
-            "first_stage_scores": None if first_stage_scores is None else [first_stage_scores],
-            "first_stage": first_stage,
-        }
-        options: dict[str, Any] = of_chunks | of_first_stage | {"deadline_ms": deadline_ms, "min_score": min_score}
-        return self.rank_batch([query], [documents], top_k, return_documents, cascade, **options, **overrides)[0]
+        (ranking,) = self.rank_batch(
+            [query],
+            [documents],
+            top_k,
+            return_documents,
+            cascade,
+            chunk,
+            max_chunks_per_doc,
+            overlap,
+            deadline_ms,
+            min_score,
+            None if first_stage_scores is None else [first_stage_scores],
+            first_stage,
+            **overrides,
+        )
+        return ranking
 
     def rank_batch(
         self,
@@ -154,14 +164,22 @@ class RankingMixin:
         if deadline is not None and len(lists) == 1:
             deadline = deadline.start()
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        total = sum(map(len, lists))
-        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         instructions, overrides = _instructions(overrides)
         if instructions is not None and len(instructions) != len(rows):
             raise ValueError(f"{len(instructions)} instructions need as many queries, got {len(rows)}.")
-        has_first_stage = first_stage_scores is not None or first_stage is not None
-        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, has_first_stage, overrides)
-        return list(self._rank(rows, total, instructions, *options))
+        options = RankingOptions(
+            top_k,
+            return_documents,
+            cascade,
+            chunk,
+            max_chunks_per_doc,
+            overlap,
+            deadline,
+            min_score,
+            first_stage_scores is not None or first_stage is not None,
+            overrides,
+        )
+        return list(self._rank(rows, sum(map(len, lists)), instructions, options))
 
     def rank_iter(
         self,
@@ -194,45 +212,51 @@ class RankingMixin:
         Raises:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
-        of_chunks: dict[str, Any] = {"chunk": chunk, "max_chunks_per_doc": max_chunks_per_doc, "overlap": overlap}
         lists = read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage)
         deadline = Deadline.of(deadline_ms, self._clock)
         instructions, overrides = _instructions(overrides)
-        has_first_stage = first_stage_scores is not None or first_stage is not None
-        options = (top_k, return_documents, cascade, of_chunks, deadline, min_score, has_first_stage, overrides)
-        return self._rank(lists, None, instructions, *options)
+        options = RankingOptions(
+            top_k,
+            return_documents,
+            cascade,
+            chunk,
+            max_chunks_per_doc,
+            overlap,
+            deadline,
+            min_score,
+            first_stage_scores is not None or first_stage is not None,
+            overrides,
+        )
+        return self._rank(lists, None, instructions, options)
 
     def _rank(
         self,
         lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None]],
         total: int | None,
         instructions: Sequence[str | None] | None,
-        top_k: int | None,
-        return_documents: bool,
-        cascade: Mapping[int, float] | None,
-        of_chunks: Mapping[str, Any],
-        deadline: Deadline | None,
-        min_score: float | None,
-        has_first_stage: bool,
-        overrides: Mapping[str, Any],
+        options: RankingOptions,
     ) -> Generator[list[Hit], None, None]:
-        """Rankings of lists, of `total` pairs if that is known; wrong options raise at once.
+        """Rank lists. Wrong options raise at once.
 
         Args:
             lists: each query with its documents and their first-stage scores, or None without such scores.
+            total: number of pairs of all lists; None if unknown.
             instructions: one for each list, or None for a list without an own one; None if no list has one.
         """
+        top_k, min_score = options.top_k, options.min_score
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
-        call, show_progress_bar = self._call(cascade, deadline, overrides)
-        call = replace(call, fusion=ranking_weight(call.options, overrides, has_first_stage))
+        call, show_progress_bar = self._call(options.cascade, options.deadline, options.overrides)
+        call = replace(call, fusion=ranking_weight(call.options, options.overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, min_score)
         own = None
         if instructions is not None:
-            own = [call.options if one is None else replace(call.options, instruction=one) for one in instructions]
-            for options in {one.instruction: one for one in own}.values():
-                self._normalizer_of(replace(call, options=options), min_score)
-        chunking = Chunking.of(call.options, self._pair_tokenizer, **of_chunks)
+            own = [call.options if text is None else replace(call.options, instruction=text) for text in instructions]
+            for one in {one.instruction: one for one in own}.values():
+                self._normalizer_of(replace(call, options=one), min_score)
+        chunking = Chunking.of(
+            call.options, self._pair_tokenizer, options.chunk, options.max_chunks_per_doc, options.overlap
+        )
         total = total if chunking is None else None
 
         def checked() -> Generator[Candidates, None, None]:
@@ -247,14 +271,14 @@ class RankingMixin:
                 else:
                     texts = [(query, document) for document in documents]
                     candidates = Candidates(documents, own[number].tokenize(texts, self._pair_tokenizer))
-                if top_k is not None and cascade is not None:
+                if top_k is not None and options.cascade is not None:
                     refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
                 yield replace(candidates, first_stage=of_first_stage)
             if own is not None and number + 1 < len(own):
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
-        shown = (top_k, return_documents, normalize, min_score, total, show_progress_bar)
-        return rank_lists(self._engine.run, checked(), call, *shown)
+        options = replace(options, top_k=top_k)
+        return rank_lists(self._engine.run, checked(), call, options, normalize, total, show_progress_bar)
 
     def cut_chunks(
         self,

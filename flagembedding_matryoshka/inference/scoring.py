@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Required, TypedDict
 
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
@@ -28,7 +29,7 @@ from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Scored, Task
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
-from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions
+from flagembedding_matryoshka.inference.options import CALIBRATED, RankingOptions, ScoringOptions
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 
@@ -36,7 +37,38 @@ T = TypeVar("T")
 R = TypeVar("R")
 Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
 """Computes tasks and yields each one with its results."""
-Hit = dict[str, Any]
+
+
+class Span(TypedDict):
+    """The characters of a document from `start` to `end`, which is excluded."""
+
+    start: int
+    end: int
+
+
+class Hit(TypedDict, total=False):
+    """A document in a ranking.
+
+    Attributes:
+        corpus_id: index of the document in its list.
+        score: the re-ranker's score.
+        text: the document, if asked for.
+        cutoff_layer: with a cascade or a deadline, the exit where the score was read.
+        first_stage_score, fused_score: with first-stage scores, these and the scores that documents rank by.
+        is_truncated: True if the query or the document was cut; otherwise missing.
+        chunk: with chunks, the place of the best one.
+    """
+
+    corpus_id: int
+    score: Required[float]
+    text: str
+    cutoff_layer: int
+    first_stage_score: float
+    fused_score: float
+    is_truncated: bool
+    chunk: Span
+
+
 PAIRS_TOKENIZED_FIRST = 256
 """Pairs tokenised before the first batch, while devices wait. The number doubles each time, up to:"""
 PAIRS_TOKENIZED_AHEAD = 8192
@@ -204,7 +236,7 @@ def _scored(
 
 def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
     """Return a hit for each pair of a window, in order."""
-    hits: list[Hit] = [{} for _ in window.inputs]
+    hits: list[Any] = [None] * len(window.inputs)
     with closing(run(tasks_of(window, call))) as results:
         for task, scored in results:
             places = [place - window.first for place in chain(*task.places)]
@@ -358,16 +390,15 @@ def rank_lists(
     run: Run,
     lists: Iterable[Candidates],
     call: Call,
-    top_k: int | None,
-    return_documents: bool,
+    options: RankingOptions,
     normalize: Normalizer | None,
-    min_score: float | None,
     total: int | None,
     show_progress_bar: bool | None,
 ) -> Generator[list[Hit], None, None]:
     """Yield the ranking of each query's documents, in the order of the queries, as soon as it is known.
 
-    Arguments are those of `score_lists` and `ranking_of`.
+    Args:
+        normalize: as in `ranking_of`; the other arguments as in `score_lists`.
     """
     with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
@@ -375,8 +406,8 @@ def rank_lists(
                 hits = best_chunks(hits, candidates.cut)
             if call.fusion is not None:
                 hits = fuse_hits(hits, candidates.first_stage or (), call.fusion)
-            texts = candidates.documents if return_documents else None
-            yield ranking_of(hits, texts, top_k, normalize, min_score, call.setting.depth)
+            texts = candidates.documents if options.return_documents else None
+            yield ranking_of(hits, texts, options.top_k, normalize, options.min_score, call.setting.depth)
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
@@ -429,8 +460,11 @@ def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[H
     for document in documents:
         own = list(islice(left, len(document.chunks)))
         best = best_first(own)[0]
-        chunk = {"start": document.chunks[best].start, "end": document.chunks[best].end}
-        found.append(own[best] | {"chunk": chunk} | ({"is_truncated": True} if document.is_truncated else {}))
+        chunk: Span = {"start": document.chunks[best].start, "end": document.chunks[best].end}
+        hit: Hit = {**own[best], "chunk": chunk}
+        if document.is_truncated:
+            hit["is_truncated"] = True
+        found.append(hit)
     return found
 
 
@@ -469,7 +503,9 @@ def ranking_of(
     for place in best_first(hits):
         if len(ranking) == top_k:
             break
-        hit: Hit = {"corpus_id": place} | hits[place] | ({} if documents is None else {"text": documents[place]})
+        hit: Hit = {"corpus_id": place, **hits[place]}
+        if documents is not None:
+            hit["text"] = documents[place]
         if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
         if min_score is None or hit["score"] >= min_score:

@@ -270,7 +270,7 @@ class CostWiseModel(PreTrainedModel):
                 deeper = Setting(tuple(layer for layer in exits if layer > depth))
                 with torch.no_grad():
                     branch = self.forward_packed(PackedStates(hidden, packed, depth), deeper)
-                full_width_states = dict(zip(deeper.cutoff_layers, branch.last_token_states, strict=True))
+                full_width_states = dict(zip(deeper.cutoff_layers, branch.last_token_states or (), strict=True))
         if setting.depth not in last_token_states:
             last_token_states[setting.depth] = self.exit_states(self.read(states))
 

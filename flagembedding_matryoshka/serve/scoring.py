@@ -262,7 +262,7 @@ class Scorer:
 
     def compute(
         self, key: Setting | FusionKey | DeadlineKey, shares: list[Sequence[Any]], between: Callable[[], None]
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[list[Hit]]:
         """Score the documents of each request.
 
         Args:

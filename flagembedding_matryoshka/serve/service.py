@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.inference.scoring import Hit
 from flagembedding_matryoshka.serve.answers import Scored
 from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.bodies import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Bodies
@@ -232,7 +233,7 @@ class Service:
             return False
         return is_shallower(exit, scorer.reranker.setting(**asked.setting))
 
-    async def _compute(self, batcher: Batcher, work: Work) -> Sequence[dict[str, Any]]:
+    async def _compute(self, batcher: Batcher, work: Work) -> Sequence[Hit]:
         try:
             return await batcher.submit(work.key, work.items, work.shared_tokens, work.tokens, work.divisible)
         except (torch.OutOfMemoryError, MemoryError) as error:
