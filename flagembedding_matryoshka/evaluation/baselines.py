@@ -62,7 +62,7 @@ def by_bi_encoder(
         ValueError: if the model gives vectors that are not finite.
     """
     # What fine-tuning imports takes seconds: only who asks for it waits.
-    from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+    from flagembedding_matryoshka.mining.retrievers import BiEncoder
 
     encoder = BiEncoder(
         path,

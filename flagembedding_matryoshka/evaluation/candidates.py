@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage
-from flagembedding_matryoshka.text.collections import Collection, bm25_scored_lists
+from flagembedding_matryoshka.mining.retrievers import bm25_scored_lists
+from flagembedding_matryoshka.text.collections import Collection
 from flagembedding_matryoshka.text.lines import good_lines
 
 logger = logging.getLogger(__name__)

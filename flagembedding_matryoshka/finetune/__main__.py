@@ -4,14 +4,16 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from flagembedding_matryoshka.finetune.data_arguments import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
+from flagembedding_matryoshka.finetune.arguments import (
+    MatryoshkaDataArguments,
+    MatryoshkaModelArguments,
+    MatryoshkaTrainingArguments,
+)
 from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
-from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
 
 
 def build_parser() -> HfArgumentParser:
-    """FlagEmbedding's and the reference's arguments."""
+    """Return the parser of FlagEmbedding's and the reference's arguments."""
     arguments: Any = (MatryoshkaModelArguments, MatryoshkaDataArguments, MatryoshkaTrainingArguments)
     return HfArgumentParser(arguments)
 

@@ -1,7 +1,8 @@
 import pytest
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
-from flagembedding_matryoshka.text.collections import Collection, bm25_scorer, read_collection
+from flagembedding_matryoshka.mining.retrievers import bm25_scorer
+from flagembedding_matryoshka.text.collections import Collection, read_collection
 from tests.collection import CORPUS, QUERIES
 
 LINES = ["q1 Q0 p3 1 9.5 bm25", "q3 Q0 p4 1 2 bm25", "", "q1 Q0 p1 2 11 bm25", "q2 Q0 p7 1 -1e3 bm25"]

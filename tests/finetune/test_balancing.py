@@ -6,8 +6,8 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.balancing import BalancedSampler, deal
 from flagembedding_matryoshka.finetune.data import MatryoshkaTrainDataset
+from flagembedding_matryoshka.finetune.sampling import BalancedSampler, distribute
 
 ROWS, BATCH = 70, 2
 
@@ -72,6 +72,6 @@ def test_every_share_is_as_long():
     draw = random.Random(0)
     for shares in (1, 2, 5):
         weights = [draw.random() for _ in range(4 * shares)]
-        dealt = deal(weights, shares)
+        dealt = distribute(weights, shares)
         assert [len(share) for share in dealt] == [4] * shares
         assert sorted(place for share in dealt for place in share) == list(range(len(weights)))

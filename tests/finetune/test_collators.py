@@ -6,8 +6,7 @@ from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 
 from flagembedding_matryoshka import Setting
-from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
-from flagembedding_matryoshka.finetune.evaluation import PADDING
+from flagembedding_matryoshka.finetune.data import PADDING, MatryoshkaCollator, MatryoshkaEvalCollator
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM

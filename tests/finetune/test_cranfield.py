@@ -12,7 +12,7 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
-from flagembedding_matryoshka.finetune.hard_negatives import main as mine_hard_negatives
+from flagembedding_matryoshka.mining.negatives import main as mine_hard_negatives
 from tests.tiny_base import TINY_BASE
 
 

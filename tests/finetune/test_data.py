@@ -168,7 +168,7 @@ def test_a_file_with_too_few_texts_for_random_negatives_is_refused(tmp_path, tin
         dataset(path, tiny_tokenizer, **options)
     write(path, ROW, row, {**ROW, "pos": ["z"], "pos_scores": None})
     assert len(dataset(path, tiny_tokenizer, **options)[1][0]) == 3
-    with pytest.raises(ValueError, match=r"random_negatives is 1\.5, but is a share, from 0 to 1"):
+    with pytest.raises(ValueError, match=r"random_negatives is 1\.5, but must be a share from 0 to 1"):
         dataset(tmp_path / "one.jsonl", tiny_tokenizer, random_negatives=1.5)
 
 

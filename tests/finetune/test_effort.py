@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
-from flagembedding_matryoshka.finetune.effort import Effort
+from flagembedding_matryoshka.finetune.trainer import TrainingCost
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.packing import PackedBatch
 
@@ -32,7 +32,7 @@ def flops(setting, **options):
 
 @pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])
 def test_a_pass_and_its_gradients(all_weights, passes):
-    effort = Effort(CONFIG, all_weights, teaches_itself=True)
+    effort = TrainingCost(CONFIG, all_weights, full_width_teacher=True)
     effort.add(PACKED, 2, WIDE)
     effort.add(PACKED, 2, WIDE)
     counts = effort.counts(torch.device("cpu"))
@@ -40,7 +40,7 @@ def test_a_pass_and_its_gradients(all_weights, passes):
 
 
 def test_the_teaching_pass_begins_where_the_passage_is_compressed():
-    effort, plain = (Effort(CONFIG, False, teaches_itself=itself) for itself in (True, False))
+    effort, plain = (TrainingCost(CONFIG, False, full_width_teacher=itself) for itself in (True, False))
     for counter in (effort, plain):
         counter.add(PACKED, 2, NARROW)
     # What is left is as many layers as a re-ranker of half the depth has.
@@ -49,7 +49,7 @@ def test_the_teaching_pass_begins_where_the_passage_is_compressed():
 
 
 def test_a_resumed_run_counts_on():
-    effort = Effort(CONFIG, False, teaches_itself=False)
+    effort = TrainingCost(CONFIG, False, full_width_teacher=False)
     effort.add(PACKED, 2, WIDE)
     counts = effort.counts(torch.device("cpu"))
     history = [{"loss": 1.0, "lists": 7.0, "tokens": 100.0, "operations": 5.0, "seconds": 60.0}, {"eval_MRR@10": 0.5}]

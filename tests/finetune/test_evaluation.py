@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from flagembedding_matryoshka.finetune.evaluation import PADDING, ranking_metrics
+from flagembedding_matryoshka.finetune.data import PADDING
+from flagembedding_matryoshka.finetune.trainer import ranking_metrics
 
 # Two lists, of three passages and of two; the relevant one is first, and second.
 LABELS = np.array([[1, 0, 0], [0, 1, PADDING]])

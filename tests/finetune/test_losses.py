@@ -116,9 +116,9 @@ def test_the_loss_is_a_choice(scores):
 @pytest.mark.parametrize(
     ("name", "missing", "message"),
     [
-        ("distill_last_layer", "full", r"full_width scores must be \(10, 3, 4\), got none"),
-        ("distill_final_layer_teacher", "data", r"data_scores must be \(3, 4\), got none"),
-        ("self_distill", "original", r"original_scores must be \(3, 4\), got none"),
+        ("distill_last_layer", "full", r"full_width must have the shape \(10, 3, 4\), got none"),
+        ("distill_final_layer_teacher", "data", r"data_scores must have the shape \(3, 4\), got none"),
+        ("self_distill", "original", r"original_scores must have the shape \(3, 4\), got none"),
     ],
 )
 def test_missing_teachers_are_named(name, missing, message, scores):

@@ -129,7 +129,7 @@ def test_a_raw_model_keeps_the_scale_of_its_scores(tiny_raw_model_path, lists, t
 
 @pytest.mark.parametrize("model_args", [{"use_lora": False}, {"from_peft": "somewhere"}])
 def test_without_adapters_to_switch_off_there_is_no_teacher(model_args, one_exit, lists, tmp_path):
-    with pytest.raises(ValueError, match="train_method self_distill learns from the model as it was loaded"):
+    with pytest.raises(ValueError, match="train_method self_distill learns from the model without adapters"):
         distil(one_exit, lists, tmp_path / "out", model_args)
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from flagembedding_matryoshka.finetune.lists import main
 from flagembedding_matryoshka.finetune.rows import load_rows
+from flagembedding_matryoshka.mining.lists import main
 from tests.collection import CORPUS, QUERIES
 from tests.encoders import save_bi_encoder
 
@@ -56,7 +56,7 @@ def test_both_miners_find_passages_and_training_reads_them(unjudged, tmp_path):
 
 
 def test_what_makes_no_list_is_refused(unjudged, tmp_path, capsys):
-    with pytest.raises(ValueError, match="top_k=1: a list has at least 2 passages"):
+    with pytest.raises(ValueError, match="top_k is 1, but must be at least 2"):
         made(unjudged(), "--top_k", 1)
     with pytest.raises(ValueError, match="no query finds 2 of 8 passages"):
         made(unjudged(queries=[{"_id": "q", "text": "submarine"}]))

@@ -5,9 +5,9 @@ import Stemmer
 import torch
 from sentence_transformers import SentenceTransformer
 
-from flagembedding_matryoshka.finetune import student_teacher, teachers
-from flagembedding_matryoshka.finetune.teachers import bi_encoder_teacher, bm25_teacher, cross_encoder_teacher
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.mining import teachers
+from flagembedding_matryoshka.mining.teachers import bi_encoder_teacher, bm25_teacher, cross_encoder_teacher
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 from tests.finetune.runs import runner
 from tests.shipped import needs_smollm2
@@ -116,14 +116,14 @@ def test_a_student_teaches_in_bfloat16(student_path):
 
 def test_neighbouring_pairs_share_their_query(student_path, monkeypatch):
     tokens = []
-    pack = student_teacher.pack_pairs
+    pack = teachers.pack_pairs
 
     def recorded(*args):
         token_ids, packed = pack(*args)
         tokens.append(token_ids.numel())
         return token_ids, packed
 
-    monkeypatch.setattr(student_teacher, "pack_pairs", recorded)
+    monkeypatch.setattr(teachers, "pack_pairs", recorded)
     query = " ".join(WORDS)
     teach = cross_encoder_teacher(student_path, device="cpu", batch_size=4)
     teach([(query, "wing")] * 4)
@@ -132,7 +132,7 @@ def test_neighbouring_pairs_share_their_query(student_path, monkeypatch):
 
 
 def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(student_teacher, "load_model", None)
+    monkeypatch.setattr(teachers, "load_model", None)
     with pytest.raises(ValueError, match="cutoff_layers"):
         cross_encoder_teacher(student_path, cutoff_layers=9)
     with pytest.raises(ValueError, match="compress_ratio"):

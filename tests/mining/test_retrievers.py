@@ -6,8 +6,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from flagembedding_matryoshka.finetune import bi_encoder
-from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
+from flagembedding_matryoshka.mining import retrievers
+from flagembedding_matryoshka.mining.retrievers import BiEncoder
 from tests.encoders import WORDS, save_bi_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ def test_vectors_are_the_models_of_length_one_with_its_prompts(path, encoder, te
 
 @pytest.mark.parametrize(("scores_at_once", "k"), [(2**26, 50), (101, 7), (1, 99)])
 def test_lists_are_those_of_a_loop(path, encoder, texts, monkeypatch, scores_at_once, k):
-    monkeypatch.setattr(bi_encoder, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(retrievers, "SCORES_AT_ONCE", scores_at_once)
     model = SentenceTransformer(str(path), device="cpu")
     corpus, questions = texts[:43], texts[43:]
     passages = unit(model.encode(["plate " + text for text in corpus]))
@@ -74,7 +74,7 @@ def test_vectors_that_are_not_finite_are_refused(path, texts):
 
 
 def test_stored_vectors_are_not_computed_again(path, encoder, texts, monkeypatch, tmp_path):
-    monkeypatch.setattr(bi_encoder, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(retrievers, "TEXTS_AT_ONCE", 4)
     corpus, questions = texts[:10], texts[10:16]
     expected = list(encoder.lists(corpus, questions, 3))
     stored = tmp_path / "out.jsonl.vectors"

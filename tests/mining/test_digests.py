@@ -1,4 +1,4 @@
-from flagembedding_matryoshka.finetune.digests import digest_model, digest_texts
+from flagembedding_matryoshka.mining.digests import digest_model, digest_texts
 
 
 def test_the_digest_of_a_model_ignores_checkpoints_of_its_training(tmp_path):

@@ -10,8 +10,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.data import MatryoshkaTrainDataset
-from flagembedding_matryoshka.finetune.rows import load_rows, sampled
-from flagembedding_matryoshka.finetune.words import count_words, template_of_rows
+from flagembedding_matryoshka.finetune.rows import count_instructions, load_rows, sample_rows, template_of_rows
 from flagembedding_matryoshka.text.templates import TEMPLATES, Template
 from tests.finetune.runs import runner
 from tests.lines import ROW, write
@@ -82,7 +81,7 @@ def test_an_instruction_needs_a_place_and_the_place_is_taken_once(tiny_raw_model
     template = {**TEMPLATES["qwen3-reranker"].to_json(), "instruction": HEAT}
     (tmp_path / "template.json").write_text(json.dumps(template))
     prompted = rows_of(tmp_path / "prompted.jsonl", {"query_prompt": "Q: "})
-    with pytest.raises(ValueError, match=f"1 of 1 rows have a query_prompt and the template '{HEAT[:-1]}"):
+    with pytest.raises(ValueError, match=f"1 of 1 rows have a query_prompt and the template has '{HEAT[:-1]}"):
         runner(tiny_raw_model_path, prompted, tmp_path / "out", {**start, "template": str(tmp_path / "template.json")})
 
 
@@ -92,7 +91,7 @@ def test_words_are_counted_in_the_rows_that_are_used(tiny_tokenizer, tmp_path):
     with path.open("a") as file:
         file.write("{\n")
     rows = load_rows(str(path), "labels", str(tmp_path / "cache"), skip_bad_lines=True)
-    counts = count_words([rows, rows])
+    counts = count_instructions([rows, rows])
     assert counts["prompt"] == {"a": 6, "b": 2, "": 6} and counts["instruction"] == {HEAT: 2, "": 12}
     args = MatryoshkaDataArguments(
         train_data=[str(path)],
@@ -101,8 +100,8 @@ def test_words_are_counted_in_the_rows_that_are_used(tiny_tokenizer, tmp_path):
         max_example_num_per_dataset=2,
         train_group_size=2,
     )
-    used = sampled(rows, str(path), 2, seed=1)
-    assert sum(count_words([used])["prompt"].values()) == 2
+    used = sample_rows(rows, str(path), 2, seed=1)
+    assert sum(count_instructions([used])["prompt"].values()) == 2
     assert used["query"][:] == MatryoshkaTrainDataset(args, tiny_tokenizer, seed=1).dataset["query"][:]
 
 
@@ -128,7 +127,7 @@ def test_lengths_count_the_users_text(name, tiny_tokenizer, tmp_path):
             passage_max_len=passage_max_len,
         )
         rows = MatryoshkaTrainDataset(args, tiny_tokenizer, template=TEMPLATES[name])
-        return rows[0][0][0], rows.cut_shares()
+        return rows[0][0][0], rows.truncated_shares()
 
     near = 2  # tokens that texts and words beside them may make together
     whole, shares = pair(lengths[0] + near, lengths[1] + near)
@@ -147,8 +146,8 @@ def test_the_first_line_of_a_run_says_what_is_cut(tiny_raw_model_path, tmp_path,
     with caplog.at_level(logging.INFO):
         run.run()
     assert caplog.records[0].message == (
-        "25.0 % of queries and 0.0 % of passages are cut (in 8 rows): query_max_len=64, passage_max_len=192, the "
-        "template on top."
+        "25.0 % of queries and 0.0 % of passages are truncated (in 8 rows): query_max_len=64, passage_max_len=192, "
+        "without the template."
     )
 
 

@@ -1,4 +1,4 @@
-"""Digests of inputs and models, by which a resumed command recognises those of the earlier run."""
+"""Digests of texts, files and models: a resumed command compares them with those of the earlier run."""
 
 from __future__ import annotations
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from flagembedding_matryoshka.finetune import teacher_scores
 from flagembedding_matryoshka.finetune.rows import load_rows
-from flagembedding_matryoshka.finetune.teacher_scores import (
+from flagembedding_matryoshka.mining import scores as teacher_scores
+from flagembedding_matryoshka.mining.scores import (
     drop_false_negatives,
     join_scores,
     main,
     raise_positives,
     score_rows,
 )
-from flagembedding_matryoshka.finetune.teachers import bm25_teacher
+from flagembedding_matryoshka.mining.teachers import bm25_teacher
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 from tests.lines import write
 
@@ -212,7 +212,7 @@ def test_an_input_that_changes_while_it_is_scored_is_refused(killable, training_
 
 def test_other_margins_keep_the_scores(killable, training_rows, tmp_path):
     options = [*map(str, ("--input", training_rows, "--output", tmp_path / "out.jsonl", "--backend", "bm25"))]
-    with pytest.raises(ValueError, match="all 7 rows lose all their negatives by a margin of 1000"):
+    with pytest.raises(ValueError, match="all 7 rows lose all their negatives with --drop_margin 1000"):
         main([*options, "--drop_margin", "1000"])
     assert killable.batches == 4
     killable.kill_at = 0
@@ -225,8 +225,8 @@ def test_other_margins_keep_the_scores(killable, training_rows, tmp_path):
     [
         (np.zeros(34), r"scores of shape \(34,\) for 35 pairs"),
         (np.zeros((2, 35)), r"scores of shape \(2, 35\) for 35 pairs"),
-        ([0.0] * 34 + [float("nan")], r"the teacher gave nan for \('[a-z ]+', '[a-z ]+'\)"),
-        ([float("-inf")] + [0.0] * 34, r"the teacher gave -inf for \('[a-z ]+', '[a-z ]+'\)"),
+        ([0.0] * 34 + [float("nan")], r"the teacher returned the score nan for \('[a-z ]+', '[a-z ]+'\)"),
+        ([float("-inf")] + [0.0] * 34, r"the teacher returned the score -inf for \('[a-z ]+', '[a-z ]+'\)"),
     ],
 )
 def test_what_is_no_score_is_refused(training_rows, scores, fault):
@@ -235,7 +235,8 @@ def test_what_is_no_score_is_refused(training_rows, scores, fault):
 
 
 @pytest.mark.parametrize(
-    ("backend", "fault"), [(BACKENDS[0], "has 3 labels: a re-ranker has one"), (BACKENDS[1], r"shape \(\d+, 3\) for")]
+    ("backend", "fault"),
+    [(BACKENDS[0], "has 3 labels, but a re-ranker has one"), (BACKENDS[1], r"shape \(\d+, 3\) for")],
 )
 def test_a_classifier_is_no_teacher(training_rows, tmp_path, backend, fault):
     model = save_cross_encoder(tmp_path / "classifier", labels=3)
@@ -264,16 +265,16 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--output", "{parent}/./train.jsonl"], r"train\.jsonl is the input"),
         (
             ["--model_class", "encoder-only-base", "--backend", "cross_encoder"],
-            "--model_class is nothing that",
+            "--backend cross_encoder does not take --model_class; its options: model, ",
         ),
-        (["--scale", "2"], "--scale is nothing that --backend flagembedding takes"),
-        (["--backend", "bm25"], "--model is nothing that --backend bm25 takes"),
+        (["--scale", "2"], "--backend flagembedding does not take --scale"),
+        (["--backend", "bm25"], "--backend bm25 does not take --model; its options: scale"),
         (["--backend", "bi_encoder", "--scale", "inf"], "argument --scale: inf is not finite"),
         (["--drop_margin", "nan"], "argument --drop_margin: nan is not finite"),
         (["--raise_positive", "1e999"], "argument --raise_positive: 1e999 is not finite"),
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
-        (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--cutoff_layers is nothing that --backend bi_encoder"),
-        (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 contradict each other"),
+        (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--backend bi_encoder does not take --cutoff_layers"),
+        (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 exclude each other"),
         (["--max_length", "0"], "argument --max_length: 0 must be at least 1"),
         (["--query_max_length", "0"], "argument --query_max_length: 0 must be at least 1"),
         (["--batch_size", "-1"], "argument --batch_size: -1 must be at least 1"),
@@ -365,6 +366,6 @@ def test_rows_that_all_lose_their_negatives_are_no_training_file(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"query": "wing", "pos": ["lift"], "neg": ["wing"]}))
     words = ["--input", path, "--output", tmp_path / "out.jsonl", "--backend", "bm25", "--drop_margin", 0]
-    with pytest.raises(ValueError, match="all 1 rows lose all their negatives by a margin of 0"):
+    with pytest.raises(ValueError, match="all 1 rows lose all their negatives with --drop_margin 0"):
         main([*map(str, words)])
     assert not (tmp_path / "out.jsonl").exists()

@@ -3,10 +3,12 @@ import sys
 
 import pytest
 
-from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
-from flagembedding_matryoshka.finetune.hard_negatives import best_ranks, main, mine, write_rows
 from flagembedding_matryoshka.finetune.rows import load_rows
-from flagembedding_matryoshka.text import collections
+from flagembedding_matryoshka.mining import retrievers
+from flagembedding_matryoshka.mining.negatives import main, mine
+from flagembedding_matryoshka.mining.retrievers import BiEncoder, best_ranks
+from flagembedding_matryoshka.mining.rows import write_rows
+from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import CORPUS, QUERIES
 from tests.encoders import save_bi_encoder
 
@@ -62,7 +64,7 @@ def test_what_is_drawn_depends_on_seed_and_query_alone(collection, monkeypatch):
     rows = mined(collection(corpus, queries, judgements), "--seed", 1)
     assert mined(collection(corpus, queries, judgements), "--seed", 1) == rows
     assert mined(collection(corpus, queries, judgements), "--seed", 2) != rows
-    monkeypatch.setattr(collections, "BATCH", 3)
+    monkeypatch.setattr(retrievers, "QUERIES_AT_ONCE", 3)
     assert mined(collection(corpus, queries, judgements[::-1]), "--seed", 1) == rows[::-1]
     assert len({tuple(text[5:] for text in row["neg"]) for row in rows}) == 20
 
@@ -76,14 +78,14 @@ def test_queries_without_negatives_are_dropped_and_counted(collection, caplog):
 
 def test_without_any_row_nothing_is_written(collection):
     directory = collection(judgements=[("q2", "p1", 1)])
-    with pytest.raises(ValueError, match=r"no negative in ranks 2 to 100 of 8 passages for any query"):
+    with pytest.raises(ValueError, match=r"no query has a negative in ranks 2 to 100 of 8 passages"):
         mined(directory)
     assert [path.name for path in directory.parent.iterdir()] == ["beir"]
 
 
 @pytest.mark.parametrize("ranks", [("--negatives", 0), ("--first", 0), ("--first", 5, "--last", 4)])
 def test_impossible_ranks_are_refused(collection, ranks):
-    with pytest.raises(ValueError, match=r"negatives=\d+ of ranks \d+ to \d+: at least one"):
+    with pytest.raises(ValueError, match=r"negatives=\d+, first=\d+, last=\d+: negatives must be"):
         mined(collection(), *ranks)
 
 
@@ -102,10 +104,10 @@ def test_lists_are_interleaved():
 
 @pytest.mark.parametrize(("first", "expected"), [(1, [6, 7, 1, 5]), (2, [1, 5]), (3, [])])
 def test_the_best_of_two_ranks_counts(collection, first, expected):
-    read = collections.read_collection(collection(), "train")
+    read = read_collection(collection(), "train")
     miners = [lambda texts, queries, k: [[6, 1, 2][:k]], lambda texts, queries, k: [[7, 5, 6][:k]]]
     if not expected:
-        with pytest.raises(ValueError, match="there is no negative in ranks 3 to 3 of 8"):
+        with pytest.raises(ValueError, match="no query has a negative in ranks 3 to 3 of 8"):
             list(mine(read, 9, first, 3, 0, miners))
         return
     (row,) = mine(read, 9, first, 3, 0, miners)

@@ -1,43 +1,77 @@
-"""The mean of the weights of a run's last states (stochastic weight averaging, Izmailov et al., arXiv 1803.05407)."""
+"""Callbacks of the trainer: the order of the training data, and the steps of the saved checkpoints."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flagembedding_matryoshka.finetune.checkpoints import is_complete
+from flagembedding_matryoshka.finetune.checkpoints import checkpoint_path, is_complete
+
+ORDER = {
+    "rows": "rows of training data",
+    "rows_per_step": "rows per step (per_device_train_batch_size * gradient_accumulation_steps * processes)",
+    "steps_per_epoch": "steps per epoch",
+    "seed": "seed",
+    "data_seed": "data_seed",
+}
+"""Values that the order of the rows depends on, with the words for them in an error."""
 
 
-def refuse_impossible_average(args: Any) -> None:
-    """Raise ValueError if the arguments contradict `average_last`.
+class DataOrder(TrainerCallback, ExportableState):
+    """Pass each epoch's number to the dataset, and refuse a resumed run whose steps would have other rows.
 
-    Args:
-        args: `MatryoshkaTrainingArguments`, with evaluated checkpoints after `rank_checkpoints`.
+    transformers computes the epoch and the rows to skip from the number of steps. With another number of rows per step
+    it would continue in another epoch, and train rows twice or never.
+
+    Attributes:
+        order: values of the run by the names in `ORDER`. trainer_state.json of each checkpoint has them.
     """
-    count = args.average_last
-    if count < 1:
-        raise ValueError(f"average_last={count}, but must be at least 1; 1 is the final state alone.")
-    if count == 1:
-        return
-    if args.save_strategy not in ("steps", "epoch"):
-        raise ValueError(f"average_last={count} needs save_strategy steps or epoch, got {args.save_strategy.value}.")
-    if args.load_best_model_at_end:
-        raise ValueError(f"average_last={count} contradicts load_best_model_at_end=True: choose one of them.")
-    kept = count + (args.metric_for_best_model is not None)
-    if args.save_total_limit is not None and args.save_total_limit < kept:
-        best = "" if kept == count else " and the best one"
-        raise ValueError(
-            f"average_last={count}, but save_total_limit={args.save_total_limit} deletes checkpoints that it needs: "
-            f"keep at least {kept}, the last {count}{best}."
-        )
+
+    def __init__(self) -> None:
+        self.order: dict[str, int | None] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint stores."""
+        return {"args": {}, "attributes": {"order": self.order}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise ValueError if the checkpoint was written with another order of rows."""
+        loader = kwargs["train_dataloader"]
+        passes = args.gradient_accumulation_steps
+        self.order = {
+            "rows": len(loader.dataset),
+            "rows_per_step": args.train_batch_size * passes * args.world_size,
+            "steps_per_epoch": max(1, math.ceil(len(loader) / passes)),
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+        }
+        callbacks: Any = state.stateful_callbacks
+        if not state.global_step or type(self).__name__ not in callbacks:
+            return
+        saved = callbacks[type(self).__name__]["attributes"]["order"]
+        changed = [
+            f"{words}: {saved.get(name)} before, {self.order[name]} now"
+            for name, words in ORDER.items()
+            if saved.get(name) != self.order[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} cannot be resumed with another order of rows. "
+                f"{'; '.join(changed)}. Resume with the old values, or start a new run from the adapter "
+                "(--from_peft)."
+            )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["train_dataloader"].dataset.start_epoch(int(state.epoch or 0))
 
 
 class SavedSteps(TrainerCallback, ExportableState):
@@ -69,14 +103,14 @@ class SavedSteps(TrainerCallback, ExportableState):
             every = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
         first = state.global_step // every * every + every
         future = {*range(first, state.max_steps + 1, every), state.max_steps}
-        usable = {step for step in self.steps if is_complete(_checkpoint(output_dir, step))} | future
+        usable = {step for step in self.steps if is_complete(checkpoint_path(output_dir, step))} | future
         if len(usable) < count:
             raise ValueError(
                 f"average_last={count}, but the run of {state.max_steps} steps has {len(usable)} checkpoints, of steps "
                 f"{', '.join(map(str, sorted(usable)))}: train more steps, save more often, or average fewer."
             )
         wanted = sorted({*self.steps, *future})[-count:]
-        if missing := [_checkpoint(output_dir, step) for step in wanted if step not in usable]:
+        if missing := [checkpoint_path(output_dir, step) for step in wanted if step not in usable]:
             raise ValueError(
                 f"average_last={count} needs the checkpoints of steps {', '.join(map(str, wanted))}, but {output_dir} "
                 f"has no complete {', '.join(path.name for path in missing)}: restore them, or average fewer."
@@ -108,35 +142,11 @@ class SavedSteps(TrainerCallback, ExportableState):
         """
         output_dir, wanted = Path(str(args.output_dir)), args.average_last - 1
         steps = sorted((step for step in self.steps if step < last_step), reverse=True)[:wanted]
-        paths = [path for step in steps if is_complete(path := _checkpoint(output_dir, step))]
+        paths = [path for step in steps if is_complete(path := checkpoint_path(output_dir, step))]
         if len(paths) < wanted:
             raise ValueError(
                 f"average_last={args.average_last} needs {wanted} checkpoints before that of step {last_step}, but "
                 f"{output_dir} has {len(paths)} complete ones of the saved steps {steps}. The final state alone is in "
-                f"{_checkpoint(output_dir, last_step)}."
+                f"{checkpoint_path(output_dir, last_step)}."
             )
         return paths
-
-
-def average_weights(
-    parameters: Mapping[str, nn.Parameter], checkpoints: Sequence[Path], load: Callable[[str], None]
-) -> None:
-    """Set the parameters to the float32 mean of their values and their values in the checkpoints.
-
-    Args:
-        parameters: trained parameters, by name.
-        checkpoints: directories of checkpoints.
-        load: sets the parameters to the values in a checkpoint.
-    """
-    sums = {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in parameters.items()}
-    for checkpoint in checkpoints:
-        load(str(checkpoint))
-        for name, parameter in parameters.items():
-            sums[name] += parameter.detach().to("cpu", torch.float32)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(sums[name] / (1 + len(checkpoints)))
-
-
-def _checkpoint(output_dir: Path, step: int) -> Path:
-    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
