@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.halves import Halves
-from flagembedding_matryoshka.evaluation.weighting import choose_weights, first_stage_run, fuse_runs
+from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves
+from flagembedding_matryoshka.evaluation.fusion import choose_weights
+from flagembedding_matryoshka.evaluation.runs import first_stage_run, fuse_runs
 from flagembedding_matryoshka.inference.fusion import fuse
 from flagembedding_matryoshka.text.collections import Collection
 

@@ -1,33 +1,42 @@
-"""A report as Markdown tables, legible as they are."""
+"""Tables of a report, in Markdown with aligned columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flagembedding_matryoshka.evaluation.calibration import Calibrated
-from flagembedding_matryoshka.evaluation.choice import Chosen
-from flagembedding_matryoshka.evaluation.fusion import FIRST_STAGE, Difference, FusionReport, Level
-from flagembedding_matryoshka.evaluation.metrics import QUALITY
-from flagembedding_matryoshka.evaluation.report import Compared, ComparedBaseline, means, milliseconds
+from flagembedding_matryoshka.evaluation.calibration import SettingCalibration
+from flagembedding_matryoshka.evaluation.comparison import (
+    BaselineComparison,
+    Choice,
+    SettingComparison,
+    means,
+    milliseconds,
+)
+from flagembedding_matryoshka.evaluation.fusion import FIRST_STAGE, Difference, FusionResult, Level
+from flagembedding_matryoshka.evaluation.runs import QUALITY
 from flagembedding_matryoshka.setting import Setting
 
 
-def table(
-    compared: Sequence[Compared], baselines: Sequence[ComparedBaseline], chosen: Mapping[float, Setting] | None = None
+def settings_table(
+    comparisons: Sequence[SettingComparison],
+    baselines: Sequence[BaselineComparison],
+    chosen: Mapping[float, Setting] | None = None,
 ) -> str:
-    """Baselines and settings beside the full network.
+    """Tabulate baselines and settings against the full network.
 
     Args:
-        chosen: budgets, and what a plan chose for each: a column of its own.
+        comparisons: the settings.
+        baselines: the baselines.
+        chosen: setting that a plan chooses for each budget; adds a column.
     """
-    measures = list(compared[0].result.per_query)
+    measures = list(comparisons[0].result.per_query)
     costs = ["GFLOP/pair", "share", "ms/pair", "pairs/s"]
     rows = [["setting", *measures, "change", "95 %", "p", *costs, "peak MB", "front of", "budget"]]
-    for beside in baselines:
-        baseline = beside.baseline
-        name, cost = baseline.name, [baseline.flops_per_pair, beside.flops_share, baseline.pairs_per_second]
-        rows.append([name, *_quality(baseline.per_query), *difference(beside), *_cost(*cost), "", "", ""])
-    for item in compared:
+    for comparison in baselines:
+        baseline = comparison.baseline
+        name, cost = baseline.name, [baseline.flops_per_pair, comparison.flops_share, baseline.pairs_per_second]
+        rows.append([name, *_quality(baseline.per_query), *difference(comparison), *_cost(*cost), "", "", ""])
+    for item in comparisons:
         result = item.result
         budgets = [f"{budget:g}" for budget, setting in (chosen or {}).items() if setting == result.setting]
         rows.append(
@@ -46,8 +55,8 @@ def table(
     return markdown_table(rows)
 
 
-def choice_table(chosen: Sequence[Chosen]) -> str:
-    """What one half of the queries chooses, reported on the other."""
+def choice_table(choices: Sequence[Choice]) -> str:
+    """Tabulate the settings that the choosing half chooses, with their values on the held-out half."""
     rows = [["chosen", "operations", "nDCG@10 where chosen", "held out", "change", "95 %", "p"]]
     rows += [
         [
@@ -55,21 +64,21 @@ def choice_table(chosen: Sequence[Chosen]) -> str:
             *(f"{share:.3f}" for share in (item.flops_share, item.ndcg_share, item.held_out_share)),
             *difference(item),
         ]
-        for item in chosen
+        for item in choices
     ]
     return markdown_table(rows)
 
 
-def calibration_table(calibrated: Sequence[Calibrated]) -> str:
-    """Expected calibration error of each setting on the held-out half."""
+def calibration_table(calibrations: Sequence[SettingCalibration]) -> str:
+    """Tabulate the expected calibration error of each setting on the held-out half."""
     rows = [["setting", "sigmoid", "calibrated", "method"]]
     rows += [
-        [str(item.setting), f"{item.before:.4f}", f"{item.after:.4f}", item.calibration.method] for item in calibrated
+        [str(item.setting), f"{item.before:.4f}", f"{item.after:.4f}", item.calibration.method] for item in calibrations
     ]
     return markdown_table(rows)
 
 
-def weights_table(fusion: FusionReport) -> str:
+def weights_table(fusion: FusionResult) -> str:
     """Tabulate nDCG@10 on the choosing half for every weight that was tried."""
     tried = fusion.choice.qualities.items()
     rows = [["weight", *(f"{weight:g}" for (weight,), _ in tried)]]
@@ -77,7 +86,7 @@ def weights_table(fusion: FusionReport) -> str:
     return markdown_table(rows)
 
 
-def fusion_table(fusion: FusionReport) -> str:
+def fusion_table(fusion: FusionResult) -> str:
     """Tabulate each setting on the held-out half: plain, fused, and fused against plain and against the first stage."""
     of_plain = ["change", "95 %", "p"]
     of_first = [f"against {FIRST_STAGE} alone", *of_plain[1:]]
@@ -89,7 +98,7 @@ def fusion_table(fusion: FusionReport) -> str:
     return markdown_table(rows)
 
 
-def orders_table(fusion: FusionReport) -> str:
+def orders_table(fusion: FusionResult) -> str:
     """Tabulate scorers, alone and fused with each other, on the held-out half."""
     rows = [["order", "weights", "nDCG@10", "95 %", "change", "95 %", "p"]]
     for item in fusion.orders:
@@ -100,18 +109,22 @@ def orders_table(fusion: FusionReport) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, in columns of even width: the first to the left, the others to the right."""
+    """Return a Markdown table. The first column is aligned to the left, the others to the right.
+
+    Args:
+        rows: cells of the rows, the header first.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "| " + " | ".join(f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(row)) + " |"
+        "| " + " | ".join(f"{cell:{'>' if column else '<'}{widths[column]}}" for column, cell in enumerate(row)) + " |"
         for row in rows
     ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def difference(item: Compared | ComparedBaseline | Chosen | Difference) -> list[str]:
-    """Cells of the change, its interval and p-value; empty for the full network itself."""
+def difference(item: SettingComparison | BaselineComparison | Choice | Difference) -> list[str]:
+    """Return cells of the change, its interval and p-value; empty for the full network itself."""
     if item.p_value is None:
         return ["", "", ""]
     interval = "" if item.interval is None else "{:+.4f} to {:+.4f}".format(*item.interval)
@@ -123,8 +136,8 @@ def _level(level: Level) -> list[str]:
     return [f"{level.mean:.4f}", "" if level.interval is None else "{:.4f} to {:.4f}".format(*level.interval)]
 
 
-def fronts(item: Compared) -> str:
-    """Of which Pareto fronts a setting is."""
+def fronts(item: SettingComparison) -> str:
+    """Return the names of the Pareto fronts that a setting is on."""
     return ", ".join(name for name, on in (("operations", item.on_front), ("time", item.on_time_front)) if on)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from ir_measures import R, nDCG
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.metrics import in_order, per_query, to_trec
+from flagembedding_matryoshka.evaluation.runs import in_order, per_query, to_trec
 from flagembedding_matryoshka.text.collections import Collection
 
 PASSAGES = [f"p{number}" for number in range(15)]

@@ -8,14 +8,16 @@ from scipy.special import expit
 pytest.importorskip("sklearn")
 from flagembedding_matryoshka.evaluation.calibration import (
     BINS,
-    Labelled,
+    Judgements,
+    calibrate,
+    check_calibration,
     expected_calibration_error,
-    labelled,
-    refuse_one_kind,
+    fit,
+    fit_isotonic,
+    fit_platt,
+    judgements_of,
 )
-from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.fitting import calibrate, fit, fit_isotonic, fit_platt
-from flagembedding_matryoshka.evaluation.halves import Halves
+from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves
 from flagembedding_matryoshka.inference.calibration import Isotonic, Platt
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import Collection
@@ -26,7 +28,7 @@ def drawn(probability, queries=60, candidates=20, seed=0):
     draw = np.random.default_rng(seed)
     scores = draw.normal(0, 3, queries * candidates)
     relevant = draw.random(len(scores)) < probability(scores)
-    return Labelled(scores, relevant, np.repeat(np.arange(queries), candidates))
+    return Judgements(scores, relevant, np.repeat(np.arange(queries), candidates))
 
 
 labels = st.lists(st.tuples(st.floats(-20, 20), st.booleans()), min_size=2, max_size=20)
@@ -73,7 +75,7 @@ def test_a_single_query_has_nothing_to_be_held_out():
 
 def test_the_error_is_that_of_the_bins():
     draw = np.random.default_rng(1)
-    data = Labelled(np.zeros(500), draw.random(500) < 0.3, np.zeros(500, dtype=int))
+    data = Judgements(np.zeros(500), draw.random(500) < 0.3, np.zeros(500, dtype=int))
     values = draw.random(500)
     expected = 0.0
     for low in np.arange(BINS) / BINS:
@@ -122,14 +124,14 @@ def test_the_half_that_reports_is_not_fitted_to():
     changed = {query: {n: -s if query in held_out else s for n, s in scores.items()} for query, scores in run.items()}
     (one,), (other,) = (calibrate({Setting(6): each}, candidates, halves) for each in (run, changed))
     assert one.calibration == other.calibration and one.after < other.after
-    assert len(labelled(run, candidates, halves.choosing).scores) == 20 * len(halves.choosing)
+    assert len(judgements_of(run, candidates, halves.choosing).scores) == 20 * len(halves.choosing)
 
 
 def test_candidates_of_one_kind_are_refused():
     data = drawn(expit)
-    none = Labelled(data.scores, np.zeros_like(data.relevant), data.queries)
+    none = Judgements(data.scores, np.zeros_like(data.relevant), data.queries)
     candidates, _ = collection_of(none)
     with pytest.raises(ValueError, match=r"mine: of .* candidates of the .* choosing queries none are relevant"):
-        refuse_one_kind(candidates, Halves.of(candidates.passages))
+        check_calibration(candidates, Halves.of(candidates.passages))
     candidates, _ = collection_of(data)
-    refuse_one_kind(candidates, Halves.of(candidates.passages))
+    check_calibration(candidates, Halves.of(candidates.passages))

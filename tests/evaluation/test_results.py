@@ -1,8 +1,8 @@
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.evaluation.metrics import in_order
-from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
+from flagembedding_matryoshka.evaluation.results import Result, Store, conditions
+from flagembedding_matryoshka.evaluation.runs import in_order
 from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.setting import Setting
 

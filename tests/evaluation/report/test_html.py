@@ -8,12 +8,10 @@ from html.parser import HTMLParser
 import pytest
 
 from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given
-from flagembedding_matryoshka.evaluation.chart import Point, chart, ticks
-from flagembedding_matryoshka.evaluation.fusion import Order, report_fusion
-from flagembedding_matryoshka.evaluation.page import page
-from flagembedding_matryoshka.evaluation.stage import Stage, side_by_side
-from flagembedding_matryoshka.evaluation.store import Result
-from flagembedding_matryoshka.evaluation.weighting import WeightChoice
+from flagembedding_matryoshka.evaluation.fusion import Order, WeightChoice, compare_fusion
+from flagembedding_matryoshka.evaluation.report.html import Point, chart, page, ticks
+from flagembedding_matryoshka.evaluation.report.report import Report, first_stages_table
+from flagembedding_matryoshka.evaluation.results import Result
 from flagembedding_matryoshka.setting import Setting
 
 FULL = Setting(6)
@@ -62,11 +60,11 @@ def baselines(candidates):
 
 @pytest.fixture
 def text(candidates, baselines):
-    return page("c & d/test", [Stage.of(candidates, RESULTS, baselines, FULL)], None, {})
+    return page("c & d/test", [Report.of(candidates, RESULTS, baselines, FULL)], None, {})
 
 
 @pytest.fixture
-def fused_stage(candidates, baselines):
+def fused_report(candidates, baselines):
     """The same with fusion: settings, and a bi-encoder with the first stage."""
     better = {setting: [0.6, 0.7, 0.8] for setting in ("nDCG@10", "MRR@10")}
     fused = [replace(item, per_query=better) for item in RESULTS]
@@ -77,8 +75,8 @@ def fused_stage(candidates, baselines):
         Order(full, [("first stage", 0.7)], is_reference=True),
     ]
     choice = WeightChoice((0.7,), {(0.0,): 0.1, (0.7,): 0.2})
-    report = report_fusion(candidates, choice, RESULTS, fused, FULL, baselines[0], orders)
-    return Stage.of(candidates, RESULTS, baselines, FULL, (), report)
+    report = compare_fusion(candidates, choice, RESULTS, fused, FULL, baselines[0], orders)
+    return Report.of(candidates, RESULTS, baselines, FULL, (), report)
 
 
 def test_it_is_well_formed_and_asks_for_nothing_of_elsewhere(text):
@@ -107,8 +105,8 @@ def test_points_are_reached_by_the_keyboard_and_belong_to_a_row(text):
     assert "prefers-color-scheme: dark" in text
 
 
-def test_fused_points_are_hollow_and_belong_to_rows_of_their_own(fused_stage, text):
-    fused = Elements(page("c", [fused_stage], None, {}))
+def test_fused_points_are_hollow_and_belong_to_rows_of_their_own(fused_report, text):
+    fused = Elements(page("c", [fused_report], None, {}))
     assert not fused.open
     points = [attributes for tag, attributes in fused.found if tag == "g"]
     rows = [attributes["data-row"] for tag, attributes in fused.found if tag == "tr" and "data-row" in attributes]
@@ -119,22 +117,22 @@ def test_fused_points_are_hollow_and_belong_to_rows_of_their_own(fused_stage, te
     assert labels["s0f2"].startswith("6 layers, fused: nDCG@10 0.7000; held out ")
     assert labels["s0o2"].startswith(f"{NAME} + first stage: nDCG@10 0.7000; held out ")
     # Each row of the table has the name that its points have.
-    cells = re.findall(r'<tr data-row="(s0f\d)"><td>([^<]+)', page("c", [fused_stage], None, {}))
+    cells = re.findall(r'<tr data-row="(s0f\d)"><td>([^<]+)', page("c", [fused_report], None, {}))
     named = {row: name for row, name in cells if row != "s0f0"}
     assert len(named) == 4 and all(labels[row].startswith(f"{name}, fused") for row, name in named.items())
     plain = [point["aria-label"] for point in points if point not in hollow]
     assert plain == [attributes["aria-label"] for tag, attributes in Elements(text).found if tag == "g"]
 
 
-def test_the_picture_has_fused_points(fused_stage, tmp_path, monkeypatch):
+def test_the_picture_has_fused_points(fused_report, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from flagembedding_matryoshka.evaluation import plot
+    from flagembedding_matryoshka.evaluation.report import plot
 
     drawn = []
     monkeypatch.setattr(plot.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
     monkeypatch.setattr(plot, "replacing", nullcontext)
-    for stage in (fused_stage, replace(fused_stage, fusion=None)):
-        plot.plot(stage, "x", tmp_path)
+    for report in (fused_report, replace(fused_report, fusion=None)):
+        plot.plot(report, "x", tmp_path)
     fused, plain = ({line.get_label(): line for line in figure.axes[0].get_lines()} for figure in drawn)
     assert set(fused) - set(plain) >= {"fused, full width", "fused, ratio 2 after 2", f"{NAME} + first stage"}
     assert "6 layers + first stage" not in fused  # it is among the settings
@@ -142,14 +140,14 @@ def test_the_picture_has_fused_points(fused_stage, tmp_path, monkeypatch):
     assert (list(of_exits.get_xdata()), list(of_exits.get_ydata())) == ([0.5, 1.0], pytest.approx([0.7, 0.7]))
 
 
-def test_first_stages_beside_each_other_have_their_weights(fused_stage):
+def test_first_stages_beside_each_other_have_their_weights(fused_report):
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in side_by_side({"a": fused_stage, "b": fused_stage}).splitlines()
+        for line in first_stages_table({"a": fused_report, "b": fused_report}).splitlines()
     ]
     assert ["fusion weight", "0.7", "0.7"] in rows and ["6 layers, fused", "0.7000", "0.7000"] in rows
-    plain = replace(fused_stage, fusion=None)
-    assert "fused" not in side_by_side({"a": plain, "b": plain})
+    plain = replace(fused_report, fusion=None)
+    assert "fused" not in first_stages_table({"a": plain, "b": plain})
 
 
 def test_the_script_is_javascript(text, tmp_path):

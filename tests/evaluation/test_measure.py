@@ -1,7 +1,10 @@
+import sys
+
+import psutil
 import pytest
 
 from flagembedding_matryoshka import CostWiseMistralConfig
-from flagembedding_matryoshka.evaluation.settings import grid
+from flagembedding_matryoshka.evaluation.measure import grid, peak_memory
 from flagembedding_matryoshka.setting import Setting
 
 CONFIG = CostWiseMistralConfig(num_hidden_layers=6, layer_wise=True, start_layer=2, layer_sep=1)
@@ -51,3 +54,17 @@ def test_nothing_is_measured_twice():
 def test_what_the_model_cannot_run_is_refused(wish, message):
     with pytest.raises(ValueError, match=message):
         grid(CONFIG, **wish)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets its high-water mark")
+def test_what_was_freed_again_counts():
+    before = psutil.Process().memory_info().rss
+    size = 256 * 2**20
+    peak = peak_memory(lambda: bytearray(b"\x01") * size, ["cpu"])
+    assert peak == pytest.approx(before + size, rel=0.1)
+
+
+def test_workers_are_processes_of_their_own():
+    done = []
+    assert peak_memory(lambda: done.append(True), ["cpu", "cpu"]) is None
+    assert done
