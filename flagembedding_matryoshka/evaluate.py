@@ -1,11 +1,11 @@
-"""FlagEmbedding's evaluation on a data set on disk, with a Matryoshka re-ranker.
+"""FlagEmbedding's evaluation of a Matryoshka re-ranker on a data set on disk.
 
     python -m flagembedding_matryoshka.evaluate --dataset_dir DIR --embedder_name_or_path … \\
         --reranker_name_or_path output
 
-The arguments are those of `python -m FlagEmbedding.evaluation.custom`, which this runs; `--reranker_name_or_path` may
-be any of our checkpoints. For settings side by side, see `python -m flagembedding_matryoshka.evaluation`, which is
-`flagembedding-matryoshka evaluate`.
+It runs `python -m FlagEmbedding.evaluation.custom` and has its arguments. `--reranker_name_or_path` may name any
+checkpoint of this package. `flagembedding-matryoshka evaluate`, that is `python -m
+flagembedding_matryoshka.evaluation`, is another command: it compares settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flagembedding_matryoshka.registry import register
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, evaluate.
+    """Run the command line.
 
     Args:
         arguments: None is the process's own.

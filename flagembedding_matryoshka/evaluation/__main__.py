@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Candidates], halves: Halves) -> None:
-    """Raise what would otherwise be raised after minutes of scoring.
+    """Make checks that would otherwise fail after minutes of scoring.
 
     Raises:
         ImportError: as `check_calibration`.

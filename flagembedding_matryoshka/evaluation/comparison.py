@@ -156,7 +156,7 @@ class Choice:
         ndcg_share: nDCG@10 relative to the full network's, on the choosing half.
         held_out_share: the same on the held-out half.
         change: difference of nDCG@10 to the full network's, on the held-out half.
-        interval, p_value: of this difference, as in `SettingComparison`; None for the full network itself.
+        interval, p_value: of the difference, as in `SettingComparison`; None for the full network itself.
     """
 
     setting: Setting

@@ -53,7 +53,7 @@ class Difference:
     Attributes:
         change: mean over queries.
         interval: 95 % confidence interval of a paired bootstrap; None for a single query.
-        p_value: of a paired randomisation test, after Holm's correction for the tests of its family.
+        p_value: p-value of a paired randomisation test, after Holm's correction for the tests of its family.
     """
 
     change: float
@@ -286,26 +286,23 @@ def compare_fusion(
     alone = held_out(first_stage)
     found: dict[Setting, list[Difference]] = {}
     for is_full in (True, False):
-        family = [
-            (before, made) for before, made in zip(plain, fused, strict=True) if (made.setting == full) is is_full
-        ]
-        tested = _differences(
-            [(held_out(made), other) for before, made in family for other in (held_out(before), alone)]
-        )
-        found |= {made.setting: tested[2 * place : 2 * place + 2] for place, (_, made) in enumerate(family)}
+        family = [pair for pair in zip(plain, fused, strict=True) if (pair[1].setting == full) is is_full]
+        tests = [(held_out(after), other) for before, after in family for other in (held_out(before), alone)]
+        tested = _differences(tests)
+        found |= {after.setting: tested[2 * index : 2 * index + 2] for index, (_, after) in enumerate(family)}
     settings = [
-        FusionComparison(made, Level.of(held_out(before)), Level.of(held_out(made)), *found[made.setting])
-        for before, made in zip(plain, fused, strict=True)
+        FusionComparison(after, Level.of(held_out(before)), Level.of(held_out(after)), *found[after.setting])
+        for before, after in zip(plain, fused, strict=True)
     ]
     (reference,) = (held_out(result) for result in fused if result.setting == full)
     others = [order for order in orders if not order.is_reference]
     against = iter(_differences([(held_out(order.baseline), reference) for order in others]))
-    beside = [
+    order_comparisons = [
         OrderComparison(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
         for order in orders
     ]
     sizes = len(halves.choosing), len(halves.held_out)
-    return FusionResult(choice, *sizes, Level.of(alone), full, settings, beside)
+    return FusionResult(choice, *sizes, Level.of(alone), full, settings, order_comparisons)
 
 
 def fuse_orders(

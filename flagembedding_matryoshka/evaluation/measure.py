@@ -167,15 +167,15 @@ def measure_fused_settings(
     if fusion == 0:
         return list(results)
     first_stage = first_stage_run(candidates)
-    beside = store.beside("fused", {"fusion": fusion, "first_stage": candidates.first_stage})
+    fused_store = store.substore("fused", {"fusion": fusion, "first_stage": candidates.first_stage})
     found = {}
     for result in results:
         if not result.setting.cascade:
             run = fuse_runs(candidates, store.run(result.setting), [(first_stage, fusion)])
             found[result.setting] = replace(result, per_query=per_query(candidates, run, recall_at))
-            beside.save(found[result.setting], run)
+            fused_store.save(found[result.setting], run)
     cascades = [result.setting for result in results if result.setting.cascade]
-    measured = measure_settings(reranker, candidates, cascades, beside, timed_pairs, recall_at, tokenized, fusion)
+    measured = measure_settings(reranker, candidates, cascades, fused_store, timed_pairs, recall_at, tokenized, fusion)
     found |= dict(zip(cascades, measured, strict=True))
     return [found[result.setting] for result in results]
 

@@ -62,7 +62,7 @@ class Store:
         self.directory = directory
         self.conditions = conditions
 
-    def beside(self, name: str, conditions: Mapping[str, Any]) -> Store:
+    def substore(self, name: str, conditions: Mapping[str, Any]) -> Store:
         """Return a store in the subdirectory `name`, under this store's conditions and further ones."""
         return Store(self.directory / name, {**self.conditions, **conditions})
 

@@ -65,7 +65,7 @@ def refuse_impossible_average(args: Any) -> None:
     """
     count = args.average_last
     if count < 1:
-        raise ValueError(f"average_last={count}, but must be at least 1; 1 is the final state alone.")
+        raise ValueError(f"average_last={count}, but must be at least 1, which is the final state without averaging.")
     if count == 1:
         return
     if args.save_strategy not in ("steps", "epoch"):

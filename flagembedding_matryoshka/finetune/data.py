@@ -46,7 +46,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
     Args:
         args: files and lengths. With `args.knowledge_distillation` the rows need teacher scores.
         tokenizer: the tokenizer.
-        seed: of all draws.
+        seed: seed of all draws.
         template: text around query and passage. A row may have its own prompt, instructions and `instruction`.
 
     Raises:

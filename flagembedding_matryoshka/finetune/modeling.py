@@ -159,7 +159,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
     def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the adapters, or all weights if there are none, and the configuration.
 
-        A directory of adapters names its base and has the exits, so that it can be loaded by its path alone.
+        A directory of adapters names its base and has the exits, so that its path is enough to load it.
 
         Args:
             output_dir: directory to write to.

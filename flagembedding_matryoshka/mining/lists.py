@@ -1,6 +1,6 @@
 """Lists of passages for queries without judgements, for `--train_method self_distill`.
 
-python -m flagembedding_matryoshka.finetune.lists --data DIR --output lists.jsonl
+flagembedding-matryoshka lists --data DIR --output lists.jsonl
 """
 
 from __future__ import annotations

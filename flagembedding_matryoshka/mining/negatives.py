@@ -1,6 +1,6 @@
 """Training data from a collection in BEIR layout, with hard negatives from BM25, a bi-encoder or both.
 
-python -m flagembedding_matryoshka.finetune.hard_negatives --data DIR --output train.jsonl
+flagembedding-matryoshka mine --data DIR --output train.jsonl
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mine(
         negatives: largest number of negatives of a query.
         first, last: ranks, from 1, among which negatives are drawn. The best ranks are often relevant passages without
             a judgement. If several retrievers find a passage, its best rank counts.
-        seed: of the draws. The draw of a query depends on the seed and the query's id.
+        seed: seed of the draws. The draw of a query depends on the seed and the query's id.
         retrievers: retrievers of the passages.
 
     Raises:

@@ -1,6 +1,6 @@
 """Teacher scores of training rows, for `--knowledge_distillation`.
 
-python -m flagembedding_matryoshka.finetune.teacher_scores --input train.jsonl --output scored.jsonl --model NAME
+flagembedding-matryoshka teach --input train.jsonl --output scored.jsonl --model NAME
 
 Scores are appended to OUTPUT.partial. If the command is stopped, the same command continues there.
 

@@ -192,7 +192,7 @@ class StudentTeacher:
         max_length, query_max_length: tokens, as in `MatryoshkaReranker`; None is the checkpoint's own limit.
         device: None is the first accelerator, or the CPU if there is none.
         dtype: format of weights and products; scores are float32.
-        trust_remote_code: as in transformers, for the tokenizer alone.
+        trust_remote_code: as in transformers; it concerns the tokenizer only.
 
     Raises:
         ValueError: if the checkpoint has no such setting, before its weights are read.

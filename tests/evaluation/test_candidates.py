@@ -97,7 +97,10 @@ def test_a_run_is_ordered_by_score(beir, run):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([*LINES, "q1 Q0 p2 3 1.0"], r"bm25.trec, line 6: must be query, Q0, passage, .* got \['q1', 'Q0', 'p2', '3', '1.0'\]"),
+        (
+            [*LINES, "q1 Q0 p2 3 1.0"],
+            r"bm25.trec, line 6: must be query, Q0, passage, .* got \['q1', 'Q0', 'p2', '3', '1.0'\]",
+        ),
         ([*LINES, "q1 Q0 p2 3 high bm25"], r"bm25.trec, line 6: .* a finite score .*'high'"),
         ([*LINES, "q1 Q0 p2 3 nan bm25"], r"bm25.trec, line 6: .* a finite score .*'nan'"),
         ([*LINES, "q1 Q0 p99 3 1 bm25"], r"bm25.trec, line 6: the collection has no passage 'p99'"),
@@ -130,10 +133,10 @@ def test_an_id_that_a_run_cannot_name_is_refused():
         Candidates(Collection({"a b": "x"}, {"q": "x"}, {"q": {"a b": 1}}), {"q": ["a b"]}, "mine")
 
 
-def test_portions_hold_every_query_once_and_no_more_lists_than_needed(candidates):
-    assert list(candidates.portions(["q1", "q3", "q2"], 6)) == [["q1"], ["q3", "q2"]]
-    assert list(candidates.portions(["q1", "q2", "q3"], 7)) == [["q1", "q2", "q3"]]
-    assert list(candidates.portions(["q2"], 7)) == []
+def test_batches_hold_every_query_once_and_no_more_lists_than_needed(candidates):
+    assert list(candidates.batches(["q1", "q3", "q2"], 6)) == [["q1"], ["q3", "q2"]]
+    assert list(candidates.batches(["q1", "q2", "q3"], 7)) == [["q1", "q2", "q3"]]
+    assert list(candidates.batches(["q2"], 7)) == []
 
 
 @pytest.mark.parametrize(

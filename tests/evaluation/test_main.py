@@ -102,7 +102,7 @@ def test_what_is_measured_is_not_measured_again(evaluate, monkeypatch):
     def measured_again(*arguments, **options):
         raise AssertionError("measured again")
 
-    for name in ("score_exits", "cascade_run", "speed_and_memory"):
+    for name in ("score_exits", "run_cascade", "speed_and_memory"):
         monkeypatch.setattr(measure, name, measured_again)
     assert json.loads((evaluate() / "results.json").read_text()) == first
 

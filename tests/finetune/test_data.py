@@ -22,6 +22,8 @@ from flagembedding_matryoshka.text.templates import Template
 from tests.batches import TokenSequence, collate, random_sequences, tokenized_pair
 from tests.lines import ROW, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def dataset(path, tokenizer, **options):
     args = MatryoshkaDataArguments(train_data=[str(path)], cache_path=str(path.parent / "cache"), **options)
@@ -212,7 +214,6 @@ def test_files_without_a_row_are_refused_and_one_beside_others_is_not(tmp_path, 
     assert len(dataset(tmp_path, tiny_tokenizer, train_group_size=2)) == 1
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)
 WIDTHS = [Setting(EXITS), Setting(EXITS, (2,), 2), Setting(EXITS, (1, 3, 5), 4)]
 

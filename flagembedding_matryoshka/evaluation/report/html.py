@@ -13,7 +13,7 @@ from flagembedding_matryoshka.evaluation.baselines import Baseline
 from flagembedding_matryoshka.evaluation.comparison import BaselineComparison, SettingComparison, milliseconds
 from flagembedding_matryoshka.evaluation.fusion import FusionResult
 from flagembedding_matryoshka.evaluation.report.report import FUSED, ORDERS, SETTINGS, Report
-from flagembedding_matryoshka.evaluation.report.tables import difference
+from flagembedding_matryoshka.evaluation.report.tables import describe_width, difference
 from flagembedding_matryoshka.evaluation.results import Result
 from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.setting import Setting
@@ -108,7 +108,7 @@ def _section(report: Report, prefix: str, chosen: Mapping[float, Setting]) -> st
     )
     by_time = points(lambda item: milliseconds(item.pairs_per_second), lambda item: item.on_time_front)
     legend = "".join(
-        f'<span class="group{number % 6}">{escape(_describe_width(*width))}</span>'
+        f'<span class="group{number % 6}">{escape(describe_width(*width))}</span>'
         for number, width in enumerate(widths)
     )
     tables = [
@@ -155,10 +155,6 @@ def _cost(item: Result | Baseline) -> str:
 
 def _width(setting: Setting) -> tuple[tuple[int, ...], int]:
     return setting.compress_layers, setting.compress_ratio
-
-
-def _describe_width(after: tuple[int, ...], ratio: int) -> str:
-    return "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, after))}"
 
 
 @dataclass(frozen=True)

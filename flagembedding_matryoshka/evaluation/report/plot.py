@@ -9,6 +9,7 @@ from typing import Any
 from flagembedding_matryoshka.evaluation.comparison import SettingComparison, milliseconds
 from flagembedding_matryoshka.evaluation.fusion import FusionComparison
 from flagembedding_matryoshka.evaluation.report.report import Report
+from flagembedding_matryoshka.evaluation.report.tables import describe_width
 from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.files import replacing
 from flagembedding_matryoshka.setting import Setting
@@ -65,7 +66,7 @@ def _draw(
         axes: the panel.
         report: the report.
         cost: returns the cost of a result or a baseline, None if it has none.
-        front: whether each setting is on the panel's Pareto front.
+        front: for each setting, True if it is on the panel's Pareto front.
     """
     points = _points(report.settings, cost)
     fused = {} if report.fusion is None else _points(report.fusion.settings, cost)
@@ -77,7 +78,7 @@ def _draw(
     for number, (after, ratio) in enumerate(widths):
         mine = [setting for setting in points if (setting.compress_layers, setting.compress_ratio) == (after, ratio)]
         exits = [setting for setting in mine if not setting.cascade]
-        label = "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, after))}"
+        label = describe_width(after, ratio)
         marker = MARKERS[number % len(MARKERS)]
         (line,) = axes.plot(
             *zip(*(points[setting] for setting in exits), strict=True), marker=marker, ms=5, lw=1.2, label=label

@@ -136,6 +136,11 @@ def _level(level: Level) -> list[str]:
     return [f"{level.mean:.4f}", "" if level.interval is None else "{:.4f} to {:.4f}".format(*level.interval)]
 
 
+def describe_width(compress_layers: tuple[int, ...], ratio: int) -> str:
+    """Return the name of a width."""
+    return "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, compress_layers))}"
+
+
 def fronts(item: SettingComparison) -> str:
     """Return the names of the Pareto fronts that a setting is on."""
     return ", ".join(name for name, on in (("operations", item.on_front), ("time", item.on_time_front)) if on)
