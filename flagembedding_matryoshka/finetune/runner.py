@@ -38,13 +38,14 @@ from flagembedding_matryoshka.finetune.data import (
     MatryoshkaTrainDataset,
     UnlabelledTrainDataset,
 )
-from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS, TrainMethod
 from flagembedding_matryoshka.finetune.modeling import (
     MatryoshkaRerankerModel,
     convert_target_modules,
     refuse_unknown_modules,
 )
 from flagembedding_matryoshka.finetune.rows import (
+    InstructionCounts,
     count_instructions,
     load_files,
     refuse_instructions,
@@ -88,64 +89,34 @@ class MatryoshkaRunner(AbsRerankerRunner):
         data_args = convert_arguments(MatryoshkaDataArguments, data_args)
         training_args = convert_arguments(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
-        needs_scores = self.method.row_kind == "scores"
-        if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
-            raise ValueError(
-                f"random_negatives={data_args.random_negatives} contradicts distill_loss={training_args.distill_loss}, "
-                "which compares raw scores: random negatives have no teacher score. Use ce or kl."
-            )
-        if data_args.knowledge_distillation and not needs_scores:
-            using = [name for name, method in TRAIN_METHODS.items() if method.row_kind == "scores"]
-            raise ValueError(
-                f"knowledge_distillation=True, but train_method {training_args.train_method} uses no teacher scores. "
-                f"Methods with teacher scores: {', '.join(using)}."
-            )
-        data_args.knowledge_distillation = needs_scores
-        if self.method.original and (not model_args.use_lora or model_args.from_peft is not None):
-            raise ValueError(
-                f"train_method {training_args.train_method} learns from the model without adapters, so it needs new "
-                f"adapters, but use_lora={model_args.use_lora} and from_peft={model_args.from_peft}. Use raw_peft to "
-                "merge an adapter before training."
-            )
-        if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
-            raise ValueError(
-                f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
-                "the argument the fastest available kernel is used."
-            )
+        _refuse_contradictions(self.method, model_args, data_args, training_args)
+        data_args.knowledge_distillation = self.method.row_kind == "scores"
         with training_args.main_process_first(desc="reading the training files"):
-            options = data_args.cache_path, data_args.skip_bad_lines
-            min_negatives = self._dataset_class.min_negatives(data_args)
-            files = load_files(data_args.train_data, self.method.row_kind, *options, min_negatives)
-            limit = data_args.max_example_num_per_dataset
-            used = (
-                sample_rows(rows, path, limit, training_args.seed)
-                for path, rows in zip(data_args.train_data, files, strict=True)
-            )
-            self._instructions = count_instructions(used)
-            self._eval_instructions = None
-            if data_args.eval_data is not None:
-                self._eval_instructions = count_instructions(load_files(data_args.eval_data, "labels", *options))
+            self._instructions, self._eval_instructions = self._read_instructions(data_args, training_args.seed)
         if data_args.eval_data is not None:
             evaluate_checkpoints(training_args)
-            if training_args.eval_strategy == "no":
-                raise ValueError(
-                    "eval_data is given, but save_strategy and eval_strategy are 'no': set one of them, or leave "
-                    "eval_data out."
-                )
-        elif training_args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
-                f"{training_args.load_best_model_at_end} need eval_data, lists to rank."
-            )
+        _refuse_missing_evaluation(data_args, training_args)
         refuse_impossible_average(training_args)
         output_dir = Path(training_args.output_dir)
         training_args.resume_from_checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
-        resumed = training_args.resume_from_checkpoint is not None
-        if not training_args.overwrite_output_dir and not resumed and output_dir.is_dir() and any(output_dir.iterdir()):
-            raise ValueError(
-                f"output_dir {output_dir} is not empty, and overwrite_output_dir is False: name another directory."
-            )
+        _refuse_used_output_dir(training_args)
         super().__init__(model_args, data_args, training_args)
+
+    def _read_instructions(
+        self, args: MatryoshkaDataArguments, seed: int
+    ) -> tuple[InstructionCounts, InstructionCounts | None]:
+        """Return the instructions in the training rows and in the evaluation rows.
+
+        All files are parsed, so that a row with a fault is found before the model is loaded.
+        """
+        options = args.cache_path, args.skip_bad_lines
+        files = load_files(args.train_data, self.method.row_kind, *options, self._dataset_class.min_negatives(args))
+        limit = args.max_example_num_per_dataset
+        used = (sample_rows(rows, path, limit, seed) for path, rows in zip(args.train_data, files, strict=True))
+        counts = count_instructions(used)
+        if args.eval_data is None:
+            return counts, None
+        return counts, count_instructions(load_files(args.eval_data, "labels", *options))
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaRerankerModel]:
         """Return the tokenizer, with a pad token, and the model to train."""
@@ -336,6 +307,63 @@ class MatryoshkaRunner(AbsRerankerRunner):
             self.tokenizer.save_pretrained(merged)
             write_sentence_transformers_files(merged)
             logger.info("Wrote the merged model to %s", merged)
+
+
+def _refuse_contradictions(
+    method: TrainMethod,
+    model_args: MatryoshkaModelArguments,
+    data_args: MatryoshkaDataArguments,
+    training_args: MatryoshkaTrainingArguments,
+) -> None:
+    """Raise ValueError if arguments contradict the training method or the device."""
+    needs_scores = method.row_kind == "scores"
+    if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
+        raise ValueError(
+            f"random_negatives={data_args.random_negatives} contradicts distill_loss={training_args.distill_loss}, "
+            "which compares raw scores: random negatives have no teacher score. Use ce or kl."
+        )
+    if data_args.knowledge_distillation and not needs_scores:
+        using = [name for name, other in TRAIN_METHODS.items() if other.row_kind == "scores"]
+        raise ValueError(
+            f"knowledge_distillation=True, but train_method {training_args.train_method} uses no teacher scores. "
+            f"Methods with teacher scores: {', '.join(using)}."
+        )
+    if method.original and (not model_args.use_lora or model_args.from_peft is not None):
+        raise ValueError(
+            f"train_method {training_args.train_method} learns from the model without adapters, so it needs new "
+            f"adapters, but use_lora={model_args.use_lora} and from_peft={model_args.from_peft}. Use raw_peft to "
+            "merge an adapter before training."
+        )
+    if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
+        raise ValueError(
+            f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
+            "the argument the fastest available kernel is used."
+        )
+
+
+def _refuse_missing_evaluation(data_args: MatryoshkaDataArguments, training_args: MatryoshkaTrainingArguments) -> None:
+    """Raise ValueError if there is evaluation data without an evaluation, or an evaluation without data."""
+    evaluates = training_args.eval_strategy != "no"
+    if data_args.eval_data is not None and not evaluates:
+        raise ValueError(
+            "eval_data is given, but save_strategy and eval_strategy are 'no': set one of them, or leave eval_data out."
+        )
+    if data_args.eval_data is None and evaluates:
+        raise ValueError(
+            f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
+            f"{training_args.load_best_model_at_end} need eval_data, lists to rank."
+        )
+
+
+def _refuse_used_output_dir(args: MatryoshkaTrainingArguments) -> None:
+    """Raise ValueError if output_dir has files that must not be overwritten."""
+    output_dir = Path(args.output_dir)
+    if args.overwrite_output_dir or args.resume_from_checkpoint is not None:
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir {output_dir} is not empty, and overwrite_output_dir is False: name another directory."
+        )
 
 
 def _is_half(args: MatryoshkaTrainingArguments) -> bool:
