@@ -1,4 +1,4 @@
-"""Quality of fusion with the first stage, on the queries that did not choose the weight."""
+"""Fusion with the first stage: the weight is chosen on one half of the queries and measured on the other."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Level:
     """nDCG@10 on the held-out half.
 
     Attributes:
-        mean: over queries.
+        mean: mean over queries.
         interval: 95 % confidence interval of a bootstrap; None for a single query.
     """
 

@@ -120,7 +120,7 @@ def _rows(path: Path, add: bool = False) -> Iterator[Row]:
     return good_rows(path, partial(row_fault, kind="scores" if add else "labels", min_negatives=0))
 
 
-def _settings_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Return all conditions of the scores. Batch size and device are left out: they change only rounding."""
     given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
     return {
@@ -165,12 +165,7 @@ def raise_positives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
         yield {**row, "pos_scores": [max(score, least) for score in row["pos_scores"]]}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments: None is the process's own.
-    """
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="a training file")
     parser.add_argument("--output", type=Path, required=True, help="the training file to write, with scores")
@@ -223,12 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compress_ratio", type=int, help="number of tokens that become one: 1, 2, 4 or 8 (default: 1)"
     )
     student.add_argument("--query_max_length", type=_positive, help="tokens of a query (default: the model's own)")
-    options = parser.parse_args(arguments)
-    options.backend = ALIASES.get(options.backend, options.backend)
-    if options.output.resolve() == options.input.resolve():
-        parser.error(f"--output {options.output} is the input: name another file")
-    if options.output.is_dir():
-        parser.error(f"--output {options.output} is a directory: name a file")
+    return parser
+
+
+def _teacher_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the teacher with their defaults. End the process if the backend does not take one."""
     settings = dict(DEFAULTS[options.backend])
     known = set().union(*DEFAULTS.values())
     given = {name: value for name, value in vars(options).items() if name in known}
@@ -240,14 +234,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--use_fp16 and --use_bf16 exclude each other: give one of them")
     if settings.get("model", "") is None:
         parser.error(f"--backend {options.backend} needs --model")
+    return settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: None is the process's own.
+    """
+    parser = _build_parser()
+    options = parser.parse_args(arguments)
+    options.backend = ALIASES.get(options.backend, options.backend)
+    if options.output.resolve() == options.input.resolve():
+        parser.error(f"--output {options.output} is the input: name another file")
+    if options.output.is_dir():
+        parser.error(f"--output {options.output} is a directory: name a file")
+    teacher = _teacher_options(parser, options)
     total = sum(1 for _ in _rows(options.input, options.add))
     if not total:
         parser.error(f"--input {options.input} has no row")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    conditions = _settings_of(options, settings)
+    conditions = _conditions_of(options, teacher)
     scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), conditions)
     try:
-        _complete(scores, options, settings, total)
+        _complete(scores, options, teacher, total)
         if _digest_input(options) != conditions["input"]:
             raise ValueError(
                 f"{options.input} has changed while its rows were scored, so {scores.path} has scores of other "

@@ -37,30 +37,30 @@ def flops(setting, **options):
 
 @pytest.mark.parametrize(("all_weights", "passes"), [(False, 2), (True, 3)])
 def test_a_pass_and_its_gradients(all_weights, passes):
-    effort = TrainingCost(CONFIG, all_weights, full_width_teacher=True)
-    effort.add(PACKED, 2, WIDE)
-    effort.add(PACKED, 2, WIDE)
-    counts = effort.counts(torch.device("cpu"))
+    cost = TrainingCost(CONFIG, all_weights, full_width_teacher=True)
+    cost.add(PACKED, 2, WIDE)
+    cost.add(PACKED, 2, WIDE)
+    counts = cost.counts(torch.device("cpu"))
     assert counts.tolist() == [4, 2 * int(LENGTHS.sum()), 2 * passes * flops(WIDE)]
 
 
 def test_the_teaching_pass_begins_where_the_passage_is_compressed():
-    effort, plain = (TrainingCost(CONFIG, False, full_width_teacher=itself) for itself in (True, False))
-    for counter in (effort, plain):
+    cost, plain = (TrainingCost(CONFIG, False, full_width_teacher=itself) for itself in (True, False))
+    for counter in (cost, plain):
         counter.add(PACKED, 2, NARROW)
     # What is left is as many layers as a re-ranker of half the depth has.
     assert plain.operations == 2 * flops(NARROW)
-    assert effort.operations - plain.operations == flops(Setting((3,)))
+    assert cost.operations - plain.operations == flops(Setting((3,)))
 
 
 def test_a_resumed_run_counts_on():
-    effort = TrainingCost(CONFIG, False, full_width_teacher=False)
-    effort.add(PACKED, 2, WIDE)
-    counts = effort.counts(torch.device("cpu"))
+    cost = TrainingCost(CONFIG, False, full_width_teacher=False)
+    cost.add(PACKED, 2, WIDE)
+    counts = cost.counts(torch.device("cpu"))
     history = [{"loss": 1.0, "lists": 7.0, "tokens": 100.0, "operations": 5.0, "seconds": 60.0}, {"eval_MRR@10": 0.5}]
-    totals = effort.totals(history, counts)
+    totals = cost.totals(history, counts)
     assert totals["lists"] == 9 and totals["tokens"] == 145 and totals["seconds"] >= 60
-    assert effort.totals([], counts)["lists"] == 2
+    assert cost.totals([], counts)["lists"] == 2
 
 
 # Two lists, of three passages and of two; the relevant one is first, and second.
