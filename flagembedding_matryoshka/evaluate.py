@@ -1,11 +1,10 @@
-"""FlagEmbedding's evaluation of a Matryoshka re-ranker on a data set on disk.
+"""FlagEmbedding's evaluation on a data set on disk, with a Matryoshka re-ranker.
 
     python -m flagembedding_matryoshka.evaluate --dataset_dir DIR --embedder_name_or_path … \\
         --reranker_name_or_path output
 
-It runs `python -m FlagEmbedding.evaluation.custom` and has its arguments. `--reranker_name_or_path` may name any
-checkpoint of this package. `flagembedding-matryoshka evaluate`, that is `python -m
-flagembedding_matryoshka.evaluation`, is another command: it compares settings.
+The arguments are those of `python -m FlagEmbedding.evaluation.custom`. `--reranker_name_or_path` may be any Matryoshka
+checkpoint. `flagembedding-matryoshka evaluate`, or `python -m flagembedding_matryoshka.evaluation`, compares settings.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from flagembedding_matryoshka.registry import register
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Evaluate by the arguments of a command line.
 
     Args:
-        arguments: None is the process's own.
+        arguments: the arguments; None is `sys.argv`.
     """
     parser = HfArgumentParser((CustomEvalArgs, CustomEvalModelArgs))
     eval_args, model_args = parser.parse_args_into_dataclasses(list(arguments) if arguments is not None else None)
