@@ -89,7 +89,7 @@ def test_the_error_is_that_of_the_bins():
 
 
 def collection_of(data):
-    """Candidates and a run, of which every relevant passage is judged and the others are not."""
+    """Candidates and a run. All relevant passages are judged, the others are not."""
     names = [f"p{number}" for number in range(len(data.scores))]
     run, relevant = {}, {}
     for name, score, is_relevant, query in zip(names, data.scores, data.relevant, data.queries, strict=True):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HALF, FULL, CASCADE = Setting(3), Setting(6), Setting(6, cascade=((3, 0.5),))
 SETTINGS = [HALF, FULL, CASCADE]
 COSTS = (4, 10)
-"""Pairs that are timed, and the rank of recall."""
+"""timed_pairs and recall_at."""
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,13 @@ def test_a_weight_of_zero_runs_nothing(candidates, measured):
 
 
 def lists_of(count):
-    """What a report asks of candidates: queries."""
+    """Candidates with nothing but queries."""
     return SimpleNamespace(passages={f"q{number}": [] for number in range(count)})
 
 
 @pytest.fixture
 def report():
-    """Of 40 queries: fusion helps the full network, and hardly the shallower one."""
+    """40 queries, for which fusion helps the full network much and the shallower exit little."""
     draw = np.random.default_rng(0)
     first, half, full = draw.random((3, 40))
 
@@ -145,7 +145,7 @@ def test_changes_are_measured_on_the_held_out_half(report):
         low, high = item.fused.interval
         assert low < item.fused.mean < high
         tests[before.setting] = holm([paired_p_value(values[1], other) for other in (values[0], first[places])])
-    # The tests of the full network are corrected for each other alone, whatever else is measured.
+    # The two tests of the full network are a family, whatever else is measured.
     for item in found.settings:
         p_values = [item.against_plain.p_value, item.against_first_stage.p_value]
         assert p_values == pytest.approx(tests[item.result.setting])

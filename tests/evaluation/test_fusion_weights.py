@@ -16,7 +16,7 @@ WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 
 @pytest.fixture
 def lists():
-    """24 queries with 6 candidates, one of them relevant; the first stage knows it a little."""
+    """24 queries with 6 candidates, one of them relevant; the first stage scores it a little higher."""
     draw = np.random.default_rng(0)
     queries, passages = [f"q{number}" for number in range(24)], [f"p{number}" for number in range(6)]
     found = {query: draw.permutation(passages).tolist() for query in queries}
@@ -40,7 +40,7 @@ def run(lists):
 
 
 def ndcg(scores, relevant):
-    """Of one query that has one relevant passage, among fewer than ten."""
+    """nDCG@10 of a query with one relevant passage, among fewer than ten."""
     order = sorted(scores, key=scores.get, reverse=True)
     return 1 / math.log2(2 + order.index(relevant))
 

@@ -20,7 +20,7 @@ SETTINGS = ["--cutoff_layers", "3", "6", "--compress_layers", "2", "--compress_r
 
 @pytest.fixture
 def model(tiny_layerwise_path, tmp_path):
-    """A copy that a plan may be written beside."""
+    """A copy of the model, into whose directory a plan may be written."""
     path = tmp_path / "model"
     path.mkdir()
     for file in tiny_layerwise_path.iterdir():
@@ -30,7 +30,7 @@ def model(tiny_layerwise_path, tmp_path):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    """Pictures take most of the time."""
+    """Do not draw plots, which take most of the time."""
     monkeypatch.setattr("flagembedding_matryoshka.evaluation.report.files.plot", lambda report, title, path: None)
 
 

@@ -16,7 +16,7 @@ scored = st.dictionaries(st.sampled_from(PASSAGES), st.sampled_from([-1.5, 0.0, 
 
 
 def slow(relevant, scores, recall_at):
-    """The definitions, on the ranking that trec_eval makes: by score, then by id, both from the highest."""
+    """The measures by definition, on trec_eval's ranking: by score, then by id, both highest first."""
     ranking = sorted(scores, key=lambda passage: (scores[passage], passage), reverse=True)
     gains = [relevant.get(passage, 0) for passage in ranking]
     ideal = sorted(relevant.values(), reverse=True)

@@ -8,7 +8,7 @@ from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, is_co
 
 @pytest.fixture
 def output_dir(tmp_path):
-    """Checkpoints of steps 2, 9 and 10; the last was cut off while its last file was written, 11 before that."""
+    """Checkpoints of steps 2, 9 and 10; the writing of 10 stopped within its last file, that of 11 before it."""
     for step in (2, 9, 10, 11):
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()

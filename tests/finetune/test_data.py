@@ -118,7 +118,7 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
 
 
 def passage_texts(rows, item):
-    """The passages of a group as they were drawn."""
+    """The drawn passages of a group, in order."""
     drawn, build = [], rows._sequences
     rows._sequences = lambda row, passages: drawn.extend(passages) or build(row, passages)
     _, scores = rows[item]
@@ -275,7 +275,7 @@ def test_scores_are_those_of_the_padded_batch(setting, layerwise_model, tiny_tok
 @pytest.mark.parametrize("method", TRAIN_METHODS)
 @pytest.mark.parametrize("setting", WIDTHS)
 def test_a_pass_never_asks_the_device(setting, method, checkpointing, layerwise_model, tiny_tokenizer):
-    """A tensor on "meta" has no values: reading one, or shapes that depend on one, is an error."""
+    """A tensor on "meta" has no values: an operation that needs a value raises an error."""
     with torch.device("meta"):
         model = type(layerwise_model)(layerwise_model.config)
         if TRAIN_METHODS[method].original:

@@ -1,4 +1,4 @@
-"""What rows say of the words around their texts, and what of it is saved."""
+"""Instructions in training rows, and the template that is saved."""
 
 import json
 import logging

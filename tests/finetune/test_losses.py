@@ -28,7 +28,7 @@ def layer_wise_loss(*args, **options):
 
 
 def slow_loss(name, student, full, data, original):
-    """The table of the reference, a term at a time."""
+    """The reference's definition of each method, term by term."""
     total = 0.0
     deepest_first, full = student.flip(0), full.flip(0)
     for i, exit_scores in enumerate(deepest_first):

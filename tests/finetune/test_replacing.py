@@ -1,4 +1,4 @@
-"""What fine-tuning writes replaces what an earlier run left in its output_dir."""
+"""Fine-tuning replaces the files of an earlier run in its output_dir."""
 
 import shutil
 

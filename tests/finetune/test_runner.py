@@ -136,7 +136,7 @@ def write_adapter(kind, base, path):
 
 @pytest.mark.parametrize("kind", ["language model", "grown", "classifier"])
 def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
-    """It is merged before the heads are made, and again when what was learnt is loaded; it cannot go on learning."""
+    """It is merged before the heads are initialised, and when the trained model is loaded; it cannot be continued."""
     adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
     options = {"dtype": "float32", "devices": "cpu", "template": "cost_wise"}
     expected = scores_of(MatryoshkaReranker(adapter, **options))
@@ -452,7 +452,7 @@ def test_lists_of_different_lengths_are_evaluated_and_the_best_checkpoint_is_wha
         load_best_model_at_end=True,
     )
     assert (run.training_args.metric_for_best_model, run.training_args.greater_is_better) == ("nDCG@10", True)
-    # Whichever is best, here it is the first: what is written last differs from it.
+    # The first checkpoint is made the best, so that it differs from the last one.
     run.training_args.metric_for_best_model, run.training_args.greater_is_better = "eval_step", False
     metrics = run.trainer.compute_metrics
     run.trainer.compute_metrics = lambda found: metrics(found) | {"step": run.trainer.state.global_step}

@@ -53,7 +53,7 @@ ROWS, BATCH = 70, 2
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, tiny_tokenizer):
-    """Rows whose passages are of one length each, from a few words to more than are kept."""
+    """Rows, each with passages of one length, from a few words to more than passage_max_len."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     draw = random.Random(0)
     rows = []
@@ -66,13 +66,13 @@ def dataset(tmp_path_factory, tiny_tokenizer):
 
 
 def batches(sampler, processes):
-    """Of each process, the rows of its passes, as accelerate gives them out."""
+    """For each process, the rows of its passes, as accelerate distributes them."""
     every = BatchSampler(sampler, BATCH, drop_last=True)
     return [list(BatchSamplerShard(every, processes, process)) for process in range(processes)]
 
 
 def imbalance(shares, dataset):
-    """The longest process's tokens over their mean, meant over all passes."""
+    """The largest number of tokens of a process, relative to the mean of all processes; the mean over passes."""
     found = []
     for together in zip(*shares, strict=True):
         tokens = [sum(len(pair) for row in rows for pair in dataset[row][0]) for rows in together]

@@ -1,4 +1,4 @@
-"""Elastic without labels: the model as it was loaded teaches its exits and widths."""
+"""Training without labels: the model before training teaches its exits and widths."""
 
 import json
 
@@ -25,7 +25,7 @@ def lists(training_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_exit(tiny_layerwise_path, tmp_path_factory):
-    """A re-ranker with its deepest exit alone."""
+    """A re-ranker with a single exit, the deepest."""
     path = tmp_path_factory.mktemp("one_exit")
     MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").export(str(path), cutoff_layers=[6])
     return path

@@ -1,4 +1,4 @@
-"""Two processes with shards against one with the same global batch."""
+"""Two processes with sharded weights against one process with the same global batch."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def train(tiny_raw_model_path, training_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(train):
-    """What one process writes, by what is trained."""
+    """The output directories of one process, with adapters and with all weights."""
     return {weights: train(torchrun(1, *PRODUCT), 1, *weights) for weights in (ADAPTERS, ALL_WEIGHTS)}
 
 

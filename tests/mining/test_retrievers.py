@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """Its queries begin with "cone", its passages with "plate"."""
+    """A bi-encoder with the prompts "cone" for queries and "plate" for passages."""
     return save_bi_encoder(tmp_path_factory.mktemp("bi_encoder"), prompts={"query": "cone ", "document": "plate "})
 
 
@@ -88,7 +88,7 @@ def test_stored_vectors_are_not_computed_again(path, encoder, texts, monkeypatch
         return encode(self, inputs, **options)
 
     monkeypatch.setattr(SentenceTransformer, "encode", limited)
-    # Texts come as 4, 4, 2 passages and 4, 2 queries. Of a batch that was stored in part, all is computed again.
+    # Texts come as 4, 4, 2 passages and 4, 2 queries. A batch that was stored in part is computed again.
     for limit.left, lines, cut, again in ((9, 8, 0, corpus[:8]), (4, 10, 0, corpus[8:]), (4, 14, 9, questions[:4])):
         encoded.clear()
         with pytest.raises(KeyboardInterrupt):

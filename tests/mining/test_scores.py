@@ -47,7 +47,7 @@ def training_rows(rows, tmp_path):
 
 @torch.no_grad()
 def logits(path, pairs):
-    """A pair at a time, by transformers alone."""
+    """Scores of single pairs by transformers."""
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path)
     return [model.eval()(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
 
@@ -122,7 +122,7 @@ def test_rows_without_negatives_keep_none(tmp_path):
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing catches it."""
+    """Like SIGKILL: no handler catches it."""
 
 
 @pytest.fixture

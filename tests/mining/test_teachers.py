@@ -25,7 +25,7 @@ def bi_encoder(tmp_path_factory):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The texts that have been encoded, in order."""
+    """The encoded texts, in order."""
     texts = []
     encode = SentenceTransformer.encode
 
@@ -82,7 +82,7 @@ def test_bm25_gives_zero_where_no_word_is_shared(query):
 
 @pytest.fixture(scope="module")
 def student_path(tiny_raw_model_path, training_file, tmp_path_factory):
-    """What fine-tuning writes: adapters over a raw model."""
+    """An output directory of fine-tuning: adapters for a raw model."""
     output_dir = tmp_path_factory.mktemp("student") / "output"
     runner(tiny_raw_model_path, training_file, output_dir, {"start_layer": 2}).run()
     return str(output_dir)
