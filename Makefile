@@ -56,7 +56,7 @@ test-all: $(INSTALLED) $(CLIENTS) ## run the quick and the slow tests
 test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[bitsandbytes,demo,gguf,serve]' \
-	    httpx hypothesis pytest pytest-timeout
+	    httpx hypothesis ir-measures pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
 
 test-gpu: $(INSTALLED) ## run the tests that need an accelerator

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.measuring import environment
 from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
-from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, mean, per_query
+from flagembedding_matryoshka.evaluation.runs import QUALITY, in_order, mean, per_query
 from flagembedding_matryoshka.text.collections import read_collection
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flagembedding_matryoshka.evaluation.machine import machine
+from flagembedding_matryoshka.evaluation.results import machine
 
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 

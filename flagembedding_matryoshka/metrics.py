@@ -1,4 +1,4 @@
-"""Measures of rankings, in numpy: nDCG and reciprocal rank of many lists at once."""
+"""Measures of rankings, in numpy: nDCG, reciprocal rank and recall, of one list or of many lists at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,23 @@ def reciprocal_rank(ranked: ArrayLike, k: int) -> Values:
         (...,) float64; its mean over queries is MRR@k.
     """
     is_relevant = np.asarray(ranked)[..., :k] > 0
-    return np.where(is_relevant.any(-1), 1.0 / (1 + is_relevant.argmax(-1)), 0.0)
+    return np.where(is_relevant, 1.0 / np.arange(1, is_relevant.shape[-1] + 1), 0.0).max(-1, initial=0.0)
+
+
+def recall(ranked: ArrayLike, k: int, judged: ArrayLike | None = None) -> Values:
+    """Return the share of the relevant passages that are among the first `k`.
+
+    Args:
+        ranked: (..., passages) grades in the order of the ranking.
+        k: number of first passages that count.
+        judged: (..., any) grades of all judged passages, in any order. None is `ranked`.
+
+    Returns:
+        (...,) float64 in [0, 1]; 0 for a list without a relevant passage.
+    """
+    found = (np.asarray(ranked)[..., :k] > 0).sum(-1)
+    relevant = (np.asarray(ranked if judged is None else judged) > 0).sum(-1)
+    return np.divide(found, relevant, out=np.zeros(found.shape), where=relevant > 0)
 
 
 def _dcg(ranked: Values, k: int) -> Values:

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 MODULES = (
-    "finetune.balancing",
+    "finetune.sampling",
     "inference.scoring",
     "models.attention",
     "models.compression",

@@ -15,7 +15,7 @@ from flagembedding_matryoshka import MatryoshkaReranker, Setting
 from flagembedding_matryoshka.cli.rows import as_list, as_pair, read
 from flagembedding_matryoshka.evaluation.candidates import from_run
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
-from flagembedding_matryoshka.finetune.rows import row_fault
+from flagembedding_matryoshka.mining.rows import row_fault
 from flagembedding_matryoshka.text.collections import read_collection
 from flagembedding_matryoshka.text.lines import good_rows
 from flagembedding_matryoshka.text.templates import TEMPLATES, Template
@@ -229,8 +229,8 @@ def files(tried, data):
     path.write_bytes(content)
     result(lambda: list(read(path, as_pair)))
     result(lambda: list(read(path, as_list)))
-    for reads in {parts.reads for parts in TRAIN_METHODS.values()}:
-        result(partial(lambda check: list(good_rows(path, check)), partial(row_fault, reads=reads)))
+    for kind in {method.row_kind for method in TRAIN_METHODS.values()}:
+        result(partial(lambda check: list(good_rows(path, check)), partial(row_fault, kind=kind)))
     part = data.draw(st.sampled_from(["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"]))
     directory = write_collection(tried.folder / "beir")
     result(lambda: from_run(read_collection(directory, "test"), path, 3))

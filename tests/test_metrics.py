@@ -3,9 +3,9 @@ import math
 import ir_measures
 import numpy as np
 import pytest
-from ir_measures import RR, nDCG
+from ir_measures import RR, R, nDCG
 
-from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
+from flagembedding_matryoshka.metrics import ndcg, rank_grades, recall, reciprocal_rank
 
 
 @pytest.mark.parametrize("highest", [1, 3])
@@ -21,7 +21,7 @@ def test_measures_equal_those_of_ir_measures(highest):
     run = [ir_measures.ScoredDoc(str(query), str(place), scores[query, place]) for query, place in places]
     ranked = rank_grades(scores, grades, is_padding)
     for k in (1, 5, 10):
-        measures = {RR @ k: reciprocal_rank(ranked, k), nDCG @ k: ndcg(ranked, k)}
+        measures = {RR @ k: reciprocal_rank(ranked, k), nDCG @ k: ndcg(ranked, k), R @ k: recall(ranked, k)}
         values = {(item.measure, item.query_id): item.value for item in ir_measures.iter_calc(measures, qrels, run)}
         for measure, found in measures.items():
             expected = [values.get((measure, str(query)), 0.0) for query in range(lists)]
@@ -50,3 +50,12 @@ def test_padding_comes_last_and_infinite_scores_are_ordered():
     assert rank_grades(scores, [[1, 9, 2, 3]], [[False, True, False, False]]).tolist() == [[2, 3, 1, 0]]
     with pytest.raises(ValueError, match=r"the score at \(0, 1\) is NaN"):
         rank_grades(scores, [[1, 9, 2, 3]])
+
+
+def test_an_empty_list_has_the_value_0():
+    assert ndcg([], 10, judged=[1]) == reciprocal_rank([], 10) == recall([], 10, judged=[1]) == 0
+
+
+def test_recall_counts_all_judged_passages():
+    assert recall([0, 2, 0, 1], 2, judged=[1, 2, 1, 0]) == pytest.approx(1 / 3)
+    assert recall([[1, 0], [0, 0]], 1).tolist() == [1.0, 0.0]

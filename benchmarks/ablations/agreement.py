@@ -9,7 +9,7 @@ from statistics import fmean
 from scipy.stats import kendalltau
 
 from benchmarks.ablations.ranking import Ranked
-from flagembedding_matryoshka.evaluation.metrics import Run, ranking
+from flagembedding_matryoshka.evaluation.runs import Run, ranking
 
 
 def kendall_tau(run: Run, reference: Run) -> list[float]:

@@ -15,7 +15,7 @@ from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import add_cascades, add_dtype
-from flagembedding_matryoshka.evaluation.settings import full_network
+from flagembedding_matryoshka.evaluation.measure import full_network
 from flagembedding_matryoshka.setting import Setting
 
 AGREEMENT = ("first the same", "first ten in common")

@@ -15,7 +15,7 @@ from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
-from flagembedding_matryoshka.evaluation.settings import grid
+from flagembedding_matryoshka.evaluation.measure import grid
 from flagembedding_matryoshka.setting import Setting
 
 

@@ -14,7 +14,7 @@ from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.evaluation.arguments import add_dtype
-from flagembedding_matryoshka.evaluation.settings import grid
+from flagembedding_matryoshka.evaluation.measure import grid
 from flagembedding_matryoshka.setting import Setting
 
 LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "distill_fix_layer_teacher")

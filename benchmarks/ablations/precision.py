@@ -16,7 +16,7 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
-from flagembedding_matryoshka.evaluation.settings import full_network
+from flagembedding_matryoshka.evaluation.measure import full_network
 from flagembedding_matryoshka.setting import Setting
 
 REFERENCE = "float32"

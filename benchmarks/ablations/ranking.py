@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.arguments import collection_name
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
-from flagembedding_matryoshka.evaluation.measuring import evaluate
-from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, in_order, per_query
-from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
+from flagembedding_matryoshka.evaluation.measure import measure_settings
+from flagembedding_matryoshka.evaluation.results import Result, Store, conditions
+from flagembedding_matryoshka.evaluation.runs import QUALITY, Run, in_order, per_query
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
@@ -64,7 +64,7 @@ def measure(
     found: dict[Setting, dict[str, Ranked]] = {setting: {} for setting in settings}
     for name, candidates in collections.items():
         store = Store(folder / name, conditions(reranker, candidates, timed_pairs, RECALL_AT))
-        for result in evaluate(reranker, candidates, settings, store, timed_pairs, RECALL_AT):
+        for result in measure_settings(reranker, candidates, settings, store, timed_pairs, RECALL_AT):
             found[result.setting][name] = Ranked(result, store.run(result.setting))
     return found
 

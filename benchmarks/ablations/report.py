@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.ablations.ranking import Collections, given_quality
 from benchmarks.ablations.statistics import Arm, Compared, compare
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.evaluation.metrics import QUALITY
-from flagembedding_matryoshka.evaluation.store import about
-from flagembedding_matryoshka.evaluation.table import markdown_table
+from flagembedding_matryoshka.evaluation.report.tables import markdown_table
+from flagembedding_matryoshka.evaluation.results import machine_of
+from flagembedding_matryoshka.evaluation.runs import QUALITY
 from flagembedding_matryoshka.files import write_text
 
 DEVIATION = "± seeds"
@@ -82,7 +82,7 @@ class Report:
 
 def about_machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
     """On what it was computed, and where texts were cut."""
-    found = about(reranker)
+    found = machine_of(reranker)
     if reranker.query_max_length is not None:
         found["queries are cut to"] = f"{reranker.query_max_length} tokens"
     found["pairs are cut to"] = f"{reranker.max_length} tokens"

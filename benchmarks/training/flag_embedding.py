@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.training.shapes import small_minicpm
 from flagembedding_matryoshka import Setting
-from flagembedding_matryoshka.finetune.collators import Group
+from flagembedding_matryoshka.finetune.data import Group
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 
 

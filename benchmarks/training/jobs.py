@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flagembedding_matryoshka import Setting
-from flagembedding_matryoshka.finetune.collators import Group
+from flagembedding_matryoshka.finetune.data import Group
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.text.encoding import Ids

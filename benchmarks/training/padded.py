@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, eager_attention_forward
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
-from flagembedding_matryoshka.finetune.collators import Group
+from flagembedding_matryoshka.finetune.data import Group
 from flagembedding_matryoshka.models.causal_lm import CostWiseHead
 
 PADDED_ATTENTION = "padded_baseline"

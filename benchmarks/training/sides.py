@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.training import flag_embedding, padded
 from benchmarks.training.jobs import Job
-from flagembedding_matryoshka.finetune.collators import Group, MatryoshkaCollator
+from flagembedding_matryoshka.finetune.data import Group, MatryoshkaCollator
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
 from flagembedding_matryoshka.models.backbones import causal_lm_class

@@ -25,10 +25,10 @@ from flagembedding_matryoshka import SMOLLM2
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.__main__ import main as evaluate
 from flagembedding_matryoshka.evaluation.candidates import from_bm25
-from flagembedding_matryoshka.evaluation.metrics import QUALITY, in_order, per_query
+from flagembedding_matryoshka.evaluation.report.tables import markdown_table
+from flagembedding_matryoshka.evaluation.results import slug
+from flagembedding_matryoshka.evaluation.runs import QUALITY, in_order, per_query
 from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
-from flagembedding_matryoshka.evaluation.store import slug
-from flagembedding_matryoshka.evaluation.table import markdown_table
 from flagembedding_matryoshka.files import replacing, write_text
 from flagembedding_matryoshka.inference.plan import load_plan
 from flagembedding_matryoshka.setting import Setting

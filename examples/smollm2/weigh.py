@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from bi_encoder import path as bi_encoder_path
 
-from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
 from flagembedding_matryoshka.metrics import ndcg, rank_grades
-from flagembedding_matryoshka.text.collections import bm25_scorer, read_collection
+from flagembedding_matryoshka.mining.retrievers import BiEncoder, bm25_scorer
+from flagembedding_matryoshka.text.collections import read_collection
 
 CANDIDATES, SCALE = 50, 20.0
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5)

@@ -1,1 +1,1 @@
-"""Quality and cost of depths, widths and cascades: `python -m flagembedding_matryoshka.evaluation …`."""
+"""Measurement of quality and cost of depths, widths and cascades: `python -m flagembedding_matryoshka.evaluation …`."""

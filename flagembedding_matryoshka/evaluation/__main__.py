@@ -6,32 +6,26 @@ python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_la
 
 from __future__ import annotations
 
-import json
+import argparse
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.evaluation.arguments import as_cascades, collection_name
+from flagembedding_matryoshka.evaluation.arguments import BM25, as_cascades, build_parser, collection_name
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
-from flagembedding_matryoshka.evaluation.calibration import refuse_one_kind
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
-from flagembedding_matryoshka.evaluation.choice import measured
-from flagembedding_matryoshka.evaluation.fusion import measure_fusion
-from flagembedding_matryoshka.evaluation.halves import Halves
-from flagembedding_matryoshka.evaluation.measuring import evaluate, tokenize
-from flagembedding_matryoshka.evaluation.page import page
-from flagembedding_matryoshka.evaluation.parser import BM25, build_parser
-from flagembedding_matryoshka.evaluation.plot import plot
-from flagembedding_matryoshka.evaluation.settings import by_width, full_network, grid
-from flagembedding_matryoshka.evaluation.stage import Stage, side_by_side
-from flagembedding_matryoshka.evaluation.store import Store, about, conditions
-from flagembedding_matryoshka.evaluation.weighting import WEIGHTS, first_stage_run
-from flagembedding_matryoshka.files import write_text
+from flagembedding_matryoshka.evaluation.calibration import calibrate, check_calibration
+from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves, from_bm25, from_run, sample_queries
+from flagembedding_matryoshka.evaluation.comparison import plan_settings
+from flagembedding_matryoshka.evaluation.fusion import WEIGHTS, measure_fusion
+from flagembedding_matryoshka.evaluation.measure import full_network, grid, measure_settings, sort_by_width, tokenize
+from flagembedding_matryoshka.evaluation.report.files import write_report
+from flagembedding_matryoshka.evaluation.report.report import Report
+from flagembedding_matryoshka.evaluation.results import Store, conditions, machine_of
+from flagembedding_matryoshka.evaluation.runs import first_stage_run
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
@@ -40,16 +34,20 @@ from flagembedding_matryoshka.text.collections import read_collection
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line.
+
+    Args:
+        arguments: None is the process's own.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.write_plan and not Path(options.model).is_dir():
-        parser.error(f"--write_plan writes beside the model, but {options.model} is no local directory")
+        parser.error(f"--write_plan writes into the model's directory, but {options.model} is not a local directory")
     runs = options.run or [BM25]
     names = [Path(run).stem for run in runs]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        parser.error(f"--run names files by what they are called, and {twice[0]} is there twice")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        parser.error(f"--run names files by their name without its suffix, and {repeated[0]} is given twice")
     cascades = as_cascades(parser, options.cascade)
     exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
     checkpoint = inspect_checkpoint(options.model, **exits, template=options.template)
@@ -60,21 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.budgets:
         plan = load_plan(options.model, config, options.peft_path, weights)
         chosen = {budget: plan.choose(budget) for budget in options.budgets}
-        settings = by_width([*settings, *chosen.values()])
+        settings = sort_by_width([*settings, *chosen.values()])
     collection = sample_queries(read_collection(options.data, options.split), options.queries, options.query_seed)
     first_stages = [
         from_bm25(collection, options.top_k) if run == BM25 else from_run(collection, Path(run), options.top_k)
         for run in runs
     ]
     halves = Halves.of(collection.relevant)
-    if options.write_plan or options.calibrate or options.fusion is not None:
-        halves.check()
-    if options.calibrate:
-        for candidates in first_stages:
-            refuse_one_kind(candidates, halves)
-    if options.fusion is not None:
-        for candidates in first_stages:
-            first_stage_run(candidates)  # raises, before the model is loaded, if there are no scores
+    _check_before_loading(options, first_stages, halves)
     reranker = MatryoshkaReranker(
         options.model,
         peft_path=options.peft_path,
@@ -87,50 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         devices=options.devices,
     )
     full = full_network(config)
-
-    def measure(candidates: Candidates, directory: Path) -> Stage:
-        store = Store(directory, conditions(reranker, candidates, options.timed_pairs, options.recall_at))
-        tokenized = cache(partial(tokenize, reranker, candidates))
-        measures = (options.timed_pairs, options.recall_at, tokenized)
-        results = evaluate(reranker, candidates, settings, store, *measures)
-        baselines = [as_given(candidates, options.recall_at)]
-        if options.random_order:
-            baselines.append(at_random(candidates, options.recall_at))
-        ways = (options.timed_pairs, options.recall_at, reranker.target_devices[0], reranker.model.dtype)
-        baselines += [by_bi_encoder(candidates, label, path, *ways) for label, path in options.bi_encoder]
-        calibrated = []
-        if options.calibrate:
-            # What it imports takes seconds: only who asks for it waits.
-            from flagembedding_matryoshka.evaluation.fitting import calibrate
-
-            scores = {setting: store.run(setting) for setting in settings if not setting.cascade}
-            calibrated = calibrate(scores, candidates, halves)
-        fusion = None
-        if options.fusion is not None:
-            weights = options.fusion or WEIGHTS
-            fusion = measure_fusion(reranker, candidates, results, baselines, full, store, weights, *measures)
-        return Stage.of(candidates, results, baselines, full, calibrated, fusion)
-
-    several = len(runs) > 1
-    stages = [
-        measure(candidates, options.output / name if several else options.output)
+    reports = {
+        name: _measure(options, reranker, candidates, settings, full, options.output / (name if runs[1:] else ""))
         for name, candidates in zip(names, first_stages, strict=True)
-    ]
+    }
     name = collection_name(options.data, options.split)
-    _write_report(options.output, stages, chosen, names, name, about(reranker))
-    for stage in stages:
-        if stage.fusion is not None:
-            print(f"{stage.candidates.source}: {stage.fusion.summary()}")
+    write_report(options.output, name, reports, chosen, machine_of(reranker))
+    for report in reports.values():
+        if report.fusion is not None:
+            print(f"{report.candidates.source}: {report.fusion.summary()}")
     if options.write_plan:
-        path, first = Path(options.model) / PLAN_NAME, stages[0]
-        maps = {item.setting: item.calibration for item in first.calibrated}
+        path, first = Path(options.model) / PLAN_NAME, next(iter(reports.values()))
+        calibrations = {item.setting: item.calibration for item in first.calibrations}
         plan = Plan(
             exit_layers=tuple(config.exit_layers),
             adapters=adapter_names(options.peft_path),
             data=name,
             queries=len(halves.choosing),
             candidates=first.candidates.source,
-            settings=measured([item.result for item in first.compared], full, halves, maps),
+            settings=plan_settings([item.result for item in first.settings], full, halves, calibrations),
             held_out_queries=len(halves.held_out),
             scored_with=reranker.scored_with(ScoringOptions.resolve(reranker, {})),
             weights=weights(),
@@ -140,38 +106,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Wrote {path}: {plan.queries} queries choose, {plan.held_out_queries} others were held out.")
 
 
-def _write_report(
-    output: Path,
-    stages: Sequence[Stage],
-    chosen: Mapping[float, Setting],
-    names: Sequence[str],
-    name: str,
-    about_machine: dict,
-) -> None:
-    parts = []
-    beside = None
-    if len(stages) > 1:
-        beside = side_by_side(dict(zip(names, stages, strict=True)))
-        parts.append(beside)
-    for stage in stages:
-        parts.append(f"{name}: {stage.about}\n")
-        parts += [f"{part.said}:\n\n{part.table}" for part in stage.parts(chosen)]
-    text = "\n".join(parts)
-    print(text)
-    report = {
-        "data": name,
-        "machine": about_machine,
-        **stages[0].as_json(),
-        "chosen": [{"budget": budget, **asdict(setting)} for budget, setting in chosen.items()],
-        "other_first_stages": [stage.as_json() for stage in stages[1:]],
-    }
-    write_text(output / "table.md", text)
-    write_text(output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_text(output / "report.html", page(name, stages, beside, chosen))
-    pictures = ["quality_cost.png", *(f"quality_cost_{other}.png" for other in names[1:])]
-    for stage, picture in zip(stages, pictures, strict=True):
-        plot(stage, f"{name}: {stage.about}", output / picture)
-    print(f"Wrote report.html, table.md, results.json, {', '.join(pictures)} and a TREC run per setting to {output}.")
+def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Candidates], halves: Halves) -> None:
+    """Make checks that would otherwise fail after minutes of scoring.
+
+    Raises:
+        ImportError: as `check_calibration`.
+        ValueError: as `Halves.check`, `check_calibration` and `first_stage_run`.
+    """
+    if options.write_plan or options.calibrate or options.fusion is not None:
+        halves.check()
+    for candidates in first_stages:
+        if options.calibrate:
+            check_calibration(candidates, halves)
+        if options.fusion is not None:
+            first_stage_run(candidates)
+
+
+def _measure(
+    options: argparse.Namespace,
+    reranker: MatryoshkaReranker,
+    candidates: Candidates,
+    settings: Sequence[Setting],
+    full: Setting,
+    directory: Path,
+) -> Report:
+    """Measure settings, baselines, calibrations and fusion on the candidates of a first stage.
+
+    Args:
+        options: the command line.
+        reranker: the re-ranker.
+        candidates: the candidates.
+        settings: the settings, those of a width as neighbours.
+        full: the deepest exit at full width.
+        directory: directory of the results.
+    """
+    store = Store(directory, conditions(reranker, candidates, options.timed_pairs, options.recall_at))
+    measures = (options.timed_pairs, options.recall_at, cache(partial(tokenize, reranker, candidates)))
+    results = measure_settings(reranker, candidates, settings, store, *measures)
+    baselines = [as_given(candidates, options.recall_at)]
+    if options.random_order:
+        baselines.append(at_random(candidates, options.recall_at))
+    encoder_options = (options.timed_pairs, options.recall_at, reranker.target_devices[0], reranker.model.dtype)
+    baselines += [by_bi_encoder(candidates, label, path, *encoder_options) for label, path in options.bi_encoder]
+    calibrations = []
+    if options.calibrate:
+        scores = {setting: store.run(setting) for setting in settings if not setting.cascade}
+        calibrations = calibrate(scores, candidates, Halves.of(candidates.passages))
+    fusion = None
+    if options.fusion is not None:
+        weights = options.fusion or WEIGHTS
+        fusion = measure_fusion(reranker, candidates, results, baselines, full, store, weights, *measures)
+    return Report.of(candidates, results, baselines, full, calibrations, fusion)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What command lines that measure have in common."""
+"""Command line of the evaluation. Benchmarks share some of its options."""
 
 from __future__ import annotations
 
@@ -6,37 +6,147 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
 from flagembedding_matryoshka.inference.arguments import stage
+from flagembedding_matryoshka.inference.fusion import as_weight
+from flagembedding_matryoshka.inference.plan import PLAN_NAME
+
+BM25 = "bm25"
+DESCRIPTION = """Measure quality and cost of a re-ranker's depths, widths and cascades on a collection in BEIR layout.
+
+python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_layers 8 16 24 \
+    --compress_layers 8 --compress_ratios 1 2 4 --cascade 8:0.5 16:0.2 --output DIR --write_plan
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m flagembedding_matryoshka.evaluation`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flagembedding_matryoshka.evaluation",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = parser.add_argument_group("candidates")
+    data.add_argument("--data", type=Path, required=True, help="directory with corpus.jsonl, queries.jsonl and qrels/")
+    data.add_argument(
+        "--run",
+        action="append",
+        metavar="FILE",
+        help=f"TREC run of the first stage, whose candidates are re-ranked (default: {BM25}, BM25's candidates); "
+        "repeat the option to compare several first stages",
+    )
+    add_candidates(data)
+
+    model = parser.add_argument_group("re-ranker", "as in MatryoshkaReranker")
+    model.add_argument("--model", required=True, help="name, such as smollm2, or path")
+    model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
+    model.add_argument("--start_layer", type=int, help="shallowest exit of a raw checkpoint (default: 4)")
+    model.add_argument("--layer_sep", type=int, help="layers between the exits of a raw checkpoint (default: 1)")
+    model.add_argument(
+        "--template", help="text around query and passage, by name or as a JSON file (default: the checkpoint's)"
+    )
+    add_dtype(model)
+    add_scoring(model)
+
+    settings = parser.add_argument_group("settings", "the full network is always measured too")
+    settings.add_argument("--cutoff_layers", type=int, nargs="+", help="exits (default: every exit)")
+    settings.add_argument(
+        "--compress_layers", type=int, nargs="+", default=[], help="layers after which ratios above 1 compress"
+    )
+    settings.add_argument(
+        "--compress_ratios", type=int, nargs="+", default=[1], help="compression ratios (default: 1, no compression)"
+    )
+    add_cascades(settings)
+    settings.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[],
+        help="also measure the settings that the model's plan chooses within these shares of the full network's "
+        "operations",
+    )
+
+    baselines = parser.add_argument_group("baselines", "the candidates' own order is always measured too")
+    baselines.add_argument("--random_order", action="store_true", help="measure a random order of the candidates")
+    baselines.add_argument(
+        "--bi_encoder",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "PATH"),
+        help="measure the order by the cosine of a sentence-transformers model, in the re-ranker's dtype; repeat the "
+        "option for another model",
+    )
+
+    fusion = parser.add_argument_group("fusion", "of the re-ranker's scores with the first stage's")
+    fusion.add_argument(
+        "--fusion",
+        type=_weight,
+        nargs="*",
+        metavar="WEIGHT",
+        help="also measure every setting by its standard scores plus WEIGHT times the first stage's standard scores. "
+        "The best of several weights is chosen by half of the queries (without WEIGHT: "
+        f"{' '.join(f'{weight:g}' for weight in WEIGHTS)}). --write_plan writes the weight into the plan",
+    )
+
+    output = parser.add_argument_group("measurement")
+    output.add_argument(
+        "--output", type=Path, default=Path("evaluation_output"), help="directory of the report (default: %(default)s)"
+    )
+    output.add_argument(
+        "--recall_at", type=positive, default=10, help="number of first passages in recall (default: %(default)s)"
+    )
+    output.add_argument(
+        "--timed_pairs", type=positive, default=1000, help="number of pairs that are timed (default: %(default)s)"
+    )
+    output.add_argument(
+        "--write_plan",
+        action="store_true",
+        help=f"write {PLAN_NAME}, for budget= and quality=, into the model's directory: half of the queries choose its "
+        "settings, the others are held out; with several --run, the first one counts",
+    )
+    output.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a calibration of each setting's scores on the choosing half, for the plan and normalize='calibrated'",
+    )
+    return parser
 
 
 def add_candidates(group: argparse._ArgumentGroup) -> None:
-    """What says which lists are ranked, but for `--data`."""
-    group.add_argument("--split", default="test", help="qrels/{split}.tsv is read (default: %(default)s)")
-    group.add_argument("--top_k", type=positive, default=100, help="candidates of a query (default: %(default)s)")
+    """Add the options of the candidates, apart from `--data`."""
+    group.add_argument("--split", default="test", help="the judgements are qrels/{split}.tsv (default: %(default)s)")
+    group.add_argument(
+        "--top_k", type=positive, default=100, help="largest number of candidates of a query (default: %(default)s)"
+    )
     group.add_argument(
         "--queries",
         type=positive,
         metavar="N",
-        help="N judged queries, drawn at random, of a collection that has more (default: all)",
+        help="a random sample of N judged queries (default: all)",
     )
-    group.add_argument("--query_seed", type=int, default=0, help="which N are drawn (default: %(default)s)")
+    group.add_argument("--query_seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
 
 
 def add_scoring(group: argparse._ArgumentGroup) -> None:
-    """How a re-ranker scores."""
-    group.add_argument("--devices", nargs="+", help="such as cpu or cuda:0")
-    group.add_argument("--batch_size", type=positive, default=128, help="default: %(default)s")
-    group.add_argument("--query_max_length", type=positive, help="tokens of a query")
+    """Add the options of scoring."""
+    group.add_argument(
+        "--devices", nargs="+", help="such as cpu or cuda:0 (default: the first accelerator, or the CPU)"
+    )
+    group.add_argument("--batch_size", type=positive, default=128, help="pairs per batch (default: %(default)s)")
+    group.add_argument("--query_max_length", type=positive, help="tokens of a query (default: the model's own limit)")
     group.add_argument("--max_length", type=positive, default=512, help="tokens of a pair (default: %(default)s)")
 
 
 def add_dtype(group: argparse._ArgumentGroup) -> None:
-    """What a re-ranker computes in."""
-    group.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: %(default)s)")
+    """Add `--dtype`."""
+    group.add_argument(
+        "--dtype", default="auto", help="dtype of the re-ranker, such as float32 or bfloat16 (default: %(default)s)"
+    )
 
 
 def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None:
-    """Cascades, each a list of stages; `as_cascades` makes dicts of them."""
+    """Add `--cascade`, each a list of stages. `as_cascades` converts them to dicts."""
     group.add_argument(
         "--cascade",
         type=stage,
@@ -45,13 +155,13 @@ def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None
         required=required,
         default=None if required else [],
         metavar="EXIT:SHARE",
-        help="after EXIT only this share of all candidates goes deeper, up to the deepest exit measured; give it again "
-        "for another cascade",
+        help="stages of a cascade, which ends at the deepest measured exit: after EXIT only this share of all "
+        "candidates goes deeper; repeat the option for another cascade",
     )
 
 
 def as_cascades(parser: argparse.ArgumentParser, given: Sequence[Sequence[tuple[int, float]]]) -> list[dict]:
-    """{exit: share} of each `--cascade`; exits the process where one names an exit twice."""
+    """Return {exit: share} of each `--cascade`. End the process if a cascade names an exit twice."""
     for stages in given:
         if len(dict(stages)) < len(stages):
             parser.error(f"--cascade names an exit twice: {stages}")
@@ -59,13 +169,21 @@ def as_cascades(parser: argparse.ArgumentParser, given: Sequence[Sequence[tuple[
 
 
 def collection_name(directory: Path, split: str) -> str:
-    """How reports call a collection."""
+    """Return the name of a collection in reports."""
     return f"{directory.resolve().name}/{split}"
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
+
+
+def _weight(text: str) -> float:
+    """Parse a fusion weight."""
+    try:
+        return as_weight(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number of at least 0") from error

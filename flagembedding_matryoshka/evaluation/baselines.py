@@ -1,4 +1,4 @@
-"""Orders of the candidates to compare a re-ranker with: as given, at random, by a bi-encoder's cosine."""
+"""Baselines: the candidates' own order, a random order, and the order by a bi-encoder's cosine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.measuring import timed_sample
-from flagembedding_matryoshka.evaluation.metrics import Run, in_order, per_query
+from flagembedding_matryoshka.evaluation.measure import timed_sample
+from flagembedding_matryoshka.evaluation.runs import Run, in_order, per_query
+from flagembedding_matryoshka.mining.retrievers import BiEncoder
 
 BI_ENCODER_BATCH = 8
-"""Passages of a list, longest first: small batches pad little, and their padding counts as operations."""
+"""Passages per batch, longest first. Small batches have little padding, whose operations count too."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """An order, and what it costs.
+    """Quality and cost of an order of the candidates.
 
     Attributes:
-        name: whose it is, in words.
+        name: name of the order in reports.
         per_query: measure to its value for each query, in the order of the candidates.
-        flops_per_pair, pairs_per_second: of the timed sample; None for an order that costs nothing.
-        run: scores, which can be fused with a re-ranker's; None for an order alone.
+        flops_per_pair, pairs_per_second: cost on the timed sample; None for an order without cost.
+        run: scores for fusion with other scores; None if there is only an order.
     """
 
     name: str
@@ -38,12 +39,12 @@ class Baseline:
 
 
 def as_given(candidates: Candidates, recall_at: int) -> Baseline:
-    """The candidates' own order."""
+    """Measure the candidates' own order."""
     return Baseline(f"{candidates.source}, as given", per_query(candidates, in_order(candidates.passages), recall_at))
 
 
 def at_random(candidates: Candidates, recall_at: int) -> Baseline:
-    """One random order, always the same."""
+    """Measure a random order. It is the same in every call."""
     draw = random.Random(0)
     shuffled = {query: draw.sample(ids, len(ids)) for query, ids in candidates.passages.items()}
     return Baseline("random order", per_query(candidates, in_order(shuffled), recall_at))
@@ -52,18 +53,20 @@ def at_random(candidates: Candidates, recall_at: int) -> Baseline:
 def by_bi_encoder(
     candidates: Candidates, name: str, path: str, timed_pairs: int, recall_at: int, device: str, dtype: torch.dtype
 ) -> Baseline:
-    """By the cosine of query and passage. Passages are encoded list by list, as a re-ranker reads them.
+    """Measure the order by the cosine of query and passage. Passages are encoded list by list, as by a re-ranker.
 
     Args:
-        path: what sentence-transformers loads.
-        dtype: what it computes in; to compare speeds, the re-ranker's.
+        candidates: the candidates.
+        name: name of the order in reports.
+        path: name or path of a model for sentence-transformers.
+        timed_pairs: the cost is measured on whole lists with at least this number of pairs.
+        recall_at: number of first passages in recall.
+        device: device of the model.
+        dtype: dtype of the model; the re-ranker's, so that speeds can be compared.
 
     Raises:
-        ValueError: if the model gives vectors that are not finite.
+        ValueError: if a vector is not finite.
     """
-    # What fine-tuning imports takes seconds: only who asks for it waits.
-    from flagembedding_matryoshka.finetune.bi_encoder import BiEncoder
-
     encoder = BiEncoder(
         path,
         batch_size=BI_ENCODER_BATCH,
@@ -86,7 +89,7 @@ def by_bi_encoder(
     for query in sample:
         score(query)
     speed = pairs / (time.perf_counter() - start)
-    # Of attention's kernels only this one is made of products that the counter sees.
+    # The counter sees the matrix products of this attention kernel only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for query in sample:
             score(query)

@@ -1,26 +1,36 @@
-"""How far probabilities are from what is judged relevant, before calibration and behind it."""
+"""Calibration: functions from scores to probabilities of relevance, fitted on one half of the queries."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.halves import Halves, at
-from flagembedding_matryoshka.evaluation.metrics import Run
-from flagembedding_matryoshka.inference.calibration import Calibration, to_json
+from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves, take
+from flagembedding_matryoshka.evaluation.runs import Run
+from flagembedding_matryoshka.inference.calibration import Calibration, Isotonic, Platt, to_json
 from flagembedding_matryoshka.setting import Setting
 
 BINS = 15
+"""Number of bins of the expected calibration error."""
+FOLDS = 5
+"""Number of folds of the cross-validation that chooses the method."""
+NO_PENALTY = 1e10
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Candidates of some queries: float64 scores, whether each is judged relevant, and the number of its query."""
+class Judgements:
+    """Scores and judgements of the candidates of some queries.
+
+    Attributes:
+        scores: (candidates,) float64.
+        relevant: (candidates,) bool, True if judged relevant.
+        queries: (candidates,) int, the number of the candidate's query.
+    """
 
     scores: np.ndarray
     relevant: np.ndarray
@@ -28,12 +38,13 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A setting's map.
+class SettingCalibration:
+    """The calibration of a setting: a monotone function from a score to the probability of relevance.
 
     Attributes:
-        calibration: fitted to the choosing half.
-        before, after: expected calibration error on the other half, of the scores' sigmoid and of the map.
+        setting: the setting.
+        calibration: the function, fitted to the choosing half.
+        before, after: expected calibration error on the held-out half, of the sigmoid and of the calibration.
     """
 
     setting: Setting
@@ -42,39 +53,127 @@ class Calibrated:
     after: float
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return JSON values."""
         errors = {"before": self.before, "after": self.after}
         return asdict(self.setting) | {"expected_calibration_error": errors, "calibration": to_json(self.calibration)}
 
 
-def refuse_one_kind(candidates: Candidates, halves: Halves) -> None:
-    """Raise ValueError if the candidates of a half are all relevant, or none is: there would be nothing to fit."""
-    for name, places in (("choosing", halves.choosing), ("held-out", halves.held_out)):
-        queries = at(list(candidates.passages), places)
+def check_calibration(candidates: Candidates, halves: Halves) -> None:
+    """Check that a calibration can be fitted.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if all candidates of a half are relevant, or none is.
+    """
+    if find_spec("sklearn") is None:
+        raise ImportError("--calibrate needs scikit-learn: pip install flagembedding_matryoshka[evaluation]")
+    for name, indices in (("choosing", halves.choosing), ("held-out", halves.held_out)):
+        queries = take(list(candidates.passages), indices)
         judged = candidates.collection.relevant
         kinds = [judged[query].get(passage, 0) > 0 for query in queries for passage in candidates.passages[query]]
         if len(set(kinds)) < 2:
             raise ValueError(
                 f"{candidates.source}: of {len(kinds)} candidates of the {len(queries)} {name} queries "
-                f"{'all' if any(kinds) else 'none'} are relevant: there is nothing to calibrate by"
+                f"{'all' if any(kinds) else 'none'} are relevant: a calibration needs relevant and irrelevant ones"
             )
 
 
-def labelled(run: Run, candidates: Candidates, places: Sequence[int]) -> Labelled:
-    """Of the queries at these places; a candidate that nobody judged counts as not relevant, as in every measure."""
+def judgements_of(run: Run, candidates: Candidates, indices: Sequence[int]) -> Judgements:
+    """Return scores and judgements for some queries. A candidate without a judgement counts as irrelevant."""
     rows = [
         (score, candidates.collection.relevant[query].get(passage, 0) > 0, number)
-        for number, query in enumerate(at(list(candidates.passages), places))
+        for number, query in enumerate(take(list(candidates.passages), indices))
         for passage, score in run.get(query, {}).items()
     ]
     columns = zip(*rows, strict=True) if rows else ((), (), ())
-    return Labelled(*(np.array(column, dtype=kind) for column, kind in zip(columns, (float, bool, int), strict=True)))
+    return Judgements(*(np.array(column, dtype=kind) for column, kind in zip(columns, (float, bool, int), strict=True)))
 
 
-def expected_calibration_error(probabilities: torch.Tensor, data: Labelled) -> float:
-    """|share of relevant − mean probability| in `BINS` bins of equal width, weighted by their candidates (Guo, Pleiss,
-    Sun and Weinberger, ICML 2017)."""
+def expected_calibration_error(probabilities: torch.Tensor, data: Judgements) -> float:
+    """Return the mean of |share of relevant − mean probability| over bins of equal width, weighted by their candidates.
+
+    Guo, Pleiss, Sun and Weinberger (ICML 2017) define it.
+
+    Args:
+        probabilities: (candidates,) in [0, 1].
+        data: their judgements.
+    """
     values = probabilities.double().numpy()
     bins = np.minimum((values * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, weights=data.relevant - values, minlength=BINS)
     return float(np.abs(gaps).sum() / len(values))
+
+
+def calibrate(runs: Mapping[Setting, Run], candidates: Candidates, halves: Halves) -> list[SettingCalibration]:
+    """Fit a calibration for each setting.
+
+    Args:
+        runs: scores of settings without a cascade. A cascade uses the calibrations of its exits.
+        candidates: candidates that `check_calibration` accepts.
+        halves: the halves of the queries.
+    """
+    found = []
+    for setting, run in runs.items():
+        choosing, held_out = (judgements_of(run, candidates, part) for part in (halves.choosing, halves.held_out))
+        calibration = fit(choosing)
+        scores = torch.from_numpy(held_out.scores)
+        errors = [expected_calibration_error(function(scores), held_out) for function in (torch.sigmoid, calibration)]
+        found.append(SettingCalibration(setting, calibration, *errors))
+    return found
+
+
+def fit(data: Judgements) -> Calibration:
+    """Fit isotonic regression or Platt's sigmoid, the one with the smaller Brier score in cross-validation.
+
+    Folds have different queries. A single query gets Platt's sigmoid.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    methods: tuple[Callable[[np.ndarray, np.ndarray], Calibration], ...] = (fit_platt, fit_isotonic)
+    folds = min(FOLDS, len(set(data.queries.tolist())))
+    if folds < 2:
+        return fit_platt(data.scores, data.relevant)
+    losses = [0.0 for _ in methods]
+    for kept, left in GroupKFold(folds).split(data.scores, data.relevant, data.queries):
+        for number, method in enumerate(methods):
+            predicted = method(data.scores[kept], data.relevant[kept])(torch.from_numpy(data.scores[left])).numpy()
+            losses[number] += float(np.square(predicted - data.relevant[left]).sum())
+    return methods[losses.index(min(losses))](data.scores, data.relevant)
+
+
+def fit_platt(scores: np.ndarray, relevant: np.ndarray) -> Platt:
+    """Fit Platt's sigmoid to his smoothed targets, as with one more relevant and one more irrelevant candidate.
+
+    If scores fall with relevance the slope is 0, and the probability is the mean target.
+
+    Args:
+        scores: (candidates,) float64.
+        relevant: (candidates,) bool.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    found, others = int(relevant.sum()), int((~relevant).sum())
+    targets = np.where(relevant, (found + 1) / (found + 2), 1 / (others + 2))
+    model = LogisticRegression(C=NO_PENALTY, tol=1e-8, max_iter=1000)
+    twice = np.repeat([True, False], len(scores))
+    spread = max(float(scores.std()), 1e-12)
+    inputs = np.tile((scores - scores.mean()) / spread, 2)[:, None]
+    model.fit(inputs, twice, sample_weight=np.concatenate([targets, 1 - targets]))
+    slope = float(model.coef_[0, 0]) / spread
+    if slope <= 0:
+        share = float(targets.mean())
+        return Platt(0.0, float(np.log(share / (1 - share))))
+    return Platt(slope, float(model.intercept_[0]) - slope * float(scores.mean()))
+
+
+def fit_isotonic(scores: np.ndarray, relevant: np.ndarray) -> Isotonic:
+    """Fit isotonic regression, with linear interpolation between its steps.
+
+    Args:
+        scores: (candidates,) float64.
+        relevant: (candidates,) bool.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, relevant)
+    return Isotonic(model.X_thresholds_.tolist(), model.y_thresholds_.tolist())

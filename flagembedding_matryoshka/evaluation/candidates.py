@@ -1,4 +1,4 @@
-"""The candidates that every setting re-ranks: BM25's, or those of a TREC run."""
+"""Candidates that every setting re-ranks, from BM25 or a TREC run, and the two halves of their queries."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage
-from flagembedding_matryoshka.text.collections import Collection, bm25_scored_lists
+from flagembedding_matryoshka.mining.retrievers import bm25_scored_lists
+from flagembedding_matryoshka.text.collections import Collection
 from flagembedding_matryoshka.text.lines import good_lines
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+MIN_QUERIES = 25
+"""With fewer queries in a half, a warning says that the choice is one by chance."""
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is re-ranked.
+    """Lists of candidates.
 
     Attributes:
         collection: texts and judgements.
-        passages: id of each query that has a relevant passage to its candidates' ids, the best first.
-        source: whose lists they are, in words.
+        passages: id of each query with a relevant passage, to the ids of its candidates, best first.
+        source: name of the first stage.
         first_stage: id of each query to the first stage's scores of its candidates, in the same order; None if there
             are no such scores.
 
@@ -48,35 +54,35 @@ class Candidates:
                 as_first_stage(number, self.first_stage.get(query, ()), len(passages))
         for name in (*self.passages, *(passage for ids in self.passages.values() for passage in ids)):
             if len(name.split()) != 1:
-                raise ValueError(f"the id {name!r} holds white space or nothing: a TREC run cannot name it")
+                raise ValueError(f"the id {name!r} has white space or is empty, which a TREC run does not allow")
 
     def __len__(self) -> int:
         """Number of pairs."""
         return sum(map(len, self.passages.values()))
 
     def texts(self, query: str) -> list[str]:
-        """The candidates of a query, in order."""
+        """Return the texts of a query's candidates, in order."""
         return [self.collection.passages[passage] for passage in self.passages[query]]
 
     def pairs(self, queries: list[str]) -> list[tuple[str, str]]:
-        """(query, passage) texts of some queries, list after list."""
+        """Return pairs of query text and passage text for the lists of some queries."""
         return [(self.collection.queries[query], text) for query in queries for text in self.texts(query)]
 
-    def portions(self, queries: list[str], pairs: int) -> Iterator[list[str]]:
-        """Neighbouring queries that have `pairs` candidates together, or few more."""
-        portion: list[str] = []
+    def batches(self, queries: list[str], pairs: int) -> Iterator[list[str]]:
+        """Yield batches of neighbouring queries, each the shortest with at least `pairs` candidates."""
+        batch: list[str] = []
         size = 0
         for query in queries:
-            portion.append(query)
+            batch.append(query)
             size += len(self.passages[query])
             if size >= pairs:
-                yield portion
-                portion, size = [], 0
+                yield batch
+                batch, size = [], 0
         if size:
-            yield portion
+            yield batch
 
     def fingerprint(self) -> str:
-        """SHA-256 of all texts, ids and judgements that a result depends on."""
+        """Return the SHA-256 of all texts, ids and judgements that a result depends on."""
         digest = hashlib.sha256()
         for query, passages in self.passages.items():
             row = [query, self.collection.queries[query], self.collection.relevant[query], passages, self.texts(query)]
@@ -84,10 +90,60 @@ class Candidates:
         return digest.hexdigest()
 
 
-def sample_queries(collection: Collection, count: int | None, seed: int) -> Collection:
-    """The collection with judgements of `count` queries alone, drawn by `seed`, in their order; None is all of them.
+def chooses(query: str) -> bool:
+    """Return whether a query is in the choosing half. It depends on the id only, so it is the same in every sample."""
+    return hashlib.sha256(query.encode()).digest()[0] % 2 == 0
 
-    A collection that judges no more than `count` stays as it is.
+
+@dataclass(frozen=True)
+class Halves:
+    """Two halves of the queries. Settings are chosen or fitted on one and reported on the other.
+
+    The best of many settings owes a part of its lead to the queries that it was chosen by.
+
+    Attributes:
+        choosing, held_out: indices of the queries.
+    """
+
+    choosing: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, queries: Iterable[str]) -> Halves:
+        """Return the halves of queries, by the hashes of their ids."""
+        sides = [chooses(query) for query in queries]
+        return cls(*(tuple(index for index, side in enumerate(sides) if side is wanted) for wanted in (True, False)))
+
+    @property
+    def are_two(self) -> bool:
+        """True if neither half is empty."""
+        return bool(self.choosing and self.held_out)
+
+    def check(self) -> None:
+        """Warn if a half has few queries.
+
+        Raises:
+            ValueError: if a half is empty.
+        """
+        sizes = f"{len(self.choosing)} queries choose and {len(self.held_out)} are held out"
+        if not self.are_two:
+            raise ValueError(f"{sizes}, by the hashes of their ids: both halves need a query. Use more queries")
+        if min(len(self.choosing), len(self.held_out)) < MIN_QUERIES:
+            logger.warning("%s: with fewer than %d in a half, the choice depends on chance", sizes, MIN_QUERIES)
+
+
+def take(values: Sequence[T], indices: Sequence[int]) -> list[T]:
+    """Return the values at some indices."""
+    return [values[index] for index in indices]
+
+
+def sample_queries(collection: Collection, count: int | None, seed: int) -> Collection:
+    """Return the collection with the judgements of a random sample of queries, in their order.
+
+    Args:
+        collection: the collection.
+        count: number of queries; None, or a number above that of the judged queries, is all of them.
+        seed: seed of the draw.
     """
     if count is None or count >= len(collection.relevant):
         return collection
@@ -97,15 +153,16 @@ def sample_queries(collection: Collection, count: int | None, seed: int) -> Coll
 
 
 def from_bm25(collection: Collection, top_k: int) -> Candidates:
-    """BM25's first `top_k`, where a query shares words with so many, without the query itself.
+    """Return BM25's first `top_k` passages of each query, without the query itself.
 
-    A query that shares a word with no passage has no candidates and counts with 0 in every measure.
+    A passage that shares no word with the query is no candidate. A query without candidates counts with 0 in every
+    measure.
     """
     ids, queries = list(collection.passages), list(collection.relevant)
     texts = [collection.queries[query] for query in queries]
     found = bm25_scored_lists(list(collection.passages.values()), texts, top_k + 1)
     best = {
-        query: {ids[place]: score for place, score in scores.items() if not collection.is_itself(query, ids[place])}
+        query: {ids[index]: score for index, score in scores.items() if not collection.is_itself(query, ids[index])}
         for query, scores in zip(queries, found, strict=True)
     }
     without = [query for query, scores in best.items() if not scores]
@@ -115,27 +172,28 @@ def from_bm25(collection: Collection, top_k: int) -> Candidates:
 
 
 def from_run(collection: Collection, path: Path, top_k: int) -> Candidates:
-    """The `top_k` of each query that a TREC run (query Q0 passage rank score tag) scores highest; ties as they stand.
+    """Return the first `top_k` passages of each query in a TREC run (query Q0 passage rank score tag), by score.
 
-    The query itself is no candidate.
+    Equal scores stay in the order of the file. The query itself is no candidate.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming file and line of what is malformed or unknown, or the query that has no line.
+        ValueError: if a line is malformed or names an unknown query or passage, or a judged query has no line; names
+            file and line.
     """
     scores: dict[str, dict[str, float]] = {query: {} for query in collection.queries}
     for number, line in good_lines(path):
         cells = line.split()
         if len(cells) != 6 or (score := _number(cells[4])) is None:
             raise ValueError(
-                f"{path}, line {number}: query, Q0, passage, rank, a finite score and tag are wanted, got {cells}"
+                f"{path}, line {number}: must be query, Q0, passage, rank, a finite score and tag, got {cells}"
             )
         query, passage = cells[0], cells[2]
         for kind, value, known in (("query", query, scores), ("passage", passage, collection.passages)):
             if value not in known:
                 raise ValueError(f"{path}, line {number}: the collection has no {kind} {value!r}")
         if passage in scores[query]:
-            raise ValueError(f"{path}, line {number}: passage {passage!r} is there twice for query {query!r}")
+            raise ValueError(f"{path}, line {number}: query {query!r} has the passage {passage!r} twice")
         if not collection.is_itself(query, passage):
             scores[query][passage] = score
     without = [query for query in collection.relevant if not scores[query]]
@@ -149,8 +207,10 @@ def _first_of(collection: Collection, best: Mapping[str, Mapping[str, float]], t
     """Return the first `top_k` candidates of each query.
 
     Args:
+        collection: texts and judgements.
         best: id of each query to {passage id: score}, best first.
-        source: description of the lists.
+        top_k: largest number of candidates of a query.
+        source: name of the first stage.
     """
     first = {query: list(scores.items())[:top_k] for query, scores in best.items()}
     passages = {query: [passage for passage, _ in scored] for query, scored in first.items()}

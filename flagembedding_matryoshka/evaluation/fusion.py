@@ -1,27 +1,49 @@
-"""Quality of fusion with the first stage, on the queries that did not choose the weight."""
+"""Fusion with the first stage: the weight is chosen on one half of the queries and measured on the other."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from flagembedding_matryoshka.evaluation.baselines import Baseline
-from flagembedding_matryoshka.evaluation.candidates import Candidates
-from flagembedding_matryoshka.evaluation.halves import Halves, at
-from flagembedding_matryoshka.evaluation.measuring import Lists, evaluate_fused
-from flagembedding_matryoshka.evaluation.metrics import QUALITY, Run, mean, per_query
+from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves, take
+from flagembedding_matryoshka.evaluation.measure import TokenizedLists, measure_fused_settings
+from flagembedding_matryoshka.evaluation.results import Result, Store
+from flagembedding_matryoshka.evaluation.runs import (
+    QUALITY,
+    Run,
+    first_stage_run,
+    fuse_runs,
+    mean,
+    per_query,
+    quality_of,
+)
 from flagembedding_matryoshka.evaluation.significance import holm, mean_interval, paired_interval, paired_p_value
-from flagembedding_matryoshka.evaluation.store import Result, Store
-from flagembedding_matryoshka.evaluation.weighting import WeightChoice, choose_weights, first_stage_run, fuse_runs
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.setting import Setting
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)
+"""Weights to try by default."""
 FIRST_STAGE = "first stage"
 """The first stage's name among the scorers of an order."""
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """The weights with the best ranking on the choosing half, one for each scorer but the first.
+
+    Attributes:
+        weights: the best weights; of equally good ones the weights with the smallest sum.
+        qualities: nDCG@10 on the choosing half for each combination of weights that was tried.
+    """
+
+    weights: tuple[float, ...]
+    qualities: Mapping[tuple[float, ...], float]
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class Difference:
     Attributes:
         change: mean over queries.
         interval: 95 % confidence interval of a paired bootstrap; None for a single query.
-        p_value: of a paired randomisation test, after Holm's correction for the tests of its family.
+        p_value: p-value of a paired randomisation test, after Holm's correction for the tests of its family.
     """
 
     change: float
@@ -44,7 +66,7 @@ class Level:
     """nDCG@10 on the held-out half.
 
     Attributes:
-        mean: over queries.
+        mean: mean over queries.
         interval: 95 % confidence interval of a bootstrap; None for a single query.
     """
 
@@ -58,7 +80,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class SettingComparison:
+class FusionComparison:
     """A setting with and without fusion.
 
     Attributes:
@@ -131,7 +153,7 @@ class OrderComparison:
 
 
 @dataclass(frozen=True)
-class FusionReport:
+class FusionResult:
     """Quality of fusion with a first stage.
 
     Attributes:
@@ -150,7 +172,7 @@ class FusionReport:
     held_out_queries: int
     first_stage: Level
     full: Setting
-    settings: Sequence[SettingComparison]
+    settings: Sequence[FusionComparison]
     orders: Sequence[OrderComparison] = ()
 
     @property
@@ -191,16 +213,18 @@ def measure_fusion(
     weights: Sequence[float],
     timed_pairs: int,
     recall_at: int,
-    tokenized: Callable[[], Lists] | None = None,
-) -> FusionReport:
+    tokenized: Callable[[], TokenizedLists] | None = None,
+) -> FusionResult:
     """Choose the weight of the first stage by the full network's scores, and fuse every setting at this weight.
 
     Args:
-        results, store: of `evaluate`.
+        reranker: the re-ranker.
+        candidates: the candidates.
+        results, store: results of `measure_settings`, and its store.
         baselines: the first one is the candidates' own order.
         full: the deepest exit at full width.
         weights: weights to try; a single weight is used without a choice.
-        timed_pairs, recall_at, tokenized: as in `evaluate`.
+        timed_pairs, recall_at, tokenized: as in `measure_settings`.
 
     Raises:
         ValueError: as `first_stage_run`.
@@ -210,13 +234,33 @@ def measure_fusion(
     (weight,) = choice.weights
     if len(choice.qualities) > 1 and weight == max(weights):
         logger.warning("fusion weight %g is the largest weight tried: give --fusion larger weights too", weight)
-    fused = evaluate_fused(reranker, candidates, results, store, weight, timed_pairs, recall_at, tokenized)
+    fused = measure_fused_settings(reranker, candidates, results, store, weight, timed_pairs, recall_at, tokenized)
     (reference,) = (result for result in fused if result.setting == full)
     orders = fuse_orders(candidates, scores, reference, weight, baselines, weights, recall_at)
-    return report_fusion(candidates, choice, results, fused, full, baselines[0], orders)
+    return compare_fusion(candidates, choice, results, fused, full, baselines[0], orders)
 
 
-def report_fusion(
+def choose_weights(
+    candidates: Candidates, run: Run, others: Sequence[Run], weights: Sequence[float], halves: Halves
+) -> WeightChoice:
+    """Try all combinations of weights on the choosing half. Scores and judgements of the other half are not read.
+
+    Args:
+        candidates: the candidates.
+        run: scores with weight 1.
+        others: scores to add to `run`.
+        weights: weights to try for each of `others`.
+        halves: the halves of the queries.
+    """
+    queries = take(list(candidates.passages), halves.choosing)
+    qualities = {}
+    for tried in sorted(product(sorted(set(weights)), repeat=len(others)), key=sum):
+        fused = fuse_runs(candidates, run, list(zip(others, tried, strict=True)), queries)
+        qualities[tried] = mean(quality_of(candidates, fused, queries))
+    return WeightChoice(max(qualities, key=qualities.__getitem__), qualities)
+
+
+def compare_fusion(
     candidates: Candidates,
     choice: WeightChoice,
     plain: Sequence[Result],
@@ -224,7 +268,7 @@ def report_fusion(
     full: Setting,
     first_stage: Baseline,
     orders: Sequence[Order] = (),
-) -> FusionReport:
+) -> FusionResult:
     """Compare fused orders on the held-out half.
 
     Args:
@@ -237,31 +281,28 @@ def report_fusion(
     halves = Halves.of(candidates.passages)
 
     def held_out(item: Result | Baseline) -> list[float]:
-        return at(item.per_query[QUALITY], halves.held_out)
+        return take(item.per_query[QUALITY], halves.held_out)
 
     alone = held_out(first_stage)
     found: dict[Setting, list[Difference]] = {}
     for is_full in (True, False):
-        family = [
-            (before, made) for before, made in zip(plain, fused, strict=True) if (made.setting == full) is is_full
-        ]
-        tested = _differences(
-            [(held_out(made), other) for before, made in family for other in (held_out(before), alone)]
-        )
-        found |= {made.setting: tested[2 * place : 2 * place + 2] for place, (_, made) in enumerate(family)}
+        family = [pair for pair in zip(plain, fused, strict=True) if (pair[1].setting == full) is is_full]
+        tests = [(held_out(after), other) for before, after in family for other in (held_out(before), alone)]
+        tested = _differences(tests)
+        found |= {after.setting: tested[2 * index : 2 * index + 2] for index, (_, after) in enumerate(family)}
     settings = [
-        SettingComparison(made, Level.of(held_out(before)), Level.of(held_out(made)), *found[made.setting])
-        for before, made in zip(plain, fused, strict=True)
+        FusionComparison(after, Level.of(held_out(before)), Level.of(held_out(after)), *found[after.setting])
+        for before, after in zip(plain, fused, strict=True)
     ]
     (reference,) = (held_out(result) for result in fused if result.setting == full)
     others = [order for order in orders if not order.is_reference]
     against = iter(_differences([(held_out(order.baseline), reference) for order in others]))
-    beside = [
+    order_comparisons = [
         OrderComparison(order, Level.of(held_out(order.baseline)), None if order.is_reference else next(against))
         for order in orders
     ]
     sizes = len(halves.choosing), len(halves.held_out)
-    return FusionReport(choice, *sizes, Level.of(alone), full, settings, beside)
+    return FusionResult(choice, *sizes, Level.of(alone), full, settings, order_comparisons)
 
 
 def fuse_orders(
@@ -340,6 +381,6 @@ def _differences(tests: Sequence[tuple[Sequence[float], Sequence[float]]]) -> li
 
 
 def _describe(difference: Difference) -> str:
-    """Return the change with its interval and p-value, as text."""
+    """Describe a change with its interval and p-value."""
     interval = "" if difference.interval is None else "95 % {:+.4f} to {:+.4f}, ".format(*difference.interval)
     return f"{difference.change:+.4f} ({interval}p = {difference.p_value:.3f})"

@@ -1,4 +1,4 @@
-"""Whether two settings differ by more than the choice of queries explains."""
+"""Significance of differences between settings: p-values, confidence intervals and Holm's correction."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 from scipy.stats import bootstrap, permutation_test
 
 RESAMPLES = 9999
-AT_ONCE = 1000
+BATCH = 1000
+"""Number of resamples in memory at a time."""
 LEVEL = 0.95
 
 
 def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Two-sided p-value of a paired randomisation test: how often do differences of random sign lie as far from 0?
+    """Return the two-sided p-value of a paired randomisation test.
 
-    Exact where there are no more than `RESAMPLES` sign patterns, so that of a single query it is 1. Smucker, Allan and
-    Carterette (CIKM 2007) compare it with other tests for information retrieval.
+    It is the share of random signs of the differences whose mean is at least as far from 0. With at most `RESAMPLES`
+    sign patterns the test is exact. For a single query the p-value is 1. Smucker, Allan and Carterette (CIKM 2007)
+    compare the test with others for information retrieval.
 
     Args:
         values, reference: one value for each query.
@@ -25,7 +27,7 @@ def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float
     if len(differences) < 2:
         return 1.0
     tested = permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=AT_ONCE, rng=0
+        (differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=BATCH, rng=0
     )
     return float(tested.pvalue)
 
@@ -33,8 +35,9 @@ def paired_p_value(values: Sequence[float], reference: Sequence[float]) -> float
 def paired_interval(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % confidence interval of the mean difference, None for a single query.
 
-    The percentiles of a paired bootstrap are its ends (Efron and Tibshirani, An introduction to the bootstrap, 1993,
-    chapter 13). Unlike a p-value after `holm` it is of one comparison: of twenty intervals, one misses by chance.
+    It is the percentile interval of a paired bootstrap (Efron and Tibshirani, An introduction to the bootstrap, 1993,
+    chapter 13). It is not corrected for several comparisons, as p-values are by `holm`: one of twenty intervals is
+    expected to miss.
 
     Args:
         values, reference: one value for each query.
@@ -56,7 +59,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] |
     drawn = bootstrap(
         *((values,), np.mean),
         n_resamples=RESAMPLES,
-        batch=AT_ONCE,
+        batch=BATCH,
         confidence_level=LEVEL,
         method="percentile",
         rng=0,
@@ -65,9 +68,10 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] |
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted so that, of all that are below a level, any is wrong with at most that probability.
+    """Return p-values with Holm's correction for a family of tests.
 
-    Holm, A simple sequentially rejective multiple test procedure (1979).
+    The probability that any corrected p-value of a true null hypothesis is below a level is at most that level (Holm, A
+    simple sequentially rejective multiple test procedure, 1979).
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0

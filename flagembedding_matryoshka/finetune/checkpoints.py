@@ -1,16 +1,20 @@
-"""Which checkpoint a run can be resumed from."""
+"""Checkpoints of a run: which ones are complete, which one is resumed, and the mean of their weights."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all of it was written: the trainer's state is, by every process, its last file."""
+    """Return whether a checkpoint was written to its end. The trainer's state is the last file that is written."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -19,7 +23,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def newest_complete(output_dir: Path) -> Path | None:
-    """The checkpoint of the latest step in `output_dir` that was written to its end, None without one."""
+    """Return the complete checkpoint of the latest step in `output_dir`, None without one."""
     found = {
         int(step): path
         for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -28,15 +32,16 @@ def newest_complete(output_dir: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def resolve(resume_from: str | None, output_dir: Path) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means.
+def find_checkpoint(resume_from: str | None, output_dir: Path) -> str | None:
+    """Return the checkpoint of `--resume_from_checkpoint`, None for a new run.
 
     Args:
-        resume_from: a checkpoint's path; "True" or "last" is the newest complete one, if there is one; "False" or None
-            is none.
+        resume_from: a checkpoint's path; "True" or "last" is the newest complete one in `output_dir`, if there is one;
+            "False" or None is none.
+        output_dir: output directory of the run.
 
     Raises:
-        ValueError: if the checkpoint named was not written to its end.
+        ValueError: if the named checkpoint is not complete.
     """
     if resume_from is None or resume_from.lower() == "false":
         return None
@@ -46,7 +51,56 @@ def resolve(resume_from: str | None, output_dir: Path) -> str | None:
     if not is_complete(Path(resume_from)):
         newest = newest_complete(Path(resume_from).parent)
         raise ValueError(
-            f"{resume_from} is no complete checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing or "
-            f"cut off. The newest complete one beside it: {newest}."
+            f"{resume_from} is not a complete checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing "
+            f"or truncated. The newest complete checkpoint in {Path(resume_from).parent}: {newest}."
         )
     return resume_from
+
+
+def refuse_impossible_average(args: Any) -> None:
+    """Raise ValueError if the arguments contradict `average_last`.
+
+    Args:
+        args: `MatryoshkaTrainingArguments`, after `evaluate_checkpoints` if there is `eval_data`.
+    """
+    count = args.average_last
+    if count < 1:
+        raise ValueError(f"average_last={count}, but must be at least 1, which is the final state without averaging.")
+    if count == 1:
+        return
+    if args.save_strategy not in ("steps", "epoch"):
+        raise ValueError(f"average_last={count} needs save_strategy steps or epoch, got {args.save_strategy.value}.")
+    if args.load_best_model_at_end:
+        raise ValueError(f"average_last={count} contradicts load_best_model_at_end=True: choose one of them.")
+    kept = count + (args.metric_for_best_model is not None)
+    if args.save_total_limit is not None and args.save_total_limit < kept:
+        best = "" if kept == count else " and the best one"
+        raise ValueError(
+            f"average_last={count}, but save_total_limit={args.save_total_limit} deletes checkpoints that it needs: "
+            f"keep at least {kept}, the last {count}{best}."
+        )
+
+
+def average_weights(
+    parameters: Mapping[str, nn.Parameter], checkpoints: Sequence[Path], load: Callable[[str], None]
+) -> None:
+    """Set the parameters to the float32 mean of their values and their values in the checkpoints.
+
+    Args:
+        parameters: trained parameters, by name.
+        checkpoints: directories of checkpoints.
+        load: sets the parameters to the values in a checkpoint.
+    """
+    sums = {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in parameters.items()}
+    for checkpoint in checkpoints:
+        load(str(checkpoint))
+        for name, parameter in parameters.items():
+            sums[name] += parameter.detach().to("cpu", torch.float32)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(sums[name] / (1 + len(checkpoints)))
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step."""
+    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -1,4 +1,4 @@
-"""Training that learns nothing, or has stopped to: found from what is logged, and said once."""
+"""Detection of collapsed training from the logged values. Each finding is warned of once."""
 
 from __future__ import annotations
 
@@ -12,102 +12,104 @@ from statistics import median
 logger = logging.getLogger(__name__)
 
 PATIENCE = 100
-"""Steps behind the warm-up after which an exit should have left chance; a real base left it after 60."""
+"""Steps after the warm-up in which an exit may rank at chance. With SmolLM2 as the base it took 60 steps."""
 CLOSE = 0.98
+"""A loss above this share of the loss of chance counts as chance."""
 CONSTANT = 0.01
-"""A spread of scores that changes a softmax by less than a hundredth."""
+"""Scores with a smaller standard deviation count as equal: they change a softmax by less than 1 %."""
 EXPLODED = 30.0
-"""Times the median of what the gradient's norm has been."""
+"""A gradient norm above this multiple of the median counts as exploded."""
 IN_A_ROW = 3
+"""Number of consecutive exploded norms that are warned of."""
 MEMORY = 50
-"""Logged gradient norms that the median is of."""
+"""Number of logged gradient norms in the median."""
 
 
 class TrainingCollapsedError(RuntimeError):
-    """Going on would be in vain."""
+    """All exits have stopped learning."""
 
 
 @dataclass(frozen=True)
 class ExitState:
-    """What an exit has done since the last time that was logged, means over passes and processes.
+    """An exit's values since the last log, means over passes and processes.
 
     Attributes:
-        loss: the sum of its terms.
+        loss: sum of the terms of its loss.
         spread: standard deviation of the scores within a group.
-        chance: a term that is ln(group) where scores say nothing; None where the loss has none.
+        softmax_loss: a term that is ln(group) for equal scores; None if the loss has no such term.
     """
 
     loss: float
     spread: float
-    chance: float | None
+    softmax_loss: float | None
 
 
 class CollapseGuard:
-    """Warns of exits at chance, scores that are all the same, losses that are no number, gradients that explode.
+    """Warns of exits at chance, equal scores, losses that are not finite, and exploding gradients.
 
     Args:
         group_size: passages per query.
-        warmup_steps: steps in which little is expected.
-        stop: whether to raise where all of the training has collapsed, not only an exit.
+        warmup_steps: steps of the warm-up, in which exits are not checked for chance.
+        stop: raise if all exits have collapsed. A single exit never raises.
     """
 
     def __init__(self, group_size: int, warmup_steps: int, stop: bool = False) -> None:
         self.chance = math.log(group_size)
         self.first_step = warmup_steps + PATIENCE
         self.stop = stop
-        self._told: set[int | str] = set()
+        self._warned: set[int | str] = set()
         self._norms: deque[float] = deque(maxlen=MEMORY)
         self._exploded = 0
 
     def check(self, step: int, exits: Mapping[int, ExitState], gradient_norm: float | None = None) -> list[str]:
-        """What is new to be warned of; it is logged.
+        """Log and return the new warnings.
 
         Args:
-            step: optimizer steps behind.
-            exits: exit to what it has done.
-            gradient_norm: of the last step, before it was clipped; None where it is not known.
+            step: number of optimizer steps so far.
+            exits: values of each exit.
+            gradient_norm: norm of the last step's gradient before clipping; None if unknown.
 
         Raises:
-            TrainingCollapsedError: with `stop`, if no exit learns any more.
+            TrainingCollapsedError: with `stop`, if all exits have collapsed.
         """
         found = {"loss": self._not_finite(exits), "gradient": self._explosion(gradient_norm)}
         fatal = [message for message in found.values() if message]
         if not fatal and step >= self.first_step:
-            silent = [layer for layer, state in exits.items() if self._says_nothing(state)]
-            if silent == list(exits):
+            stuck = [layer for layer, state in exits.items() if self._is_stuck(state)]
+            if stuck == list(exits):
                 found["scores"] = self._at_chance(exits)
                 fatal.append(found["scores"])
-            elif new := [layer for layer in silent if layer not in self._told]:
-                self._told.update(new)
+            elif new := [layer for layer in stuck if layer not in self._warned]:
+                self._warned.update(new)
                 found["exits"] = (
-                    f"the exits {new} rank no better than chance, others do. An exit may be too shallow for the task: "
-                    "leave it out (--exits), or let it weigh less (--exit_weights)."
+                    f"the exits {new} rank at chance, other exits do not. An exit may be too shallow for the task: "
+                    "leave it out (--exits), or lower its weight (--exit_weights)."
                 )
         new_messages = []
         for name, message in found.items():
-            if message and (name == "exits" or name not in self._told):
-                self._told.add(name)
+            if message and (name == "exits" or name not in self._warned):
+                self._warned.add(name)
                 new_messages.append(f"After {step} steps {message}")
                 logger.warning(new_messages[-1])
         if fatal and self.stop:
             raise TrainingCollapsedError(f"--stop_on_collapse: after {step} steps {fatal[0]}")
         return new_messages
 
-    def _says_nothing(self, state: ExitState) -> bool:
-        at_chance = state.chance is not None and state.chance > CLOSE * self.chance
+    def _is_stuck(self, state: ExitState) -> bool:
+        at_chance = state.softmax_loss is not None and state.softmax_loss > CLOSE * self.chance
         return at_chance or state.spread < CONSTANT
 
     def _at_chance(self, exits: Mapping[int, ExitState]) -> str:
         widest = max(state.spread for state in exits.values())
         if widest < CONSTANT:
             return (
-                f"no exit tells passages apart: within a group scores spread by {widest:.2g} at most. The learning "
-                "rate may have been too high (--learning_rate, --warmup_ratio), or is too low to move anything."
+                f"every exit gives equal scores: their standard deviation within a group is at most {widest:.2g}. The "
+                "learning rate may be too high or too low (--learning_rate, --warmup_ratio)."
             )
         return (
-            f"no exit ranks better than chance: the loss is still ln(group) = {self.chance:.2f}. Negatives may all be "
-            "too hard (--random_negatives 0.5), the learning rate too low or too high (--learning_rate), positives no "
-            "better than negatives in the data, or a teacher's own scores all alike."
+            f"every exit ranks at chance: the loss is still ln(group) = {self.chance:.2f}. All negatives may be too "
+            "hard (--random_negatives 0.5), the learning rate too low or too high (--learning_rate), the labels wrong, "
+            "or a teacher's scores equal."
         )
 
     def _not_finite(self, exits: Mapping[int, ExitState]) -> str:
@@ -115,8 +117,8 @@ class CollapseGuard:
         if not broken:
             return ""
         return (
-            f"the loss of the exits {broken} is no number. In float16 values beyond 65,504 overflow: use --bf16. "
-            "Otherwise lower --learning_rate or --max_grad_norm, and look for teacher scores that are far off."
+            f"the loss of the exits {broken} is not finite. In float16, values beyond 65,504 overflow: use --bf16. "
+            "Otherwise lower --learning_rate or --max_grad_norm, and look for extreme teacher scores."
         )
 
     def _explosion(self, norm: float | None) -> str:
@@ -130,6 +132,6 @@ class CollapseGuard:
         if self._exploded < IN_A_ROW:
             return ""
         return (
-            f"the gradient's norm has been {norm:.3g} or so {IN_A_ROW} times in a row, and was {usual:.3g} before. "
+            f"the gradient norm is {norm:.3g}, was as large in the last {IN_A_ROW} logs, and {usual:.3g} before. "
             "Lower --learning_rate, lengthen the warm-up (--warmup_ratio), or use --bf16 instead of --fp16."
         )

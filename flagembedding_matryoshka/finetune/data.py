@@ -1,22 +1,27 @@
-"""Training rows: checked, cut into groups, joined into pairs."""
+"""Data sets of tokenised groups, and their collation into one packed row without padding."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-from dataclasses import replace
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset, AbsRerankerDataArguments
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.finetune.losses import Reads
-from flagembedding_matryoshka.finetune.rows import COLUMNS, INSTRUCTIONS, load_files, load_rows, sampled
+from flagembedding_matryoshka.finetune.rows import COLUMNS, load_files, load_rows, sample_rows
+from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
@@ -24,24 +29,28 @@ RANDOM_MARGIN = 10.0
 """A random negative gets the row's lowest teacher score minus this margin, that is e^-10 of its softmax weight."""
 DRAWS = 100
 """Number of attempts to draw a random negative before all distinct texts of the file are listed."""
-ROWS_LOOKED_AT, PASSAGES_LOOKED_AT = 1000, 8
-"""Of how many rows, and of how many passages of each, `MatryoshkaTrainDataset.cut_shares` speaks."""
+SAMPLED_ROWS, SAMPLED_PASSAGES = 1000, 8
+"""Number of rows, and of passages of each row, that `MatryoshkaTrainDataset.truncated_shares` tokenises."""
+PADDING = -100
+"""Value after the end of a list in scores and labels, as `Trainer` pads them."""
+Group = tuple[Sequence[TokenizedPair], Sequence[float] | None]
+"""The pairs of a query, and a teacher score or label for each; None without them."""
 
 
 class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
-    """Rows of training files, memory-mapped by `datasets`, as pairs of a query with some of its passages.
+    """Rows of training files, memory-mapped by `datasets`, as tokenised pairs of a query and its passages.
+
+    With a template of the reference (`Template.has_reference_lengths`), `query_max_len` and `passage_max_len` count as
+    in the reference. With any other template they count the user's text, and the template comes on top.
 
     Args:
-        args: where the rows are and how pairs are joined; `args.knowledge_distillation` says whether teacher scores
-            are read.
-        seed: of all that is drawn.
-        template: the words around query and passage; a row may bring its own prompt, instructions and `instruction`.
-
-    Lengths are those of the reference for a template that has them, see `Template.has_reference_lengths`. For any other
-    `query_max_len` and `passage_max_len` count the user's text, and the template comes on top.
+        args: files and lengths. With `args.knowledge_distillation` the rows need teacher scores.
+        tokenizer: the tokenizer.
+        seed: seed of all draws.
+        template: text around query and passage. A row may have its own prompt, instructions and `instruction`.
 
     Raises:
-        ValueError: naming file and line of a row that is wrong, or if there is no row.
+        ValueError: if a row has a fault, or no file has a row; names file and line.
     """
 
     def __init__(
@@ -56,12 +65,12 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         self.pair_tokenizer = PairTokenizer(tokenizer, template)
         args = copy.copy(args)
         args.sep_token = self.pair_tokenizer.template.between  # FlagEmbedding's dataset tokenises it
-        load_files(args.train_data, self.reads(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
+        load_files(args.train_data, self.row_kind(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
         super().__init__(args, tokenizer)
 
     @classmethod
-    def reads(cls, args: AbsRerankerDataArguments) -> Reads:
-        """What of the rows."""
+    def row_kind(cls, args: AbsRerankerDataArguments) -> RowKind:
+        """Return the kind of row that is needed."""
         return "scores" if args.knowledge_distillation else "labels"
 
     @classmethod
@@ -71,8 +80,8 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 
     def _load_dataset(self, file_path: str) -> Dataset:
         args = self.args
-        rows = load_rows(file_path, self.reads(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
-        rows = sampled(rows, file_path, self.args.max_example_num_per_dataset, self.seed)
+        rows = load_rows(file_path, self.row_kind(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
+        rows = sample_rows(rows, file_path, self.args.max_example_num_per_dataset, self.seed)
         self._file_sizes.append(len(rows))
         return rows
 
@@ -94,10 +103,10 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 class MatryoshkaTrainDataset(MatryoshkaDataset):
     """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
 
-    What is drawn is a function of (seed, epoch, item) alone: a resumed run, and any number of processes, draw the same.
+    A draw is a function of (seed, epoch, item). So a resumed run draws the same, and so does any number of processes.
 
     Attributes:
-        others: column of the rows that `random_negatives` are drawn from.
+        others: column of other rows that random negatives are drawn from.
 
     Raises:
         ValueError: if a file has too few distinct texts for the random negatives of one of its rows.
@@ -116,7 +125,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         starts = accumulate(self._file_sizes, initial=0)
         self._files = [(start, size) for start, size in zip(starts, self._file_sizes, strict=False) if size]
         self._texts_of_files: dict[int, dict[str, str]] = {}
-        # Shared with the workers of a data loader, which may live longer than an epoch.
+        # Shared memory: workers of a data loader may live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     @classmethod
@@ -134,7 +143,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         """Raise ValueError if the file has too few texts for the random negatives of one of its rows."""
         wanted = _count_random_negatives(self.args)
         own_columns = [
-            rows.data.column(name) for name in COLUMNS[self.reads(self.args)] if not name.endswith("_scores")
+            rows.data.column(name) for name in COLUMNS[self.row_kind(self.args)] if not name.endswith("_scores")
         ]
         longest = 1 + sum(pc.max(pc.list_value_length(column)).as_py() or 0 for column in own_columns)
         texts: set[str] = set()
@@ -156,39 +165,43 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         return set(map(_normalize, (row["query"], *self.passages_of(row))))
 
     def passages_of(self, row: dict[str, Any]) -> list[str]:
-        """All of them."""
+        """Return all passages of the row."""
         return [*row["pos"], *row["neg"]]
 
-    def cut_shares(self) -> tuple[float, float, int]:
-        """Tokenise rows at even distances, always the same, and the first passages of each.
+    def truncated_shares(self) -> tuple[float, float, int]:
+        """Tokenise a sample of rows: evenly spaced rows, and the first passages of each.
 
         Returns:
-            the shares of their queries and of their passages that are cut, in [0, 1], and how many rows these are.
+            The shares of queries and of passages that are truncated, in [0, 1], and the number of rows.
         """
-        items = range(0, len(self), math.ceil(len(self) / ROWS_LOOKED_AT))
+        items = range(0, len(self), math.ceil(len(self) / SAMPLED_ROWS))
         queries, passages = [], []
         for item in items:
             row = self.dataset[item]
-            pairs = self._sequences(row, self.passages_of(row)[:PASSAGES_LOOKED_AT])
+            pairs = self._sequences(row, self.passages_of(row)[:SAMPLED_PASSAGES])
             queries.append(pairs[0].query_is_cut)
             passages += [pair.passage_is_cut for pair in pairs]
         return sum(queries) / len(queries), sum(passages) / len(passages), len(items)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw other positives and negatives than in other epochs.
+        """Draw positives and negatives of this epoch from now on.
 
-        Not called `set_epoch`: accelerate calls a method of that name in a run of one process alone.
+        The name is not `set_epoch`, because accelerate calls `set_epoch` in runs of a single process only.
         """
         self.epoch.fill_(epoch)
 
     def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
-        """The pairs of the group, and their teacher scores."""
+        """Return the pairs of a group, and their teacher scores, None without `knowledge_distillation`."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         positive = draw.randrange(len(row["pos"]))
         others = self._passages_of_others(item, row, draw)
         negatives = _sample(len(row["neg"]), args.train_group_size - 1 - len(others), draw)
-        passages = [self._in_pieces(row["pos"][positive], draw), *(row["neg"][index] for index in negatives), *others]
+        passages = [
+            self._shuffle_thirds(row["pos"][positive], draw),
+            *(row["neg"][index] for index in negatives),
+            *others,
+        ]
         scores = None
         if args.knowledge_distillation:
             scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
@@ -225,8 +238,8 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
             self._texts_of_files[first] = {_normalize(text): text for row in rows for text in row[self.others]}
         return self._texts_of_files[first]
 
-    def _in_pieces(self, text: str, draw: random.Random) -> str:
-        """FlagEmbedding's `shuffle_ratio`: that share of the positives has its thirds in another order."""
+    def _shuffle_thirds(self, text: str, draw: random.Random) -> str:
+        """Reorder the thirds of a share of the positives, FlagEmbedding's `shuffle_ratio`."""
         if len(text) <= 100 or draw.random() >= self.args.shuffle_ratio:
             return text
         size = len(text) // 3 + 1
@@ -235,21 +248,21 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
 
 
 class UnlabelledTrainDataset(MatryoshkaTrainDataset):
-    """Groups of a query with `train_group_size` passages, in any order, which a teacher alone judges."""
+    """Groups of a query with `train_group_size` passages, in any order, without labels and scores."""
 
     others = "passages"
 
     @classmethod
-    def reads(cls, args: AbsRerankerDataArguments) -> Reads:
-        """What of the rows."""
+    def row_kind(cls, args: AbsRerankerDataArguments) -> RowKind:
+        """Return the kind of row that is needed."""
         return "passages"
 
     def passages_of(self, row: dict[str, Any]) -> list[str]:
-        """All of them."""
+        """Return all passages of the row."""
         return row["passages"]
 
     def __getitem__(self, item: int) -> tuple[list[TokenizedPair], None]:
-        """The pairs of the group; there are no teacher scores in the data."""
+        """Return the pairs of a group, and None in place of teacher scores."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         own = self.passages_of(row)
@@ -276,9 +289,60 @@ def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
 
 
 class MatryoshkaEvalDataset(MatryoshkaDataset):
-    """Queries with all of their positives and negatives, to be ranked."""
+    """Lists to rank: a query with all its positives and negatives."""
 
     def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
-        """The pairs of the list, and their labels, 1 on positives."""
+        """Return the pairs of the list, and their labels, 1 for positives and 0 for negatives."""
         row = self.dataset[item]
         return self._sequences(row, [*row["pos"], *row["neg"]]), [1.0] * len(row["pos"]) + [0.0] * len(row["neg"])
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """Pairs as a packed row. accelerate and a data loader move it like a tensor.
+
+    Attributes:
+        token_ids: (1, total_tokens) int64.
+        packed: the segments. Neighbouring pairs with the same query tokens share them.
+    """
+
+    token_ids: Tensor
+    packed: PackedBatch
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedPairs:
+        """Return the pairs with token ids on `device`. `packed` creates its index tensors there, too."""
+        token_ids = self.token_ids.to(device, non_blocking=non_blocking)
+        return PackedPairs(token_ids, replace(self.packed, device=token_ids.device))
+
+    def pin_memory(self) -> PackedPairs:
+        """Return the pairs with token ids in pinned memory, so that a copy to a GPU does not block."""
+        return PackedPairs(self.token_ids.pin_memory(), self.packed)
+
+
+def pack_groups(groups: Sequence[Group]) -> PackedPairs:
+    """Pack the pairs of all groups into one row, on the CPU."""
+    return PackedPairs(*pack_pairs(list(chain.from_iterable(pairs for pairs, _ in groups)), torch.device("cpu")))
+
+
+class MatryoshkaCollator:
+    """Packs groups for a training pass."""
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Return `pair`, a `PackedPairs`, and `teacher_scores`, (pairs,) float32 or None."""
+        scores = [scores for _, scores in groups if scores is not None]
+        return {
+            "pair": pack_groups(groups),
+            "teacher_scores": torch.tensor(list(chain.from_iterable(scores))) if scores else None,
+        }
+
+
+class MatryoshkaEvalCollator:
+    """Packs lists for evaluation. They may differ in length."""
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Return `pair` as in training, and `labels`, (lists, longest list), with PADDING after the end of a list."""
+        labels = [torch.tensor(labels) for _, labels in groups]
+        return {
+            "pair": pack_groups(groups),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=PADDING),
+        }

@@ -1,6 +1,6 @@
-"""Self-distillation losses, pure functions on scores (arXiv 2501.16302, section on cascaded self-distillation).
+"""Self-distillation losses, pure functions of scores (arXiv 2501.16302, section on cascaded self-distillation).
 
-Scores of one pass are (exits, queries, group): exits from the shallowest to the deepest, the positive first in a group.
+Scores of a pass are (exits, queries, group): exits from the shallowest to the deepest, the positive first in a group.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flagembedding_matryoshka.mining.rows import RowKind
+
 FIXED_TEACHER_STEP = 8
-Reads = Literal["labels", "scores", "passages"]
-"""What is read of a training row: positives and negatives; these and teacher scores; or all passages alike."""
 
 
 @dataclass(frozen=True)
 class TrainMethod:
-    """Who teaches an exit, beside the label.
+    """Teachers of the exits, in addition to the labels.
 
     Attributes:
-        deeper_exit: which deeper exit of the full-width pass teaches an exit: none, the deepest, the next deeper one,
-            or the nearest deeper one of the deepest, the 8th from it, the 16th, …
-        data_scores: which exits learn from the teacher scores in the data.
-        original: whether the model as it was loaded, at its deepest exit and full width, is the only teacher of every
-            exit, and no label is read.
+        deeper_exit: the deeper exit of the full-width pass that teaches an exit. "every_8th" is the nearest deeper one
+            among the deepest exit, the 8th from it, the 16th, and so on.
+        data_scores: exits that learn from the teacher scores in the data.
+        original: True if the only teacher of every exit is the model before training, at its deepest exit and full
+            width. Labels are then ignored.
     """
 
     deeper_exit: Literal["none", "deepest", "next", "every_8th"]
@@ -35,8 +35,8 @@ class TrainMethod:
     original: bool = False
 
     @property
-    def reads(self) -> Reads:
-        """What of the training rows."""
+    def row_kind(self) -> RowKind:
+        """The kind of training row that the method needs."""
         if self.original:
             return "passages"
         return "labels" if self.data_scores == "none" else "scores"
@@ -69,22 +69,25 @@ TRAIN_METHODS: dict[TrainMethodName, TrainMethod] = {
 
 
 def contrastive_loss(scores: Tensor) -> Tensor:
-    """Cross entropy of the positive, the first of its group; `scores` (queries, group)."""
+    """Return the mean cross entropy of the positive, the first of its group; `scores` is (queries, group)."""
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
 
 
 def cross_entropy(scores: Tensor, teacher: Tensor) -> Tensor:
-    """−mean Σ softmax(teacher) · log softmax(scores)."""
+    """Return −mean Σ softmax(teacher) · log softmax(scores)."""
     return -(teacher.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
 
 
 def kl_divergence(scores: Tensor, teacher: Tensor) -> Tensor:
-    """mean Σ softmax(teacher) · (log softmax(teacher) − log softmax(scores)): the gradients of `cross_entropy`."""
+    """Return mean Σ softmax(teacher) · (log softmax(teacher) − log softmax(scores)).
+
+    Its gradients equal those of `cross_entropy`.
+    """
     return F.kl_div(scores.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def margin_mse(scores: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of the positive's margins over the negatives (Hofstätter et al., arXiv 2010.02666, eq. 2)."""
+    """Return the mean squared error of the positive's margins (Hofstätter et al., arXiv 2010.02666, eq. 2)."""
     return F.mse_loss(scores[:, :1] - scores[:, 1:], teacher[:, :1] - teacher[:, 1:])
 
 
@@ -95,11 +98,12 @@ DISTILL_LOSSES: dict[DistillLoss, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
     "margin_mse": margin_mse,
 }
-"""How far scores (queries, group) are from those of a teacher; mse and margin_mse compare raw scores, not shares."""
+"""Losses between scores and a teacher's scores, both (queries, group). ce and kl compare the softmax over the group,
+mse and margin_mse raw scores."""
 
 
 def teaching_exit(method: TrainMethod, index: int) -> int | None:
-    """The deeper exit that teaches exit `index`, both counted from the deepest (0) up; None where none does."""
+    """Return the deeper exit that teaches exit `index`, None without one. Both count from 0, the deepest exit."""
     if index == 0 or method.deeper_exit == "none":
         return None
     if method.deeper_exit == "deepest":
@@ -117,30 +121,33 @@ def layer_wise_losses(
     distill_loss: DistillLoss = "ce",
     original_scores: Tensor | None = None,
 ) -> list[dict[str, Tensor]]:
-    """The terms of the loss at each exit, from the shallowest; the loss is the sum of all of them.
+    """Return the terms of the loss at each exit, from the shallowest. The loss is the sum of all terms.
 
     Args:
-        student: (exits, queries, group) scores of the pass that learns.
-        full_width: (exits, queries, group) scores of a pass without compression; needed where deeper exits teach.
-        data_scores: (queries, group) teacher scores; needed where the data teaches.
-        distill_loss: how scores are compared with those of a teacher, whom no gradient reaches.
-        original_scores: (queries, group) of the model as it was loaded; needed where that is the teacher.
+        method: the teachers.
+        student: (exits, queries, group) scores of the trained pass.
+        full_width: (exits, queries, group) scores of a pass without compression; needed if deeper exits teach.
+        data_scores: (queries, group) teacher scores; needed if the data teaches.
+        distill_loss: loss between an exit's scores and its teacher's. The teacher gets no gradient.
+        original_scores: (queries, group) scores of the model before training; needed if it is the teacher.
 
     Returns:
-        For each exit scalars named `contrastive` and, where `method` has them, `data_scores` and `deeper_exit`; where
-        the original model teaches, one alone, `original`.
+        For each exit, scalars by name: `contrastive`, and `data_scores` and `deeper_exit` if `method` has them. If the
+        model before training is the teacher: `original` only.
 
     Raises:
         ValueError: if scores that `method` needs are missing or have another shape.
     """
     if method.deeper_exit != "none" and (full_width is None or full_width.shape != student.shape):
-        raise ValueError(f"full_width scores must be {tuple(student.shape)}, got {_shape(full_width)}.")
+        raise ValueError(f"full_width must have the shape {tuple(student.shape)}, got {_shape(full_width)}.")
     if method.data_scores != "none" and (data_scores is None or data_scores.shape != student.shape[1:]):
-        raise ValueError(f"data_scores must be {tuple(student.shape[1:])}, got {_shape(data_scores)}.")
+        raise ValueError(f"data_scores must have the shape {tuple(student.shape[1:])}, got {_shape(data_scores)}.")
     distillation = DISTILL_LOSSES[distill_loss]
     if method.original:
         if original_scores is None or original_scores.shape != student.shape[1:]:
-            raise ValueError(f"original_scores must be {tuple(student.shape[1:])}, got {_shape(original_scores)}.")
+            raise ValueError(
+                f"original_scores must have the shape {tuple(student.shape[1:])}, got {_shape(original_scores)}."
+            )
         return [{"original": distillation(scores, original_scores.detach())} for scores in student]
     losses = []
     for index, scores in enumerate(student.flip(0)):

@@ -1,22 +1,28 @@
-"""The model that learns: scores of groups, and the loss of what they should be."""
+"""The trained model, which scores groups and computes their loss, and the modules that get an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerModel, RerankerOutput
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.finetune.collators import PackedPairs
+from flagembedding_matryoshka.finetune.data import PackedPairs
 from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
 from flagembedding_matryoshka.finetune.sharding import Shardable
+from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
+
+ALL_LINEAR = "all-linear"
+"""peft's name for all linear modules."""
 
 
 @dataclass
@@ -24,7 +30,7 @@ class MatryoshkaOutput(RerankerOutput):
     """Loss and scores of one pass.
 
     Attributes:
-        terms: what the loss is the sum of, detached scalars named `layer_{exit}_{term}`; None when not training.
+        terms: terms of the loss, detached scalars named `layer_{exit}_{term}`; None when not training.
         spreads: (exits,) mean standard deviation of the scores within a group, detached; None when not training.
     """
 
@@ -37,14 +43,16 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
 
     Args:
         base_model: the layer-wise re-ranker, with or without LoRA adapters.
-        method: what is learnt beside the label.
+        tokenizer: the tokenizer.
+        method: the teachers.
+        train_batch_size: queries in a pass.
         train_group_size: pairs per query, the positive first.
-        distill_loss: how scores are compared with those of a teacher.
-        exit_weights: what each exit's loss counts, from the shallowest; None is 1 for each.
+        distill_loss: loss between an exit's scores and its teacher's.
+        exit_weights: weights of the exits' losses, from the shallowest exit; None is 1 for each.
 
     Raises:
-        ValueError: if there is not one weight for each exit, or `method` has the original model as its teacher and
-            there are no adapters that could be switched off to find it.
+        ValueError: if there is not one weight for each exit, or the teacher is the model before training and there are
+            no adapters to switch off.
     """
 
     def __init__(
@@ -65,17 +73,24 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         exits = self.full_width.cutoff_layers
         self.exit_weights = [1.0] * len(exits) if exit_weights is None else list(exit_weights)
         if len(self.exit_weights) != len(exits):
-            raise ValueError(f"exit_weights {self.exit_weights} must be one for each of the exits {list(exits)}.")
+            raise ValueError(f"exit_weights are {self.exit_weights}, but must be one for each exit: {list(exits)}.")
         if method.original and not isinstance(base_model, PeftModel):
-            raise ValueError("the original model teaches, but without adapters nothing of it is left: use LoRA.")
+            raise ValueError(
+                "self_distill needs adapters: without them training changes the weights of the teacher. Use LoRA."
+            )
 
     def encode(
         self, features: PackedPairs, setting: Setting | None = None, return_full_width: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores of the pairs in `features` and, where asked for, those without compression and graph.
+        """Score pairs.
+
+        Args:
+            features: the pairs.
+            setting: None is the full width at every exit.
+            return_full_width: also score without compression, and without a graph.
 
         Returns:
-            (exits, pairs) float32 each; `setting` None is the full width at every exit.
+            (exits, pairs) float32 scores, and the scores without compression; None if they are not asked for.
         """
         setting = setting or self.full_width
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -86,7 +101,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
 
     @torch.no_grad()
     def original_scores(self, features: PackedPairs) -> Tensor:
-        """(pairs,) float32: what the model scored, at its deepest exit and full width, before anything was learnt."""
+        """Return the scores of the model before training, at its deepest exit and full width, (pairs,) float32."""
         training = self.model.training
         self.model.eval()
         with self.model.disable_adapter():
@@ -100,15 +115,15 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         teacher_scores: Tensor | None = None,
         setting: Setting | None = None,
     ) -> MatryoshkaOutput:
-        """Loss, when training, and (exits, pairs) scores of a batch.
+        """Return the scores of a batch, (exits, pairs), and, when training, the loss.
 
         Args:
-            pair: queries · group pairs. Groups may be of any size when not training.
-            teacher_scores: (queries · group,) float; needed by methods that learn from the data's scores.
-            setting: what the learning pass runs; None is the full width at every exit. Where nothing has been
-                compressed yet the learning pass is its own teacher, under the dropout that it was drawn with.
+            pair: queries · group pairs. When not training, groups may have any size.
+            teacher_scores: (queries · group,) float; needed by methods that learn from the scores in the data.
+            setting: the setting of the trained pass; None is the full width at every exit. Exits before the first
+                compression have the trained pass as their teacher, with the same dropout.
         """
-        # Before the learning pass, whose graph would fill the memory beside it.
+        # Before the trained pass, whose graph would take memory at the same time.
         original = self.original_scores(pair) if self.training and self.method.original else None
         scores, full_width = self.encode(pair, setting, self.training and self.method.deeper_exit != "none")
         if not self.training:
@@ -142,17 +157,72 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         )
 
     def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write adapters, or all weights where there are none, and the configuration that they need.
+        """Write the adapters, or all weights if there are none, and the configuration.
 
-        With adapters the directory names its base and holds the exits, so that it can be loaded by itself.
+        A directory of adapters names its base and has the exits, so that its path is enough to load it.
 
         Args:
-            state_dict: this module's weights, where they have been gathered from several processes.
+            output_dir: directory to write to.
+            state_dict: this module's weights, if they were gathered from several processes; None is the module's own.
         """
         weights = None
         if state_dict is not None:
             weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        # No vocabulary is changed; left to itself, peft asks the hub for the base to find that out.
+        # Training does not change the vocabulary. By default peft would ask the hub for the base to find that out.
         options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
         self.model.save_pretrained(output_dir, state_dict=weights, **options)
         self.config.save_pretrained(output_dir)
+
+
+def convert_target_modules(target_modules: Sequence[str] | str | None) -> list[str] | str | None:
+    """Convert `target_modules` to peft's form: names as a list, a regular expression or "all-linear" as a string.
+
+    Args:
+        target_modules: from the command line, where a single value is a list, too. A single value with other
+            characters than letters, digits, "_" and "." is a regular expression.
+    """
+    if target_modules is None or isinstance(target_modules, str):
+        return target_modules
+    if len(target_modules) == 1 and not re.fullmatch(r"[\w.]+", target_modules[0]):
+        return target_modules[0]
+    return list(target_modules)
+
+
+def refuse_unknown_modules(
+    config: CostWiseConfig,
+    target_modules: Sequence[str] | str | None,
+    modules_to_save: Sequence[str] | None,
+) -> None:
+    """Raise ValueError on names of modules that the model does not have. No weights are loaded.
+
+    Args:
+        config: configuration of the layer-wise model.
+        target_modules: as `convert_target_modules` returns them; None is not checked.
+        modules_to_save: names of modules; None is not checked.
+    """
+    if target_modules in (None, ALL_LINEAR) and not modules_to_save:
+        return
+    with torch.device("meta"):
+        modules = dict(causal_lm_class(config)(config).named_modules())
+    model = f"a {config.model_type.removeprefix('cost_wise_')} re-ranker"
+    matrices = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding)]
+    if isinstance(target_modules, str):
+        if target_modules != ALL_LINEAR and not any(re.fullmatch(target_modules, name) for name in matrices):
+            raise ValueError(
+                f"target_modules={target_modules!r} is a regular expression and matches the whole name of no linear "
+                f"module, such as {matrices[-1]!r}. {_known(matrices)}"
+            )
+    elif target_modules is not None:
+        unknown = [name for name in target_modules if not any(f".{key}".endswith(f".{name}") for key in matrices)]
+        if unknown:
+            raise ValueError(f"target_modules: {model} has no {', '.join(unknown)}. {_known(matrices)}")
+    # peft compares the ends of names, and cannot save a ModuleList or ModuleDict.
+    whole = [name for name, module in modules.items() if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    unknown = [name for name in modules_to_save or () if not any(key.endswith(name) for key in whole)]
+    if unknown:
+        with_weights = [name for name in whole if any(True for _ in modules[name].parameters(recurse=False))]
+        raise ValueError(f"modules_to_save: {model} has no {', '.join(unknown)}. {_known(with_weights)}")
+
+
+def _known(names: Iterable[str]) -> str:
+    return f"It has {', '.join(sorted({name.rpartition('.')[2] for name in names}))}."

@@ -1,4 +1,4 @@
-"""From arguments to a trained model on disk."""
+"""FlagEmbedding's runner: loads model and data, trains, and saves the result."""
 
 from __future__ import annotations
 
@@ -23,26 +23,37 @@ from flagembedding_matryoshka.checkpoints.adapters import attach, read_adapter, 
 from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
-from flagembedding_matryoshka.finetune.adoption import adopt
-from flagembedding_matryoshka.finetune.averaging import refuse_impossible_average
-from flagembedding_matryoshka.finetune.checkpoints import resolve
-from flagembedding_matryoshka.finetune.collators import MatryoshkaCollator, MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.arguments import (
+    MatryoshkaDataArguments,
+    MatryoshkaModelArguments,
+    MatryoshkaTrainingArguments,
+    convert_arguments,
+    evaluate_checkpoints,
+)
+from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, refuse_impossible_average
 from flagembedding_matryoshka.finetune.data import (
+    MatryoshkaCollator,
+    MatryoshkaEvalCollator,
     MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
     UnlabelledTrainDataset,
 )
-from flagembedding_matryoshka.finetune.data_arguments import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.evaluation import rank_checkpoints, ranking_metrics
-from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
-from flagembedding_matryoshka.finetune.model_arguments import MatryoshkaModelArguments
-from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
-from flagembedding_matryoshka.finetune.rows import load_files, sampled
-from flagembedding_matryoshka.finetune.sharding import whole_while_loading
-from flagembedding_matryoshka.finetune.targets import as_peft_takes_them, refuse_unknown_modules
-from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
-from flagembedding_matryoshka.finetune.training_arguments import MatryoshkaTrainingArguments
-from flagembedding_matryoshka.finetune.words import count_words, refuse_misplaced, template_of_rows
+from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS, TrainMethod
+from flagembedding_matryoshka.finetune.modeling import (
+    MatryoshkaRerankerModel,
+    convert_target_modules,
+    refuse_unknown_modules,
+)
+from flagembedding_matryoshka.finetune.rows import (
+    InstructionCounts,
+    count_instructions,
+    load_files,
+    refuse_instructions,
+    sample_rows,
+    template_of_rows,
+)
+from flagembedding_matryoshka.finetune.sharding import unsharded_loading
+from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer, ranking_metrics
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.quantization import use_nf4
@@ -53,13 +64,15 @@ logger = logging.getLogger(__name__)
 
 
 class MatryoshkaRunner(AbsRerankerRunner):
-    """FlagEmbedding's runner for Matryoshka re-rankers.
+    """FlagEmbedding's runner for Matryoshka re-rankers. All checks are made before the model is loaded.
 
-    Takes FlagEmbedding's argument classes too: what they set is kept, what they leave at its default gets ours.
+    Args:
+        model_args, data_args, training_args: our argument classes, or FlagEmbedding's. Values that differ from
+            FlagEmbedding's defaults are kept; all others get our defaults.
 
     Raises:
-        ValueError: on contradicting arguments, arguments of FlagEmbedding's that have no meaning here, and training
-            rows that are wrong, before the model is loaded.
+        ValueError: on contradicting arguments, on arguments of FlagEmbedding's that are not supported, and on a
+            training row with a fault.
     """
 
     model_args: MatryoshkaModelArguments
@@ -72,68 +85,41 @@ class MatryoshkaRunner(AbsRerankerRunner):
         data_args: AbsRerankerDataArguments,
         training_args: AbsRerankerTrainingArguments,
     ) -> None:
-        model_args = adopt(MatryoshkaModelArguments, model_args)
-        data_args = adopt(MatryoshkaDataArguments, data_args)
-        training_args = adopt(MatryoshkaTrainingArguments, training_args)
+        model_args = convert_arguments(MatryoshkaModelArguments, model_args)
+        data_args = convert_arguments(MatryoshkaDataArguments, data_args)
+        training_args = convert_arguments(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
-        needs_scores = self.method.reads == "scores"
-        if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
-            raise ValueError(
-                f"random_negatives={data_args.random_negatives} have no teacher score that "
-                f"distill_loss={training_args.distill_loss} could compare raw scores with: use ce or kl."
-            )
-        if data_args.knowledge_distillation and not needs_scores:
-            using = [name for name, method in TRAIN_METHODS.items() if method.reads == "scores"]
-            raise ValueError(
-                f"knowledge_distillation=True, but train_method {training_args.train_method} reads no teacher scores. "
-                f"These do: {', '.join(using)}."
-            )
-        data_args.knowledge_distillation = needs_scores
-        if self.method.original and (not model_args.use_lora or model_args.from_peft is not None):
-            raise ValueError(
-                f"train_method {training_args.train_method} learns from the model as it was loaded, which is what is "
-                f"left where adapters are switched off: use_lora={model_args.use_lora} and from_peft="
-                f"{model_args.from_peft} contradict it. Merge an adapter first, with raw_peft."
-            )
-        if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
-            raise ValueError(
-                f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
-                "the argument attention takes the fastest kernel that runs."
-            )
+        _refuse_contradictions(self.method, model_args, data_args, training_args)
+        data_args.knowledge_distillation = self.method.row_kind == "scores"
         with training_args.main_process_first(desc="reading the training files"):
-            options = data_args.cache_path, data_args.skip_bad_lines
-            min_negatives = self._dataset_class.min_negatives(data_args)
-            files = load_files(data_args.train_data, self.method.reads, *options, min_negatives)
-            limit = data_args.max_example_num_per_dataset
-            used = (
-                sampled(rows, path, limit, training_args.seed)
-                for path, rows in zip(data_args.train_data, files, strict=True)
-            )
-            self._words_of_rows = count_words(used)
-            self._words_of_eval_rows = None
-            if data_args.eval_data is not None:
-                self._words_of_eval_rows = count_words(load_files(data_args.eval_data, "labels", *options))
+            self._instructions, self._eval_instructions = self._read_instructions(data_args, training_args.seed)
         if data_args.eval_data is not None:
-            rank_checkpoints(training_args)
-            if training_args.eval_strategy == "no":
-                raise ValueError(
-                    "eval_data is given, but save_strategy and eval_strategy are 'no': nothing would be evaluated."
-                )
-        elif training_args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
-                f"{training_args.load_best_model_at_end} need eval_data: lists to rank."
-            )
+            evaluate_checkpoints(training_args)
+        _refuse_missing_evaluation(data_args, training_args)
         refuse_impossible_average(training_args)
         output_dir = Path(training_args.output_dir)
-        training_args.resume_from_checkpoint = resolve(training_args.resume_from_checkpoint, output_dir)
-        resumed = training_args.resume_from_checkpoint is not None
-        if not training_args.overwrite_output_dir and not resumed and output_dir.is_dir() and any(output_dir.iterdir()):
-            raise ValueError(f"{output_dir} is not empty, and overwrite_output_dir=False.")
+        training_args.resume_from_checkpoint = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
+        _refuse_used_output_dir(training_args)
         super().__init__(model_args, data_args, training_args)
 
+    def _read_instructions(
+        self, args: MatryoshkaDataArguments, seed: int
+    ) -> tuple[InstructionCounts, InstructionCounts | None]:
+        """Return the instructions in the training rows and in the evaluation rows.
+
+        All files are parsed, so that a row with a fault is found before the model is loaded.
+        """
+        options = args.cache_path, args.skip_bad_lines
+        files = load_files(args.train_data, self.method.row_kind, *options, self._dataset_class.min_negatives(args))
+        limit = args.max_example_num_per_dataset
+        used = (sample_rows(rows, path, limit, seed) for path, rows in zip(args.train_data, files, strict=True))
+        counts = count_instructions(used)
+        if args.eval_data is None:
+            return counts, None
+        return counts, count_instructions(load_files(args.eval_data, "labels", *options))
+
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaRerankerModel]:
-        """The tokenizer, with a pad token, and the model that learns."""
+        """Return the tokenizer, with a pad token, and the model to train."""
         args = self.model_args
         tokenizer = load_tokenizer(
             args.tokenizer_name or args.model_name_or_path,
@@ -155,7 +141,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             args.template,
             **self._hub,
         )
-        # What no exit reads does not learn, and need not be there.
+        # Layers above the deepest exit have no gradient.
         checkpoint.config.cut(checkpoint.config.exit_layers[-1])
         checkpoint.config.template = self._template(checkpoint.config).to_json()
         if checkpoint.from_raw:
@@ -167,9 +153,9 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if args.use_lora:
             self._refuse_to_replace([checkpoint.base, *checkpoint.adapters, *raw_peft])
         if args.use_lora and args.from_peft is None:
-            targets = as_peft_takes_them(args.target_modules)
+            targets = convert_target_modules(args.target_modules)
             refuse_unknown_modules(checkpoint.config, targets, args.modules_to_save)
-        with whole_while_loading(self.training_args):
+        with unsharded_loading(self.training_args):
             model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)
         if args.load_in_4bit:
             use_nf4(model)
@@ -192,24 +178,24 @@ class MatryoshkaRunner(AbsRerankerRunner):
             cross_encoder.enable_input_require_grads()
         return tokenizer, cross_encoder
 
-    def _refuse_to_replace(self, places: Sequence[str]) -> None:
-        """Raise ValueError if what the new adapters are loaded with lies where they are written."""
+    def _refuse_to_replace(self, bases: Sequence[str]) -> None:
+        """Raise ValueError if output_dir is a checkpoint that the new adapters are loaded on top of."""
         output_dir = Path(self.training_args.output_dir).resolve()
-        for place in places:
-            if Path(place).resolve() in (output_dir, output_dir / MERGED):
+        for base in bases:
+            if Path(base).resolve() in (output_dir, output_dir / MERGED):
                 raise ValueError(
-                    f"output_dir={self.training_args.output_dir} is where {place} lies, which the new adapters need: "
-                    "they are loaded on top of it. Name another output_dir."
+                    f"output_dir={self.training_args.output_dir} would replace {base}, which the new adapters are "
+                    "loaded on top of: name another output_dir."
                 )
 
     @property
     def _hub(self) -> dict[str, Any]:
-        """How names are found on the hub, by everything that reads a model, a tokenizer or an adapter."""
+        """Options of the hub for models, tokenizers and adapters."""
         given = {"cache_dir": self.model_args.cache_dir, "token": self.model_args.token}
         return {name: value for name, value in given.items() if value}
 
     def _template(self, config: CostWiseConfig) -> Template:
-        """The checkpoint's, with what the arguments and all rows say: it is saved beside what is trained."""
+        """Return the template to save: the checkpoint's, with the texts of the arguments and of all rows."""
         args = self.data_args
         template = Template.load(config.template).replaced(
             query_instruction=args.query_instruction_for_rerank,
@@ -219,18 +205,18 @@ class MatryoshkaRunner(AbsRerankerRunner):
             passage_format=args.passage_instruction_format,
             behind=args.sep_token,
         )
-        if self._words_of_eval_rows is not None:
-            refuse_misplaced(template, self._words_of_eval_rows)
-        return template_of_rows(template, self._words_of_rows, warns=self.training_args.process_index == 0)
+        if self._eval_instructions is not None:
+            refuse_instructions(template, self._eval_instructions)
+        return template_of_rows(template, self._instructions, warns=self.training_args.process_index == 0)
 
     def _compensation(self) -> dict[str, int | str] | None:
-        """What the adapter makes up for: a note that is saved beside it."""
+        """Return what the adapter compensates for, as the configuration stores it; None in the first stage."""
         if self.training_args.finetune_type is None:
             return None
         return {"axis": self.training_args.finetune_type, "compress_ratio": self.training_args.compress_ratios[0]}
 
     def _weights_dtype(self) -> torch.dtype:
-        """Frozen weights can lie in the format that is computed in; weights that learn stay in float32."""
+        """Return the dtype of the weights: float32 if they are trained, otherwise the dtype of the computation."""
         if not self.model_args.use_lora:
             return torch.float32
         if self.training_args.bf16:
@@ -249,7 +235,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            target_modules=as_peft_takes_them(args.target_modules) or model.linear_names,
+            target_modules=convert_target_modules(args.target_modules) or model.linear_names,
             modules_to_save=args.modules_to_save,
         )
         return get_peft_model(model, config)
@@ -259,7 +245,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         return UnlabelledTrainDataset if self.method.original else MatryoshkaTrainDataset
 
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
-        """Groups of pairs."""
+        """Return the groups to train on."""
         template = Template.load(self.model.config.template)
         return self._dataset_class(self.data_args, self.tokenizer, self.training_args.seed, template)
 
@@ -271,11 +257,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
         return MatryoshkaEvalDataset(args, self.tokenizer, template=Template.load(self.model.config.template))
 
     def load_data_collator(self) -> MatryoshkaCollator:
-        """Packs groups into a batch."""
+        """Return the collator, which packs groups."""
         return MatryoshkaCollator()
 
     def load_trainer(self) -> MatryoshkaTrainer:
-        """The training loop."""
+        """Return the trainer."""
         return MatryoshkaTrainer(
             model=self.model,
             args=self.training_args,
@@ -290,21 +276,21 @@ class MatryoshkaRunner(AbsRerankerRunner):
         )
 
     def _log_lengths(self) -> None:
-        queries, passages, rows = self.train_dataset.cut_shares()
+        queries, passages, rows = self.train_dataset.truncated_shares()
         is_reference = self.train_dataset.pair_tokenizer.template.has_reference_lengths
         logger.info(
-            "%.1f %% of queries and %.1f %% of passages are cut (in %d rows): query_max_len=%d, passage_max_len=%d, "
-            "%s.",
+            "%.1f %% of queries and %.1f %% of passages are truncated (in %d rows): query_max_len=%d, "
+            "passage_max_len=%d, %s.",
             100 * queries,
             100 * passages,
             rows,
             self.data_args.query_max_len,
             self.data_args.passage_max_len,
-            "which count the template too, as the reference does" if is_reference else "the template on top",
+            "which include the template, as in the reference" if is_reference else "without the template",
         )
 
     def run(self) -> None:
-        """Train, and save what was learnt to output_dir."""
+        """Train, and save the model to output_dir."""
         if self.training_args.process_index == 0:
             self._log_lengths()
         super().run()
@@ -313,7 +299,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
             merged = Path(self.training_args.output_dir) / MERGED
             checkpoint = inspect_checkpoint(self.training_args.output_dir, **self._hub)
-            with whole_while_loading(self.training_args):
+            with unsharded_loading(self.training_args):
                 model = load_model(checkpoint, self.tokenizer, self._weights_dtype(), **self._hub)
             model.config.raw_peft, model.config.base_exits = [], None
             remove_written(merged)
@@ -321,6 +307,63 @@ class MatryoshkaRunner(AbsRerankerRunner):
             self.tokenizer.save_pretrained(merged)
             write_sentence_transformers_files(merged)
             logger.info("Wrote the merged model to %s", merged)
+
+
+def _refuse_contradictions(
+    method: TrainMethod,
+    model_args: MatryoshkaModelArguments,
+    data_args: MatryoshkaDataArguments,
+    training_args: MatryoshkaTrainingArguments,
+) -> None:
+    """Raise ValueError if arguments contradict the training method or the device."""
+    needs_scores = method.row_kind == "scores"
+    if data_args.random_negatives and needs_scores and training_args.distill_loss in ("mse", "margin_mse"):
+        raise ValueError(
+            f"random_negatives={data_args.random_negatives} contradicts distill_loss={training_args.distill_loss}, "
+            "which compares raw scores: random negatives have no teacher score. Use ce or kl."
+        )
+    if data_args.knowledge_distillation and not needs_scores:
+        using = [name for name, other in TRAIN_METHODS.items() if other.row_kind == "scores"]
+        raise ValueError(
+            f"knowledge_distillation=True, but train_method {training_args.train_method} uses no teacher scores. "
+            f"Methods with teacher scores: {', '.join(using)}."
+        )
+    if method.original and (not model_args.use_lora or model_args.from_peft is not None):
+        raise ValueError(
+            f"train_method {training_args.train_method} learns from the model without adapters, so it needs new "
+            f"adapters, but use_lora={model_args.use_lora} and from_peft={model_args.from_peft}. Use raw_peft to "
+            "merge an adapter before training."
+        )
+    if model_args.use_flash_attn and not (training_args.device.type == "cuda" and _is_half(training_args)):
+        raise ValueError(
+            f"use_flash_attn=True needs a GPU and --bf16 or --fp16; this run is on {training_args.device}. Without "
+            "the argument the fastest available kernel is used."
+        )
+
+
+def _refuse_missing_evaluation(data_args: MatryoshkaDataArguments, training_args: MatryoshkaTrainingArguments) -> None:
+    """Raise ValueError if there is evaluation data without an evaluation, or an evaluation without data."""
+    evaluates = training_args.eval_strategy != "no"
+    if data_args.eval_data is not None and not evaluates:
+        raise ValueError(
+            "eval_data is given, but save_strategy and eval_strategy are 'no': set one of them, or leave eval_data out."
+        )
+    if data_args.eval_data is None and evaluates:
+        raise ValueError(
+            f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
+            f"{training_args.load_best_model_at_end} need eval_data, lists to rank."
+        )
+
+
+def _refuse_used_output_dir(args: MatryoshkaTrainingArguments) -> None:
+    """Raise ValueError if output_dir has files that must not be overwritten."""
+    output_dir = Path(args.output_dir)
+    if args.overwrite_output_dir or args.resume_from_checkpoint is not None:
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir {output_dir} is not empty, and overwrite_output_dir is False: name another directory."
+        )
 
 
 def _is_half(args: MatryoshkaTrainingArguments) -> bool:

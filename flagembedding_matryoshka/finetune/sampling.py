@@ -1,12 +1,20 @@
-"""Which sub-network a training step runs."""
+"""Draws of a training step: its setting, and the rows of each process."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Sampler
+
+from flagembedding_matryoshka.finetune.data import MatryoshkaTrainDataset
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
+
+BYTES_PER_TOKEN = 4
+"""Estimate in UTF-8 for any language: rows are distributed before their passages are drawn and tokenised."""
 
 
 def sample_setting(
@@ -16,17 +24,91 @@ def sample_setting(
     seed: int,
     step: int,
 ) -> Setting:
-    """All exits, each compress layer on half of the time, the ratio uniform: a function of (seed, step) alone.
+    """Draw the setting of a pass: all exits, each compress layer with probability 1/2, and a uniform ratio.
 
-    All processes run the same layers in the same order, without which sharded ones would wait for each other for ever.
+    The draw is a function of (seed, step). So all processes run the same layers in the same order; otherwise processes
+    with sharded weights would wait for each other forever.
 
     Args:
-        step: forward passes that a process has done before.
+        config: configuration of the model.
+        compress_layers: layers to draw from.
+        compress_ratios: ratios to draw from.
+        seed: the seed.
+        step: number of forward passes before this one.
 
     Raises:
-        ValueError: if a layer or ratio does not exist.
+        ValueError: if the model has no such layer or ratio.
     """
     draw = random.Random(f"{seed}-{step}")
     ratio = draw.choice(list(compress_ratios))
     layers = [layer for layer in compress_layers if draw.random() < 0.5]
     return Setting.resolve(config, config.exit_layers, layers, ratio if layers else 1)
+
+
+class BalancedSampler(Sampler[int]):
+    """A random order of rows that gives each process about the same number of tokens in a step.
+
+    The order is a function of (seed, epoch). A step has the same rows as in accelerate's order. They are sorted by
+    length and split into passes, and the rows of a pass are distributed to the processes.
+
+    Args:
+        dataset: the rows.
+        seed: seed of accelerate's order.
+        batch_size: rows of a process in a pass.
+        processes: number of processes.
+        passes: passes in a step.
+    """
+
+    def __init__(
+        self, dataset: MatryoshkaTrainDataset, seed: int, batch_size: int, processes: int, passes: int = 1
+    ) -> None:
+        self.dataset = dataset
+        self.order = SeedableRandomSampler(dataset, data_seed=seed)
+        self.batch_size, self.processes, self.passes = batch_size, processes, passes
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        self.order.set_epoch(int(self.dataset.epoch))
+        rows = iter(self.order)
+        size = self.batch_size * self.processes
+        while step := list(islice(rows, size * self.passes)):
+            if len(step) < size * self.passes:
+                yield from step
+                return
+            weights = {row: self._weight(row) for row in step}
+            step.sort(key=lambda row: -weights[row])
+            for start in range(0, len(step), size):
+                rows_of_pass = step[start : start + size]
+                for indices in distribute([weights[row] for row in rows_of_pass], self.processes):
+                    yield from (rows_of_pass[index] for index in indices)
+
+    def _weight(self, item: int) -> float:
+        """Estimate the number of tokens in the group of a row."""
+        row, args = self.dataset.dataset[item], self.dataset.args
+        passages = self.dataset.passages_of(row)
+        mean = sum(_tokens(passage, args.passage_max_len) for passage in passages) / len(passages)
+        return _tokens(row["query"], args.query_max_len) + args.train_group_size * mean
+
+
+def _tokens(text: str, limit: int) -> float:
+    return min(len(text.encode(errors="replace")) / BYTES_PER_TOKEN, limit)
+
+
+def distribute(weights: Sequence[float], count: int) -> list[list[int]]:
+    """Distribute the indices of `weights` to lists of the same length with similar sums of weights, heaviest first.
+
+    Args:
+        weights: weights, in a number that is a multiple of `count`.
+        count: number of lists.
+
+    >>> distribute([9.0, 5.0, 4.0, 3.0, 2.0, 1.0], 2)
+    [[0, 3, 5], [1, 2, 4]]
+    """
+    size = len(weights) // count
+    lists: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(weights)), key=lambda index: -weights[index]):
+        unfilled = [indices for indices in lists if len(indices) < size]
+        min(unfilled, key=lambda indices: sum(weights[each] for each in indices)).append(index)
+    return lists

@@ -1,4 +1,4 @@
-"""What FSDP asks of the model that it shards, and what it may round."""
+"""Settings of FSDP2 and of DeepSpeed ZeRO-3: which modules are sharded, when, and in which dtypes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 
 class Shardable:
-    """In front of FlagEmbedding's model, as the first base: `fully_shard` changes the class of what it shards.
+    """First base of a model that FSDP2 shards, before FlagEmbedding's class.
 
-    Python allows that only where `__dict__` comes with a child of `object`; FlagEmbedding's has it from one of `ABC`.
+    FSDP2 replaces a module's `__class__`. Python refuses that for FlagEmbedding's class, which gets its `__dict__` from
+    a subclass of `ABC`. A first base that is a direct child of `object` makes it possible.
     """
 
     model: Any
 
     @property
     def _no_split_modules(self) -> set[str]:
-        """The classes of the parts that are gathered one after another: the decoder's layers."""
+        """Names of the module classes that are sharded and gathered one by one: the decoder's layers."""
         return self.model._no_split_modules
 
 
 def keep_loss_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let mixed precision round weights and states, but neither what a model gives nor the sum of gradients.
+    """Exclude a model's outputs and the reduction of gradients from FSDP2's mixed precision.
 
-    accelerate's policy for bfloat16 has the loss in bfloat16, too: 19.2 becomes 19.25.
+    accelerate's policy for bfloat16 rounds the loss to bfloat16, too: 19.2 becomes 19.25.
     """
     policy = plugin.mixed_precision_policy
     if isinstance(policy, MixedPrecisionPolicy):
@@ -39,13 +40,13 @@ def keep_loss_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 @contextmanager
-def whole_while_loading(args: TrainingArguments) -> Iterator[None]:
-    """Let ZeRO-3 take its parts of the weights when training begins, not while they are read.
+def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
+    """Disable ZeRO-3 while weights are loaded. It shards them when training begins.
 
-    Heads are made of rows of the vocabulary, and adapters merged into matrices: both have to be there.
+    Heads are initialised from rows of the vocabulary and adapters are merged into matrices: both need whole weights.
 
     Raises:
-        ValueError: if the parts would not be put together again when the model is written.
+        ValueError: if DeepSpeed's configuration does not gather the weights when the model is saved.
     """
     zero = args.deepspeed_plugin and args.deepspeed_plugin.hf_ds_config
     if not zero or not zero.is_zero3():
@@ -53,7 +54,7 @@ def whole_while_loading(args: TrainingArguments) -> Iterator[None]:
         return
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if not zero.is_true(gather):
-        raise ValueError(f"DeepSpeed's configuration has no {gather}: true, without which no model would be written.")
+        raise ValueError(f"DeepSpeed's configuration needs {gather}: true, so that the model can be saved.")
     unset_hf_deepspeed_config()
     try:
         yield

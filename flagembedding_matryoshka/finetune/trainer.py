@@ -1,40 +1,49 @@
-"""The training loop's own parts: which sub-network a step runs, and what is saved."""
+"""FlagEmbedding's trainer with a setting drawn for every pass, evaluation of every exit, and costs in the log."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
+from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
 from flagembedding_matryoshka.checkpoints.export import remove_written
-from flagembedding_matryoshka.finetune.averaging import SavedSteps, average_weights
-from flagembedding_matryoshka.finetune.balancing import BalancedSampler
+from flagembedding_matryoshka.finetune.callbacks import DataOrder, SavedSteps
+from flagembedding_matryoshka.finetune.checkpoints import average_weights
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
-from flagembedding_matryoshka.finetune.collators import MatryoshkaEvalCollator
-from flagembedding_matryoshka.finetune.effort import Effort
-from flagembedding_matryoshka.finetune.evaluation import PADDING
-from flagembedding_matryoshka.finetune.resuming import DataOrder, seed_workers_apart
-from flagembedding_matryoshka.finetune.sampling import sample_setting
+from flagembedding_matryoshka.finetune.data import PADDING, MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.sampling import BalancedSampler, sample_setting
 from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
+from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.setting import Setting
 
 logger = logging.getLogger(__name__)
 
+COSTS = ("lists", "tokens", "operations", "seconds")
+"""Names of the costs in the log."""
+
 
 class MatryoshkaTrainer(AbsRerankerTrainer):
-    """FlagEmbedding's trainer, drawing a sub-network for every pass.
+    """FlagEmbedding's trainer with a setting drawn for every pass.
 
     Args:
-        compress_layers, compress_ratios: what sub-networks are drawn from.
-        eval_collator: joins the lists that are ranked when it evaluates.
+        args, kwargs: as in transformers' `Trainer`.
+        compress_layers, compress_ratios: layers and ratios that the settings are drawn from.
+        eval_collator: packs lists in evaluation.
     """
 
     data_collator: Any
@@ -55,28 +64,28 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         if self.args.average_last > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed, whose checkpoints are "
-                "shards: leave it out."
+                "sharded: leave it out."
             )
         self.eval_collator = eval_collator
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
-        self._noted: list[dict[str, Tensor]] = []
+        self._unlogged: list[dict[str, Tensor]] = []
         self._guard: CollapseGuard | None = None
         trains_all_weights = not isinstance(self.model.model, PeftModel)
         method = self.model.method
-        self._effort = Effort(self.model.config, trains_all_weights, method.deeper_exit != "none", method.original)
+        self._cost = TrainingCost(self.model.config, trains_all_weights, method.deeper_exit != "none", method.original)
 
     def _pass_number(self) -> int:
-        """Passes before this one, counted from the optimizer step, so that a resumed run counts on."""
+        """Return the number of passes before this one, also those before the run was resumed."""
         step, done = self._passes
         done = done + 1 if step == self.state.global_step else 0
         self._passes = (self.state.global_step, done)
         return self.state.global_step * self.args.gradient_accumulation_steps + done
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        # Where transformers would draw a random order. One process that accumulates passes takes it, too: which rows
-        # meet in a pass, and so under a sub-network, is then the same in any number of processes.
+        # In place of transformers' random order. A single process that accumulates passes uses it, too: the rows of a
+        # pass, which share a setting, are then the same for any number of processes.
         sampler = super()._get_train_sampler(train_dataset)
         args = self.args
         if args.world_size * args.gradient_accumulation_steps == 1 or not isinstance(sampler, RandomSampler):
@@ -87,7 +96,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return BalancedSampler(rows, seed, batch_size, args.world_size, passes)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of transformers, with a random generator of its own for the seeds of workers."""
+        """Return transformers' loader, with a separate random generator for the seeds of its workers."""
         return seed_workers_apart(super().get_train_dataloader())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -97,8 +106,8 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         if count > 1:
             saved = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, SavedSteps))
             checkpoints = saved.checkpoints(self.args, self.state.global_step)
-            learnt = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-            average_weights(learnt, checkpoints, self._load_from_checkpoint)
+            trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            average_weights(trained, checkpoints, self._load_from_checkpoint)
             names = ", ".join(path.name for path in reversed(checkpoints))
             logger.info("The weights are the mean of %s and of step %d.", names, self.state.global_step)
             if self.eval_dataset is not None:
@@ -106,16 +115,17 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers would take one more step if a checkpoint of the last step, within an epoch, is resumed.
+        # transformers would train one more step if a checkpoint of the last step, within an epoch, is resumed.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward pass, under autocast without peft's own cast of each adapter's input.
+        """Run a forward and backward pass. Under autocast, peft does not cast the adapters' inputs.
 
-        That one goes to the adapter's float32, from where autocast comes back: a second copy, kept for the gradient.
+        peft casts an input to the adapter's float32 and autocast casts it back. The second copy would be kept for the
+        gradient.
         """
         is_mixed = self.accelerator.mixed_precision in ("bf16", "fp16")
         with disable_input_dtype_casting(self.model, active=is_mixed):
@@ -124,7 +134,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of one pass under a freshly drawn sub-network."""
+        """Return the loss of a pass at a newly drawn setting."""
         setting = sample_setting(
             self.model.config,
             self.compress_layers,
@@ -132,51 +142,51 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self.args.seed,
             self._pass_number(),
         )
-        self._effort.add(inputs["pair"].packed, self.model.train_group_size, setting)
+        self._cost.add(inputs["pair"].packed, self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
         spreads = zip(self.model.config.exit_layers, outputs.spreads, strict=True)
-        self._noted.append(
+        self._unlogged.append(
             {f"loss_{name}": term for name, term in outputs.terms.items()}
             | {f"layer_{layer}_spread": spread for layer, spread in spreads}
         )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, beside the loss, what it is the sum of: means over the passes since the last time, of all processes."""
-        if "loss" in logs and self._noted:
-            names = list(self._noted[0])
-            means = torch.stack([torch.stack([noted[name] for noted in self._noted]).mean() for name in names])
+        """Log the loss with its terms, their means over passes since the last log and processes, and the costs."""
+        if "loss" in logs and self._unlogged:
+            names = list(self._unlogged[0])
+            means = torch.stack([torch.stack([terms[name] for terms in self._unlogged]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
-            found = dict(zip(names, means.tolist(), strict=True))
-            logs |= found
-            self._noted.clear()
-            self._look_for_collapse(found, logs.get("grad_norm"))
+            term_means = dict(zip(names, means.tolist(), strict=True))
+            logs |= term_means
+            self._unlogged.clear()
+            self._check_collapse(term_means, logs.get("grad_norm"))
         if "loss" in logs or "train_runtime" in logs:
-            counts = self.accelerator.reduce(self._effort.counts(self.args.device), reduction="sum")
-            logs |= self._effort.totals(self._history, counts)
+            counts = self.accelerator.reduce(self._cost.counts(self.args.device), reduction="sum")
+            logs |= self._cost.totals(self._history, counts)
         super().log(logs, start_time)
 
-    def _look_for_collapse(self, found: Mapping[str, float], gradient_norm: float | None) -> None:
+    def _check_collapse(self, means: Mapping[str, float], gradient_norm: float | None) -> None:
         if self._guard is None:
             warmup = self.args.get_warmup_steps(self.state.max_steps)
             self._guard = CollapseGuard(self.model.train_group_size, warmup, self.args.stop_on_collapse)
-        # Shares in the group are compared by these alone, and scores that say nothing give ln(group).
-        compares_shares = "contrastive" if not self.model.method.original else "original"
-        is_share = not self.model.method.original or self.model.distill_loss == "ce"
+        # Only these terms compare the softmax over the group: for equal scores they are ln(group).
+        softmax_term = "contrastive" if not self.model.method.original else "original"
+        has_softmax = not self.model.method.original or self.model.distill_loss == "ce"
         exits = {}
         for layer in self.model.config.exit_layers:
-            terms = [value for name, value in found.items() if name.startswith(f"loss_layer_{layer}_")]
-            chance = found[f"loss_layer_{layer}_{compares_shares}"] if is_share else None
-            exits[layer] = ExitState(sum(terms), found[f"layer_{layer}_spread"], chance)
+            terms = [value for name, value in means.items() if name.startswith(f"loss_layer_{layer}_")]
+            chance = means[f"loss_layer_{layer}_{softmax_term}"] if has_softmax else None
+            exits[layer] = ExitState(sum(terms), means[f"layer_{layer}_spread"], chance)
         self._guard.check(self.state.global_step, exits, gradient_norm)
 
     @cached_property
     def _history(self) -> list[dict[str, Any]]:
-        """What had been logged when this part of the run began."""
+        """The log before the run was started or resumed."""
         return list(self.state.log_history)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Whole lists instead of training's groups, and all of them, whatever training drops."""
+        """Return a loader of whole lists. No list is dropped, whatever `dataloader_drop_last` says for training."""
         training = self.data_collator, self.args.dataloader_drop_last
         self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
@@ -191,9 +201,10 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Scores (queries, longest list, exits) and labels (queries, longest list), both PADDING behind a list.
+        """Return scores (queries, longest list, exits) and labels (queries, longest list).
 
-        The list stands second, where `Trainer` pads batches whose longest lists differ.
+        Both are PADDING after the end of a list. Passages are the second dimension, because `Trainer` pads that
+        dimension if the longest lists of batches differ.
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
@@ -204,32 +215,133 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         return None, lists.permute(1, 2, 0).contiguous(), labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # `_save` writes the wrapped model's weights, under its own names.
+        # `_save` writes the weights of the wrapped model, under the names that it has there.
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.model if model is None else model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            # As above: the inherited method looks for the weights of the module around the model.
+            # As above: the inherited method expects the weights of the wrapping module.
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # trainer_state.json comes next: no checkpoint that has it lacks a file of another process.
+        # trainer_state.json is written next: a checkpoint with it has the files of all processes.
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; what a run leaves behind is whole, where its checkpoints may be shards."""
+        """Save as transformers. With FSDP, checkpoints may be sharded, but the final model is whole."""
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # Every process comes here, and the weights of shards have been gathered in the first alone.
+        # Every process calls this, but only the first one has the gathered weights.
         if not self.args.should_save:
             return
         directory = output_dir or self.args.output_dir
         remove_written(directory)
         self.model.save(directory, state_dict)
         self._save_processing_class(directory)
+
+
+class TrainingCost:
+    """Cost of the passes of one process since the run was started or resumed.
+
+    Transformers' own counts, `total_flos` and `num_input_tokens_seen`, have neither lists nor seconds, and depend on
+    neither the setting nor the teaching passes.
+
+    Args:
+        config: configuration of the model.
+        trains_all_weights: True if all weights are trained: their gradients cost as much as a forward pass.
+        full_width_teacher: True if each pass with compression also runs without compression, without gradients.
+        original_teacher: True if each pass also runs the model before training, without gradients.
+    """
+
+    def __init__(
+        self, config: CostWiseConfig, trains_all_weights: bool, full_width_teacher: bool, original_teacher: bool = False
+    ) -> None:
+        self.config = config
+        self.passes = 3 if trains_all_weights else 2
+        self.full_width_teacher = full_width_teacher
+        self.original_teacher = original_teacher
+        self.started = time.monotonic()
+        self.lists = self.tokens = self.operations = 0
+
+    def add(self, packed: PackedBatch, group: int, setting: Setting) -> None:
+        """Count a forward and backward pass over groups of `group` pairs. Adapters are small and left out."""
+        prompt = packed.prompt_lengths[packed.sequences]
+        passage = packed.passage_lengths[packed.sequences]
+        query = packed.sequence_lengths - passage - prompt
+        parts = (query, passage, prompt)
+        shares_prefix = torch.arange(len(query)) % group > 0
+        deepest = (setting.depth,)
+        self.lists += len(query) // group
+        self.tokens += int(packed.sequence_lengths.sum())
+        self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_prefix, read_alone=deepest)
+        if self.original_teacher:
+            self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_prefix)
+        first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
+        if self.full_width_teacher and first is not None:
+            full = Setting(setting.cutoff_layers)
+            self.operations += estimate_flops(
+                self.config, full, *parts, shares_prefix, layers_run=first, read_alone=deepest
+            )
+
+    def totals(self, history: Sequence[Mapping[str, Any]], counts: Tensor) -> dict[str, float]:
+        """Return lists, tokens, floating-point operations and seconds since the first step of the run.
+
+        Args:
+            history: the log before the run was resumed.
+            counts: (3,) values of `counts`, summed over all processes.
+        """
+        logged = (logs for logs in reversed(history) if all(name in logs for name in COSTS))
+        before: Mapping[str, Any] = next(logged, {})
+        spent = [*counts.tolist(), time.monotonic() - self.started]
+        return {name: float(before.get(name, 0)) + value for name, value in zip(COSTS, spent, strict=True)}
+
+    def counts(self, device: torch.device) -> Tensor:
+        """Return lists, tokens and operations of this process since the run was started or resumed, (3,) float64."""
+        return torch.tensor([self.lists, self.tokens, self.operations], dtype=torch.float64, device=device)
+
+
+def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[str, float]:
+    """Return MRR@10 and nDCG@10 of each exit, `layer_{exit}_MRR@10`, and their means over the exits, `MRR@10`.
+
+    Among equal scores, irrelevant passages rank first.
+
+    Args:
+        prediction: scores (queries, longest list, exits) and labels (queries, longest list), 1 on relevant passages.
+
+    Raises:
+        ValueError: if a score is NaN; names its exit, query and passage.
+    """
+    scores, labels = np.asarray(prediction.predictions, dtype=float), np.asarray(prediction.label_ids)
+    is_padding = labels == PADDING
+    unordered = np.argwhere(np.isnan(scores) & ~is_padding[..., None])
+    if len(unordered):
+        query, place, number = unordered[0].tolist()
+        raise ValueError(
+            f"passage {place} of query {query} of the evaluation data (both counted from 0) has the score NaN at layer "
+            f"{exits[number]}, and {len(unordered) - 1} more scores are NaN: the model has diverged. Lower the "
+            "learning rate, or resume from an earlier checkpoint."
+        )
+    metrics: dict[str, float] = {}
+    for number, layer in enumerate(exits):
+        ranked = rank_grades(scores[..., number], labels, is_padding)
+        metrics[f"layer_{layer}_MRR@10"] = float(reciprocal_rank(ranked, 10).mean())
+        metrics[f"layer_{layer}_nDCG@10"] = float(ndcg(ranked, 10).mean())
+    for name in ("MRR@10", "nDCG@10"):
+        metrics[name] = sum(metrics[f"layer_{layer}_{name}"] for layer in exits) / len(exits)
+    return metrics
+
+
+def seed_workers_apart(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Give the loader a random generator for the seeds of its worker processes.
+
+    Otherwise PyTorch's global generator draws these seeds whenever workers start. A resumed run starts persistent
+    workers once more than an uninterrupted run, so its dropout would differ.
+    """
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+    return loader

@@ -1,22 +1,17 @@
-"""Collections in BEIR layout (arXiv 2104.08663), and BM25's candidates and scores for their queries."""
+"""Collections in BEIR layout (arXiv 2104.08663)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from tqdm import tqdm
 
 from flagembedding_matryoshka.text.lines import good_lines, good_rows
 
 logger = logging.getLogger(__name__)
 
-BATCH = 1024
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -110,56 +105,3 @@ def _read_judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
         if len(cells) != 3 or not cells[2].removeprefix("-").isdecimal():
             raise ValueError(f"{path}, line {number}: query-id, corpus-id and a whole score are wanted, got {cells}")
         yield number, cells[0], cells[1], int(cells[2])
-
-
-def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[Sequence[int]]:
-    """For each query the places of BM25's first k texts, those that share no word with it left out.
-
-    Raises:
-        ImportError: if bm25s or PyStemmer is not installed.
-        ValueError: if no text has a word to index.
-    """
-    return map(list, bm25_scored_lists(texts, queries, k))
-
-
-def bm25_scored_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[dict[int, float]]:
-    """Yield {index of a text: BM25's score} for each query, best first, as `bm25_lists`."""
-    index, tokenize = _bm25(texts)
-    for start in tqdm(range(0, len(queries), BATCH), desc="BM25", unit="batch", disable=None):
-        places, scores = index.retrieve(
-            tokenize(queries[start : start + BATCH]), k=min(k, len(texts)), show_progress=False
-        )
-        for row, values in zip(places.tolist(), scores.tolist(), strict=True):
-            yield {place: value for place, value in zip(row, values, strict=True) if value > 0}
-
-
-def bm25_scorer(texts: Sequence[str]) -> Callable[[str], np.ndarray]:
-    """What gives BM25's scores, float32 (texts,), for a query; 0 is that of a text that shares no word with it.
-
-    Raises:
-        ImportError: if bm25s or PyStemmer is not installed.
-        ValueError: if no text has a word to index.
-    """
-    index, tokenize = _bm25(texts)
-
-    def scores(query: str) -> np.ndarray:
-        (words,) = tokenize([query], return_ids=False)
-        return index.get_scores(words) if words else np.zeros(len(texts), dtype=np.float32)
-
-    return scores
-
-
-def _bm25(texts: Sequence[str]) -> tuple[Any, Callable[..., Any]]:
-    """The index and its tokenizer of texts."""
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
-    stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
-    tokenize = partial(bm25s.tokenize, stopwords="en", stemmer=stemmer, show_progress=False)
-    words = tokenize(texts)
-    if not any(words.ids):
-        raise ValueError(f"BM25 finds no word to index in {len(texts)} passages: they hold English stop words at most")
-    index.index(words, show_progress=False)
-    return index, tokenize

@@ -9,7 +9,7 @@ JUDGEMENTS = [("q1", "p2", 1), ("q1", "p5", 2), ("q3", "p6", 1), ("q2", "p1", 1)
 
 @pytest.fixture
 def beir(collection):
-    """A directory: three judged queries, of which BM25 finds nothing for q2."""
+    """A directory with three judged queries. BM25 finds nothing for q2."""
     return collection(judgements=JUDGEMENTS, split="test")
 
 

@@ -3,11 +3,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
-from flagembedding_matryoshka.evaluation.metrics import per_query
-from flagembedding_matryoshka.evaluation.report import compare
-from flagembedding_matryoshka.evaluation.settings import by_width
-from flagembedding_matryoshka.evaluation.store import Result
-from flagembedding_matryoshka.evaluation.table import table
+from flagembedding_matryoshka.evaluation.comparison import compare
+from flagembedding_matryoshka.evaluation.measure import sort_by_width
+from flagembedding_matryoshka.evaluation.report.tables import settings_table
+from flagembedding_matryoshka.evaluation.results import Result
+from flagembedding_matryoshka.evaluation.runs import per_query
 from flagembedding_matryoshka.setting import Setting
 from tests.encoders import save_bi_encoder
 
@@ -62,14 +62,14 @@ def test_baselines_are_compared_with_the_full_network(candidates):
     alone, _ = compare(results, FULL)
     assert compared[0].p_value >= alone[0].p_value
 
-    text = table(compared, beside, {0.5: HALF, 0.6: HALF, 1.0: FULL})
+    text = settings_table(compared, beside, {0.5: HALF, 0.6: HALF, 1.0: FULL})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert [row[0] for row in rows[2:]] == ["BM25's first 6, as given", "random order", "3 layers", "6 layers"]
     assert rows[0][-1] == "budget" and [row[-1] for row in rows[2:]] == ["", "", "0.5, 0.6", "1"]
-    assert "budget" not in table(compared, beside)
+    assert "budget" not in settings_table(compared, beside)
 
 
 def test_settings_of_a_width_stand_beside_each_other():
     narrow = Setting(3, (2,), 2)
     cascade = Setting(6, cascade=((3, 0.5),))
-    assert by_width([HALF, FULL, narrow, cascade, HALF]) == [HALF, FULL, cascade, narrow]
+    assert sort_by_width([HALF, FULL, narrow, cascade, HALF]) == [HALF, FULL, cascade, narrow]

@@ -1,7 +1,20 @@
-import pytest
+import logging
 
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, from_run, sample_queries
-from flagembedding_matryoshka.text.collections import Collection, bm25_scorer, read_collection
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from flagembedding_matryoshka.evaluation.candidates import (
+    Candidates,
+    Halves,
+    chooses,
+    from_bm25,
+    from_run,
+    sample_queries,
+    take,
+)
+from flagembedding_matryoshka.mining.retrievers import bm25_scorer
+from flagembedding_matryoshka.text.collections import Collection, read_collection
 from tests.collection import CORPUS, QUERIES
 
 LINES = ["q1 Q0 p3 1 9.5 bm25", "q3 Q0 p4 1 2 bm25", "", "q1 Q0 p1 2 11 bm25", "q2 Q0 p7 1 -1e3 bm25"]
@@ -84,12 +97,15 @@ def test_a_run_is_ordered_by_score(beir, run):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([*LINES, "q1 Q0 p2 3 1.0"], r"bm25.trec, line 6: query, Q0, passage, .* got \['q1', 'Q0', 'p2', '3', '1.0'\]"),
+        (
+            [*LINES, "q1 Q0 p2 3 1.0"],
+            r"bm25.trec, line 6: must be query, Q0, passage, .* got \['q1', 'Q0', 'p2', '3', '1.0'\]",
+        ),
         ([*LINES, "q1 Q0 p2 3 high bm25"], r"bm25.trec, line 6: .* a finite score .*'high'"),
         ([*LINES, "q1 Q0 p2 3 nan bm25"], r"bm25.trec, line 6: .* a finite score .*'nan'"),
         ([*LINES, "q1 Q0 p99 3 1 bm25"], r"bm25.trec, line 6: the collection has no passage 'p99'"),
         ([*LINES, "q9 Q0 p1 3 1 bm25"], r"bm25.trec, line 6: the collection has no query 'q9'"),
-        ([*LINES, "q1 Q0 p1 3 1 bm25"], r"bm25.trec, line 6: passage 'p1' is there twice for query 'q1'"),
+        ([*LINES, "q1 Q0 p1 3 1 bm25"], r"bm25.trec, line 6: query 'q1' has the passage 'p1' twice"),
         (LINES[:1], r"bm25.trec has no candidates for 2 judged queries, such as 'q3'"),
     ],
 )
@@ -113,14 +129,14 @@ def test_without_any_candidate_nothing_is_ranked(collection):
 
 
 def test_an_id_that_a_run_cannot_name_is_refused():
-    with pytest.raises(ValueError, match="the id 'a b' holds white space"):
+    with pytest.raises(ValueError, match="the id 'a b' has white space"):
         Candidates(Collection({"a b": "x"}, {"q": "x"}, {"q": {"a b": 1}}), {"q": ["a b"]}, "mine")
 
 
-def test_portions_hold_every_query_once_and_no_more_lists_than_needed(candidates):
-    assert list(candidates.portions(["q1", "q3", "q2"], 6)) == [["q1"], ["q3", "q2"]]
-    assert list(candidates.portions(["q1", "q2", "q3"], 7)) == [["q1", "q2", "q3"]]
-    assert list(candidates.portions(["q2"], 7)) == []
+def test_batches_hold_every_query_once_and_no_more_lists_than_needed(candidates):
+    assert list(candidates.batches(["q1", "q3", "q2"], 6)) == [["q1"], ["q3", "q2"]]
+    assert list(candidates.batches(["q1", "q2", "q3"], 7)) == [["q1", "q2", "q3"]]
+    assert list(candidates.batches(["q2"], 7)) == []
 
 
 @pytest.mark.parametrize(
@@ -138,3 +154,35 @@ def test_the_fingerprint_is_of_all_that_results_depend_on(candidates, beir, coll
     changed = read_collection(collection(split="test", **{"judgements": judgements} | change), "test")
     assert from_bm25(changed, 6).fingerprint() != candidates.fingerprint()
     assert from_bm25(read_collection(beir, "test"), 5).fingerprint() != candidates.fingerprint()
+
+
+ids = st.lists(st.integers(0, 9999).map(str), unique=True, max_size=40)
+
+
+@given(ids)
+def test_every_query_is_in_one_half(queries):
+    halves = Halves.of(queries)
+    assert sorted(halves.choosing + halves.held_out) == list(range(len(queries)))
+    assert all(chooses(query) for query in take(queries, halves.choosing))
+    assert not any(chooses(query) for query in take(queries, halves.held_out))
+
+
+@given(ids, st.data())
+def test_a_query_stays_in_its_half_whatever_is_sampled_with_it(queries, data):
+    some = data.draw(st.lists(st.sampled_from(queries), unique=True)) if queries else []
+    assert set(take(some, Halves.of(some).choosing)) <= set(take(queries, Halves.of(queries).choosing))
+
+
+def test_they_are_about_equal():
+    assert 460 < len(Halves.of(map(str, range(1000))).choosing) < 540
+
+
+def test_few_queries_are_warned_of_and_none_are_refused(caplog):
+    with caplog.at_level(logging.WARNING):
+        Halves(tuple(range(25)), tuple(range(25, 50))).check()
+        assert not caplog.records
+        Halves((0, 1), (2,)).check()
+    assert "2 queries choose and 1 are held out: with fewer than 25" in caplog.text
+    for halves in (Halves((0,), ()), Halves((), (0,))):
+        with pytest.raises(ValueError, match="by the hashes of their ids: both halves need a query"):
+            halves.check()

@@ -5,16 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from flagembedding_matryoshka.evaluation import measuring
+from flagembedding_matryoshka.evaluation import measure
 from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given, at_random, by_bi_encoder
-from flagembedding_matryoshka.evaluation.fusion import fuse_orders, measure_fusion, report_fusion
-from flagembedding_matryoshka.evaluation.halves import Halves
-from flagembedding_matryoshka.evaluation.measuring import evaluate, evaluate_fused
-from flagembedding_matryoshka.evaluation.metrics import in_order, per_query, ranking
+from flagembedding_matryoshka.evaluation.candidates import Halves
+from flagembedding_matryoshka.evaluation.fusion import WeightChoice, compare_fusion, fuse_orders, measure_fusion
+from flagembedding_matryoshka.evaluation.measure import measure_fused_settings, measure_settings
+from flagembedding_matryoshka.evaluation.report.tables import fusion_table, orders_table, weights_table
+from flagembedding_matryoshka.evaluation.results import Result, Store, conditions
+from flagembedding_matryoshka.evaluation.runs import first_stage_run, fuse_runs, in_order, per_query, ranking
 from flagembedding_matryoshka.evaluation.significance import holm, paired_p_value
-from flagembedding_matryoshka.evaluation.store import Result, Store, conditions
-from flagembedding_matryoshka.evaluation.table import fusion_table, orders_table, weights_table
-from flagembedding_matryoshka.evaluation.weighting import WeightChoice, first_stage_run, fuse_runs
 from flagembedding_matryoshka.setting import Setting
 from tests.encoders import save_bi_encoder
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HALF, FULL, CASCADE = Setting(3), Setting(6), Setting(6, cascade=((3, 0.5),))
 SETTINGS = [HALF, FULL, CASCADE]
 COSTS = (4, 10)
-"""Pairs that are timed, and the rank of recall."""
+"""timed_pairs and recall_at."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def measured(reranker, tmp_path_factory):
         key = candidates.fingerprint()
         if key not in found:
             store = Store(tmp_path_factory.mktemp("measured"), conditions(reranker, candidates, *COSTS))
-            found[key] = evaluate(reranker, candidates, SETTINGS, store, *COSTS), store
+            found[key] = measure_settings(reranker, candidates, SETTINGS, store, *COSTS), store
         return found[key]
 
     return results
@@ -46,13 +45,13 @@ def test_exits_are_fused_from_measured_scores(reranker, candidates, measured, mo
 
     results, store = measured(candidates)
     with monkeypatch.context() as patched:
-        patched.setattr(measuring, "score_exits", second_pass)
-        patched.setattr(measuring, "tokenize", second_pass)
-        fused = evaluate_fused(reranker, candidates, results[:2], store, 0.8, *COSTS)
+        patched.setattr(measure, "score_exits", second_pass)
+        patched.setattr(measure, "tokenize", second_pass)
+        fused = measure_fused_settings(reranker, candidates, results[:2], store, 0.8, *COSTS)
     for plain, found in zip(results[:2], fused, strict=True):
         run = fuse_runs(candidates, store.run(plain.setting), [(first_stage_run(candidates), 0.8)])
         assert found == replace(plain, per_query=per_query(candidates, run, 10))
-    again = evaluate(
+    again = measure_settings(
         *(reranker, candidates, [HALF, FULL], Store(store.directory / "again", store.conditions), *COSTS), fusion=0.8
     )
     assert [item.per_query for item in again] == [item.per_query for item in fused]
@@ -61,7 +60,7 @@ def test_exits_are_fused_from_measured_scores(reranker, candidates, measured, mo
 @pytest.mark.parametrize("setting", [FULL, CASCADE])
 def test_a_fused_setting_ranks_as_the_re_ranker_does(reranker, candidates, measured, setting):
     results, store = measured(candidates)
-    fused = dict(zip(SETTINGS, evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS), strict=True))
+    fused = dict(zip(SETTINGS, measure_fused_settings(reranker, candidates, results, store, 5.0, *COSTS), strict=True))
     rankings = {}
     for query, passages in candidates.passages.items():
         hits = reranker.rank(
@@ -78,7 +77,7 @@ def test_a_fused_setting_ranks_as_the_re_ranker_does(reranker, candidates, measu
 
 def test_a_fused_cascade_is_stored_beside_the_plain_one(reranker, candidates, measured):
     results, store = measured(candidates)
-    evaluate_fused(reranker, candidates, results, store, 5.0, *COSTS)
+    measure_fused_settings(reranker, candidates, results, store, 5.0, *COSTS)
     assert store.run(CASCADE) != Store(store.directory / "fused", {}).run(CASCADE)
     assert store.load(CASCADE) == results[2]
 
@@ -86,11 +85,11 @@ def test_a_fused_cascade_is_stored_beside_the_plain_one(reranker, candidates, me
 def test_a_fused_cascade_is_measured_once_for_each_weight_and_first_stage(reranker, candidates, measured, monkeypatch):
     results, store = measured(candidates)
     ran = []
-    cascade_run = measuring.cascade_run
-    monkeypatch.setattr(measuring, "cascade_run", lambda *given: ran.append(given) or cascade_run(*given))
+    run_cascade = measure.run_cascade
+    monkeypatch.setattr(measure, "run_cascade", lambda *given: ran.append(given) or run_cascade(*given))
     others = {query: [-score for score in scores] for query, scores in candidates.first_stage.items()}
     again = [
-        evaluate_fused(reranker, given, results, store, weight, *COSTS)
+        measure_fused_settings(reranker, given, results, store, weight, *COSTS)
         for given, weight in (
             (candidates, 0.3),
             (candidates, 0.3),
@@ -103,17 +102,17 @@ def test_a_fused_cascade_is_measured_once_for_each_weight_and_first_stage(rerank
 
 def test_a_weight_of_zero_runs_nothing(candidates, measured):
     results, store = measured(candidates)
-    assert evaluate_fused(None, candidates, results, store, 0.0, *COSTS) == results
+    assert measure_fused_settings(None, candidates, results, store, 0.0, *COSTS) == results
 
 
 def lists_of(count):
-    """What a report asks of candidates: queries."""
+    """Candidates with nothing but queries."""
     return SimpleNamespace(passages={f"q{number}": [] for number in range(count)})
 
 
 @pytest.fixture
 def report():
-    """Of 40 queries: fusion helps the full network, and hardly the shallower one."""
+    """40 queries, for which fusion helps the full network much and the shallower exit little."""
     draw = np.random.default_rng(0)
     first, half, full = draw.random((3, 40))
 
@@ -124,7 +123,7 @@ def report():
     fused = [result(HALF, half + 0.01 * draw.normal(size=40), 5e8), result(FULL, full + 0.1 + 0.05 * draw.random(40))]
     choice = WeightChoice((0.5,), {(0.0,): 0.4, (0.5,): 0.6})
     first_stage = Baseline("BM25's first 6, as given", {"nDCG@10": list(first)})
-    return report_fusion(lists_of(40), choice, plain, fused, FULL, first_stage), plain, fused, first
+    return compare_fusion(lists_of(40), choice, plain, fused, FULL, first_stage), plain, fused, first
 
 
 def test_changes_are_measured_on_the_held_out_half(report):
@@ -146,7 +145,7 @@ def test_changes_are_measured_on_the_held_out_half(report):
         low, high = item.fused.interval
         assert low < item.fused.mean < high
         tests[before.setting] = holm([paired_p_value(values[1], other) for other in (values[0], first[places])])
-    # The tests of the full network are corrected for each other alone, whatever else is measured.
+    # The two tests of the full network are a family, whatever else is measured.
     for item in found.settings:
         p_values = [item.against_plain.p_value, item.against_first_stage.p_value]
         assert p_values == pytest.approx(tests[item.result.setting])
@@ -157,8 +156,8 @@ def test_other_settings_are_tested_together(report):
     found, plain, fused, _ = report
     more = [replace(item, setting=Setting(depth)) for depth in (4, 5) for item in plain[:1]]
     first_stage = Baseline("x", {"nDCG@10": [0.5] * 40})
-    many = report_fusion(lists_of(40), found.choice, [*plain, *more], [*fused, *more], FULL, first_stage)
-    few = report_fusion(lists_of(40), found.choice, plain, fused, FULL, first_stage)
+    many = compare_fusion(lists_of(40), found.choice, [*plain, *more], [*fused, *more], FULL, first_stage)
+    few = compare_fusion(lists_of(40), found.choice, plain, fused, FULL, first_stage)
     assert many.settings[1] == few.settings[1]
     assert many.settings[0].against_first_stage.p_value > few.settings[0].against_first_stage.p_value
     assert [item.result.setting.depth for item in many.settings] == [3, 6, 4, 5]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.evaluation import halves, measuring
+from flagembedding_matryoshka.evaluation import measure
 from flagembedding_matryoshka.evaluation.__main__ import main
-from flagembedding_matryoshka.evaluation.weighting import WEIGHTS
+from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
 from flagembedding_matryoshka.inference.calibration import from_json
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
@@ -20,7 +20,7 @@ SETTINGS = ["--cutoff_layers", "3", "6", "--compress_layers", "2", "--compress_r
 
 @pytest.fixture
 def model(tiny_layerwise_path, tmp_path):
-    """A copy that a plan may be written beside."""
+    """A copy of the model, into whose directory a plan may be written."""
     path = tmp_path / "model"
     path.mkdir()
     for file in tiny_layerwise_path.iterdir():
@@ -30,8 +30,8 @@ def model(tiny_layerwise_path, tmp_path):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    """Pictures take most of the time."""
-    monkeypatch.setattr("flagembedding_matryoshka.evaluation.__main__.plot", lambda stage, title, path: None)
+    """Do not draw plots, which take most of the time."""
+    monkeypatch.setattr("flagembedding_matryoshka.evaluation.report.files.plot", lambda report, title, path: None)
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_what_is_measured_is_not_measured_again(evaluate, monkeypatch):
     def measured_again(*arguments, **options):
         raise AssertionError("measured again")
 
-    for name in ("score_exits", "cascade_run", "speed_and_memory"):
-        monkeypatch.setattr(measuring, name, measured_again)
+    for name in ("score_exits", "run_cascade", "speed_and_memory"):
+        monkeypatch.setattr(measure, name, measured_again)
     assert json.loads((evaluate() / "results.json").read_text()) == first
 
 
@@ -200,7 +200,7 @@ def test_first_stages_of_one_name_are_refused(evaluate, tmp_path, capsys):
     run = lines_of(tmp_path / "dense.trec", [0, 2])
     with pytest.raises(SystemExit):
         evaluate("--run", run, "--run", run)
-    assert "--run names files by what they are called, and dense is there twice" in capsys.readouterr().err
+    assert "--run names files by their name without its suffix, and dense is given twice" in capsys.readouterr().err
 
 
 def test_the_plan_says_which_queries_chose_and_what_the_others_say(evaluate, model):
@@ -215,7 +215,7 @@ def test_the_plan_says_which_queries_chose_and_what_the_others_say(evaluate, mod
 
 
 def test_a_half_without_queries_is_refused_before_anything_is_measured(evaluate, model, monkeypatch):
-    monkeypatch.setattr(halves, "chooses", lambda query: True)
+    monkeypatch.setattr("flagembedding_matryoshka.evaluation.candidates.chooses", lambda query: True)
     with pytest.raises(ValueError, match="3 queries choose and 0 are held out"):
         evaluate("--write_plan")
     assert not (model / PLAN_NAME).exists()
@@ -242,7 +242,7 @@ def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, 
 
 def test_candidates_without_a_relevant_one_are_refused_before_anything_is_measured(evaluate, tmp_path):
     run = lines_of(tmp_path / "poor.trec", [4, 6])
-    with pytest.raises(ValueError, match="none are relevant: there is nothing to calibrate by"):
+    with pytest.raises(ValueError, match="none are relevant: a calibration needs"):
         evaluate("--calibrate", "--run", run)
     assert not (tmp_path / "output").exists()
 
@@ -307,7 +307,7 @@ def test_fusion_without_scores_is_refused_before_measuring(evaluate, tmp_path, m
     run.write_text("".join(f"q{query} Q0 p{number} 1 1 x\n" for query in (1, 2, 3) for number in (0, 4)))
     with pytest.raises(ValueError, match=r"the first 100 of same\.trec: --fusion needs the first stage's scores"):
         evaluate("--run", str(run), "--fusion")
-    monkeypatch.setattr(halves, "chooses", lambda query: True)
+    monkeypatch.setattr("flagembedding_matryoshka.evaluation.candidates.chooses", lambda query: True)
     with pytest.raises(ValueError, match="3 queries choose and 0 are held out"):
         evaluate("--fusion")
     assert not (tmp_path / "output").exists()

@@ -4,7 +4,7 @@ from docstrings import Pair, Split
 
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.evaluation.__main__ import build_parser
-from flagembedding_matryoshka.evaluation.settings import grid
+from flagembedding_matryoshka.evaluation.measure import grid
 from flagembedding_matryoshka.text.collections import read_collection
 from tests.shipped import needs_smollm2
 

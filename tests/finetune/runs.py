@@ -1,4 +1,4 @@
-"""Short trainings of tiny models, and what comes out of them."""
+"""Helpers: short trainings of tiny models, and the scores of their checkpoints."""
 
 import os
 import subprocess

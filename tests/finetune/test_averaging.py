@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.finetune.averaging import SavedSteps
+from flagembedding_matryoshka.finetune.callbacks import SavedSteps
 from tests.finetune.runs import close, command_line, run_command, runner, scores_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""Every backbone learns: with adapters, with all weights, in 4 bits; what is written scores as what was trained."""
+"""Every backbone is trained with adapters, with all weights and in 4 bits; the saved model scores as the trained one."""
 
 import pytest
 import torch

@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 
-from flagembedding_matryoshka.finetune.checkpoints import is_complete, newest_complete, resolve
+from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, is_complete, newest_complete
 
 
 @pytest.fixture
 def output_dir(tmp_path):
-    """Checkpoints of steps 2, 9 and 10; the last was cut off while its last file was written, 11 before that."""
+    """Checkpoints of steps 2, 9 and 10; the writing of 10 stopped within its last file, that of 11 before it."""
     for step in (2, 9, 10, 11):
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()
@@ -27,16 +27,19 @@ def test_a_checkpoint_cut_off_is_never_taken_for_a_good_one(output_dir):
 
 
 def test_what_can_be_asked_for(output_dir):
-    assert resolve(None, output_dir) is resolve("False", output_dir) is None
-    assert resolve("True", output_dir) == resolve("last", output_dir) == str(output_dir / "checkpoint-9")
-    assert resolve(str(output_dir / "checkpoint-2"), output_dir) == str(output_dir / "checkpoint-2")
+    assert find_checkpoint(None, output_dir) is find_checkpoint("False", output_dir) is None
+    assert [find_checkpoint(name, output_dir) for name in ("True", "last")] == [str(output_dir / "checkpoint-9")] * 2
+    assert find_checkpoint(str(output_dir / "checkpoint-2"), output_dir) == str(output_dir / "checkpoint-2")
 
 
 def test_without_a_checkpoint_the_run_starts_anew(tmp_path):
-    assert resolve("last", tmp_path) is None
-    assert resolve("last", tmp_path / "never made") is None
+    assert find_checkpoint("last", tmp_path) is None
+    assert find_checkpoint("last", tmp_path / "never made") is None
 
 
 def test_asking_for_one_that_was_cut_off_names_a_good_one(output_dir):
-    with pytest.raises(ValueError, match=r"checkpoint-10 is no complete checkpoint.*beside it: .*checkpoint-9"):
-        resolve(str(output_dir / "checkpoint-10"), output_dir)
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-10 is not a complete checkpoint.*newest .* in .*: .*checkpoint-9",
+    ):
+        find_checkpoint(str(output_dir / "checkpoint-10"), output_dir)

@@ -12,13 +12,13 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
-from flagembedding_matryoshka.finetune.hard_negatives import main as mine_hard_negatives
+from flagembedding_matryoshka.mining.negatives import main as mine_hard_negatives
 from tests.tiny_base import TINY_BASE
 
 
 @pytest.fixture
 def cranfield(shared_data, tmp_path):
-    """Its 225 queries, the first 150 to train on."""
+    """The 225 queries of Cranfield; the first 150 are for training."""
     source, directory = shared_data / "cranfield", tmp_path / "cranfield"
     (directory / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl"):
@@ -58,7 +58,7 @@ def test_every_exit_learns_to_rank_held_out_queries(cranfield, base_with_random_
                 *("--negatives", str(negatives), "--first", "1", "--last", "100"),
             ]
         )
-    # One relevant passage a list keeps MRR@10 far from its ceiling.
+    # With one relevant passage per list MRR@10 stays far from 1.
     rows = [json.loads(line) for line in files["test"].read_text().splitlines()]
     lists = [{**row, "pos": [random.Random(0).choice(row["pos"])]} for row in rows]
     files["test"].write_text("".join(json.dumps(row) + "\n" for row in lists))

@@ -18,14 +18,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def stage1(training_file, tmp_path_factory):
-    """Adapters that move scores by more than four bits do."""
+    """Adapters that change scores by more than the quantization to four bits does."""
     path = tmp_path_factory.mktemp("four_bits") / "stage1"
     runner(TINY_BASE, training_file, path, {"start_layer": 2}, max_steps=4, learning_rate=1e-2).run()
     return path
 
 
 def in_four_bits(start, stage1, training_file, output_dir, **training):
-    """A run over the merged adapters: they are the model, or are merged first."""
+    """A run on top of adapters, which are the model, or are merged first."""
     model, model_args = (stage1, {}) if start == "directory" else (TINY_BASE, {"start_layer": 2})
     if start == "raw_peft":
         model_args["raw_peft"] = [str(stage1)]
@@ -91,5 +91,5 @@ def test_what_learns_over_merged_adapters_in_four_bits_is_found_again(start, sta
     loaded = MatryoshkaReranker(str(output_dir), dtype="float32", devices="cpu")
     written = scores_of(loaded)
     trained = scores_in_memory(run, loaded)
-    # What is loaded has the base in full, what learnt had it in four bits.
+    # The base of the loaded model has full precision; in training it had four bits.
     assert (written - trained).abs().mean() < 0.3 * (trained - before).abs().mean()

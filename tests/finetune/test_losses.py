@@ -28,7 +28,7 @@ def layer_wise_loss(*args, **options):
 
 
 def slow_loss(name, student, full, data, original):
-    """The table of the reference, a term at a time."""
+    """The reference's definition of each method, term by term."""
     total = 0.0
     deepest_first, full = student.flip(0), full.flip(0)
     for i, exit_scores in enumerate(deepest_first):
@@ -116,9 +116,9 @@ def test_the_loss_is_a_choice(scores):
 @pytest.mark.parametrize(
     ("name", "missing", "message"),
     [
-        ("distill_last_layer", "full", r"full_width scores must be \(10, 3, 4\), got none"),
-        ("distill_final_layer_teacher", "data", r"data_scores must be \(3, 4\), got none"),
-        ("self_distill", "original", r"original_scores must be \(3, 4\), got none"),
+        ("distill_last_layer", "full", r"full_width must have the shape \(10, 3, 4\), got none"),
+        ("distill_final_layer_teacher", "data", r"data_scores must have the shape \(3, 4\), got none"),
+        ("self_distill", "original", r"original_scores must have the shape \(3, 4\), got none"),
     ],
 )
 def test_missing_teachers_are_named(name, missing, message, scores):

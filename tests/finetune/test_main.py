@@ -1,8 +1,9 @@
 import shlex
 
 import pytest
+import yaml
 
-from flagembedding_matryoshka.finetune.__main__ import build_parser
+from flagembedding_matryoshka.finetune.__main__ import build_parser, read_config
 
 # The example of FlagEmbedding's guide for its layer-wise re-ranker, without --deepspeed, which needs that package.
 FLAG_EMBEDDING = """
@@ -49,3 +50,28 @@ def test_resuming_needs_no_value(training_file, tmp_path):
     ):
         training = build_parser().parse_args_into_dataclasses([*words, *more])[2]
         assert training.resume_from_checkpoint == expected
+
+
+def test_arguments_come_from_a_file_and_the_command_line_replaces_them(training_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    values = {
+        "model_name_or_path": "m", "train_data": [str(training_file)], "output_dir": str(tmp_path), "exits": [2, 4],
+        "learning_rate": 1e-3, "use_lora": False, "template": None, "max_steps": 7,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    words = read_config(["--max_steps", "3", "--config", str(config), "--exits", "6"])
+    model, data, training = build_parser().parse_args_into_dataclasses(words)
+    assert (model.use_lora, model.exits, model.template, data.train_data) == (False, [6], None, [str(training_file)])
+    assert (training.learning_rate, training.max_steps) == (1e-3, 3)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert read_config(["--max_steps", "3"]) == ["--max_steps", "3"]
+
+
+@pytest.mark.parametrize(("text", "fault"), [("a: [", "is not YAML"), ("- a", r"must be a mapping .* got \['a'\]")])
+def test_a_file_without_arguments_is_named(text, fault, tmp_path):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"--config .*run\.yaml {fault}"):
+        read_config(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
+        read_config(["--config", str(tmp_path / "missing.yaml")])

@@ -1,4 +1,4 @@
-"""What fine-tuning writes replaces what an earlier run left in its output_dir."""
+"""Fine-tuning replaces the files of an earlier run in its output_dir."""
 
 import shutil
 
@@ -64,12 +64,12 @@ def test_a_resumed_run_keeps_its_checkpoints_and_replaces_what_the_first_wrote(
 @pytest.mark.parametrize("place", ["", "merged_model"])
 def test_adapters_do_not_replace_what_they_are_loaded_with(place, tiny_raw_model_path, training_file, tmp_path):
     base = shutil.copytree(tiny_raw_model_path, tmp_path / "out" / place)
-    with pytest.raises(ValueError, match=r"output_dir=.*out is where .* lies, which the new adapters need"):
+    with pytest.raises(ValueError, match=r"output_dir=.*out would replace .*, which the new adapters are"):
         runner(base, training_file, tmp_path / "out", {"start_layer": 2})
     first = tmp_path / "first"
     runner(tiny_raw_model_path, training_file, first, {"start_layer": 2}).run()
     for model, more in ((first, {}), (tiny_raw_model_path, {"start_layer": 2, "raw_peft": [str(first)]})):
-        with pytest.raises(ValueError, match=r"output_dir=.*first is where .*first lies"):
+        with pytest.raises(ValueError, match=r"output_dir=.*first would replace .*first"):
             runner(model, training_file, first, more)
 
 

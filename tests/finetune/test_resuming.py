@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from flagembedding_matryoshka.finetune.resuming import DataOrder
+from flagembedding_matryoshka.finetune.callbacks import DataOrder
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer
 from tests.finetune.runs import runner
 

@@ -73,7 +73,10 @@ MATRICES = "down_proj, embed_tokens, gate_proj, k_proj, linear_head, o_proj, q_p
         ({"target_modules": ["proj", "qkv_proj", "k_proj"]}, f"has no proj, qkv_proj. It has {MATRICES}."),
         ({"target_modules": ["self_attn"]}, f"has no self_attn. It has {MATRICES}."),
         ({"target_modules": ["lm_head"]}, f"has no lm_head. It has {MATRICES}."),
-        ({"target_modules": [r"q_proj|k_proj"]}, "matches the whole name of no linear module, as 'lm_head.2.linear_he"),
+        (
+            {"target_modules": [r"q_proj|k_proj"]},
+            "matches the whole name of no linear module, such as 'lm_head.2.linear_he",
+        ),
         ({"modules_to_save": ["norm", "score"]}, "modules_to_save: a mistral re-ranker has no score. It has down_proj"),
         (
             {"modules_to_save": ["lm_head"]},
@@ -133,7 +136,7 @@ def write_adapter(kind, base, path):
 
 @pytest.mark.parametrize("kind", ["language model", "grown", "classifier"])
 def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
-    """It is merged before the heads are made, and again when what was learnt is loaded; it cannot go on learning."""
+    """It is merged before the heads are initialised, and when the trained model is loaded; it cannot be continued."""
     adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
     options = {"dtype": "float32", "devices": "cpu", "template": "cost_wise"}
     expected = scores_of(MatryoshkaReranker(adapter, **options))
@@ -226,7 +229,7 @@ def test_an_exit_weighs_what_it_is_given(tiny_raw_model_path, training_file, tmp
         batch = run.data_collator([run.train_dataset[item] for item in range(4)])
         losses[tuple(weights)] = run.model.train()(**batch).loss.item()
     assert losses[2.0, 3.0] == pytest.approx(2 * losses[1.0, 0.0] + 3 * losses[0.0, 1.0], rel=1e-5)
-    with pytest.raises(ValueError, match=r"exit_weights \[1\.0\] must be one for each of the exits \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"exit_weights are \[1\.0\], but must be one for each exit: \[2, 5\]"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {"exits": [2, 5]}, exit_weights=[1.0])
 
 
@@ -449,7 +452,7 @@ def test_lists_of_different_lengths_are_evaluated_and_the_best_checkpoint_is_wha
         load_best_model_at_end=True,
     )
     assert (run.training_args.metric_for_best_model, run.training_args.greater_is_better) == ("nDCG@10", True)
-    # Whichever is best, here it is the first: what is written last differs from it.
+    # The first checkpoint is made the best, so that it differs from the last one.
     run.training_args.metric_for_best_model, run.training_args.greater_is_better = "eval_step", False
     metrics = run.trainer.compute_metrics
     run.trainer.compute_metrics = lambda found: metrics(found) | {"step": run.trainer.state.global_step}
@@ -482,7 +485,7 @@ def test_all_lists_are_evaluated_whatever_training_drops(tiny_raw_model_path, tr
 
 
 def test_evaluation_without_checkpoints_is_refused(tiny_raw_model_path, training_file, tmp_path):
-    with pytest.raises(ValueError, match="nothing would be evaluated"):
+    with pytest.raises(ValueError, match="set one of them, or leave eval_data out"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {}, {"eval_data": [str(training_file)]})
     best = {"load_best_model_at_end": True, "save_strategy": "steps"}
     with pytest.raises(ValueError, match="load_best_model_at_end=True need eval_data"):
@@ -509,11 +512,11 @@ def test_a_run_that_learns_nothing_can_be_stopped(
     options = {"learning_rate": 1e-9, "max_steps": 4, "logging_steps": 1, "train_method": train_method}
     model_args = {"start_layer": 6, "head_scale": 1e-6}
     runner(tiny_raw_model_path, training_file, tmp_path / "out", model_args, **options).run()
-    assert caplog.text.count("After 2 steps no exit tells passages apart") == 1
+    assert caplog.text.count("After 2 steps every exit gives equal scores") == 1
     stopped = runner(
         tiny_raw_model_path, training_file, tmp_path / "stopped", model_args, stop_on_collapse=True, **options
     )
-    with pytest.raises(TrainingCollapsedError, match="after 2 steps no exit tells passages apart"):
+    with pytest.raises(TrainingCollapsedError, match="after 2 steps every exit gives equal scores"):
         stopped.run()
     assert stopped.trainer.state.global_step == 2
 
@@ -521,7 +524,7 @@ def test_a_run_that_learns_nothing_can_be_stopped(
 def test_a_loss_that_is_no_number_is_told_though_it_is_not_logged(tiny_raw_model_path, training_file, tmp_path, caplog):
     options = {"learning_rate": 1e30, "max_steps": 3, "logging_steps": 1, "max_grad_norm": 0.0}
     runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}, **options).run()
-    assert caplog.text.count("the loss of the exits [5, 6] is no number") == 1
+    assert caplog.text.count("the loss of the exits [5, 6] is not finite") == 1
 
 
 def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
@@ -549,17 +552,20 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
     ("options", "message"),
     [
         ({"train_method": "distil"}, "train_method is 'distil', but must be one of"),
-        ({"compress_ratios": [3]}, r"compress_ratios \[3\] must be drawn from"),
+        ({"compress_ratios": [3]}, r"compress_ratios are \[3\], but must be among"),
         ({"compress_ratios": [2, 4]}, r"compress_ratios \[2, 4\] need compress_layers"),
         (
             {"finetune_type": "layer", "compress_layers": [2], "compress_ratios": [1, 2]},
-            r"without compression, got \[1, 2",
+            r"without compression, but compress_ratios are \[1, 2",
         ),
         (
             {"finetune_type": "token", "compress_layers": [2], "compress_ratios": [1]},
-            r"token trains an adapter for one ratio above 1, got \[1\]",
+            r"token trains an adapter for one ratio above 1, but compress_ratios are \[1\]",
         ),
-        ({"finetune_type": "token", "compress_layers": [2], "compress_ratios": [2, 4]}, r"got \[2, 4\]"),
+        (
+            {"finetune_type": "token", "compress_layers": [2], "compress_ratios": [2, 4]},
+            r"compress_ratios are \[2, 4\]",
+        ),
         ({"finetune_type": "token"}, r"compress_ratios \[2\] need compress_layers"),
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"finetune_type": "width"}, "finetune_type is 'width'"),
@@ -579,11 +585,11 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
     [
         ({"padding_side": "left"}, "padding_side is 'left'"),
         ({"loss_type": "hidden"}, "loss_type is 'hidden'"),
-        ({"head_multi": False}, "head_multi=False"),
+        ({"head_multi": False}, "head_multi is False"),
         ({"head_type": "complex"}, "head_type is 'complex'"),
         ({"use_lora": False, "load_in_4bit": True}, "load_in_4bit=True contradicts use_lora=False"),
-        ({"layer_wise": False}, "layer_wise=False"),
-        ({"config_name": "x"}, "config_name='x'"),
+        ({"layer_wise": False}, "layer_wise is False"),
+        ({"config_name": "x"}, "config_name is 'x'"),
         ({"model_type": "encoder"}, "model_type is 'encoder'"),
         ({"use_lora": False, "from_peft": "x"}, "use_lora=False contradicts"),
     ],
@@ -620,7 +626,7 @@ def test_flash_attention_is_refused_where_it_cannot_run(tiny_raw_model_path, tra
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_deepspeed_is_named_where_it_is_missing(tiny_raw_model_path, training_file, tmp_path):
-    with pytest.raises(ImportError, match=r"deepspeed=stage1\.json needs the package of that name"):
+    with pytest.raises(ImportError, match=r"deepspeed=stage1\.json needs the package deepspeed"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", deepspeed="stage1.json")
 
 
@@ -634,7 +640,7 @@ def test_an_output_directory_can_be_protected(tiny_raw_model_path, training_file
     (tmp_path / "out").mkdir()
     runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
     (tmp_path / "out" / "model").touch()
-    with pytest.raises(ValueError, match="out is not empty, and overwrite_output_dir=False"):
+    with pytest.raises(ValueError, match="out is not empty, and overwrite_output_dir is False"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
 
 
@@ -646,9 +652,9 @@ def test_insisting_on_a_kind_of_checkpoint(tiny_raw_model_path, training_file, t
 def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_model_path, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}))
-    with pytest.raises(ValueError, match=r"plain\.jsonl, line 1: pos_scores is missing.*: normal"):
+    with pytest.raises(ValueError, match=r"plain\.jsonl, line 1: pos_scores is missing.*--train_method normal"):
         runner(tiny_raw_model_path, path, tmp_path / "out", train_method="distill_fix_layer_teacher")
-    with pytest.raises(ValueError, match=r"knowledge_distillation=True, but train_method normal reads no"):
+    with pytest.raises(ValueError, match=r"knowledge_distillation=True, but train_method normal uses no"):
         MatryoshkaRunner(
             MatryoshkaModelArguments(model_name_or_path=str(tiny_raw_model_path)),
             MatryoshkaDataArguments(train_data=[str(path)], knowledge_distillation=True),

@@ -1,4 +1,4 @@
-"""Elastic without labels: the model as it was loaded teaches its exits and widths."""
+"""Training without labels: the model before training teaches its exits and widths."""
 
 import json
 
@@ -25,7 +25,7 @@ def lists(training_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_exit(tiny_layerwise_path, tmp_path_factory):
-    """A re-ranker with its deepest exit alone."""
+    """A re-ranker with a single exit, the deepest."""
     path = tmp_path_factory.mktemp("one_exit")
     MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu").export(str(path), cutoff_layers=[6])
     return path
@@ -129,7 +129,7 @@ def test_a_raw_model_keeps_the_scale_of_its_scores(tiny_raw_model_path, lists, t
 
 @pytest.mark.parametrize("model_args", [{"use_lora": False}, {"from_peft": "somewhere"}])
 def test_without_adapters_to_switch_off_there_is_no_teacher(model_args, one_exit, lists, tmp_path):
-    with pytest.raises(ValueError, match="train_method self_distill learns from the model as it was loaded"):
+    with pytest.raises(ValueError, match="train_method self_distill learns from the model without adapters"):
         distil(one_exit, lists, tmp_path / "out", model_args)
 
 

@@ -1,4 +1,4 @@
-"""Two processes with shards against one with the same global batch."""
+"""Two processes with sharded weights against one process with the same global batch."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.finetune import MatryoshkaRerankerModel
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
-from flagembedding_matryoshka.finetune.sharding import whole_while_loading
+from flagembedding_matryoshka.finetune.sharding import unsharded_loading
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARDED = str(Path(__file__).with_name("sharded.py"))
@@ -66,7 +66,7 @@ def train(tiny_raw_model_path, training_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(train):
-    """What one process writes, by what is trained."""
+    """The output directories of one process, with adapters and with all weights."""
     return {weights: train(torchrun(1, *PRODUCT), 1, *weights) for weights in (ADAPTERS, ALL_WEIGHTS)}
 
 
@@ -188,6 +188,6 @@ def test_fsdp_takes_the_model_that_learns(layerwise_model, tiny_tokenizer):
 def test_parts_that_would_never_be_put_together_are_refused():
     zero = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=zero))
-    message = r"has no .*stage3_gather_16bit_weights_on_model_save: true"
-    with pytest.raises(ValueError, match=message), whole_while_loading(args):
+    message = r"needs .*stage3_gather_16bit_weights_on_model_save: true"
+    with pytest.raises(ValueError, match=message), unsharded_loading(args):
         pass

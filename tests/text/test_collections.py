@@ -1,6 +1,7 @@
 import pytest
 
-from flagembedding_matryoshka.text.collections import bm25_lists, read_collection
+from flagembedding_matryoshka.mining.retrievers import bm25_lists
+from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import CORPUS
 
 

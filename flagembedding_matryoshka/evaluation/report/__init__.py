@@ -1,0 +1,1 @@
+"""Reports of an evaluation: Markdown tables, JSON, an HTML page and a plot."""

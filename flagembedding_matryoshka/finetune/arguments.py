@@ -1,0 +1,421 @@
+"""Arguments of fine-tuning, on top of FlagEmbedding's: of the model, the data and the training."""
+
+# No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
+
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
+from typing import Any, Literal, TypeVar
+
+from FlagEmbedding.abc.finetune.reranker import (
+    AbsRerankerDataArguments,
+    AbsRerankerModelArguments,
+    AbsRerankerTrainingArguments,
+)
+
+from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
+from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
+from flagembedding_matryoshka.finetune.rows import training_files
+from flagembedding_matryoshka.setting import COMPRESS_RATIOS
+
+BEST_METRIC = "nDCG@10"
+"""Measure of the best checkpoint, by default."""
+Arguments = TypeVar("Arguments")
+
+
+@dataclass
+class MatryoshkaModelArguments(AbsRerankerModelArguments):
+    """Arguments of the model, its exits and its adapters.
+
+    Raises:
+        ValueError: on a value that the model cannot use, and on contradicting values.
+    """
+
+    model_type: str = field(
+        default="decoder",
+        metadata={
+            "help": "decoder accepts any checkpoint; from_raw_model and from_finetuned_model refuse the other kind."
+        },
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text around query and passage, by name or as a JSON file. Default: the template that the model "
+            "was trained with; for a raw model, the template of the published models."
+        },
+    )
+    layer_wise: bool = field(default=True, metadata={"help": "Train a scoring head per exit; must be True."})
+    start_layer: int | None = field(
+        default=None, metadata={"help": "Shallowest exit of a raw model, in decoder layers. Default: 4."}
+    )
+    layer_sep: int | None = field(
+        default=None, metadata={"help": "Decoder layers between neighbouring exits of a raw model. Default: 1."}
+    )
+    exits: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Exits of a raw model, if they are not evenly spaced. Layers above the last exit are not loaded. "
+            "For a layer-wise model: its new exits. The last one must be its deepest exit, and new heads start as a "
+            "copy of that exit's head. Default: start_layer and layer_sep for a raw model, the model's own exits "
+            "otherwise."
+        },
+    )
+    max_layer: int | None = field(
+        default=None,
+        metadata={"help": "Layers above this one are not loaded. Default: all layers up to the deepest exit."},
+    )
+    head_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the vocabulary row of Yes, with which the scoring heads of a raw model are initialised. "
+            "1, as in the paper, gives scores so large that the first loss is above that of chance. Default: 0.1, with "
+            "self_distill 1."
+        },
+    )
+    use_lora: bool = field(default=True, metadata={"help": "Train LoRA adapters; False trains all weights."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=64, metadata={"help": "The adapters are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules with an adapter: names, a single regular expression, or all-linear. Default: all linear "
+            "modules of the decoder's layers, and linear_head, the scoring heads."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules whose weights are trained and saved as a whole. Default: none."}
+    )
+    from_peft: str | None = field(
+        default=None, metadata={"help": "Adapter to continue training. Default: a new adapter."}
+    )
+    raw_peft: list[str] | None = field(
+        default=None, metadata={"help": "Adapters to merge into the model before training, in order. Default: none."}
+    )
+    save_merged_lora_model: bool = field(
+        default=False, metadata={"help": "Also write output_dir/merged_model, with the adapters merged."}
+    )
+    use_flash_attn: bool = field(
+        default=False,
+        metadata={
+            "help": "Refuse to train without PyTorch's FlashAttention kernel. It needs a GPU and --bf16 or --fp16, and "
+            "is used wherever it runs, also without this argument."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Store the frozen weights in 4 bits (NF4) while adapters are trained (QLoRA); needs bitsandbytes."
+        },
+    )
+    head_multi: bool = field(
+        default=True, metadata={"help": "FlagEmbedding's layer-wise argument; must be True: every exit has a head."}
+    )
+    head_type: Literal["simple"] = field(
+        default="simple",
+        metadata={"help": "FlagEmbedding's layer-wise argument; must be simple: a head is one linear map."},
+    )
+    padding_side: Literal["right"] = field(
+        default="right", metadata={"help": "The reference's argument; must be right. No batch is padded."}
+    )
+    loss_type: Literal["only logits"] = field(
+        default="only logits",
+        metadata={"help": "The reference's argument; must be 'only logits': distillation compares scores."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ("decoder", "from_raw_model", "from_finetuned_model"):
+            raise ValueError(
+                f"model_type is {self.model_type!r}, but must be decoder, from_raw_model or from_finetuned_model."
+            )
+        if not self.layer_wise:
+            raise ValueError(
+                "layer_wise is False, but must be True: use FlagEmbedding's own fine-tuning for a single head."
+            )
+        if self.padding_side != "right":
+            raise ValueError(f"padding_side is {self.padding_side!r}, but no batch is padded: leave it out.")
+        if self.loss_type != "only logits":
+            raise ValueError(f"loss_type is {self.loss_type!r}, but must be 'only logits'.")
+        if not self.head_multi:
+            raise ValueError("head_multi is False, but must be True: every exit has a head.")
+        if self.head_type != "simple":
+            raise ValueError(f"head_type is {self.head_type!r}, but must be 'simple', one linear map.")
+        if self.load_in_4bit and not self.use_lora:
+            raise ValueError("load_in_4bit=True contradicts use_lora=False: weights in 4 bits cannot be trained.")
+        if self.load_in_4bit and find_spec("bitsandbytes") is None:
+            raise ImportError("load_in_4bit=True needs the package bitsandbytes: pip install bitsandbytes")
+        if self.config_name is not None:
+            raise ValueError(
+                f"config_name is {self.config_name!r}, but the checkpoint's configuration is used: leave it out."
+            )
+        if self.head_scale is not None and not self.head_scale > 0:
+            raise ValueError(
+                f"head_scale is {self.head_scale}, but must be above 0: a head of zeros has no gradient for the layers."
+            )
+        if not self.use_lora and (self.from_peft is not None or self.save_merged_lora_model):
+            raise ValueError("use_lora=False contradicts from_peft and save_merged_lora_model: there is no adapter.")
+
+
+@dataclass
+class MatryoshkaDataArguments(AbsRerankerDataArguments):
+    """Arguments of the training data and of the sequence that a pair becomes.
+
+    Raises:
+        FileNotFoundError: if a file or directory does not exist.
+        ValueError: if no training data is named, a file's name is not that of JSON Lines, or a value is out of range.
+    """
+
+    query_instruction_for_rerank: str | None = field(
+        default=None, metadata={"help": "Text before a query. Default: the template's."}
+    )
+    passage_instruction_for_rerank: str | None = field(
+        default=None, metadata={"help": "Text before a passage. Default: the template's."}
+    )
+    sep_token: str | None = field(
+        default=None, metadata={"help": "Text after the query and after the passage. Default: the template's."}
+    )
+    query_max_len: int = field(
+        default=32,
+        metadata={
+            "help": "Tokens of a query. The templates cost_wise, gemma2-lightweight, minicpm and bge-gemma count its "
+            "instruction too; any other template comes on top."
+        },
+    )
+    passage_max_len: int = field(
+        default=192,
+        metadata={
+            "help": "Tokens of a passage. With the templates cost_wise, gemma2-lightweight, minicpm and bge-gemma, the "
+            "whole sequence is truncated to query_max_len + passage_max_len; any other template comes on top."
+        },
+    )
+
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "FlagEmbedding's argument, without effect: no batch is padded."}
+    )
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files or directories as in train_data. At each checkpoint every exit ranks their lists, MRR@10 "
+            "and nDCG@10 are logged, and the best checkpoint is kept. Default: no evaluation."
+        },
+    )
+    random_negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of a group's negatives that are passages of other rows of the same file, drawn again each "
+            "epoch. They differ from each other, from the query and from all passages of the row. Their teacher score "
+            f"is the row's lowest minus {RANDOM_MARGIN:g}. With 1, neg may be empty. Use them if the loss of a small "
+            "model stays at chance because all mined negatives are too hard."
+        },
+    )
+    skip_bad_lines: bool = field(
+        default=False, metadata={"help": "Leave out lines with a fault and log their number, instead of stopping."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.train_data:
+            raise ValueError("train_data is empty: name one or more JSON Lines files, or directories of them.")
+        paths: str | list[str] = self.train_data
+        self.train_data: list[str] = training_files([paths] if isinstance(paths, str) else paths)
+        if self.eval_data is not None:
+            self.eval_data = training_files(self.eval_data)
+        super().__post_init__()
+        if self.max_len != AbsRerankerDataArguments.max_len:
+            raise ValueError(f"max_len={self.max_len} has no effect: use query_max_len and passage_max_len.")
+        if self.train_group_size < 2:
+            raise ValueError(
+                f"train_group_size is {self.train_group_size}, but must be at least 2: a positive and a negative."
+            )
+        if not 0 <= self.random_negatives <= 1:
+            raise ValueError(f"random_negatives is {self.random_negatives}, but must be a share from 0 to 1.")
+
+
+@dataclass
+class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
+    """Arguments of the training method and of the settings to train, and all of transformers' `TrainingArguments`.
+
+    Raises:
+        ImportError: if DeepSpeed is asked for and not installed.
+        ValueError: on a value out of range, and on contradicting values.
+    """
+
+    # The defaults of train_method, learning_rate and compress_ratios depend on finetune_type: __post_init__ sets them.
+    train_method: TrainMethodName = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "Teacher of an exit, in addition to the labels: the next deeper exit (last_layer), the deepest "
+            "exit (final_layer), every 8th exit (fix_layer), the teacher scores in the data (teacher); or, without "
+            "labels, the model before training (self_distill). Default: distill_fix_layer_teacher, with finetune_type "
+            "normal."
+        },
+    )
+    distill_loss: DistillLoss = field(
+        default="ce",
+        metadata={
+            "help": "Loss between an exit's scores and its teacher's: of the softmax over the group (ce, kl), or of "
+            "raw scores (mse, margin_mse)."
+        },
+    )
+    exit_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights of the exits' losses, from the shallowest to the deepest. Default: 1 for each."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Search for weights without a gradient. There are none: every exit is trained in every step."
+        },
+    )
+    learning_rate: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to resume. Without a value: the newest complete checkpoint in output_dir, if there is "
+            "one. Default: a new run.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=True, metadata={"help": "False refuses an output_dir with files in it, unless the run is resumed."}
+    )
+    compress_layers: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Layers after which the passage may be compressed. Each one compresses in half of the steps. "
+            "Default: none."
+        },
+    )
+    compress_ratios: list[int] = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "Compression ratios; each step draws one. 1 is no compression. Default: 1 2 4 8, with "
+            "finetune_type layer 1, with finetune_type token 2."
+        },
+    )
+    finetune_type: Literal["layer", "token"] | None = field(
+        default=None,
+        metadata={
+            "help": "Train a compensation adapter, the paper's second stage: layer compensates for missing layers, at "
+            "full width; token compensates for compression, at one ratio. The adapter's configuration stores it, and "
+            "scoring applies the adapter accordingly. Default: the first stage."
+        },
+    )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop the run with an error if all exits rank at chance long after the warm-up, a loss is not "
+            "finite, or the gradients explode. Without it a warning is logged."
+        },
+    )
+    average_last: int = field(
+        default=1,
+        metadata={
+            "help": "Write the mean of the weights of this many states: the final state and the last checkpoints "
+            "before it. save_total_limit must be at least this number; with eval_data, at least one more."
+        },
+    )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps in which the learning rate rises. Default: warmup_steps."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log. Each step then waits for the device."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.warmup_ratio is not None:
+            if self.warmup_steps or not 0 <= self.warmup_ratio < 1:
+                raise ValueError(
+                    f"warmup_ratio is {self.warmup_ratio}, but must be in [0, 1), and without warmup_steps."
+                )
+            # transformers 5 has no warmup_ratio and reads a fraction in warmup_steps as the ratio.
+            self.warmup_steps: float = self.warmup_ratio
+        if self.deepspeed is not None and find_spec("deepspeed") is None:
+            raise ImportError(f"deepspeed={self.deepspeed} needs the package deepspeed: pip install deepspeed")
+        if self.load_best_model_at_end:
+            evaluate_checkpoints(self)
+        compensates = self.finetune_type is not None
+        if self.train_method is None:
+            self.train_method = "normal" if compensates else "distill_fix_layer_teacher"
+        if self.learning_rate is None:
+            self.learning_rate = 2e-5 if compensates else 2e-4
+        if self.compress_ratios is None:
+            self.compress_ratios = {None: list(COMPRESS_RATIOS), "layer": [1], "token": [2]}.get(self.finetune_type, [])
+        has_own = self.accelerator_config is not None
+        super().__post_init__()
+        if not has_own:
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        if self.train_method not in TRAIN_METHODS:
+            raise ValueError(f"train_method is {self.train_method!r}, but must be one of {list(TRAIN_METHODS)}.")
+        if self.distill_loss not in DISTILL_LOSSES:
+            raise ValueError(f"distill_loss is {self.distill_loss!r}, but must be one of {list(DISTILL_LOSSES)}.")
+        if self.finetune_type not in (None, "layer", "token"):
+            raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
+        if self.exit_weights is not None and not all(weight >= 0 for weight in self.exit_weights):
+            raise ValueError(f"exit_weights are {self.exit_weights}, but must be at least 0.")
+        unknown = [ratio for ratio in self.compress_ratios if ratio not in COMPRESS_RATIOS]
+        if unknown or not self.compress_ratios:
+            raise ValueError(f"compress_ratios are {self.compress_ratios}, but must be among {list(COMPRESS_RATIOS)}.")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: start a process for each GPU with torchrun "
+                f"--nproc_per_node {self.n_gpu}, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}, which needs items of one known length: "
+                "use random, which distributes the rows of a step to the processes by length, or sequential."
+            )
+        if self.sub_batch_size is not None:
+            raise ValueError(f"sub_batch_size={self.sub_batch_size} is not supported: use gradient_accumulation_steps.")
+        if self.finetune_type == "layer" and max(self.compress_ratios) > 1:
+            raise ValueError(
+                f"finetune_type=layer trains without compression, but compress_ratios are {self.compress_ratios}: use "
+                "1."
+            )
+        if self.finetune_type == "token" and (len(self.compress_ratios) > 1 or 1 in self.compress_ratios):
+            raise ValueError(
+                f"finetune_type=token trains an adapter for one ratio above 1, but compress_ratios are "
+                f"{self.compress_ratios}: train an adapter for each ratio."
+            )
+        if 1 not in self.compress_ratios and not self.compress_layers:
+            raise ValueError(
+                f"compress_ratios {self.compress_ratios} need compress_layers, the layers after which to compress."
+            )
+
+
+def evaluate_checkpoints(args: Any) -> None:
+    """Set `TrainingArguments` to evaluate at every checkpoint and to keep the best one by nDCG@10.
+
+    Values that the user has set stay. transformers' default measure is a loss, which the evaluation does not have.
+    """
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
+    if args.eval_strategy == "no":
+        args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps
+
+
+def convert_arguments(ours: type[Arguments], given: Any) -> Arguments:
+    """Convert an argument object of FlagEmbedding's to one of our classes.
+
+    Values that differ from FlagEmbedding's default are kept. All others get our default.
+
+    Raises:
+        ValueError: if a value is set that our class has no argument for.
+    """
+    if isinstance(given, ours):
+        return given
+    names = {item.name for item in fields(ours) if item.init}  # type: ignore[arg-type]
+    changed = {}
+    for item in fields(given):
+        value = getattr(given, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if item.init and value != default:
+            changed[item.name] = value
+    unknown = {name: value for name, value in changed.items() if name not in names}
+    if unknown:
+        raise ValueError(f"{type(given).__name__} sets {unknown}, but {ours.__name__} has no such argument.")
+    return ours(**changed)

@@ -1,0 +1,96 @@
+"""Training rows: their columns, their faults, and how files of them are written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from flagembedding_matryoshka.files import replacing
+
+RowKind = Literal["labels", "scores", "passages"]
+"""Kind of a training row: "labels" has positives and negatives, "scores" has teacher scores too, "passages" has
+passages without labels."""
+INSTRUCTIONS = {
+    "prompt": "prompt",
+    "query_prompt": "query_instruction",
+    "passage_prompt": "passage_instruction",
+    "instruction": "instruction",
+}
+"""Optional columns of a row to the fields of its template. The first three are FlagEmbedding's and replace the field's
+text. `instruction` is inserted at the template's place for an instruction."""
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSON Lines, all of them or no file, and return their number. A missing directory is created.
+
+    Raises:
+        IsADirectoryError: if `path` is a directory.
+    """
+    count = 0
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def row_fault(row: dict[str, Any], kind: RowKind, min_negatives: int = 1) -> str | None:
+    """Return the fault of a row, None for a valid row.
+
+    Args:
+        row: a row of a training file.
+        kind: the kind that training needs.
+        min_negatives: least length of `neg`, 0 or 1. 0 is for groups whose negatives are all drawn from other rows: an
+            empty `neg` needs no `neg_scores`, and `passages` may have a single passage.
+    """
+    if not isinstance(row.get("query"), str):
+        return f"query must be a string, got {row.get('query')!r:.200}"
+    for name in INSTRUCTIONS:
+        if not isinstance(row.get(name), str | None):
+            return f"{name} must be a string where it is given, got {row[name]!r:.200}"
+    if kind == "passages" and "passages" in row:
+        return _texts_fault(row, "passages", 1 + min_negatives)
+    for name, least in (("pos", 1), ("neg", min_negatives)):
+        if fault := _texts_fault(row, name, least):
+            return (
+                fault
+                if kind != "passages"
+                else f"{fault}; or passages, a list of at least {('one', 'two')[min_negatives]}"
+            )
+        if kind != "passages" and (fault := _scores_fault(row, name, kind)):
+            return fault
+    return None
+
+
+def _texts_fault(row: dict[str, Any], name: str, least: int) -> str | None:
+    texts = row.get(name)
+    if isinstance(texts, list) and len(texts) >= least and all(isinstance(text, str) for text in texts):
+        return None
+    wanted = ("strings", "at least one string", "at least two strings")[least]
+    return f"{name} must be a list of {wanted}, got {texts!r:.200}"
+
+
+def _scores_fault(row: dict[str, Any], name: str, kind: RowKind) -> str | None:
+    scores, wanted = row.get(f"{name}_scores"), len(row[name])
+    if scores is None:
+        if kind == "labels" or not wanted:
+            return None
+        return (
+            f"{name}_scores is missing. `flagembedding-matryoshka teach` adds scores, and --train_method normal trains "
+            "without them"
+        )
+    if not isinstance(scores, list) or len(scores) != wanted:
+        return f"{name}_scores must be a list of {wanted} numbers, one for each of {name}, got {scores!r:.200}"
+    if not all(map(_is_finite, scores)):
+        return f"{name}_scores must be numbers, got {scores!r:.200}"
+    return None
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    except OverflowError:
+        return False

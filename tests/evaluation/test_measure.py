@@ -1,0 +1,70 @@
+import sys
+
+import psutil
+import pytest
+
+from flagembedding_matryoshka import CostWiseMistralConfig
+from flagembedding_matryoshka.evaluation.measure import grid, peak_memory
+from flagembedding_matryoshka.setting import Setting
+
+CONFIG = CostWiseMistralConfig(num_hidden_layers=6, layer_wise=True, start_layer=2, layer_sep=1)
+
+
+def test_without_a_wish_every_exit_is_measured():
+    assert grid(CONFIG) == [Setting(depth) for depth in (2, 3, 4, 5, 6)]
+
+
+def test_the_full_network_and_the_full_width_are_always_there():
+    assert grid(CONFIG, [4], [3], [2]) == [Setting(4), Setting(6), Setting(4, (3,), 2)]
+
+
+def test_a_depth_that_a_ratio_does_not_reach_is_left_out():
+    settings = grid(CONFIG, [3, 4, 6], [4, 3], [1, 4])
+    assert settings == [Setting(3), Setting(4), Setting(6), Setting(4, (3, 4), 4), Setting(6, (3, 4), 4)]
+
+
+def test_cascades_end_at_the_deepest_asked_for_and_their_exits_are_measured():
+    settings = grid(CONFIG, [5], [3], [2], [{4: 0.2, 2: 0.5}])
+    stages = ((2, 0.5), (4, 0.2))
+    assert settings == [
+        *(Setting(depth) for depth in (2, 4, 5, 6)),
+        Setting(5, (), 1, stages),
+        *(Setting(depth, (3,), 2) for depth in (4, 5)),
+        Setting(5, (3,), 2, stages),
+    ]
+
+
+def test_nothing_is_measured_twice():
+    settings = grid(CONFIG, [6, 6, 3], [2, 2], [1, 2, 2], [{3: 0.5}, {3: 0.5}])
+    assert len(settings) == len(set(settings)) == 6
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"cutoff_layers": [1]}, r"cutoff_layers \[1\] have no head. This model's exits are \[2, 3, 4, 5, 6\]"),
+        ({"compress_layers": [9]}, r"compress_layers \[9\] do not exist"),
+        ({"compress_layers": [3], "compress_ratios": [3]}, r"compress_ratio is 3, but must be one of \[1, 2, 4, 8\]"),
+        ({"compress_ratios": [2]}, r"compress_ratio=2 needs compress_layers"),
+        ({"cascades": [{1: 0.5}]}, r"cutoff_layers \[1\] have no head|drops candidates after layer 1"),
+        ({"cascades": [{3: 1.5}]}, r"keeps 1.5 of all candidates after layer 3"),
+        ({"cutoff_layers": [3], "cascades": [{4: 0.5}]}, r"drops candidates after layer 4, .* one of \[2\]"),
+    ],
+)
+def test_what_the_model_cannot_run_is_refused(wish, message):
+    with pytest.raises(ValueError, match=message):
+        grid(CONFIG, **wish)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets its high-water mark")
+def test_what_was_freed_again_counts():
+    before = psutil.Process().memory_info().rss
+    size = 256 * 2**20
+    peak = peak_memory(lambda: bytearray(b"\x01") * size, ["cpu"])
+    assert peak == pytest.approx(before + size, rel=0.1)
+
+
+def test_workers_are_processes_of_their_own():
+    done = []
+    assert peak_memory(lambda: done.append(True), ["cpu", "cpu"]) is None
+    assert done
