@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.arguments import add_candidates, add_cascades, add_dtype, add_scoring, positive
 from flagembedding_matryoshka.evaluation.weighting import WEIGHTS
+from flagembedding_matryoshka.inference.arguments import program
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 
@@ -20,7 +21,7 @@ python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_la
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m flagembedding_matryoshka.evaluation",
+        prog=program("flagembedding_matryoshka.evaluation"),
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
