@@ -41,7 +41,7 @@ def add_reranker(
     """
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     about = explanations(MatryoshkaReranker)
-    group.add_argument("--model", required=True, help=_as_help(about["model_name_or_path"]))
+    group.add_argument("--model", required=True, help=as_help(about["model_name_or_path"]))
     for name in [name for name in _options(MatryoshkaReranker) if name not in without] if names is None else names:
         _add(group, MatryoshkaReranker.__init__, name, about[name], (more_names or {}).get(name))
 
@@ -134,7 +134,7 @@ def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, ot
     """Add an option for a parameter. If the command line does not give it, the namespace lacks it."""
     default = inspect.signature(function).parameters[name].default
     hint = get_type_hints(function)[name]
-    text = _as_help(about if default in (None, False) else f"{about} (default: {default})")
+    text = as_help(about if default in (None, False) else f"{about} (default: {default})")
     names = [f"--{other}" for other in (other_name, name) if other is not None]
     parser.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text, **_kind(hint))
     if {bool, str} <= set(_parts(hint)):
@@ -142,7 +142,7 @@ def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, ot
         parser.add_argument(f"--no-{name}", action="store_false", **no)
 
 
-def _as_help(about: str) -> str:
+def as_help(about: str) -> str:
     """Return a docstring's explanation as argparse's help. In place of None an option is left out."""
     return re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about).replace("%", "%%")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.cli import job
+from flagembedding_matryoshka.cli import work
 from flagembedding_matryoshka.cli.rank import main as rank
 from flagembedding_matryoshka.cli.score import main as score
 from tests.cli.conftest import TEXTS, Desk
@@ -37,7 +37,7 @@ def with_own(row, instruction):
 
 @pytest.fixture(params=[4096, 7], ids=["one window", "several windows"])
 def windows(request, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", request.param)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", request.param)
 
 
 @pytest.mark.usefixtures("windows")

@@ -197,7 +197,7 @@ def test_health_asks_a_model_that_failed(reranker, monkeypatch):
         ({"query": "q", "texts": ["t", None]}, "body.texts.1: Input should be a valid string"),
         ({"query": "q", "documents": [{"title": "t"}]}, r"object with a string 'text', got the keys \['title'\]"),
         ({"query": "q", "documents": ["t"], "top_n": 0}, "body.top_n: Input should be greater than or equal to 1"),
-        ({"query": "q", "documents": ["t"], "cutof_layers": 3}, "'cutof_layers' is unknown: do you mean 'cutoff_layers'"),
+        ({"query": "q", "documents": ["t"], "cutof_layers": 3}, "'cutof_layers' is unknown: do you mean 'cutoff"),
         ({"query": "q", "texts": ["t"], "truncation_direction": "Up"}, "body.truncation_direction: .*'right'"),
         ({"query": "q", "texts": ["t"], "cutoff_layers": True}, "body.cutoff_layers"),
         ({"query": "q", "texts": ["t"], "cutoff_layers": 7}, r"cutoff_layers \[7\] have no head.*\[2, 3, 4, 5, 6\]"),

@@ -12,7 +12,7 @@ from tests.collection import CORPUS
             {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
             r"corpus\.jsonl, line 2: an object with the strings _id and",
         ),
-        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object is wanted, got \[1\]"),
+        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: a row must be a JSON object, got \[1\]"),
         ({"corpus": [CORPUS[2], '{"_id": "x", "text": "\\ud83d"}']}, r"corpus\.jsonl, line 2: half a surrogate pair"),
         (
             {"corpus": [CORPUS[2], {"_id": "x", "text": 3}]},
