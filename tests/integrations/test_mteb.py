@@ -159,7 +159,7 @@ def test_what_a_plan_chooses_is_what_is_measured(tiny_layerwise_path, tmp_path):
     [
         ({"cutoff_layers": 9}, ValueError, r"cutoff_layers \[9\] have no head"),
         ({"cutof_layers": 3}, TypeError, r"unknown arguments \['cutof_layers'\]"),
-        ({"normalize": True}, ValueError, r"\['normalize'\] would change nothing"),
+        ({"normalize": True}, ValueError, r"\['normalize'\] would not change what mteb measures"),
     ],
 )
 def test_options_are_checked_at_once(reranker, options, error, message):
