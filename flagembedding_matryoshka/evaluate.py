@@ -3,9 +3,8 @@
     python -m flagembedding_matryoshka.evaluate --dataset_dir DIR --embedder_name_or_path … \\
         --reranker_name_or_path output
 
-The arguments are those of `python -m FlagEmbedding.evaluation.custom`, which this runs; `--reranker_name_or_path` may
-be any of our checkpoints. For settings side by side, see `python -m flagembedding_matryoshka.evaluation`, which is
-`flagembedding-matryoshka evaluate`.
+The arguments are those of `python -m FlagEmbedding.evaluation.custom`. `--reranker_name_or_path` may be any Matryoshka
+checkpoint. `flagembedding-matryoshka evaluate`, or `python -m flagembedding_matryoshka.evaluation`, compares settings.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from flagembedding_matryoshka.registry import register
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, evaluate.
+    """Evaluate by the arguments of a command line.
 
     Args:
-        arguments: None is the process's own.
+        arguments: the arguments; None is `sys.argv`.
     """
     parser = HfArgumentParser((CustomEvalArgs, CustomEvalModelArgs))
     eval_args, model_args = parser.parse_args_into_dataclasses(list(arguments) if arguments is not None else None)

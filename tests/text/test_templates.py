@@ -79,11 +79,11 @@ def test_words_around_the_texts():
         ({"query_format": "{} {} {"}, ValueError, "query_format must have"),
         ({"head_tokens": 3}, ValueError, "head_tokens must be one word or two"),
         ({"head_tokens": [""]}, ValueError, "head_tokens must be one word or two"),
-        ({3: "x", "sufix": "x"}, ValueError, r"a template has no \[3, 'sufix'\]"),
-        ({"prompt": None}, TypeError, "a template's prompt must be text, got None"),
+        ({3: "x", "sufix": "x"}, ValueError, r"a template has no fields \[3, 'sufix'\]"),
+        ({"prompt": None}, TypeError, "a template's prompt must be a string, got None"),
         ({"head_tokens": "yes"}, ValueError, "head_tokens must be one word or two, or token ids, in a list, got 'yes'"),
         ({"head_tokens": []}, ValueError, "head_tokens must be one word or two"),
-        ({"sufix": "x"}, ValueError, r"a template has no \['sufix'\]; it has \['before', "),
+        ({"sufix": "x"}, ValueError, r"a template has no fields \['sufix'\]: allowed are \['before', "),
     ],
 )
 def test_what_is_no_template_is_refused(values, error, message):
