@@ -341,7 +341,7 @@ class PairTokenizer:
             beside = used - len(parts.query.ids)
             raise ValueError(
                 f"a query of {len(parts.query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
-                f"the sequence may have {max_length}. Lower query_max_length, or raise max_length."
+                f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
             )
         if len(ids) > room:
             ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True

@@ -10,19 +10,22 @@ from tests.collection import CORPUS
         ({"corpus": [CORPUS[2], "", "{"]}, r"corpus\.jsonl, line 3: not JSON"),
         (
             {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
-            r"corpus\.jsonl, line 2: an object with the strings _id and",
+            r"corpus\.jsonl, line 2: a row must have the strings _id and",
         ),
         ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: a row must be a JSON object, got \[1\]"),
         ({"corpus": [CORPUS[2], '{"_id": "x", "text": "\\ud83d"}']}, r"corpus\.jsonl, line 2: half a surrogate pair"),
         (
             {"corpus": [CORPUS[2], {"_id": "x", "text": 3}]},
-            r"corpus\.jsonl, line 2: an object with the strings _id and",
+            r"corpus\.jsonl, line 2: a row must have the strings _id and",
         ),
         ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
         ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: the _id 'p2' occurs twice"),
         ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: a row must have the strings _id and text"),
         ({"header": "q1\tp2\t1"}, r"train\.tsv, line 1: the header must be \['query-id', .*got \['q1', 'p2', '1'\]"),
-        ({"judgements": [("q1", "p2")]}, r"train\.tsv, line 2: query-id, corpus-id and .* wanted, got \['q1', 'p2'\]"),
+        (
+            {"judgements": [("q1", "p2")]},
+            r"train\.tsv, line 2: a row must be query-id, corpus-id and an int score, got \['q1', 'p2'\]",
+        ),
         (
             {"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]},
             r"train\.tsv, line 3: a row must be query-id, .*an int score.*²",
