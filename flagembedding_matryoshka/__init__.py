@@ -148,7 +148,7 @@ __all__ = [
     "register",
 ]
 
-# transformers and FlagEmbedding take seconds to import: only who asks for what needs them waits for them.
+# transformers and FlagEmbedding take seconds to import, so they are imported when a name is used.
 _MODULES = {
     "MatryoshkaReranker": "inference.reranker",
     "CostWiseHead": "models.causal_lm",

@@ -1,4 +1,4 @@
-"""One command: python -m flagembedding_matryoshka."""
+"""The command flagembedding-matryoshka, as `python -m flagembedding_matryoshka`."""
 
 from flagembedding_matryoshka.cli.main import main
 

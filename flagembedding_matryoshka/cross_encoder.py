@@ -1,6 +1,9 @@
-"""The name under which checkpoints and users find the sentence-transformers CrossEncoder."""
+"""The path under which users and saved checkpoints import the sentence-transformers CrossEncoder."""
 
-from flagembedding_matryoshka.integrations.cross_encoder import MatryoshkaCrossEncoder, load_cross_encoder
-from flagembedding_matryoshka.integrations.sentence_transformers import MatryoshkaModule
+from flagembedding_matryoshka.integrations.sentence_transformers import (
+    MatryoshkaCrossEncoder,
+    MatryoshkaModule,
+    load_cross_encoder,
+)
 
 __all__ = ["MatryoshkaCrossEncoder", "MatryoshkaModule", "load_cross_encoder"]

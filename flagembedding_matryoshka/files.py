@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` once it is complete; its directory is made where it is missing.
+    """Yield a path to write to, which becomes `path` when the context is left. A missing directory is made.
 
     Raises:
-        IsADirectoryError: if `path` is one.
+        IsADirectoryError: if `path` is a directory.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: name a file")
@@ -27,6 +27,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, all of it or nothing."""
+    """Write `text` in UTF-8, completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

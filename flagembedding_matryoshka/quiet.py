@@ -1,12 +1,12 @@
-"""What other packages say at every start, and is not about the user's data, is not said: imported before they are."""
+"""Filters for messages that other packages log at every start. They do not concern the user. Import this first."""
 
 import logging
 import warnings
 
-SAID_ANYWAY = {
-    # bitsandbytes looks for a faster kernel on CPUs whenever it is imported, which peft does.
+MESSAGES = {
+    # bitsandbytes looks for a faster CPU kernel at each import, and peft imports it.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # It calls bfloat16 "16-bits training: False", and says nothing that the arguments below it do not.
+    # It calls bfloat16 "16-bits training: False". The arguments, which it logs next, are right.
     "FlagEmbedding.abc.finetune.reranker.AbsRunner": "Process rank: ",
 }
 
@@ -15,7 +15,7 @@ def _leave_out(name: str, beginning: str) -> None:
     logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(beginning))
 
 
-for name, beginning in SAID_ANYWAY.items():
+for name, beginning in MESSAGES.items():
     _leave_out(name, beginning)
-# peft asks transformers by a name that transformers has given up.
+# peft uses a name that transformers has deprecated.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

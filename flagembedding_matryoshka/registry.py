@@ -1,4 +1,4 @@
-"""The shipped and the published re-rankers in FlagEmbedding's list of models."""
+"""Registration of the shipped and the published re-rankers in FlagEmbedding's list of models."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ PUBLISHED = (
     *("zerank-1", "zerank-1-small", "zerank-2", "mxbai-rerank-base-v2", "mxbai-rerank-large-v2"),
     *(f"ctxl-rerank-v2-instruct-multilingual-{size}" for size in ("1b", "2b", "6b")),
 )
-"""Spelled as they were published."""
+"""The published names, with their spelling."""
 INSTEAD = {
     "bge-reranker-v2.5-gemma2-lightweight": LightWeightFlagLLMReranker,
     "bge-reranker-v2-minicpm-layerwise": LayerWiseFlagLLMReranker,
 }
-"""Published re-rankers to FlagEmbedding's own class for them, in whose place ours goes."""
+"""Published re-rankers with FlagEmbedding's own class for them, which `register` replaces."""
 
 
 def register(*names: str) -> None:
-    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for "smollm2" and the published names, in the
-    place of FlagEmbedding's own classes for two of them.
+    """Let `FlagAutoReranker.from_finetuned` build a `MatryoshkaReranker` for "smollm2" and the published names.
 
-    A second call changes nothing.
+    For two of the names this replaces FlagEmbedding's own classes. A second call has no effect.
 
     Args:
-        names: further ones, as FlagEmbedding knows a model by the last part of its path: `register("output")` is for a
-            directory of that name. (Its `model_class` is an Enum, which cannot be extended.)
+        names: more names. FlagEmbedding looks up the last component of a model's path: `register("output")` is for a
+            directory called output. (Its `model_class` is an Enum, which cannot be extended.)
 
     Raises:
-        ValueError: if FlagEmbedding has another class for one of the names; then none is registered.
+        ValueError: if FlagEmbedding has another class for one of the names. Then none is registered.
     """
     wanted = (SMOLLM2_NAME, *PUBLISHED, *INSTEAD, *names)
     for name in wanted:
@@ -42,6 +41,8 @@ def register(*names: str) -> None:
             found, ours = (
                 f"{kind.__module__}.{kind.__qualname__}" for kind in (present.model_class, MatryoshkaReranker)
             )
-            raise ValueError(f"FlagEmbedding has {found} for {name!r}, where {ours} is to be registered.")
+            raise ValueError(
+                f"FlagEmbedding has {found} for {name!r}, so that {ours} cannot be registered: use another name."
+            )
     for name in wanted:
         AUTO_RERANKER_MAPPING[name] = RerankerConfig(MatryoshkaReranker)

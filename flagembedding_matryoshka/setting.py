@@ -15,7 +15,7 @@ Layers = int | Iterable[int] | None
 
 
 class Exits(Protocol):
-    """What a setting asks of a model's configuration."""
+    """The fields of a model's configuration that a setting is checked with."""
 
     num_hidden_layers: int
 
@@ -24,10 +24,10 @@ class Exits(Protocol):
 
 
 def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
-    """`layers`, an int or several, as a tuple; None stays None.
+    """Return `layers` as a tuple; None stays None.
 
     Raises:
-        TypeError: if a value is not an int, or they have no order.
+        TypeError: if a value is not an int, or `layers` is a dict or a set.
     """
     if layers is None:
         return None
@@ -58,7 +58,7 @@ def resolve_alias(compress_layer: Layers, compress_layers: Layers) -> Layers:
 
 
 def share_of(share: float, candidates: int) -> int:
-    """How many a share of so many candidates is, rounded up, as the share is written: 0.07 of 100 is 7.
+    """Return share · candidates, rounded up. The share is exact in decimals, so that 0.07 of 100 is 7.
 
     >>> share_of(0.07, 100), math.ceil(0.07 * 100)
     (7, 8)
@@ -67,7 +67,10 @@ def share_of(share: float, candidates: int) -> int:
 
 
 def as_stages(cascade: Any) -> tuple[tuple[int, float], ...]:
-    """(exit, share) of all stages of a dict or of such pairs, from the shallowest.
+    """Return (exit, share) of each stage of a cascade, the shallowest first.
+
+    Args:
+        cascade: {exit: share}, or such pairs.
 
     Raises:
         TypeError: if an exit is not an int, or a share not a number.
@@ -88,13 +91,14 @@ def as_stages(cascade: Any) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one pass runs. Layers are counted as decoder layers that have run.
+    """Depth, width and cascade of one pass. A layer is the number of decoder layers that have run.
 
     Attributes:
-        cutoff_layers: exits to score at, in the order in which scores are returned.
+        cutoff_layers: exits to score at, in the order of the returned scores.
         compress_layers: layers after which the passage is compressed, ascending, each once.
-        compress_ratio: how many neighbouring passage tokens become one there: 1 (off), 2, 4 or 8.
-        cascade: (exit, share of all candidates that go deeper), from the shallowest; none without a cascade.
+        compress_ratio: number of consecutive passage tokens that become one: 1 (off), 2, 4 or 8.
+        cascade: (exit, share of all candidates that go deeper) of each stage, the shallowest first; empty without a
+            cascade.
 
     An int stands for a list of one, and a dict for the pairs of a cascade.
 
@@ -143,11 +147,11 @@ class Setting:
         return max(self.cutoff_layers)
 
     def compresses_after(self, layer: int) -> bool:
-        """Whether the passage shrinks once `layer` decoder layers have run. Nothing shrinks behind the last exit."""
+        """Return whether the passage is compressed after `layer`. After the last exit nothing is compressed."""
         return self.compress_ratio > 1 and layer < self.depth and layer in self.compress_layers
 
     def kept(self, candidates: int) -> int:
-        """How many of so many candidates reach the end of the cascade, at least one."""
+        """Return the number of candidates that reach the end of the cascade, at least one."""
         return share_of(self.cascade[-1][1], candidates) if self.cascade else candidates
 
     @classmethod
@@ -159,10 +163,10 @@ class Setting:
         compress_ratio: int | None = None,
         cascade: Mapping[int, float] | None = None,
     ) -> Setting:
-        """A request, of which None is the default, checked against the exits and layers that a model has.
+        """Make a setting and check it against the exits and layers of a model. None is the default of an argument.
 
         Args:
-            cutoff_layers: None is the deepest exit alone.
+            cutoff_layers: exits to score at; None is the deepest exit.
 
         Raises:
             TypeError, ValueError: as `Setting`, and ValueError if an exit or layer does not exist.
@@ -181,7 +185,7 @@ class Setting:
         return setting
 
     def check(self, config: Exits) -> None:
-        """Raise ValueError unless a model of this configuration can run it."""
+        """Raise ValueError unless a model of this configuration can run the setting."""
         exits = config.exit_layers
         if unknown := [layer for layer in self.cutoff_layers if layer not in exits]:
             raise ValueError(f"cutoff_layers {unknown} have no head. This model's exits are {exits}.")
@@ -205,7 +209,7 @@ class Setting:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """What `Setting(**…)` takes back."""
+        """Return the arguments of an equal setting as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The windows of a job on the workers of a Ray cluster."""
+"""Windows of a command's input on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
-from flagembedding_matryoshka.cli.job import Job, Window
+from flagembedding_matryoshka.cli.work import Window, Work
 
 WINDOWS_PER_WORKER = 2
-"""One that is computed and one that waits: a worker never waits for the reading of a file."""
+"""One that is computed and one that waits, so that workers never wait for the reading of a file."""
 RESTARTS = 3
 
 
 def compute_on_cluster(
-    kind: type[Job], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Iterator[Window], workers: int
+    kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Iterator[Window], workers: int
 ) -> Iterator[tuple[Window, list[Any]]]:
-    """Each window with its results, in order. A worker that dies is started again, and what it had computed again.
+    """Yield each window with its results, in order.
 
-    The cluster is the one that is connected, that RAY_ADDRESS names or that runs on this machine; else one is started.
+    A worker that dies is started again and computes its windows again. The cluster is the connected one, the one that
+    RAY_ADDRESS names, the one on this machine, or a new one on this machine.
 
     Args:
-        arguments: those of `kind`; paths must be there on every machine.
-        workers: each reserves a GPU or, if there is none in the cluster, a CPU; 0 is as many as there is room for.
+        arguments: arguments of `kind`; paths in them must exist on every machine.
+        waiting: the windows.
+        workers: number of workers, each with a GPU of its own, or a CPU if the cluster has no GPU; 0 is one for each.
 
     Raises:
-        ValueError: if the cluster has no room for so many.
+        ValueError: if the cluster has fewer GPUs or CPUs than workers.
     """
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)  # what workers print must not come between the lines of standard output
+        ray.init(log_to_driver=False)  # the output of workers must not mix with the lines on standard output
     unit = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
     room = int(ray.cluster_resources().get(unit, 0))
     if not 0 < (workers or room) <= room:
@@ -42,8 +45,16 @@ def compute_on_cluster(
     computed: deque[Window] = deque()
     for window in waiting:
         if len(computed) == WINDOWS_PER_WORKER * (workers or room):
-            yield computed.popleft(), pool.get_next()
+            yield computed.popleft(), _next_results(pool)
         computed.append(window)
         pool.submit(lambda actor, rows: actor.run.remote(rows), window)
     while computed:
-        yield computed.popleft(), pool.get_next()
+        yield computed.popleft(), _next_results(pool)
+
+
+def _next_results(pool: ActorPool) -> list[Any]:
+    """Return the results of the next window. Errors of the work are raised as they are, not as Ray's."""
+    try:
+        return pool.get_next()
+    except RayTaskError as error:
+        raise error.cause from None

@@ -1,4 +1,4 @@
-"""Write the exits that are asked for, with the layers below them, as a checkpoint of its own.
+"""Write some exits of a checkpoint, with the layers below them, as a smaller checkpoint.
 
 flagembedding-matryoshka export --model smollm2 --cutoff_layers 9 12 --output part
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
-READ = (
+LOADING = (
     "cutoff_layers",
     "peft_path",
     "from_raw",
@@ -24,14 +24,14 @@ READ = (
     "query_max_length",
     "max_length",
 )
-"""What a checkpoint depends on, beside its dtype."""
+"""Options of `MatryoshkaReranker` that change the checkpoint that is written."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="a directory that is not there, or is empty")
-    parser.add_argument("--dtype", default="float32", help="of the weights that are written (default: %(default)s)")
-    add_reranker(parser, (*READ, "cache_dir", "trust_remote_code"))
+    parser.add_argument("--output", type=Path, required=True, help="directory to write; it must be empty, or not exist")
+    parser.add_argument("--dtype", default="float32", help="dtype of the written weights (default: %(default)s)")
+    add_reranker(parser, (*LOADING, "cache_dir", "trust_remote_code"))
     return parser
 
 
@@ -40,6 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        parser.error(f"--output {options.output} is there and not empty")
+        parser.error(f"--output {options.output} exists and is not an empty directory: name another one")
     MatryoshkaReranker(options.model, devices="cpu", **given_options(options)).export(str(options.output))
     print(f"Wrote {options.output}.")

@@ -1,8 +1,9 @@
-"""Show what a checkpoint says of itself, and where: its backbone, exits, template, instruction, head tokens and more.
+"""Show facts about a checkpoint with their sources: backbone, exits, template, instruction, head tokens and more.
 
 flagembedding-matryoshka inspect smollm2
 
-Weights are not read. The command ends with 1 if the checkpoint cannot be loaded as a re-ranker, and says why.
+Weights are not read. If the checkpoint cannot be loaded as a re-ranker, the command prints the reason and ends with
+exit code 1.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint
-from flagembedding_matryoshka.inference.arguments import explanations
+from flagembedding_matryoshka.inference.arguments import as_help, explanations
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = explanations(MatryoshkaReranker)
-    parser.add_argument("path", help=about["model_name_or_path"].replace("%", "%%"))
-    parser.add_argument("--template", help=about["template"].replace("%", "%%"))
-    parser.add_argument("--json", action="store_true", help="print a JSON object with value and source of each fact")
+    about = {name: as_help(text) for name, text in explanations(MatryoshkaReranker).items()}
+    parser.add_argument("path", help=about["model_name_or_path"])
+    parser.add_argument("--template", help=about["template"])
+    parser.add_argument("--json", action="store_true", help="print value and source of each fact as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help=about["trust_remote_code"])
     parser.add_argument("--cache_dir", help="as in transformers")
     parser.add_argument("--revision", help="as in transformers")

@@ -13,30 +13,30 @@ from flagembedding_matryoshka.text.output import FileOutput, join_lines
 
 
 class Output(Protocol):
-    """Where lines go."""
+    """Where a command writes its lines."""
 
     def lines(self) -> Iterator[str]:
-        """Those that an earlier run has written."""
+        """Yield the lines of an earlier run."""
         ...
 
     def append(self, lines: Iterable[str]) -> None:
-        """Write lines, whole."""
+        """Write complete lines."""
         ...
 
 
 class StandardOutput:
-    """Nothing is there from before."""
+    """Standard output, which has no lines of an earlier run."""
 
     def lines(self) -> Iterator[str]:
         return iter(())
 
     def append(self, lines: Iterable[str]) -> None:
-        """Ends the process where nobody reads on."""
+        """Write complete lines. If the reader has closed the pipe, end the process with exit code 1."""
         try:
             sys.stdout.buffer.write(join_lines(lines))
             sys.stdout.buffer.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
             raise SystemExit(1) from None
 
 

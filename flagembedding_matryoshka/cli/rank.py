@@ -2,11 +2,11 @@
 
 flagembedding-matryoshka rank --model smollm2 --input lists.jsonl --output ranked.jsonl --top_k 10
 
-A line is {"query": …, "documents": […]}, where "passages" is another name of the documents, ["query", "document", …],
-or the query and its documents with tabs between them. A document is a string, or an object with "text". A line that is
-an object may have an "instruction" of its own, which goes before --instruction. The line is written back with "ranking"
-in place of the documents, best first: "corpus_id", which is the document's index in the line, "score", and the other
-fields of the document. If the output file exists, the run resumes after its last complete line.
+A line is {"query": …, "documents": […]}, ["query", "document", …], or the query and its documents separated by tabs.
+"passages" is another name of "documents". A document is a string, or an object with "text". A line that is an object
+may have an "instruction" of its own, which overrides --instruction. Files may be compressed by gzip (.gz). The output
+has "ranking" in place of the documents, best first: "corpus_id", the document's index in the line, "score", and the
+other fields of the document. If the output file exists, the run resumes after its last complete line.
 
 --first_stage_field bm25 --fusion 0.35 fuses scores with the first stage's scores. These are the "bm25" of documents
 that are objects, or a list "bm25" of the line with a score for each document. Null means that the first stage did not
@@ -20,8 +20,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flagembedding_matryoshka.cli.job import Job, add_files, run_job
+from flagembedding_matryoshka.cli.commands import add_files, run
 from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, first_stage_scores, name_of, text_of
+from flagembedding_matryoshka.cli.work import Work
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit
@@ -31,7 +32,7 @@ WEIGHTS = ("fusion", "budget", "quality")
 """Options of the re-ranker that can give the weight of the first stage's scores."""
 
 
-class Rank(Job):
+class Rank(Work):
     """Rankings by `MatryoshkaReranker.rank`, with the other fields of documents that are objects.
 
     `call` may have "first_stage_field", the name of the field with the first stage's scores.
@@ -65,7 +66,7 @@ class Rank(Job):
             of_rows["first_stage_scores"] = [first_stage_scores(row, field) for row in rows]
         rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **call, **of_rows)
         return [
-            [hit | _beside(documents[hit["corpus_id"]], hit) for hit in ranking]
+            [hit | _other_fields(documents[hit["corpus_id"]], hit) for hit in ranking]
             for documents, ranking in zip(lists, rankings, strict=True)
         ]
 
@@ -104,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the model's plan"
         )
     field = {FIRST_STAGE_FIELD: options.first_stage_field} if FIRST_STAGE_FIELD in given else {}
-    run_job(parser, Rank, options, given_ranking(options) | field)
+    run(parser, Rank, options, given_ranking(options) | field)
 
 
-def _beside(document: Any, hit: Hit) -> dict[str, Any]:
-    """What a document that is an object has beside its text, and its hit has not."""
+def _other_fields(document: Any, hit: Hit) -> dict[str, Any]:
+    """Return the fields of a document that is an object, without its text and without the fields of its hit."""
     if isinstance(document, str):
         return {}
     return {name: value for name, value in document.items() if name not in ("text", *hit)}

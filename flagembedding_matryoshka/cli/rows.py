@@ -1,7 +1,8 @@
-"""Rows of a file or of standard input: objects or arrays in JSON Lines, or texts between tabs."""
+"""Rows of a file or of standard input: JSON objects or arrays, texts separated by tabs, or CSV with a header."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -10,31 +11,29 @@ from typing import Any
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage_score
 from flagembedding_matryoshka.inference.inputs import excerpt
-from flagembedding_matryoshka.text.lines import encoding_fault, parse, read_items
+from flagembedding_matryoshka.text.lines import encoding_fault, format_of, open_text, parse, read_items
 
 Row = dict[str, Any]
+PASSAGE, DOCUMENTS = ("passage", "document"), ("documents", "passages")
+"""Fields of a row, each with its two names."""
+MAX_CELL = 2**31 - 1
+"""Most characters in a cell of CSV, in place of 131,072."""
 
 
 def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
-    """The rows of a file, one at a time.
+    """Yield the rows of a file, one at a time.
 
-    A file is of tab-separated texts if it is called .tsv, or neither .json nor .jsonl and does not begin with { or [.
+    The format follows from the suffix, without a last .gz: .jsonl, .json, .csv with a header, or .tsv without one. A
+    file with another suffix is JSON Lines if it begins with { or [, and otherwise tab-separated.
 
     Args:
-        path: `STANDARD_INPUT` is standard input.
+        path: the file; `STANDARD_INPUT` is standard input.
         as_row: makes a row of an object or a list, or raises ValueError.
 
     Raises:
-        ValueError: naming file and line of the first that is wrong.
+        ValueError: naming file and line of the first fault.
     """
-    items = read_items(path)
-    first = next(items, None)
-    if first is None:
-        return
-    is_json = path.suffix in (".json", ".jsonl") or (path.suffix != ".tsv" and first[1].lstrip()[0] in "{[")
-    split = parse if is_json else _between_tabs
-    for number, text in chain([first], items):
-        value, fault = split(text)
+    for number, value, fault in _values(path):
         try:
             row = {} if fault else as_row(value)
         except ValueError as error:
@@ -44,16 +43,62 @@ def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
         yield row
 
 
-def as_pair(value: Any) -> Row:
-    """A row with `query` and either `passage` or `document`, strings, of an object or of a list of the two; an object
-    may have an `instruction`, a string or None.
+def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Yield the line, the value and the fault of each row; a fault is None if there is none."""
+    suffix = format_of(path)
+    if suffix == ".csv":
+        for number, cells in _csv_rows(path):
+            yield number, cells, next(filter(None, map(encoding_fault, cells.values())), None)
+        return
+    items = read_items(path)
+    first = next(items, None)
+    if first is None:
+        return
+    is_json = suffix in (".json", ".jsonl") or (suffix != ".tsv" and first[1].lstrip()[0] in "{[")
+    split = parse if is_json else _between_tabs
+    for number, text in chain([first], items):
+        yield number, *split(text)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the last line of each record, and {column: cell}.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: naming file and line of a fault.
+    """
+    csv.field_size_limit(MAX_CELL)
+    with open_text(path) as file:
+        records = csv.reader(file, strict=True)
+        try:
+            header = next(records, ["query"])
+            if "query" not in header or len(set(header)) < len(header):
+                raise ValueError(
+                    f"{path}, line {records.line_num}: the header must name each column once, query among them, got "
+                    f"{excerpt(header)}"
+                )
+            for cells in records:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(f"{path}, line {records.line_num}: {len(cells)} cells for {len(header)} columns")
+                yield records.line_num, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {records.line_num}: not CSV ({error})") from error
+
+
+def as_pair(value: Any) -> Row:
+    """Make a row of a query and a passage.
+
+    Args:
+        value: an object with the strings `query` and `passage` or `document`, and perhaps `instruction`, a string or
+            None; or a list of query and passage.
+
+    Raises:
+        ValueError: if a field is missing or has another type.
     """
     if isinstance(value, list):
         if len(value) != 2:
-            raise ValueError(f"a query and a passage are wanted, got {len(value)} values: {excerpt(value)}")
+            raise ValueError(f"a row must be a query and a passage, got {len(value)} values: {excerpt(value)}")
         value = {"query": value[0], "passage": value[1]}
     row = _with_query(value)
     name = name_of(row, PASSAGE)
@@ -63,15 +108,18 @@ def as_pair(value: Any) -> Row:
 
 
 def as_list(value: Any) -> Row:
-    """A row with `query` and either `documents` or `passages`, each of them a string or an object with a string `text`,
-    of an object or of a list of a query and its documents; an object may have an `instruction`, a string or None.
+    """Make a row of a query and its documents.
+
+    Args:
+        value: an object with the string `query` and the list `documents` or `passages`, and perhaps `instruction`, a
+            string or None; or a list of query and documents. A document is a string, or an object with a string `text`.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if a field is missing or has another type.
     """
     if isinstance(value, list):
         if not value:
-            raise ValueError("a query and its documents are wanted, got an empty array")
+            raise ValueError("a row must be a query and its documents, got an empty array")
         value = {"query": value[0], "documents": value[1:]}
     row = _with_query(value)
     name = name_of(row, DOCUMENTS)
@@ -83,23 +131,20 @@ def as_list(value: Any) -> Row:
     return row
 
 
-PASSAGE, DOCUMENTS = ("passage", "document"), ("documents", "passages")
-
-
 def name_of(row: Row, names: Sequence[str]) -> str:
-    """Which of two names a row has.
+    """Return the name that a field has in a row.
 
     Raises:
-        ValueError: if it has none or both.
+        ValueError: if the row has none of the names, or both.
     """
     found = [name for name in names if name in row]
     if len(found) != 1:
-        raise ValueError(f"one of {' and '.join(names)} is wanted, got the names {excerpt([*row])}")
+        raise ValueError(f"a row must have either {' or '.join(names)}, got the names {excerpt([*row])}")
     return found[0]
 
 
 def text_of(document: Any) -> Any:
-    """The text of a document that is an object, or the document itself."""
+    """Return the text of a document that is an object, or the document itself."""
     return document.get("text") if isinstance(document, dict) else document
 
 
@@ -136,29 +181,25 @@ def first_stage_scores(row: Row, field: str) -> list[float | None]:
         raise ValueError(str(error)) from error
 
 
-def without(row: Row, result: str) -> Row:
-    """The row, in whose line the result will be called so.
-
-    Raises:
-        ValueError: if something of the row is.
-    """
+def without_result(row: Row, result: str) -> Row:
+    """Return a row. Raise ValueError if it has a field with the name of the result."""
     if result in row:
-        raise ValueError(f"{result!r} is what the result is called, and the row has one: {excerpt(row[result])}")
+        raise ValueError(f"the row has a field {result!r}, the name of the result: rename it ({excerpt(row[result])})")
     return row
 
 
 def _number_fault(row: Row) -> str | None:
-    """What is wrong with a row's numbers, which are written back."""
+    """Return the fault of a row with a number that JSON cannot write back; None if there is none."""
     try:
         json.dumps(row, allow_nan=False)
     except ValueError as error:
-        return f"NaN and infinity are no numbers of JSON ({error})"
+        return f"NaN and infinity are not JSON numbers ({error})"
     return None
 
 
 def _with_query(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"an object or an array is wanted, got {excerpt(value)}")
+        raise ValueError(f"a row must be an object or an array, got {excerpt(value)}")
     if not isinstance(value.get("query"), str):
         raise ValueError(f"query must be a string, got {excerpt(value.get('query'))}")
     if not isinstance(value.get("instruction"), str | None):
@@ -167,4 +208,7 @@ def _with_query(value: Any) -> Row:
 
 
 def _between_tabs(text: str) -> tuple[list[str], str | None]:
-    return text.rstrip("\r\n").split("\t"), encoding_fault(text)
+    """Return the texts of a tab-separated line, and its fault; None if there is none."""
+    cells = text.rstrip("\r\n").split("\t")
+    no_tab = "no tab separates a query from its texts. Files of JSON Lines are called .jsonl, CSV with a header .csv"
+    return cells, encoding_fault(text) or (no_tab if len(cells) == 1 else None)

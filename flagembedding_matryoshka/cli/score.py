@@ -2,10 +2,11 @@
 
 flagembedding-matryoshka score --model smollm2 --input pairs.jsonl --output scored.jsonl
 
-A line is {"query": …, "passage": …}, where "document" is another name of the passage, ["query", "passage"], or the two
-with a tab between them. An object may have an "instruction" of its own, which goes before --instruction. The line is
-written back with all of its fields and "score"; with several --cutoff_layers "score" is a list, in their order. If the
-output file exists, the run resumes after its last complete line.
+A line is {"query": …, "passage": …}, ["query", "passage"], or both separated by a tab. "document" is another name of
+"passage". A line that is an object may have an "instruction" of its own, which overrides --instruction. A file .csv has
+a header that names the columns. Files may be compressed by gzip (.gz). The output has all fields of the line and
+"score"; with several --cutoff_layers "score" is a list, in their order. If the output file exists, the run resumes
+after its last complete line.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flagembedding_matryoshka.cli.job import Job, add_files, run_job
+from flagembedding_matryoshka.cli.commands import add_files, run
 from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
+from flagembedding_matryoshka.cli.work import Work
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 RANKING_OPTIONS = ("fusion", "first_stage", "first_stage_field")
-"""Options of `rank` that `score` refuses with a reason."""
+"""Options of `rank` that `score` refuses with a message of its own."""
 
 
-class Score(Job):
-    """A score for each pair, or a list of one for each cutoff layer."""
+class Score(Work):
+    """A score for each pair, or with several cutoff layers a list of scores."""
 
     result = "score"
 
@@ -70,7 +72,11 @@ class _RefuseRankingOption(argparse.Action):
 def _tokenized(
     reranker: MatryoshkaReranker, pairs: Sequence[tuple[str, str]], instructions: Sequence[str | None]
 ) -> list[TokenizedPair]:
-    """Pairs with an instruction each; None is the re-ranker's own. Those of one instruction are tokenised together."""
+    """Tokenise pairs, all pairs of one instruction in one call.
+
+    Args:
+        instructions: instruction of each pair; None is the re-ranker's own.
+    """
     places: dict[str | None, list[int]] = {}
     for place, instruction in enumerate(instructions):
         places.setdefault(instruction, []).append(place)
@@ -83,4 +89,4 @@ def _tokenized(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = build_parser()
-    run_job(parser, Score, parser.parse_args(arguments), {})
+    run(parser, Score, parser.parse_args(arguments), {})

@@ -1,46 +1,58 @@
-"""The re-ranker's options on a command line, read off its signatures and docstrings: each is said in one place."""
+"""Options of command lines, made from the signatures and docstrings of `MatryoshkaReranker`."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 KINDS = (int, float, str)
-"""What one word of a command line can be, the widest last."""
+"""Types of a value on a command line; the last one takes any text."""
 ROW_ARGUMENTS = ("first_stage_scores",)
 """Arguments of `MatryoshkaReranker.rank_batch` that are read from rows of the input and have no option."""
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
+def program(module: str) -> str:
+    """Return the command that was typed: the name of a script, or `python -m` with the module."""
+    name = Path(sys.argv[0]).name
+    return f"python -m {module}" if name in ("__main__.py", "-m") else name
+
+
 def add_reranker(
-    parser: argparse.ArgumentParser, names: Collection[str] | None = None, without: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    names: Collection[str] | None = None,
+    without: Collection[str] = (),
+    more_names: Mapping[str, str] | None = None,
 ) -> None:
     """Add `--model` and options of `MatryoshkaReranker`.
 
     Args:
         names: the options to add; None adds all but `without`.
         without: options to leave out; read only if `names` is None.
+        more_names: a second name of options, by the first.
     """
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     about = explanations(MatryoshkaReranker)
-    group.add_argument("--model", required=True, help=about["model_name_or_path"].replace("%", "%%"))
+    group.add_argument("--model", required=True, help=as_help(about["model_name_or_path"]))
     for name in [name for name in _options(MatryoshkaReranker) if name not in without] if names is None else names:
-        _add(group, MatryoshkaReranker.__init__, name, about[name])
+        _add(group, MatryoshkaReranker.__init__, name, about[name], (more_names or {}).get(name))
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `MatryoshkaReranker` that were given."""
+    """Return the options of `MatryoshkaReranker` that the command line gives."""
     return {name: getattr(options, name) for name in _options(MatryoshkaReranker) if hasattr(options, name)}
 
 
 def add_ranking(parser: argparse.ArgumentParser) -> None:
-    """The options of `MatryoshkaReranker.rank` that are not the constructor's."""
+    """Add the options of `MatryoshkaReranker.rank` that the constructor does not have."""
     group = parser.add_argument_group("the ranking", "as in MatryoshkaReranker.rank")
     about = explanations(MatryoshkaReranker.rank)
     for name in _ranking_options():
@@ -48,12 +60,16 @@ def add_ranking(parser: argparse.ArgumentParser) -> None:
 
 
 def given_ranking(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `MatryoshkaReranker.rank` that were given."""
+    """Return the options of `add_ranking` that the command line gives."""
     return {name: getattr(options, name) for name in _ranking_options() if hasattr(options, name)}
 
 
 def explanations(documented: Any) -> dict[str, str]:
-    """What a docstring's Args say of each."""
+    """Return the explanation of each argument in the `Args` of a docstring.
+
+    Raises:
+        ValueError: if the docstring has no `Args`.
+    """
     section = re.search(r"^Args:\n((?:(?: .*)?\n)+)", f"{inspect.getdoc(documented)}\n", re.MULTILINE)
     if section is None:
         raise ValueError(f"{documented} explains no arguments.")
@@ -65,7 +81,7 @@ def explanations(documented: Any) -> dict[str, str]:
 
 
 def stage(text: str) -> tuple[int, float]:
-    """EXIT:SHARE of a cascade."""
+    """Read a stage of a cascade, EXIT:SHARE."""
     layer, _, share = text.partition(":")
     try:
         return int(layer), float(share)
@@ -94,7 +110,7 @@ class NumberOrWord:
 
 
 class _Cascade(argparse.Action):
-    """{exit: share} of all stages."""
+    """Store a cascade as {exit: share}."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -109,38 +125,46 @@ def _ranking_options() -> list[str]:
 
 
 def _options(function: Callable[..., Any]) -> list[str]:
-    """The names of the parameters that have a default."""
+    """Return the names of the parameters that have a default."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
 
 
-def _add(parser: Parser, function: Callable[..., Any], name: str, about: str) -> None:
-    """An option that is absent from what was parsed where it was not given."""
+def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, other_name: str | None = None) -> None:
+    """Add an option for a parameter. If the command line does not give it, the namespace lacks it."""
     default = inspect.signature(function).parameters[name].default
-    if default not in (None, False):
-        about = f"{about} (default: {default})"
-    kind = _kind(get_type_hints(function)[name], default)
-    parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about.replace("%", "%%"), **kind)
+    hint = get_type_hints(function)[name]
+    text = as_help(about if default in (None, False) else f"{about} (default: {default})")
+    names = [f"--{other}" for other in (other_name, name) if other is not None]
+    parser.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text, **_kind(hint))
+    if {bool, str} <= set(_parts(hint)):
+        no = {"dest": name, "default": argparse.SUPPRESS, "help": f"not --{name}"}
+        parser.add_argument(f"--no-{name}", action="store_false", **no)
 
 
-def _kind(hint: Any, default: Any) -> dict[str, Any]:
-    """What `add_argument` is told about a parameter.
+def as_help(about: str) -> str:
+    """Return a docstring's explanation as argparse's help. In place of None an option is left out."""
+    return re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about).replace("%", "%%")
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """Return arguments of `add_argument` for a type hint.
 
     Raises:
-        TypeError: if a command line cannot say such a value.
+        TypeError: if a command line cannot express such a value.
     """
     parts = _parts(hint)
-    if default is False and str in parts:  # a flag that may also name a kind
-        return {"nargs": "?", "const": True, "metavar": "KIND"}
+    if bool in parts and str in parts:
+        return {"nargs": "?", "const": True, "metavar": "VALUE"}
     if bool in parts:
-        return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
+        return {"action": argparse.BooleanOptionalAction}
     if Mapping[int, float] in parts:
         return {"action": _Cascade, "type": stage, "nargs": "+", "metavar": "EXIT:SHARE"}
     of_lists = [item for part in parts if _is_list(part) for item in _parts(get_args(part)[0])]
     kinds = [kind for kind in KINDS if kind in (*parts, *of_lists)]
     choices = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
     if not kinds and not choices:
-        raise TypeError(f"no word of a command line is {hint}")
+        raise TypeError(f"a command line cannot express {hint}.")
     if choices and kinds == [float]:
         return {"type": NumberOrWord(choices), "metavar": "|".join(["NUMBER", *choices])}
     told: dict[str, Any] = {"type": kinds[-1] if kinds else type(choices[0])}
@@ -150,7 +174,7 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
 
 
 def _parts(hint: Any) -> list[Any]:
-    """What a value may be beside None."""
+    """Return the types in a hint, apart from None."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return [part for part in parts if part is not NoneType]
 

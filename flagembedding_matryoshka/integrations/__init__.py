@@ -1,1 +1,1 @@
-"""Our re-ranker as a part of other frameworks; each module needs the extra of its name."""
+"""The re-ranker in other libraries, one file for each; a file needs the extra with its name."""

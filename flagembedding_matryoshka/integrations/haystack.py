@@ -11,7 +11,7 @@ from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.utils import ComponentDevice, Secret
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 
 
 @component
@@ -25,13 +25,13 @@ class MatryoshkaRanker:
     its `meta` has "reranker_score" and "first_stage_score".
 
     Args:
-        reranker: or the path of one, which `warm_up` loads. Pipelines with paths alone can be saved;
-            `Pipeline.loads` wants this module in its `allowed_modules`.
-        top_k: how many documents to keep, at most; None is all.
-        device: a `ComponentDevice`, or as in torch; with a path.
-        token: of the hub, a `Secret` where the pipeline is to be saved.
+        reranker: a re-ranker, or the path of one, which `warm_up` loads. Only pipelines with paths can be saved;
+            `Pipeline.loads` needs this module in its `allowed_modules`.
+        top_k: most documents to return; None is all.
+        device: a `ComponentDevice`, or a device of torch; only with a path.
+        token: token of the hub; a `Secret` if the pipeline is to be saved.
         scale_score: Haystack's name for `normalize`.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
+        options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`].
 
     Raises:
         TypeError, ValueError: if an option is unknown or contradicts another.
@@ -51,7 +51,7 @@ class MatryoshkaRanker:
                 raise ValueError(f"scale_score={scale_score} and normalize={options['normalize']}: give one of them.")
             options = options | {"normalize": scale_score}
         self.top_k = top_k
-        self._ranking = Ranking(
+        self._ranking = RankingAdapter(
             reranker,
             device=device.to_torch_str() if isinstance(device, ComponentDevice) else device,
             token=token,
@@ -59,7 +59,7 @@ class MatryoshkaRanker:
         )
 
     def warm_up(self) -> None:
-        """Load the model and check the options; the first `run` does so if nobody has.
+        """Load the model and check the options. Otherwise the first `run` does so.
 
         Raises:
             TypeError, ValueError: if the options do not fit the model.
@@ -67,23 +67,23 @@ class MatryoshkaRanker:
         self._ranking.check(self.top_k)
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments, for a saved pipeline.
+        """Return the arguments, for a saved pipeline.
 
         Raises:
-            ValueError: if the ranker was made from a re-ranker, of which the path alone would not say enough, or with a
-                token that everybody could read in what is saved.
+            ValueError: if the ranker was made from a loaded re-ranker, or its token is a string, which would be saved
+                in clear.
         """
         arguments = self._ranking.arguments()
         if isinstance(arguments.get("token"), str):
-            raise ValueError("token is a text, which would be saved as it is: give a haystack.utils.Secret.")
+            raise ValueError("token is a string, which would be saved as it is: give a haystack.utils.Secret.")
         if "cascade" in arguments:
-            # Saved pipelines have strings as keys alone.
+            # Keys in a saved pipeline must be strings.
             arguments["cascade"] = {str(layer): share for layer, share in arguments["cascade"].items()}
         return default_to_dict(self, **arguments, top_k=self.top_k)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MatryoshkaRanker:
-        """The ranker that `to_dict` wrote."""
+        """Make a ranker of the result of `to_dict`."""
         return default_from_dict(cls, data)
 
     @component.output_types(documents=list[Document])
@@ -105,7 +105,7 @@ class MatryoshkaRanker:
             top_k, scale_score, score_threshold, instruction, fusion: None keeps the ranker's own.
 
         Raises:
-            TypeError, ValueError: as [`~flagembedding_matryoshka.integrations.ranking.Ranking`] when it is called.
+            TypeError, ValueError: as a call of [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`].
         """
         best: dict[str, Document] = {}
         for document in documents:

@@ -11,7 +11,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 
 
 class MatryoshkaCompressor(BaseDocumentCompressor):
@@ -22,25 +22,25 @@ class MatryoshkaCompressor(BaseDocumentCompressor):
     score, "reranker_score" the re-ranker's score and "first_stage_score" the retriever's score.
 
     Args:
-        reranker: or the path of one.
-        top_n: how many documents to keep, at most; None is all. It can be set later, too.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
+        reranker: a re-ranker, or the path of one.
+        top_n: most documents to return; None is all. It can be changed later.
+        options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`].
     """
 
     top_n: int | None = None
-    _ranking: Ranking = PrivateAttr()
+    _ranking: RankingAdapter = PrivateAttr()
 
     def __init__(
         self, reranker: MatryoshkaReranker | str | PathLike[str], top_n: int | None = None, **options: Any
     ) -> None:
         super().__init__(**{"top_n": top_n})
-        self._ranking = Ranking(reranker, **options)
+        self._ranking = RankingAdapter(reranker, **options)
         self._ranking.check(top_n, has_scores=False)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """Copies of the best documents."""
+        """Return copies of the best documents."""
         contents, metadata = [doc.page_content for doc in documents], [doc.metadata for doc in documents]
         return [
             documents[hit.index].model_copy(

@@ -11,7 +11,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Hit, Ranking
+from flagembedding_matryoshka.integrations.adapter import Hit, RankingAdapter
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):
@@ -24,15 +24,15 @@ class MatryoshkaRerank(BaseNodePostprocessor):
     metadata have "reranker_score" and "first_stage_score". Neither is embedded or shown to a language model.
 
     Args:
-        reranker: or the path of one.
-        top_n: how many nodes to keep, at most; None is all. It can be set later, too.
+        reranker: a re-ranker, or the path of one.
+        top_n: most nodes to return; None is all. It can be changed later.
         keep_retrieval_score: whether to keep the retriever's score in `metadata["retrieval_score"]`.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
+        options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`].
     """
 
     top_n: int | None = None
     keep_retrieval_score: bool = False
-    _ranking: Ranking = PrivateAttr()
+    _ranking: RankingAdapter = PrivateAttr()
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class MatryoshkaRerank(BaseNodePostprocessor):
     ) -> None:
         of_pydantic: dict[str, Any] = {"top_n": top_n, "keep_retrieval_score": keep_retrieval_score}
         super().__init__(**of_pydantic)
-        self._ranking = Ranking(reranker, **options)
+        self._ranking = RankingAdapter(reranker, **options)
         self._ranking.check(top_n)
 
     @classmethod
@@ -51,11 +51,11 @@ class MatryoshkaRerank(BaseNodePostprocessor):
         return "MatryoshkaRerank"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What `from_dict` makes the same of; ValueError unless it was made from a path."""
+        """Return the input of `from_dict`. Raises ValueError if the postprocessor was made from a loaded re-ranker."""
         return super().to_dict(**kwargs) | self._ranking.arguments()
 
     def __getstate__(self) -> dict[str, Any]:
-        # LlamaIndex leaves out what cannot be pickled; here, that is an error.
+        # LlamaIndex would leave out a field that cannot be pickled. Raise an error instead.
         self._ranking.arguments()
         return super().__getstate__()
 
@@ -86,7 +86,7 @@ class MatryoshkaRerank(BaseNodePostprocessor):
         if self.keep_retrieval_score:
             node = node.model_copy(update={"metadata": node.metadata | {"retrieval_score": item.score}})
         if hit.metadata:
-            # LlamaIndex writes metadata into the text for a model, unless they are excluded.
+            # LlamaIndex writes metadata into the text for a model, unless their keys are excluded.
             excluded = {
                 name: [*getattr(node, name), *(key for key in hit.metadata if key not in getattr(node, name))]
                 for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")

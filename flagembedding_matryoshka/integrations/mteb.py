@@ -27,7 +27,7 @@ from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.inference.fusion import ORDER
 from flagembedding_matryoshka.inference.options import ranking_weight, resolve_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.getLogger(__name__)
@@ -39,39 +39,41 @@ OF_METADATA = ("meta_fields_to_embed", "embedding_separator", "first_stage_key")
 PREDICTIONS = "_predictions.json"
 """End of the names of the files in a `prediction_folder` of mteb. They begin with the task's name."""
 TAKEN = ("batch_size", "show_progress_bar")
-"""What may be among `encode_kwargs`: mteb itself sets both."""
+"""Keys of `encode_kwargs` that are allowed, because mteb itself sets them."""
 
 
 class MatryoshkaSearch:
-    """A re-ranker at one setting, by mteb's search protocol: re-ranking, instruction re-ranking and the second stage of
-    retrieval (`task.convert_to_reranking(predictions)`).
+    """A re-ranker at one setting, with mteb's search protocol. It evaluates re-ranking, instruction re-ranking and the
+    second stage of retrieval (`task.convert_to_reranking(predictions)`).
 
-    Whole lists are ranked in common batches, by `rank_batch`. A result is mteb's own measure of that order: without a
-    cascade of the scores, with one of the ranks, because scores of different exits do not say which is better.
+    Lists are ranked by `rank_batch`. mteb measures the scores, or with a cascade the ranks, because scores of different
+    exits cannot be compared.
 
-    mteb keeps results by name, revision and `experiment_kwargs`; all that scores depend on is in one of them, so that
-    no setting finds another's. `encode_kwargs` are not, and only mteb's own are taken; its `batch_size` is for
-    encoders: pairs are put together as the re-ranker says.
+    mteb stores results by name, revision and `experiment_kwargs`. These hold everything that scores depend on, so that
+    two settings never share a result. They do not hold `encode_kwargs`, of which only mteb's own are allowed. Its
+    `batch_size` is for encoders and has no effect.
 
-    If the model's template has a place for an instruction, a query's own instruction stands there; of queries without
-    one the option `instruction`, or else the task's prompt. If it has none, a query's own instruction stands behind the
-    query, as mteb puts it, and a task's prompt is not used.
+    If the model's template has a place for an instruction, it holds the query's own instruction, or else the option
+    `instruction`, or else the task's prompt. If it has none, mteb appends the query's own instruction to the query, and
+    the task's prompt is not used.
 
     mteb gives a re-ranker its candidates without scores. With fusion, the first stage's scores are read from the folder
     of its predictions, or the order of the candidates replaces them. mteb then measures the fused scores, in a cascade
     the ranks.
 
     Args:
-        reranker: or the path of one.
-        name: "organisation/model", as mteb lists it; None is the path, or "matryoshka/" and its last part.
-        revision: None is the SHA-256 of configuration, weights and tokenizer, which reads all weights once.
+        reranker: a re-ranker, or the path of one.
+        name: "organisation/model", as mteb lists it; None is the path, or "matryoshka/" and its last component.
+        revision: revision of the model; None is the SHA-256 of configuration, weights and tokenizer, which reads all
+            weights once.
         first_stage_scores: the `prediction_folder` of the first stage's `mteb.evaluate`; None is no scores. A candidate
             that the first stage did not find gets the lowest score of its query. Needs `fusion`, or a re-ranker with a
             default weight.
         first_stage: "order" uses the order of the candidates, for `task.convert_to_reranking(DIR)`, which sorts them by
             the first stage's scores. Tasks of type re-ranking are refused: the order of their candidates is not a first
             stage's. None is no fusion, unless `first_stage_scores` is given.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`], except options that change no order.
+        options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`], except options that do not
+            change the order.
 
     Raises:
         FileNotFoundError: if the folder has no predictions.
@@ -89,9 +91,9 @@ class MatryoshkaSearch:
         **options: Any,
     ) -> None:
         if given := sorted(set(options) & set(WITHOUT_EFFECT)):
-            raise ValueError(f"{given} would change nothing that mteb measures; leave it out.")
+            raise ValueError(f"{given} would not change what mteb measures: leave it out.")
         if given := sorted(set(options) & set(THRESHOLDS)):
-            raise ValueError(f"{given} would leave out candidates, which mteb then takes for irrelevant.")
+            raise ValueError(f"{given} would leave out candidates, which mteb counts as irrelevant: leave it out.")
         if given := sorted(set(options) & set(OF_METADATA)):
             raise ValueError(f"{given} needs texts with metadata, and mteb's texts have none: leave it out.")
         if first_stage not in (None, ORDER):
@@ -100,7 +102,7 @@ class MatryoshkaSearch:
             raise ValueError(f"first_stage_scores and first_stage={first_stage!r}: give one of them.")
         self._first_stage = first_stage
         self._predictions = None if first_stage_scores is None else Predictions(first_stage_scores)
-        self._ranking = Ranking(reranker, **options)
+        self._ranking = RankingAdapter(reranker, **options)
         known = None if self._predictions is None else self._predictions.fingerprint()
         self.mteb_model_meta = _model_meta(self._ranking, name, revision, known or first_stage)
         self._passages: dict[str, str] | None = None
@@ -116,7 +118,7 @@ class MatryoshkaSearch:
         num_proc: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the passages for the next `search`, title and text of each as mteb puts them together."""
+        """Store the passages for the next `search`, with title and text joined by mteb."""
         self._passages = dict(_texts(corpus, task_metadata, PromptType("document"), num_proc))
 
     def search(
@@ -132,27 +134,31 @@ class MatryoshkaSearch:
         num_proc: int | None = None,
         **kwargs: Any,
     ) -> RetrievalOutputType:
-        """The best `top_k` of each query's candidates, {query: {passage: score}}; a query without any has none.
+        """Rank the candidates of each query.
 
         Args:
-            queries: text, and the instruction of tasks that have one for each query.
-            top_ranked: the candidates.
+            queries: texts, with instructions if the task has one for each query.
+            top_k: most candidates to return for a query.
+            top_ranked: the candidates of each query.
+
+        Returns:
+            {query: {passage: score}} of the best `top_k` candidates; empty for a query without candidates.
 
         Raises:
-            ValueError: if there are no candidates, or one is not in the corpus, or on any `encode_kwargs` but mteb's.
+            ValueError: if there are no candidates, a candidate is not in the corpus, or `encode_kwargs` are given that
+                mteb does not set itself.
         """
         if unknown := sorted(set(encode_kwargs) - set(TAKEN)):
             raise ValueError(
-                f"encode_kwargs {unknown}: mteb would keep the results under the same name; give them to "
-                "MatryoshkaSearch."
+                f"encode_kwargs {unknown}: mteb does not store them with its results. Give them to MatryoshkaSearch."
             )
         if top_ranked is None:
             raise ValueError(
-                f"{task_metadata.name} has no candidates, and a re-ranker finds none: evaluate a first stage with "
-                "prediction_folder=DIR, and then this on task.convert_to_reranking(DIR)."
+                f"{task_metadata.name} has no candidates to re-rank: evaluate a first stage with "
+                "prediction_folder=DIR, and then this model on task.convert_to_reranking(DIR)."
             )
         if self._passages is None:
-            raise ValueError("search comes after index, which has the passages.")
+            raise ValueError("search needs the passages: call index first.")
         if self._first_stage is not None and task_metadata.type.endswith("Reranking"):
             raise ValueError(
                 f"first_stage={self._first_stage!r}: {task_metadata.name} is a task of type {task_metadata.type}, and "
@@ -166,12 +172,14 @@ class MatryoshkaSearch:
             options["first_stage"] = self._first_stage
         instructions: dict[str, str | None] = {}
         if _has_place(reranker):
-            texts, instructions = _apart(queries, task_metadata, num_proc, _instruction_of(reranker, options))
+            texts, instructions = _texts_and_instructions(
+                queries, task_metadata, num_proc, _instruction_of(reranker, options)
+            )
         else:
             texts = dict(_texts(queries, task_metadata, PromptType("query"), num_proc))
         without = [query for query in texts if not top_ranked.get(query)]
         if without:
-            logger.warning("%d queries have no candidates and find nothing, such as %r", len(without), without[0])
+            logger.warning("%d queries have no candidates and get no results, such as %r", len(without), without[0])
         found: RetrievalOutputType = {query: {} for query in texts}
         show_progress_bar = encode_kwargs.get("show_progress_bar")
         ranked = [query for query in texts if top_ranked.get(query)]
@@ -279,28 +287,28 @@ def _score(hit: Mapping[str, Any]) -> float:
 def _texts(
     rows: CorpusDatasetType | QueryDatasetType, task_metadata: TaskMetadata, kind: PromptType, num_proc: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Id and text of each row, as mteb gives them to a cross-encoder."""
+    """Yield id and text of each row, as mteb gives them to a cross-encoder."""
     for batch in create_dataloader(rows, task_metadata=task_metadata, prompt_type=kind, num_proc=num_proc):
         yield from zip(batch["id"], batch["text"], strict=True)
 
 
 def _has_place(reranker: MatryoshkaReranker) -> bool:
-    """Whether the model's template has a place for an instruction."""
+    """Return whether the model's template has a place for an instruction."""
     return Template.load(reranker.config.template).instructed is not None
 
 
 def _instruction_of(reranker: MatryoshkaReranker, options: Mapping[str, Any]) -> str | None:
-    """The instruction that the caller gave, not the checkpoint's own."""
+    """Return the caller's instruction, not the checkpoint's own."""
     return reranker.instruction if options.get("instruction") is None else options["instruction"]
 
 
-def _apart(
+def _texts_and_instructions(
     queries: QueryDatasetType, task_metadata: TaskMetadata, num_proc: int | None, given: str | None
 ) -> tuple[dict[str, str], dict[str, str | None]]:
-    """The text and the instruction of each query.
+    """Return the text and the instruction of each query.
 
     Args:
-        given: the caller's instruction, of queries without one; None is the task's prompt.
+        given: the caller's instruction, for queries without one; None is the task's prompt.
     """
     prompt = task_metadata.prompt
     of_task: Any = prompt.get("query") if isinstance(prompt, dict) else prompt
@@ -315,7 +323,7 @@ def _apart(
     return texts, instructions
 
 
-def _model_meta(ranking: Ranking, name: str | None, revision: str | None, first_stage: str | None) -> ModelMeta:
+def _model_meta(ranking: RankingAdapter, name: str | None, revision: str | None, first_stage: str | None) -> ModelMeta:
     """Return mteb's metadata, with the setting, lengths and changed words of the template in `experiment_kwargs`.
 
     Args:

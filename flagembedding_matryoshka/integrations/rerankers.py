@@ -1,4 +1,4 @@
-"""AnswerDotAI's rerankers: once this is imported, `Reranker(path, model_type="MatryoshkaLayerWiseRanker")` is ours."""
+"""AnswerDotAI's rerankers: importing this module enables `Reranker(…, model_type="MatryoshkaLayerWiseRanker")`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import NONE, Ranking
+from flagembedding_matryoshka.integrations.adapter import NONE, RankingAdapter
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 class MatryoshkaLayerWiseRanker(BaseRanker):
-    """Ranks as every `rerankers` model.
+    """Rank documents by the interface of `rerankers`.
 
     Its documents have no field for a first stage's scores. `rank` takes these scores, or `first_stage_key` names the
     metadata that holds them. With fusion a result's score is the fused score, and its metadata have "reranker_score"
     and "first_stage_score".
 
     Args:
-        model_name_or_path: a path, or a re-ranker.
+        model_name_or_path: a re-ranker, or the path of one.
         verbose: 0 shows no progress bar.
-        dtype: as of `MatryoshkaReranker`, or "fp16", "bf16" or "fp32"; with a path.
-        max_sequence_length: the name that `rerankers` has for `max_length`.
-        options: as in [`~flagembedding_matryoshka.integrations.ranking.Ranking`].
+        dtype: as in `MatryoshkaReranker`, or "fp16", "bf16" or "fp32"; only with a path.
+        max_sequence_length: `rerankers`' name of `max_length`.
+        options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`].
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
             options = options | {"max_length": max_sequence_length}
         if isinstance(dtype, str):
             dtype = DTYPES.get(dtype, dtype)
-        self._ranking = Ranking(
+        self._ranking = RankingAdapter(
             model_name_or_path, dtype=dtype, **{"show_progress_bar": None if verbose else False} | options
         )
         self._ranking.check()
@@ -68,7 +68,7 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
         first_stage: str | None = None,
         fusion: float | str | None = None,
     ) -> RankedResults:
-        """Rank all documents, best first. With a cascade or a deadline scores do not give the order; ranks do.
+        """Rank all documents, best first. With a cascade or a deadline results are ordered by rank, not by score.
 
         Args:
             instruction: None is the ranker's own instruction, "" is none.
@@ -106,7 +106,7 @@ class MatryoshkaLayerWiseRanker(BaseRanker):
 
 
 def _documents(docs: Any, doc_ids: Sequence[Any] | None, metadata: Sequence[dict[str, Any]] | None) -> list[Document]:
-    """Documents of our own, with ids and metadata; the library's own `prep_docs` fails where there are none."""
+    """Copy documents, with ids and metadata. The library's `prep_docs` fails for an empty list."""
     given = [docs] if isinstance(docs, str | Document) else list(docs)
     for name, values in (("doc_ids", doc_ids), ("metadata", metadata)):
         if values is not None and len(values) != len(given):

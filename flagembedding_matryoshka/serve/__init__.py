@@ -2,7 +2,7 @@
 
 try:
     from flagembedding_matryoshka.serve.app import create_app
-    from flagembedding_matryoshka.serve.service import Limits
+    from flagembedding_matryoshka.serve.limits import Limits
 except ImportError as error:
     raise ImportError("serving needs FastAPI and more: pip install flagembedding_matryoshka[serve]") from error
 

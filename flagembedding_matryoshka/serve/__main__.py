@@ -3,8 +3,8 @@
 python -m flagembedding_matryoshka.serve --model smollm2
 
 POST /rerank, /v1/rerank, /v2/rerank or /score; GET /live, /ready, /health, /metrics, /info, /v1/models and, with a
-browser, /docs. It listens at once, and is ready when the model is loaded. If the environment variable
-MATRYOSHKA_API_KEY or a file holds a key, re-ranking asks for it as bearer token. All answers and logs have the
+browser, / and /docs. The server listens at once. It is ready when the model is loaded. If the environment variable
+MATRYOSHKA_API_KEY or a file holds a key, re-ranking requires it as bearer token. All answers and logs have the
 X-Request-ID of their request.
 """
 
@@ -21,80 +21,105 @@ from typing import TypeVar
 
 import uvicorn
 
+from flagembedding_matryoshka.inference.arguments import add_reranker, given_options, program
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.logs import log_config
-from flagembedding_matryoshka.serve.options import add_options, given_options
+from flagembedding_matryoshka.serve.model import check_degrade_to
 from flagembedding_matryoshka.serve.protocol import impatient_protocol
-from flagembedding_matryoshka.serve.scoring import check_degrade_to
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"
-NOT_OF_A_SERVER = ("model_name_or_path", "normalize")
-"""Arguments of the re-ranker: requests say themselves what scores they want."""
+WITHOUT = ("normalize",)
+"""Arguments of the re-ranker that have no option: each request chooses its scores."""
 T = TypeVar("T")
 
 
 def read_api_key(path: Path | None) -> str | None:
-    """The key in a file, else in the environment, else None.
+    """Return the key in a file, or without a file the key in the environment; None if there is none.
+
+    White space of ASCII around the key does not count.
 
     Raises:
-        ValueError: if the key is empty.
+        ValueError: if the key is empty or not UTF-8.
     """
-    key = os.environ.get(API_KEY_VARIABLE) if path is None else path.read_text(encoding="utf-8")
+    text = os.environ.get(API_KEY_VARIABLE)
+    key = path.read_bytes() if path is not None else None if text is None else os.fsencode(text)
     if key is not None and not key.strip():
-        raise ValueError(f"the API key in {path or API_KEY_VARIABLE} is empty.")
-    return None if key is None else key.strip()
+        raise ValueError(f"the API key in {path or API_KEY_VARIABLE} is empty: write a key, or leave it out.")
+    # Of bytes, because str.strip removes U+00A0 and U+0085, too, whose bytes end letters in UTF-8.
+    return None if key is None else key.strip().decode()
 
 
 def build_parser() -> argparse.ArgumentParser:
     limits = Limits()
     parser = argparse.ArgumentParser(
-        prog="python -m flagembedding_matryoshka.serve",
+        prog=program("flagembedding_matryoshka.serve"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", required=True, help="smollm2, or a layer-wise checkpoint or a directory that fine-tuning wrote"
+    add_reranker(parser, without=WITHOUT, more_names={"max_tokens_per_batch": "max_batch_tokens"})
+    server = parser.add_argument_group("the server")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all networks (default: %(default)s)"
     )
-    add_options(parser, MatryoshkaReranker, NOT_OF_A_SERVER, {"max_tokens_per_batch": "max_batch_tokens"})
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is every network (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--api_key_file", type=Path, help=f"default: the environment's {API_KEY_VARIABLE}")
-    parser.add_argument("--max_batch_requests", type=int, help="in one pass; 1 computes each alone (default: any)")
-    parser.add_argument(
-        "--max_requests", type=int, default=limits.requests, help="at one time, else 429 (default: %(default)s)"
+    server.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    server.add_argument(
+        "--api_key_file", type=Path, help=f"file with the bearer token (default: the environment's {API_KEY_VARIABLE})"
     )
-    parser.add_argument(
-        "--max_documents", type=int, default=limits.documents, help="in a request, else 422 (default: %(default)s)"
+    server.add_argument(
+        "--max_batch_requests",
+        type=int,
+        help="most requests in a batch; 1 computes each request alone (default: as many as --max_batch_tokens allows)",
     )
-    parser.add_argument(
-        "--max_body_bytes", type=int, default=limits.body_bytes, help="of a request, else 413 (default: %(default)s)"
+    server.add_argument(
+        "--max_requests",
+        type=int,
+        default=limits.requests,
+        help="most requests that wait or are computed; others get 429 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--header_seconds", type=float, default=10.0, help="for a request's header, else closed (default: %(default)s)"
+    server.add_argument(
+        "--max_documents",
+        type=int,
+        default=limits.documents,
+        help="most documents of a request; with more it gets 422 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--body_seconds", type=float, default=limits.body_seconds, help="for its body, else 408 (default: %(default)s)"
+    server.add_argument(
+        "--max_body_bytes",
+        type=int,
+        default=limits.body_bytes,
+        help="most bytes of a body; a larger one gets 413 (default: %(default)s)",
     )
-    parser.add_argument(
+    server.add_argument(
+        "--header_seconds",
+        type=float,
+        default=10.0,
+        help="time for a request's header; later the connection is closed (default: %(default)s)",
+    )
+    server.add_argument(
+        "--body_seconds",
+        type=float,
+        default=limits.body_seconds,
+        help="time for a request's body; a later one gets 408 (default: %(default)s)",
+    )
+    server.add_argument(
         "--degrade_to",
         type=int,
         metavar="EXIT",
-        help="while more than half of --max_requests wait or are computed, requests that name no depth are answered at "
-        "this exit, and say so (default: all are answered as they ask)",
+        help="while more than half of --max_requests wait or are computed, answer requests that name no depth at this "
+        "exit; each result then has its cutoff_layer (default: off)",
     )
-    parser.add_argument(
+    server.add_argument(
         "--shutdown_seconds",
         type=int,
         default=30,
-        help="for requests that have arrived when the server is told to end (default: %(default)s)",
+        help="time to answer requests that have arrived before SIGTERM or SIGINT (default: %(default)s)",
     )
-    parser.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
+    server.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
     return parser
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
-    """What a function returns or raises, called in a thread that does not keep the process alive."""
+    """Call a function in a thread that does not keep the process alive. Return the future of its result."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -113,7 +138,7 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line. SIGTERM and SIGINT end it when all requests that have arrived are answered.
 
-    Raises: what keeps the model from being loaded.
+    Raises: errors of loading the model.
     """
     options = build_parser().parse_args(arguments)
     api_key = read_api_key(options.api_key_file)
@@ -132,10 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> None:
-    """Load the model and answer requests, until the process is told to end."""
+    """Load the model and answer requests until the process is told to end."""
 
     def load() -> MatryoshkaReranker:
-        reranker = MatryoshkaReranker(options.model, **given_options(MatryoshkaReranker, options))
+        reranker = MatryoshkaReranker(options.model, **given_options(options))
         check_degrade_to(limits.degrade_to, reranker)
         return reranker
 

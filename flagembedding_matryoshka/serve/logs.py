@@ -1,4 +1,4 @@
-"""A request's id, from its header or made, in its answer and in all that is logged for it."""
+"""Request ids, taken from the header or generated, in answers and in log records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestIds:
-    """Gives each request its id and logs a line for it, unless somebody asks how the server is."""
+    """Middleware that gives each request its id and logs a line for it, except for probes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,14 +45,14 @@ class RequestIds:
             await self.app(scope, receive, send_with_id)
         finally:
             if scope["path"] not in PROBES:
-                path = scope["raw_path"].decode("latin-1")  # which has no line breaks
+                path = scope["raw_path"].decode("latin-1")  # as sent, so that it has no line breaks
                 fields = {"method": scope["method"], "path": path, "status": status}
                 fields["seconds"] = round(perf_counter() - start, 6)
                 logger.info("%(method)s %(path)s %(status)d in %(seconds).3f s", fields, extra=fields)
 
 
 class WithRequestId(logging.Filter):
-    """Lets all records pass, with the id of the request that they are about as `request_id`."""
+    """Add the id of the current request to log records, as `request_id`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = REQUEST_ID.get()
@@ -60,7 +60,7 @@ class WithRequestId(logging.Filter):
 
 
 def log_config(json: bool) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: lines on stderr, each of which is a JSON object if asked for."""
+    """Return a configuration for `logging.config.dictConfig`: lines on stderr, with `json` as JSON objects."""
     formatter: dict[str, Any] = {"format": "%(levelname)s: %(message)s [%(name)s %(request_id)s]"}
     if json:
         formatter = {

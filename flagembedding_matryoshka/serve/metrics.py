@@ -1,4 +1,4 @@
-"""What Prometheus can ask the server for."""
+"""Metrics of the server, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TOKENS = tuple(2**exponent for exponent in range(6, 20))
 
 
 class Metrics:
-    """The numbers of one server.
+    """Counters, gauges and histograms of one server.
 
     Args:
-        waiting: tells how many requests are in the queue.
-        limit: how many may be.
+        waiting: returns the number of tasks in the queue.
+        limit: limit of requests.
     """
 
     def __init__(self, waiting: Callable[[], int], limit: int) -> None:
@@ -47,7 +47,7 @@ class Metrics:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count what happens inside as a request, by the status that it ends with."""
+        """Count the enclosed code as a request, with its status and its latency."""
         start, status = perf_counter(), 500
         try:
             yield
@@ -60,7 +60,7 @@ class Metrics:
             self._latency.observe(perf_counter() - start)
 
     def degraded(self) -> None:
-        """Count a request that is answered less deep than it would be without the others."""
+        """Count a request that is answered at the exit of `degrade_to`."""
         self._degraded.inc()
 
     def batch(self, report: BatchReport) -> None:
@@ -72,5 +72,5 @@ class Metrics:
         self._batch_tokens.observe(report.tokens)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

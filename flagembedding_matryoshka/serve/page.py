@@ -1,4 +1,4 @@
-"""A page to try the server on: one file of HTML, which asks nothing of elsewhere."""
+"""A page to try the server: one HTML file that loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = "page.html"
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at `/`. It is the same for all models: what it shows, it asks the other routes for."""
+    """Serve the page at `/`. It is the same for all models and reads their properties from `/info`."""
     html = files("flagembedding_matryoshka.serve").joinpath(PAGE).read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": content_security_policy(html),
@@ -29,7 +29,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def content_security_policy(html: str) -> str:
-    """That which lets a page run its own scripts and styles, as they are, and ask its own server, but nothing else."""
+    """Return a policy that allows the page's own scripts and styles, by hash, and requests to its own server only."""
     directives = {
         "default-src": "'none'",
         "connect-src": "'self'",

@@ -1,4 +1,4 @@
-"""HTTP/1.1 with clients that are slow on purpose or by accident."""
+"""HTTP/1.1 with time limits for clients that send slowly."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 GRACE = 5.0
-"""Seconds after which a connection is closed whose body is late: its client has been told before."""
+"""Seconds between the answer 408 to a late body and the end of its connection."""
 
 
 def impatient_protocol(header_seconds: float, body_seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol for `uvicorn.Config(http=…)`, which also closes connections
+    """Make a subclass of uvicorn's protocol, for `uvicorn.Config(http=…)`, that closes connections
 
-    - on which no header has arrived after so many seconds, or not all of it,
-    - whose body is late, answered or not,
-    - and, when the server ends, those whose request has not arrived as a whole.
+    - without a whole header after `header_seconds`,
+    - without a whole body `GRACE` seconds after `body_seconds`,
+    - and, when the server ends, without a whole request.
     """
     limits = {h11.IDLE: header_seconds, h11.SEND_BODY: body_seconds + GRACE}
 
@@ -48,7 +48,7 @@ def impatient_protocol(header_seconds: float, body_seconds: float) -> type[async
                 super().shutdown()
 
         def _watch(self) -> None:
-            """Time what the client does next, if that is something else than before."""
+            """If the state of the client has changed, restart the timer."""
             state = self.conn.their_state
             if state is self._state:
                 return

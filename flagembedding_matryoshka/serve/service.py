@@ -1,4 +1,4 @@
-"""From a body to an answer: what is refused, what waits, and who computes."""
+"""From the body of a request to its answer: parse, tokenise, wait for a batch, write the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,51 +19,30 @@ from starlette.exceptions import HTTPException
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit
-from flagembedding_matryoshka.serve.answers import Scored
 from flagembedding_matryoshka.serve.batching import Batcher
-from flagembedding_matryoshka.serve.bodies import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Bodies
+from flagembedding_matryoshka.serve.forms import parse
+from flagembedding_matryoshka.serve.forms.common import Request as Asked
+from flagembedding_matryoshka.serve.forms.common import RequestScores
+from flagembedding_matryoshka.serve.limits import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Bodies, Limits
 from flagembedding_matryoshka.serve.metrics import Metrics
-from flagembedding_matryoshka.serve.schemas import Request as Asked
-from flagembedding_matryoshka.serve.schemas import parse
-from flagembedding_matryoshka.serve.scoring import Scorer, Work, check_degrade_to, is_shallower
-from flagembedding_matryoshka.serve.shortening import Lengths
+from flagembedding_matryoshka.serve.model import Scorer, Task, check_degrade_to, is_shallower
+from flagembedding_matryoshka.serve.truncation import Lengths
 
-MOST_NAMES = 1000
+MAX_LOGGED_NAMES = 1000
+"""Most unknown fields that are logged, each once."""
 DEGRADE_ABOVE = 0.5
-"""Share of the requests that may wait or be computed."""
+"""Fraction of `Limits.requests`."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the server refuses, and what it answers with less than all of its layers.
-
-    Attributes:
-        documents: in a request, or chunks of them, at most, else 422.
-        body_bytes: of a request, at most, else 413; of all that are being read, 32 times as many, else 429 for the
-            oldest of them.
-        requests: that wait or are computed at one time, at most, else 429.
-        batch_requests: that are computed together, at most; None is as many as the tokens of a batch allow.
-        body_seconds: from a request's header to the end of its body, at most, else 408.
-        degrade_to: the exit at which requests are answered that name no depth, no `min_score` and no calibration, while
-            those that wait or are computed are more than half of `requests`; None is none.
-    """
-
-    documents: int = 1000
-    body_bytes: int = 8_000_000
-    requests: int = 512
-    batch_requests: int | None = None
-    body_seconds: float = 30.0
-    degrade_to: int | None = None
-
-
 class Service:
-    """Answers re-rank requests with one re-ranker.
+    """Answer re-rank requests with one re-ranker.
 
     Args:
-        loading: the re-ranker, or what will be one.
-        name: of the model, for clients.
+        loading: future of the re-ranker.
+        name: name of the model, for clients.
+        limits: limits of requests.
     """
 
     def __init__(self, loading: Future[MatryoshkaReranker], name: str, limits: Limits) -> None:
@@ -79,7 +58,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Inside, requests are answered, once the model is loaded."""
+        """Answer requests while the context is open, as soon as the model is loaded."""
         if self._loading.done():
             await self._start()
             starting = None
@@ -109,10 +88,10 @@ class Service:
 
     @property
     def reranker(self) -> MatryoshkaReranker:
-        """The loaded one.
+        """The loaded re-ranker.
 
         Raises:
-            HTTPException: 503 before.
+            HTTPException: 503 before the model is loaded.
         """
         return self._ready()[0].reranker
 
@@ -131,10 +110,13 @@ class Service:
         return self._scorer, self._batcher
 
     async def answer(self, request: Request, form: TypeAdapter[Any]) -> Any:
-        """The answer to a request of this form, as JSON values.
+        """Answer a request, as JSON values.
+
+        Args:
+            form: the form of the request's body.
 
         Raises:
-            HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 for a client that did not wait.
+            HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 if the client closes the connection.
         """
         arrived = time.monotonic()
         self._ready()
@@ -163,57 +145,57 @@ class Service:
         return asked
 
     def _note_unknown(self, asked: Asked) -> None:
-        """Log fields that do nothing, each once."""
+        """Log the names of unknown fields, each once."""
         new = {name[:40] for name, value in (asked.model_extra or {}).items() if value is not None}
         new -= self._unknown_fields
-        if new and len(self._unknown_fields) < MOST_NAMES:
+        if new and len(self._unknown_fields) < MAX_LOGGED_NAMES:
             self._unknown_fields |= new
             logger.warning("requests have fields that are unknown and do nothing: %s", sorted(new))
 
-    async def score(self, asked: Asked, arrived: float) -> Scored:
-        """Scores of a request, computed together with others'.
+    async def score(self, asked: Asked, arrived: float) -> RequestScores:
+        """Score the documents of a request, in batches with documents of other requests.
 
         Args:
-            arrived: what `time.monotonic` said when it did.
+            arrived: time of the request's arrival, as a value of `time.monotonic`.
 
         Raises:
-            HTTPException: 422, if the request does not fit the model; 503, if it does not fit into memory; 500, if the
+            HTTPException: 422 if the request does not fit the model, 503 if it does not fit into memory, 500 if the
                 model fails.
         """
         scorer, batcher = self._ready()
-        works = []
+        tasks = []
         try:
             degraded = self._degrades(asked)
             setting = asked.setting | ({"cutoff_layers": self.limits.degrade_to} if degraded else {})
-            instruction = asked.wanted_instruction
-            of_scale = (setting, asked.scores_shown, asked.deadline_ms, instruction)
+            instruction = asked.any_instruction
+            of_scale = (setting, asked.normalizer, asked.deadline_ms, instruction)
             scale = await asyncio.to_thread(scorer.scale, *of_scale)
             fusion = await asyncio.to_thread(scorer.fusion, asked.fusion, asked.first_stage_of_documents)
             for query, texts in asked.lists:
-                of_work = (query, texts, setting, asked.lengths, asked.chunks, instruction, fusion)
-                work = await asyncio.to_thread(scorer.prepare, *of_work)
-                if len(work.pairs) > self.limits.documents:
-                    raise HTTPException(422, f"{len(work.pairs)} chunks are more than {self.limits.documents}")
+                arguments = (query, texts, setting, asked.lengths, asked.chunks, instruction, fusion)
+                task = await asyncio.to_thread(scorer.prepare, *arguments)
+                if len(task.pairs) > self.limits.documents:
+                    raise HTTPException(422, f"{len(task.pairs)} chunks are more than {self.limits.documents}")
                 end = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
-                works.append(replace(work, end=end, shows_exit=degraded))
+                tasks.append(replace(task, end=end, shows_exit=degraded))
         except (TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
         if degraded:
             self.metrics.degraded()
-        hurried = [work for work in works if work.end is not None]
-        scorer.hurried += len(hurried)
+        deadlines = sum(task.end is not None for task in tasks)
+        scorer.deadlines += deadlines
         try:
-            found = await asyncio.gather(*(self._compute(batcher, work) for work in works))
+            found = await asyncio.gather(*(self._compute(batcher, task) for task in tasks))
         finally:
-            scorer.hurried -= len(hurried)
+            scorer.deadlines -= deadlines
         operations = None
         if asked.counts_operations:
-            counted = map(scorer.count_operations, works, found)
+            counted = map(scorer.count_operations, tasks, found)
             operations = await asyncio.to_thread(sum, counted)
-        tokens = sum(work.all_tokens for work in works)
-        hits = [work.hits(own) for work, own in zip(works, found, strict=True)]
-        depth = works[0].setting.depth
-        return Scored(
+        tokens = sum(task.all_tokens for task in tasks)
+        hits = [task.hits(own) for task, own in zip(tasks, found, strict=True)]
+        depth = tasks[0].setting.depth
+        return RequestScores(
             list(chain.from_iterable(hits)),
             tokens,
             self.name,
@@ -222,57 +204,57 @@ class Service:
             asked.min_score,
             operations,
             None if fusion is None else fusion.weight,
-            is_raw=asked.scores_shown["normalize"] is False,
+            is_raw=asked.normalizer["normalize"] is False,
         )
 
     def _degrades(self, asked: Asked) -> bool:
-        """Whether a request is answered at `degrade_to`; raises as `MatryoshkaReranker.setting`."""
+        """Return whether a request is answered at `degrade_to`. Raises as `MatryoshkaReranker.setting`."""
         scorer, batcher = self._ready()
         exit = self.limits.degrade_to
-        if exit is None or asked.needs_its_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
+        if exit is None or asked.fixes_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
             return False
         return is_shallower(exit, scorer.reranker.setting(**asked.setting))
 
-    async def _compute(self, batcher: Batcher, work: Work) -> Sequence[Hit]:
+    async def _compute(self, batcher: Batcher, task: Task) -> Sequence[Hit]:
         try:
-            return await batcher.submit(work.key, work.items, work.shared_tokens, work.tokens, work.divisible)
+            return await batcher.submit(task.key, task.items, task.shared_tokens, task.tokens, task.divisible)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            logger.exception("a request of %d documents does not fit into memory", len(work.pairs))
+            logger.exception("a request of %d documents does not fit into memory", len(task.pairs))
             raise HTTPException(503, "the request does not fit into memory; send shorter texts", RETRY_AFTER) from error
         except ArithmeticError as error:
             logger.exception("the model gave a score that is not a number")
             raise HTTPException(500, "the model gave a score that is not a number") from error
         except Exception as error:
-            logger.exception("the model failed on a request of %d documents", len(work.pairs))
+            logger.exception("the model failed on a request of %d documents", len(task.pairs))
             raise HTTPException(500, "internal error") from error
 
     async def check_health(self) -> None:
-        """Whether the model computes. It is asked only if its last computation failed.
+        """Score one pair if the last computation failed.
 
         Raises:
-            HTTPException: 503 if it is being loaded, or fails.
+            HTTPException: 503 if the model is not loaded, or fails.
         """
         scorer, batcher = self._ready()
         if batcher.failing:
             try:
-                work = scorer.prepare("query", ["document"], {}, Lengths())
-                await batcher.submit(work.setting, work.pairs, work.shared_tokens, work.tokens)
+                task = scorer.prepare("query", ["document"], {}, Lengths())
+                await batcher.submit(task.setting, task.pairs, task.shared_tokens, task.tokens)
             except Exception as error:
                 raise HTTPException(503, "the model fails", RETRY_AFTER) from error
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client goes away.
+async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine. Cancel it if the client closes the connection.
 
     Raises:
-        HTTPException: 499, in that case.
+        HTTPException: 499 if the client closes the connection.
     """
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    working, waiting = asyncio.ensure_future(coroutine), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

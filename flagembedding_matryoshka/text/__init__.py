@@ -1,1 +1,1 @@
-"""From texts to ids, and the collections they come from."""
+"""Templates, tokenisation, and files of texts."""

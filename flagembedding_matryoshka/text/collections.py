@@ -22,8 +22,9 @@ class Collection:
     Attributes:
         passages: id to "title text".
         queries: id to text.
-        relevant: query id to {passage id: grade above 0}, in the order of the qrels; a query without any is left out. A
-            passage may be missing: it counts in every measure, and nobody finds it.
+        relevant: query id to {passage id: grade above 0}, in the order of the qrels, without queries that have no
+            relevant passage. May name passages that are not in the corpus. They lower recall and nDCG, because no run
+            can contain them.
     """
 
     passages: dict[str, str]
@@ -31,9 +32,9 @@ class Collection:
     relevant: dict[str, dict[str, int]]
 
     def is_itself(self, query: str, passage: str) -> bool:
-        """Whether a passage is the query, as in ArguAna: under its id, with its text, and not judged relevant.
+        """Return whether a passage is the query itself, as in ArguAna: same id and text, and not judged relevant.
 
-        An id alone may be chance.
+        An equal id may be chance.
         """
         is_relevant = passage in self.relevant.get(query, ())
         return passage == query and not is_relevant and self.queries[query] in self.passages.get(passage, "")
@@ -44,7 +45,7 @@ def read_collection(directory: Path, split: str) -> Collection:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: naming file and line of what is malformed, or of an unknown query, or if no passage is relevant.
+        ValueError: naming file and line of a malformed row or an unknown query, or if no passage is relevant.
     """
     corpus, topics, qrels = (directory / name for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"))
     for path in (corpus, topics, qrels):
@@ -56,7 +57,7 @@ def read_collection(directory: Path, split: str) -> Collection:
         if score <= 0:
             continue
         if query not in queries:
-            raise ValueError(f"{qrels}, line {number}: there is no query {query!r}")
+            raise ValueError(f"{qrels}, line {number}: {topics.name} has no query {query!r}")
         grade = relevant.setdefault(query, {}).setdefault(passage, score)
         if grade != score:
             raise ValueError(f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above")
@@ -67,26 +68,26 @@ def read_collection(directory: Path, split: str) -> Collection:
             *(qrels, len(missing), len(judged), missing[0]),
         )
     if not relevant:
-        raise ValueError(f"{qrels} names no relevant passage: no score is above 0")
+        raise ValueError(f"{qrels} has no relevant passage: no score is above 0")
     return Collection(passages, queries, relevant)
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """ "title text" by id of the lines of `corpus.jsonl` or `queries.jsonl`, of which the latter have no title.
+    """Read `corpus.jsonl` or `queries.jsonl`, whose rows have no title. Return "title text" by id.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file and line of what is malformed.
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming file and line of a malformed row.
     """
     texts: dict[str, str] = {}
 
     def fault(row: dict[str, Any]) -> str | None:
         if not all(isinstance(row.get(name), str) for name in ("_id", "text")):
-            return "an object with the strings _id and text is wanted"
+            return "a row must have the strings _id and text"
         if not isinstance(row.get("title"), str | None):
             return f"title must be a string, got {row['title']!r:.80}"
         if row["_id"] in texts:
-            return f"_id {row['_id']!r} is there twice"
+            return f"the _id {row['_id']!r} occurs twice"
         return None
 
     for row in good_rows(path, fault):
@@ -95,7 +96,7 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def _read_judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
-    """Line, query, passage and grade."""
+    """Yield line, query, passage and grade."""
     for number, line in good_lines(path):
         cells = line.rstrip("\r\n").split("\t")
         if number == 1 and cells != QRELS_HEADER:
@@ -103,5 +104,5 @@ def _read_judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
         if number == 1:
             continue
         if len(cells) != 3 or not cells[2].removeprefix("-").isdecimal():
-            raise ValueError(f"{path}, line {number}: query-id, corpus-id and a whole score are wanted, got {cells}")
+            raise ValueError(f"{path}, line {number}: a row must be query-id, corpus-id and an int score, got {cells}")
         yield number, cells[0], cells[1], int(cells[2])

@@ -1,4 +1,4 @@
-"""From texts to token ids; of a text that is longer than what is wanted of it, no more is tokenised than that takes."""
+"""From texts to token ids. Of a long text that is truncated, only a part near the cut is tokenised."""
 
 from __future__ import annotations
 
@@ -14,39 +14,38 @@ from transformers import PreTrainedTokenizerBase
 
 Ids: TypeAlias = NDArray[np.int32]
 
-BEHIND_WORD = re.compile(r"(?<=\S)\s")
+WORD_END = re.compile(r"(?<=\S)\s")
 SURROGATES = re.compile("[\ud800-\udfff]")
 CHARACTERS_AT_ONCE = 1_000_000
-"""Tokenised in one call: a tokenizer's own results take a hundred times the memory of the ids."""
+"""Most characters in one call of the tokenizer, whose results take a hundred times the memory of the ids."""
 MARGIN = 128
-"""Tokens in front of a cut that it may have changed: more than WordPiece makes of a word."""
+"""Tokens before a cut that the cut may have changed: more than WordPiece makes of a word."""
 CHARACTERS = 8
-"""Of a token, as a first guess; a text of shorter ones is cut later than need be, one of longer ones tried again."""
+"""Characters of a token, as a first guess. If tokens are longer, more of the text is tokenised."""
 MARK = "\ue000"
-"""Of the private use area: no vocabulary merges it with what follows."""
+"""A character of the private use area, which no vocabulary merges with the next character."""
 NEIGHBOURS = 32
-"""Characters of a piece, at most: SentencePiece's have 16."""
+"""More than the characters of a piece, of which SentencePiece allows 16."""
 
 
 def whole_characters(text: str) -> str:
-    """`text` with its surrogate pairs joined and halves of them replaced by U+FFFD: JSON can spell what no tokenizer
-    reads."""
+    """Join surrogate pairs and replace halves of them by U+FFFD. JSON can hold halves, tokenizers refuse them."""
     if text.isascii() or not SURROGATES.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextEncoder:
-    """Token ids of the texts of users; control tokens that they spell are text.
+    """Encode texts of users. Control tokens in them are encoded as text.
 
     Args:
-        tokenizer: used without special tokens, and left as it is.
-        continues: whether texts continue other words. SentencePiece's tokenizers put a blank before every text that
-            they get, also before one that continues a line; here it is left out.
+        tokenizer: used without special tokens; it is not changed.
+        continues: whether texts follow other words in the sequence. SentencePiece's tokenizers put a space before every
+            text; with True the tokens of this space are removed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, continues: bool = False) -> None:
-        # A copy: which texts may hold control tokens is a tokenizer's state, which threads would share.
+        # A copy, because this setting is state of the tokenizer, which other threads share.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.split_special_tokens = True
         self._mark = ""
@@ -57,12 +56,12 @@ class TextEncoder:
                 self._mark, self._mark_tokens = MARK, len(mark)
 
     def whole(self, texts: Sequence[str]) -> list[Ids]:
-        """(tokens,) int32 ids of each text."""
+        """Encode each text as (tokens,) int32."""
         found: list[Ids] = []
-        for portion in _portions(texts):
-            # The tokenizer's own truncation is state, too, and its warning of long input is moot here.
+        for batch in _batches(texts):
+            # verbose=False: its warning of long input does not matter here.
             encoded = self._tokenizer(
-                [self._mark + whole_characters(text) for text in portion],
+                [self._mark + whole_characters(text) for text in batch],
                 add_special_tokens=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
@@ -72,30 +71,33 @@ class TextEncoder:
         return found
 
     def offsets(self, text: str) -> NDArray[np.int64]:
-        """(tokens, 2) int64: the characters of `text` where each token of `whole` begins and ends.
+        """Return first and last character of each token of `whole`, (tokens, 2) int64; the last is exclusive.
 
         Raises:
-            ValueError: if the tokenizer does not know.
+            ValueError: if the tokenizer has no offsets.
         """
         if not self._tokenizer.is_fast:
-            raise ValueError(f"the tokenizer {type(self._tokenizer).__name__} does not say where its tokens stand.")
+            raise ValueError(
+                f"the tokenizer {type(self._tokenizer).__name__} is not a fast tokenizer and has no offsets."
+            )
         marked = self._mark + text
         encoded = self._tokenizer(marked, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         found = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         return found[self._mark_tokens :] - len(self._mark)
 
     def beginnings(self, texts: Sequence[str], tokens: int) -> list[Ids]:
-        """The first `tokens` of `whole`, or all where there are fewer.
+        """Return the first `tokens` of `whole` for each text.
 
-        Of a long text beginnings are tokenised that end at several places, see `_ends`. What is near its end may be
-        another token in the whole text (half of a word, spaces that are a run): each must have MARGIN tokens more than
-        are wanted, and all the same ones; else longer beginnings are taken, up to the whole text.
+        Of a long text, several beginnings are tokenised, which end at the characters of `_ends`. Tokens near an end may
+        differ from those of the whole text, for example within a word or a run of spaces. Beginnings count if all of
+        them have MARGIN tokens more than `tokens`, and agree in the first `tokens`. Otherwise longer beginnings are
+        tokenised, up to the whole text.
         """
         found: dict[int, Ids] = {}
         size = (tokens + MARGIN) * CHARACTERS
         while missing := [index for index in range(len(texts)) if index not in found]:
             ends = {index: _ends(texts[index], size) for index in missing}
-            # So that all that is tried, which grows by 4, never is more than the whole.
+            # Only of texts twice as long: all attempts, which grow by 4, then tokenise less than the whole text.
             cut = [index for index in missing if len(texts[index]) > 2 * sum(ends[index])]
             whole = [index for index in missing if index not in cut]
             found |= zip(whole, self.whole([texts[index] for index in whole]), strict=True)
@@ -106,15 +108,16 @@ class TextEncoder:
                 if agree and all(len(ids) >= tokens + MARGIN for ids in (first, *others)):
                     found[index] = first
             size *= 4
-        # Copies: a view would hold on to all that was tokenised.
+        # Copies, because a view would keep all ids in memory.
         return [found[index][:tokens].copy() for index in range(len(texts))]
 
     def cut(self, text: str, tokens: int, keep_end: bool = False) -> str:
-        """`text` up to the end of its first `tokens` tokens, or from the start of its last ones; as it is, where it has
-        no more. Of a long text no more is tokenised than that takes, as in `beginnings`.
+        """Truncate `text` to its first `tokens` tokens, or with `keep_end` to its last ones.
+
+        Of a long text only a part is tokenised, as in `beginnings`.
 
         Raises:
-            ValueError: if the tokenizer does not say where its tokens stand.
+            ValueError: if the tokenizer has no offsets.
         """
         whole, size = whole_characters(text), (max(0, tokens) + MARGIN) * CHARACTERS
         while True:
@@ -135,35 +138,34 @@ class TextEncoder:
         return whole[len(whole) - length :] if keep_end else whole[:length]
 
     def _lengths(self, text: str, from_end: bool) -> NDArray[np.int64]:
-        """(tokens,) int64: characters up to the end of each token, or from the start of each, the last one first."""
+        """Return characters up to the end of each token, or from its start to the text's end, last token first."""
         offsets = self.offsets(text)
         return len(text) - offsets[::-1, 0] if from_end else offsets[:, 1]
 
 
 def _starts(text: str, size: int) -> list[int]:
-    """Where to cut what is in front of the last `size` characters off, by the same reasons as `_ends`."""
-    found = [BEHIND_WORD.search(text, max(0, len(text) - end)) for end in (size, 2 * size)]
-    behind_words = [len(text) if place is None else place.start() for place in found]
-    if behind_words[1] < behind_words[0] <= len(text) - size // 2:
-        return behind_words
+    """Return characters at which to begin the last `size` characters, by the rule of `_ends`."""
+    found = [WORD_END.search(text, max(0, len(text) - end)) for end in (size, 2 * size)]
+    word_ends = [len(text) if place is None else place.start() for place in found]
+    if word_ends[1] < word_ends[0] <= len(text) - size // 2:
+        return word_ends
     return [max(0, len(text) - end) for end in range(size, size + NEIGHBOURS)]
 
 
 def _ends(text: str, size: int) -> list[int]:
-    """Where to cut a text: behind words, since tokenizers begin anew with the next.
+    """Return characters at which to end the first `size` characters of a text: after words, if there are spaces.
 
-    In about `size` characters without a space the best pieces (Unigram's above all) may depend on how many follow. One
-    of the whole text's ends at one of NEIGHBOURS neighbouring characters, and in front of that it is what they are
-    without all that follows.
+    Without spaces the tokens, above all Unigram's, may depend on the characters that follow. One token of the whole
+    text ends at one of NEIGHBOURS neighbouring characters. Up to there the tokens do not depend on what follows.
     """
-    behind_words = [len(text[:end].rpartition(" ")[0].rstrip()) for end in (size, 2 * size)]
-    if size // 2 <= behind_words[0] < behind_words[1]:
-        return behind_words
+    word_ends = [len(text[:end].rpartition(" ")[0].rstrip()) for end in (size, 2 * size)]
+    if size // 2 <= word_ends[0] < word_ends[1]:
+        return word_ends
     return list(range(size - NEIGHBOURS + 1, size + 1))
 
 
-def _portions(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Neighbours, so many that they have CHARACTERS_AT_ONCE together, or few more."""
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield consecutive texts with at most CHARACTERS_AT_ONCE together, or one text with more."""
     start = 0
     ends = list(accumulate(map(len, texts)))
     while start < len(texts):

@@ -1,4 +1,4 @@
-"""Output files of commands that resume: lines are appended, and a later run continues after the last one."""
+"""Output files of commands that resume: lines are appended, and a later run continues after the last line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a query and a passage to token ids and part lengths; the only place that joins and truncates.
+"""From a query and a passage to the token ids of a sequence: the only place that joins and truncates them.
 
 [bos] before query between passage behind prompt
 |--------- lead ---------|        |prompt part |
@@ -23,7 +23,7 @@ from flagembedding_matryoshka.text.templates import Template, Words
 
 
 class Encoded(NamedTuple):
-    """(tokens,) int32 ids of a text, and whether they are of its beginning alone."""
+    """Ids of a text, (tokens,) int32, and whether the text is truncated."""
 
     ids: Ids
     is_cut: bool = False
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Token ids that sequences begin with and may share. Equal ids are equal prefixes, whichever call made them.
+    """Token ids at the beginning of sequences, which they may share. Prefixes are equal if their ids are.
 
     Attributes:
         ids: (tokens,) int32.
@@ -49,12 +49,12 @@ class Prefix:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPair:
-    """One input sequence in three parts, of which compression may merge the passage.
+    """An input sequence in three parts. Compression merges tokens of the passage.
 
     Attributes:
-        lead: the tokens before the passage; pairs of one query that were built together hold the same object.
-        passage_ids, prompt_ids: (tokens,) int32: the passage, and the tokens after it.
-        query_is_cut, passage_is_cut: whether the text is longer than the tokens that are left of it.
+        lead: tokens before the passage; pairs of one query from one call of `build` hold the same object.
+        passage_ids, prompt_ids: tokens of the passage and tokens after it, (tokens,) int32.
+        query_is_cut, passage_is_cut: whether the text is truncated.
         passage_first: whether the query is in the prompt part, so that sequences may share their passage.
     """
 
@@ -67,36 +67,37 @@ class TokenizedPair:
 
     @property
     def is_cut(self) -> bool:
-        """Whether query or passage is longer than the tokens that are left of it."""
+        """Whether query or passage is truncated."""
         return self.passage_is_cut or self.query_is_cut
 
     @property
     def input_ids(self) -> Ids:
-        """(tokens,) int32: the whole sequence."""
+        """The whole sequence, (tokens,) int32."""
         return np.concatenate([self.lead.ids, self.passage_ids, self.prompt_ids])
 
     @cached_property
     def prefix(self) -> Prefix:
-        """The tokens that neighbours in a batch may share: the lead, and with `passage_first` the passage."""
+        """The tokens that sequences of a batch may share: the lead, and with `passage_first` the passage."""
         return Prefix(np.concatenate([self.lead.ids, self.passage_ids])) if self.passage_first else self.lead
 
     @property
     def query_length(self) -> int:
-        """Tokens before the passage, in the model's words."""
+        """Number of tokens before the passage, under the model's name."""
         return len(self.lead)
 
     @property
     def passage_length(self) -> int:
+        """Number of tokens of the passage."""
         return len(self.passage_ids)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens after the passage, in the model's words."""
+        """Number of tokens after the passage, under the model's name."""
         return len(self.prompt_ids)
 
     @property
     def own_length(self) -> int:
-        """Tokens after the prefix."""
+        """Number of tokens after the prefix."""
         return len(self) - len(self.prefix)
 
     def __len__(self) -> int:
@@ -114,16 +115,15 @@ class TokenizedPair:
 
 
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
-    """The first token of `text`: the vocabulary row that scoring heads start from."""
+    """Return the first token of `text`: the row of the vocabulary that scoring heads are initialised with."""
     return tokenizer(text, add_special_tokens=False)["input_ids"][0]
 
 
 def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequence[str | int]) -> list[int]:
-    """The token ids of a template's `head_tokens`: of a word its first token, of a number itself.
+    """Return the token ids of a template's `head_tokens`: the first token of a word, or a number itself.
 
     Raises:
-        ValueError: if two are the same token: a head made of them would score everything alike; or if an id is not in
-            the vocabulary.
+        ValueError: if two are the same token, so that all scores would be equal, or an id is not in the vocabulary.
     """
     found = [token if isinstance(token, int) else find_head_token_id(tokenizer, token) for token in head_tokens]
     if len(set(found)) < len(found):
@@ -134,11 +134,11 @@ def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequenc
 
 
 class PairTokenizer:
-    """Joins tokenised queries and passages into input sequences.
+    """Build input sequences of queries and passages.
 
     Args:
-        tokenizer: used without special tokens; a template says where its begin-of-sequence token stands.
-        template: the words around queries and passages, unless a call gives others.
+        tokenizer: used without special tokens; the template places its begin-of-sequence token.
+        template: the words around queries and passages; a call may give another one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> None:
@@ -150,12 +150,12 @@ class PairTokenizer:
 
     @cached_property
     def _within(self) -> TextEncoder:
-        """Encodes texts that continue others."""
+        """Encoder of texts that follow other words."""
         return TextEncoder(self.tokenizer, continues=True)
 
     @cached_property
     def _adds_bos(self) -> bool:
-        """Whether the tokenizer itself puts a begin-of-sequence token before a text."""
+        """Whether the tokenizer puts a begin-of-sequence token before a text."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("a")["input_ids"][0] == bos
 
@@ -166,11 +166,11 @@ class PairTokenizer:
 
     @property
     def bos_ids(self) -> Ids:
-        """(0 or 1,) int32: the begin-of-sequence token of the tokenizer's own template."""
+        """Begin-of-sequence token of the default template, (0 or 1,) int32."""
         return self.opening(self.template)
 
     def opening(self, template: Template) -> Ids:
-        """(0 or 1,) int32: the begin-of-sequence token that stands before the template's words, see `Template.bos`."""
+        """Return the begin-of-sequence token before the template's words, (0 or 1,) int32, see `Template.bos`."""
         bos, token = self.tokenizer.bos_token_id, self.tokenizer.bos_token
         before = template.before if isinstance(template.before, str) else template.before[0]
         rule = template.bos
@@ -185,12 +185,12 @@ class PairTokenizer:
     def encode(
         self, texts: Sequence[str], max_length: int, end: str = "", continues: bool = False
     ) -> dict[str, Encoded]:
-        """Token ids of each text; one that occurs several times is tokenised once.
+        """Encode each different text once.
 
         Args:
-            max_length: tokens that a text is cut to, its end included.
-            end: the words that all texts end with, which are kept.
-            continues: whether the texts stand behind other words, whose tokens they must not begin anew.
+            max_length: most tokens of a text, its end included.
+            end: words at the end of all texts, which truncation keeps.
+            continues: whether the texts follow other words in the sequence, see `TextEncoder`.
         """
         different = list(dict.fromkeys(texts))
         encoder = self._within if continues else self._encoder
@@ -203,8 +203,8 @@ class PairTokenizer:
         }
 
     def fixed(self, words: Words) -> Ids:
-        """(tokens,) int32 ids of a template's words, in which control tokens are control tokens; of a tuple, in every
-        other text."""
+        """Encode a template's words, (tokens,) int32. Control tokens are control tokens; in a tuple only in its first,
+        third, … text."""
         if words not in self._fixed:
             if isinstance(words, str):
                 text = whole_characters(words)
@@ -213,15 +213,15 @@ class PairTokenizer:
                 )
             else:
                 parts = [self.plain(part) if place % 2 else self.fixed(part) for place, part in enumerate(words)]
-                return np.concatenate(parts)  # which holds the text of a user: not kept
+                return np.concatenate(parts)  # not stored, because it holds a user's text
         return self._fixed[words]
 
     def plain(self, text: str) -> Ids:
-        """(tokens,) int32 ids of words in which control tokens are text."""
+        """Encode words in which control tokens are text, (tokens,) int32."""
         return self._encoder.whole([text])[0] if text else _as_ids([])
 
     def prompt_ids(self, template: Template) -> Ids:
-        """(tokens,) int32: the words at the end of every sequence; pairs of one template hold the same array."""
+        """Return the words at the end of every sequence, (tokens,) int32; pairs of one template hold the same array."""
         words = (template.behind, template.prompt)
         if not isinstance(template.behind, str):
             return np.concatenate(list(map(self.fixed, words)))
@@ -230,10 +230,10 @@ class PairTokenizer:
         return self._prompts[words]
 
     def passage_offsets(self, passage: str, template: Template) -> NDArray[np.int64]:
-        """(tokens, 2) int64: where in `passage` the tokens of `template.passage(passage)` begin and end.
+        """Return first and last character in `passage` of each token of `template.passage(passage)`, (tokens, 2) int64.
 
         Raises:
-            ValueError: if the tokenizer does not know.
+            ValueError: if the tokenizer has no offsets.
         """
         lead = len(template.passage("")) - len(template.passage_end)
         if "passage" in template.strip:
@@ -250,12 +250,12 @@ class PairTokenizer:
         max_length: int,
         template: Template | None = None,
     ) -> list[TokenizedPair]:
-        """Input sequences of query and passage; a text that several have is tokenised once.
+        """Build an input sequence of each pair. Each different text is tokenised once.
 
         Args:
-            query_max_length, passage_max_length: tokens that query and passage, with their instructions, are cut to.
-            max_length: tokens of all but `behind` and `prompt`; the passage is cut to what the query leaves of them.
-            template: None is the tokenizer's own.
+            query_max_length, passage_max_length: most tokens of query and passage, with their instructions.
+            max_length: most tokens of the sequence without `behind` and `prompt`. The passage is truncated to fit.
+            template: the words around the texts; None is the default template.
 
         Raises:
             ValueError: if a query leaves no room for its passage.
@@ -276,20 +276,23 @@ class PairTokenizer:
     def build_within(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int | None, max_length: int, template: Template
     ) -> list[TokenizedPair]:
-        """`build` with the lengths of FlagEmbedding's re-rankers.
+        """Build sequences with the lengths of FlagEmbedding's re-rankers.
 
         Args:
-            query_max_length: tokens of a query; None is three quarters of `max_length`.
-            max_length: tokens of query and passage; the template's words come on top. Of a template with
-                `has_reference_lengths`: tokens of a passage, and of all that stands before the prompt part but for as
-                many tokens as the prompt part has.
+            query_max_length: most tokens of a query; None is three quarters of `max_length`.
+            max_length: most tokens of query and passage together, without the template's words. If the template has
+                `has_reference_lengths`: most tokens of a passage, and with the number of tokens of the prompt part
+                added, most tokens before the prompt part.
+            template: the words around the texts.
 
         Raises:
             ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
         """
         query_max_length = query_max_length or max_length * 3 // 4
         if not query_max_length:
-            raise ValueError(f"max_length={max_length} leaves no token of a query, which gets three quarters of it.")
+            raise ValueError(
+                f"max_length={max_length} leaves no token of a query, which gets three quarters: give at least 2."
+            )
         if template.has_reference_lengths:
             beside = len(self.prompt_ids(template))
             return self.build(pairs, query_max_length, max_length, max_length + beside, template)
@@ -298,7 +301,7 @@ class PairTokenizer:
         return self.build(pairs, *lengths, max_length + of_query + of_passage + beside, template)
 
     def _own_words(self, template: Template) -> tuple[int, int, int]:
-        """The template's tokens that go with a query, with a passage, and with neither but before `behind`."""
+        """Return the number of the template's tokens with a query, with a passage, and elsewhere before `behind`."""
         of_query, of_passage = (len(self.plain(text)) for text in (template.query(""), template.passage("")))
         words = self.opening(template), self.fixed(template.before), self.fixed(template.between)
         return of_query, of_passage, sum(map(len, words))
@@ -306,10 +309,10 @@ class PairTokenizer:
     def build_texts(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int, passage_max_length: int, template: Template
     ) -> list[TokenizedPair]:
-        """`build` with lengths that count the texts alone: the template's words come on top.
+        """Build sequences with lengths that do not count the template's words.
 
         Args:
-            query_max_length, passage_max_length: tokens that query and passage are cut to, without their instructions.
+            query_max_length, passage_max_length: most tokens of query and passage, without their instructions.
         """
         of_query, of_passage, beside = self._own_words(template)
         lengths = query_max_length + of_query, passage_max_length + of_passage
@@ -325,8 +328,8 @@ class PairTokenizer:
     def _join(
         self, parts: QueryParts, passage: Encoded, end: Ids, max_length: int, template: Template
     ) -> TokenizedPair:
-        """Build the sequence; the passage is cut, but for its `end`, so that all but `behind` and `prompt` holds
-        `max_length` tokens.
+        """Build a sequence. The passage is truncated before its `end`, so that the tokens without `behind` and `prompt`
+        are at most `max_length`.
 
         Raises:
             ValueError: if the query leaves no room for its passage.
@@ -337,8 +340,8 @@ class PairTokenizer:
         if room < max(len(end), min(1, len(ids))):
             beside = used - len(parts.query.ids)
             raise ValueError(
-                f"a query of {len(parts.query.ids)} tokens leaves no room for its passage: with {beside} tokens beside "
-                f"it, it must fit into {max_length}. Cut queries shorter or raise the maximal length."
+                f"a query of {len(parts.query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
+                f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
             )
         if len(ids) > room:
             ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
@@ -346,11 +349,12 @@ class PairTokenizer:
 
 
 class QueryParts(NamedTuple):
-    """The parts of a sequence that depend on its query alone.
+    """The parts of a sequence that do not depend on its passage.
 
     Attributes:
         lead, prompt_ids: as in `TokenizedPair`.
-        closing: how many of `prompt_ids` are `behind` and `prompt`.
+        closing: number of tokens of `behind` and `prompt` in `prompt_ids`.
+        query: the encoded query.
     """
 
     lead: Prefix
@@ -360,8 +364,8 @@ class QueryParts(NamedTuple):
 
 
 def _continues(template: Template) -> bool:
-    """Whether query and passage are tokenised as they are within the whole text. By the reference's rule each stands
-    for itself."""
+    """Return whether query and passage are tokenised as a continuation of the words before them. The reference
+    tokenises each by itself."""
     return template.bos != "reference"
 
 

@@ -1,4 +1,4 @@
-"""The words around a query and a passage: data, which is saved with a checkpoint.
+"""Templates: the words around a query and a passage, which are saved with a checkpoint.
 
 before  query  between  passage  behind  prompt
 |----- query part -----|         |- prompt part -|
@@ -26,8 +26,8 @@ FLAT = "{}{}"
 """FlagEmbedding's default format of an instruction and a text."""
 INSTRUCTION = "{instruction}"
 Words = str | tuple[str, ...]
-"""Fixed words. A tuple alternates words in which control tokens are control tokens with words in which they are text,
-and begins with the former."""
+"""Words of a template. In a tuple, control tokens are control tokens in the first, third, … text, and text in the
+second, fourth, …"""
 Bos = Literal["reference", "tokenizer", "template"]
 Text = Literal["query", "passage", "instruction"]
 OF_AN_INSTRUCTION = ("before", "query_instruction", "query_format", "behind")
@@ -39,28 +39,28 @@ class Template:
     """The words of one kind of re-ranker.
 
     Attributes:
-        before, between, behind: in front of the first text, between the texts, behind the second text.
+        before, between, behind: words before the first text, between the texts, and after the second text.
         query_instruction, passage_instruction: words that go with a text; "" is none.
-        query_format, passage_format: how instruction and text are put together, as in FlagEmbedding: {} for the
-            instruction, then {} for the text, or {0} and {1} in any order.
-        prompt: the last words of the sequence, after which the score is read.
-        head_tokens: the token whose logit is the score, or two tokens, whose logits' difference it is. A word stands
-            for its first token; a number is a token id.
-        instruction: the instruction of a call that gives none; "" is none.
-        instructed: the fields of `OF_AN_INSTRUCTION` that have another value where there is an instruction, with
+        query_format, passage_format: format of instruction and text, as in FlagEmbedding: {} for the instruction and
+            then {} for the text, or {0} and {1} in any order.
+        prompt: the last words of the sequence; the score is read at its last token.
+        head_tokens: the token whose logit is the score, or two tokens; the score is then the difference of their
+            logits. A word stands for its first token, a number is a token id.
+        instruction: instruction of a call that gives none; "" is none.
+        instructed: fields of `OF_AN_INSTRUCTION` that have another value if there is an instruction, with
             "{instruction}" in its place. `before` and `behind` are then lists, see `Words`. None: the template has no
             place for an instruction.
         passage_first: whether the passage comes before the query.
-        bos: when a sequence begins with the tokenizer's begin-of-sequence token. "reference": always, unless it is also
-            the pad token; each field is tokenised by itself (reference of CostWise Mistral). If the template begins
-            with a control token, "reference" means "tokenizer". "tokenizer": if the tokenizer adds one to a text.
-            "template": never, since the template writes its own, if any.
-        strip: texts whose surrounding white space is removed.
+        bos: rule for the begin-of-sequence token. "reference": a sequence begins with it, unless it is also the pad
+            token, and each field is tokenised by itself (reference of CostWise Mistral). If the template begins with a
+            control token, "reference" means "tokenizer". "tokenizer": a sequence begins with it if the tokenizer adds
+            it to texts. "template": only the template's own words hold one.
+        strip: texts from which surrounding white space is removed.
         temperature: raw scores are divided by it before the sigmoid.
 
     Raises:
         TypeError: if a value has another type.
-        ValueError: if a format has not two {}, there are not one or two head tokens, or a value is not allowed.
+        ValueError: if a format does not have two {}, there are not one or two head tokens, or a value is not allowed.
     """
 
     before: Words = ""
@@ -82,7 +82,7 @@ class Template:
     def __post_init__(self) -> None:
         for name in ("query_instruction", "between", "passage_instruction", "prompt", "instruction"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"a template's {name} must be text, got {getattr(self, name)!r}.")
+                raise TypeError(f"a template's {name} must be a string, got {getattr(self, name)!r}.")
         for name in ("before", "behind"):
             object.__setattr__(self, name, _words(name, getattr(self, name)))
         for name in ("query_format", "passage_format"):
@@ -106,9 +106,9 @@ class Template:
         return hash(json.dumps(self.to_json(), sort_keys=True))
 
     def replaced(self, **given: str | None) -> Template:
-        """Replace fields; None, or a format that is FlagEmbedding's default, leaves a field as it is.
+        """Replace fields. None, or FlagEmbedding's default of a format, keeps a field.
 
-        FlagEmbedding's formats come from command lines, where a line break is spelt with two characters.
+        FlagEmbedding's formats come from command lines, which write a line break as backslash and n.
         """
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         for name in {"query_format", "passage_format"} & chosen.keys():
@@ -119,13 +119,13 @@ class Template:
         return replace(self, **chosen)
 
     def with_instruction(self, instruction: str | None) -> Template:
-        """The template of one call.
+        """Return the template of a call with an instruction.
 
         Args:
             instruction: None is the template's own `instruction`; "" is none.
 
         Raises:
-            TypeError: if the instruction is not text.
+            TypeError: if the instruction is not a string.
             ValueError: if the template has no place for it.
         """
         text = self.instruction if instruction is None else instruction
@@ -145,24 +145,24 @@ class Template:
         return replace(self, **changed)
 
     def query(self, text: str) -> str:
-        """`text` with its instruction."""
+        """Return a query with its instruction."""
         text = text.strip() if "query" in self.strip else text
         return self.query_format.format(self.query_instruction, text)
 
     def passage(self, text: str) -> str:
-        """`text` with its instruction."""
+        """Return a passage with its instruction."""
         text = text.strip() if "passage" in self.strip else text
         return self.passage_format.format(self.passage_instruction, text)
 
     @property
     def default_instruction(self) -> str:
-        """The instruction of a call that gives none, which may stand in `query_instruction`; "" is none."""
+        """Instruction of a call that gives none, which may be the `query_instruction`; "" is none."""
         is_in_query = self.instructed is not None and self.instructed.get("query_instruction") == INSTRUCTION
         return self.instruction or (self.query_instruction if is_in_query else "")
 
     @property
     def words(self) -> str:
-        """The whole text of a call without an instruction of its own, with {query} and {passage} in their places."""
+        """The whole text of a call without an instruction, with {query} and {passage} in place of the texts."""
         own = self.with_instruction(None)
         before, behind = (part if isinstance(part, str) else "".join(part) for part in (own.before, own.behind))
         texts = [own.query("{query}"), own.between, own.passage("{passage}")]
@@ -170,55 +170,57 @@ class Template:
 
     @property
     def query_end(self) -> str:
-        """The words of `query_format` behind the text, which truncation keeps."""
+        """The words of `query_format` after the query, which truncation keeps."""
         return _end(self.query_format, self.query_instruction)
 
     @property
     def passage_end(self) -> str:
-        """The words of `passage_format` behind the text, which truncation keeps."""
+        """The words of `passage_format` after the passage, which truncation keeps."""
         return _end(self.passage_format, self.passage_instruction)
 
     @property
     def has_reference_lengths(self) -> bool:
-        """Whether lengths in training are those of the reference: sequences of the form [bos] query sep passage sep
-        prompt. Of any other template they count the user's text alone."""
+        """Whether lengths count as in the reference, whose sequences are [bos] query sep passage sep prompt. With other
+        templates, lengths in training count only the user's texts."""
         is_flat = (self.before, self.between, self.behind, self.query_format, self.passage_format)
         return is_flat == ("", "\n", "\n", FLAT, FLAT) and not self.passage_first and self.bos == "reference"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `Template.load` reads them."""
+        """Return the fields as `Template.load` reads them."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, given: str | PathLike[str] | Mapping[str, Any] | Template) -> Template:
-        """Load a template by name, from a JSON file that holds the fields that differ from "cost_wise", or from such
-        fields.
+        """Load a template.
+
+        Args:
+            given: a name; a JSON file with the fields that differ from "cost_wise"; or such fields.
 
         Raises:
-            FileNotFoundError: if there is neither a template nor a file of that name.
+            FileNotFoundError: if there is neither a template nor a file with the name.
             TypeError: if a value has another type.
-            ValueError: if a file is no JSON object, or it names something that a template does not have.
+            ValueError: if a file is not a JSON object, or has a field that templates do not have.
         """
         if isinstance(given, Template):
             return given
         if isinstance(given, Mapping):
             known = [field.name for field in fields(cls)]
             if unknown := [name for name in given if name not in known]:
-                raise ValueError(f"a template has no {unknown}; it has {known}.")
+                raise ValueError(f"a template has no fields {unknown}: allowed are {known}.")
             return cls(**given)
         if isinstance(given, str) and given in TEMPLATES:
             return TEMPLATES[given]
         if not isinstance(given, str | PathLike):
-            raise TypeError(f"a template must be a name, a JSON file or what such a file holds, got {given!r}.")
+            raise TypeError(f"a template must be a name, a JSON file or an object of fields, got {given!r}.")
         path = Path(os.path.expanduser(given))
-        if not os.path.isfile(path):  # also of a string that cannot be a path
+        if not os.path.isfile(path):  # False also for a string that cannot be a path
             raise FileNotFoundError(
                 f"there is no template {str(given)!r:.200}: name a JSON file or one of {list(TEMPLATES)}."
             )
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"the template {path} is no JSON: {error}") from error
+            raise ValueError(f"the template {path} is not JSON: {error}") from error
         if not isinstance(stored, dict):
             raise ValueError(f"the template {path} must be a JSON object, got {type(stored).__name__}.")
         return cls.load(stored)
@@ -229,12 +231,12 @@ def _words(name: str, value: Any) -> Words:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
         return tuple(value)
-    raise TypeError(f"a template's {name} must be text, or a list of texts, got {value!r}.")
+    raise TypeError(f"a template's {name} must be a string, or a list of strings, got {value!r}.")
 
 
 def _format(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"a template's {name} must be text, got {value!r}.")
+        raise TypeError(f"a template's {name} must be a string, got {value!r}.")
     if _fields(value) not in (["", ""], ["0", "1"], ["1", "0"]):
         raise ValueError(
             f"a template's {name} must have a {{}} for the instruction and one for the text, got {value!r}."
@@ -266,8 +268,8 @@ def _instructed(given: Any) -> dict[str, Any] | None:
             parts = (found[name],) if isinstance(found[name], str) else found[name]
             if any(INSTRUCTION in part for part in parts[::2]):
                 raise ValueError(
-                    f"a template's instructed {name} must be a list whose second, fourth, … text holds {INSTRUCTION}, "
-                    f"got {value!r}: in the others control tokens are control tokens."
+                    f"a template's instructed {name} must be a list with {INSTRUCTION} in its second, fourth, … text, "
+                    f"got {value!r}: in the other texts an instruction could spell control tokens."
                 )
             places += sum(part.count(INSTRUCTION) for part in parts)
         elif name == "query_format":
@@ -276,21 +278,21 @@ def _instructed(given: Any) -> dict[str, Any] | None:
             found[name] = value
             places += value.count(INSTRUCTION)
         else:
-            raise TypeError(f"a template's instructed {name} must be text, got {value!r}.")
+            raise TypeError(f"a template's instructed {name} must be a string, got {value!r}.")
     if places != 1:
         raise ValueError(f"a template's instructed must hold {INSTRUCTION} once, got {dict(given)!r}.")
     return found
 
 
 def _filled(value: Words, instruction: str) -> Words:
-    """A field of `instructed` with the instruction in its place."""
+    """Return a field of `instructed` with the instruction in its place."""
     if isinstance(value, str):
         return value.replace(INSTRUCTION, instruction)
     return tuple(part.replace(INSTRUCTION, instruction) for part in value)
 
 
 def _fields(pattern: str) -> list[str]:
-    """The names between the braces of a format; none if it is not a format."""
+    """Return the names in the braces of a format; empty if it is not a format."""
     try:
         parts = list(string.Formatter().parse(pattern))
     except ValueError:
@@ -299,7 +301,7 @@ def _fields(pattern: str) -> list[str]:
 
 
 def _end(pattern: str, instruction: str) -> str:
-    """The words behind the text of a format, which may be the instruction."""
+    """Return the words of a format after the text, the instruction among them if it follows the text."""
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(pattern)]
     names = [name for _, name in parts if name is not None]
     last = names.index("1") if "1" in names else 1
@@ -314,7 +316,7 @@ def _end(pattern: str, instruction: str) -> str:
 
 
 def of_head(words: Sequence[str | int]) -> str:
-    """How an error or a page shows head tokens."""
+    """Return head tokens as errors and pages show them."""
     return " − ".join(f"id {word}" if isinstance(word, int) else repr(word) for word in words)
 
 

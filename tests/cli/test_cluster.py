@@ -2,7 +2,7 @@
 
 import pytest
 
-from flagembedding_matryoshka.cli import job, rank, score
+from flagembedding_matryoshka.cli import commands, rank, score, work
 from tests.cli.conftest import TEXTS
 
 pytestmark = pytest.mark.slow
@@ -13,7 +13,7 @@ LISTS = [{"query": "wing", "documents": [f"{text} {number}" for text in TEXTS]} 
 
 @pytest.mark.parametrize(("command", "rows"), [(score, PAIRS), (rank, LISTS)], ids=["score", "rank"])
 def test_lines_are_those_of_one_process_in_their_order(command, rows, ray_cluster, desk, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 7)
     desk.write(rows)
     command.main(desk.words())
     alone, lines = desk.output.read_bytes(), desk.read()
@@ -27,7 +27,7 @@ def test_lines_are_those_of_one_process_in_their_order(command, rows, ray_cluste
 
 
 def test_first_stage_scores_reach_the_workers(ray_cluster, desk, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 7)
     desk.write([row | {"bm25": [3, None, 1.5, 7, 0, 2]} for row in LISTS])
     words = ("--first_stage_field", "bm25", "--fusion", "0.6")
     rank.main(desk.words(*words))
@@ -54,11 +54,11 @@ def test_more_workers_than_there_is_room_for_are_refused(ray_cluster, desk):
 
 
 def test_the_file_is_read_no_further_than_the_workers_need(ray_cluster, desk, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 1)
     read = []
     rows = (read.append(number) or row for number, row in enumerate(PAIRS * 10))
     options = {"dtype": "float32", "devices": "cpu"}
-    found = job.compute(score.Score, (desk.model, options, {}), job.windows(score.Score, rows), 1)
+    found = commands.compute(score.Score, (desk.model, options, {}), work.windows(score.Score, rows), 1)
     for place in range(3):
         window, results = next(found)
         assert window == (place, [PAIRS[place]]) and len(results) == 1 and len(read) <= place + 3

@@ -26,4 +26,4 @@ def test_a_directory_that_holds_something_is_left_alone(tiny_layerwise_path, tmp
     for output in (tmp_path, tmp_path / "file"):
         with pytest.raises(SystemExit):
             main(["--model", str(tiny_layerwise_path), "--output", str(output)])
-        assert f"--output {output} is there and not empty" in capsys.readouterr().err
+        assert f"--output {output} exists and is not an empty directory" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from flagembedding_matryoshka.cli import job, score
+from flagembedding_matryoshka.cli import score, work
 from flagembedding_matryoshka.cli.rank import main
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.setting import Setting
@@ -53,7 +53,7 @@ def like(hits, others):
 @pytest.mark.parametrize("rows", [OBJECTS, STRINGS], ids=["documents", "row"])
 @pytest.mark.parametrize("options", [{}, {"cascade": {2: 0.5, 4: 0.3}}])
 def test_scores_are_read_from_documents_or_from_the_row(desk, reranker, rows, options, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 7)
     words = ["--cascade", "2:0.5", "4:0.3"] if options else []
     rankings = ranked(desk, rows, *FUSED, *words)
     for number, hits in enumerate(rankings):
@@ -100,7 +100,7 @@ def test_the_weight_of_the_plan(planned, reranker, words):
 
 
 def test_a_truncated_output_resumes_only_with_the_same_options(desk, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 1)
     ranked(desk, OBJECTS, *FUSED)
     noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
     assert (noted["first_stage_field"], noted["fusion"]) == ("bm25", 0.6)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.cli import job
+from flagembedding_matryoshka.cli import work
 from flagembedding_matryoshka.cli.rank import main as rank
 from flagembedding_matryoshka.cli.score import main as score
 from tests.cli.conftest import TEXTS, Desk
@@ -37,7 +37,7 @@ def with_own(row, instruction):
 
 @pytest.fixture(params=[4096, 7], ids=["one window", "several windows"])
 def windows(request, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", request.param)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", request.param)
 
 
 @pytest.mark.usefixtures("windows")
@@ -95,7 +95,7 @@ def test_a_template_without_a_place_refuses_the_command_or_the_row(desk, command
     desk.output.unlink()
     desk.output.with_name("out.jsonl.settings.json").unlink()
     desk.write([row, row | {"instruction": "find heat"}])
-    with pytest.raises(ValueError, match=f"among the rows behind row 0, counted from 0 there: .*{PLACELESS}"):
+    with pytest.raises(ValueError, match=f"rows 1 to 2 of the input, where row 1 is number 0: .*{PLACELESS}"):
         command(desk.words())
     assert desk.output.read_text() == ""
 

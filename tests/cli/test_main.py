@@ -61,3 +61,57 @@ def test_the_package_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_module(PACKAGE, run_name="__main__")
     assert capsys.readouterr().out.startswith("usage: flagembedding-matryoshka COMMAND")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_calls_itself_as_it_was_typed(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: flagembedding-matryoshka {name} ")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("wing without a tab\n", "line 1: no tab separates a query from its texts"),
+        ("q\t\udce4", "line 1: not UTF-8: byte 0xE4 after 'q\\t'"),
+        ('{"query": "q"}\n', "line 1: a row must have either documents or passages"),
+        (None, "lists.txt does not exist"),
+    ],
+)
+def test_a_fault_of_the_input_is_one_line(text, fault, tmp_path, capsys):
+    path = tmp_path / "lists.txt"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SystemExit) as ended:
+        main(["rank", "--model", "m", "--input", str(path), "--output", str(tmp_path / "out.jsonl")])
+    printed = capsys.readouterr()
+    assert ended.value.code == 1 and not printed.out and printed.err.count("\n") == 1
+    assert printed.err.startswith("flagembedding-matryoshka rank: error: ") and fault in printed.err
+
+
+def test_a_fault_of_the_model_is_one_line(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('["q", "p"]\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["score", "--model", str(tmp_path / "none"), "--input", str(tmp_path / "rows.jsonl")])
+    assert ended.value.code == 1 and capsys.readouterr().err.startswith("flagembedding-matryoshka score: error: ")
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug")])
+def test_an_error_that_may_be_a_bug_keeps_its_traceback(error, monkeypatch):
+    def failing(arguments=None):
+        raise error
+
+    monkeypatch.setattr("flagembedding_matryoshka.cli.rank.main", failing)
+    with pytest.raises(type(error), match="a bug"):
+        main(["rank"])
+
+
+def test_an_interrupted_command_ends_with_130_and_one_line(monkeypatch, capsys):
+    def interrupted(arguments=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flagembedding_matryoshka.cli.rank.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["rank"])
+    assert ended.value.code == 130 and capsys.readouterr().err == "flagembedding-matryoshka rank: interrupted\n"

@@ -1,6 +1,6 @@
 import pytest
 
-from flagembedding_matryoshka.cli import job
+from flagembedding_matryoshka.cli import work
 from flagembedding_matryoshka.cli.rank import main
 from tests.cli.conftest import TEXTS
 
@@ -29,7 +29,7 @@ def test_lines_have_what_rank_returns_to_the_last_bit(desk, reranker):
 
 def test_a_window_ends_with_the_list_that_fills_it(desk, reranker, monkeypatch):
     rows = desk.write([*LISTS, {"query": "side", "documents": []}, *LISTS])
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 7)
     main(desk.words())
     lines = desk.read()
     assert [line["query"] for line in lines] == [row["query"] for row in rows] and lines[3]["ranking"] == []
@@ -53,9 +53,9 @@ def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
 
 
 def test_a_list_that_is_refused_is_named_and_those_before_it_are_there(desk, monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 1)
     desk.write([LISTS[0], LISTS[0], LISTS[2]])
-    fault = "among the rows behind row 2, counted from 0 there: cascade .* keeps 2 of the 4 candidates of query 0"
+    fault = "row 3 of the input, where row 3 is number 0: cascade .* keeps 2 of the 4 candidates of query 0"
     with pytest.raises(ValueError, match=fault):
         main(desk.words("--top_k", "3", "--cascade", "3:0.5"))
     assert len(desk.read()) == 2

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from flagembedding_matryoshka.cli import job
+from flagembedding_matryoshka.cli import work
 from flagembedding_matryoshka.cli.score import Score, main
 from tests.cli.conftest import TEXTS
 
@@ -30,7 +30,7 @@ def test_several_exits_give_a_list_for_each_pair(desk, reranker):
 
 
 def test_any_form_in_windows_of_any_size_to_standard_output(desk, reranker, monkeypatch, capsysbinary):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 5)
     desk.source = desk.source.with_name("rows.tsv")
     desk.source.write_text("".join(f"{row['query']}\t{row['passage']}\n" for row in PAIRS))
     words = desk.words()
@@ -43,10 +43,10 @@ def test_any_form_in_windows_of_any_size_to_standard_output(desk, reranker, monk
 
 
 def test_a_pipe_is_read_from_its_start_and_no_further_than_is_needed(monkeypatch):
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 3)
     read = []
     rows = (read.append(number) or {"query": "q", "passage": "p"} for number in range(1000))
-    windows = job.windows(Score, rows)
+    windows = work.windows(Score, rows)
     assert len(next(windows).rows) == 3 and read == [0, 1, 2]
     assert next(windows).start == 3
 
@@ -83,7 +83,7 @@ def test_an_output_that_was_cut_off_is_completed(share, desk, reranker, monkeypa
     whole, lines = desk.output.read_bytes(), desk.read()
     kept = whole[: int(share * len(whole))]
     desk.output.write_bytes(kept)
-    monkeypatch.setattr(job, "PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 3)
     main(desk.words("--batch_size", "2"))
     assert desk.output.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     again = desk.read()
@@ -95,7 +95,7 @@ def test_where_all_is_done_nothing_is_loaded(desk, monkeypatch):
     desk.write(PAIRS)
     main(desk.words())
     before = desk.output.read_bytes()
-    monkeypatch.setattr(job, "MatryoshkaReranker", None)
+    monkeypatch.setattr(work, "MatryoshkaReranker", None)
     main(desk.words())
     assert desk.output.read_bytes() == before
 
@@ -156,20 +156,23 @@ def test_settings_of_an_older_version_name_no_weights_and_are_continued_with_a_w
 
 def test_a_row_that_has_a_score_is_refused(desk):
     desk.write([["wing", "air"], {"query": "wing", "passage": "air", "score": 3}])
-    with pytest.raises(ValueError, match="line 2: 'score' is what the result is called, and the row has one: 3"):
+    with pytest.raises(ValueError, match="line 2: the row has a field 'score', the name of the result: rename it"):
         main(desk.words())
 
 
 def test_a_bad_line_of_a_file_is_named_before_anything_is_computed(desk):
     desk.write([*PAIRS, {"query": "wing"}])
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 13: one of passage and document is wanted"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 13: a row must have either passage or document"):
         main(desk.words())
     assert not desk.output.exists()
 
 
 @pytest.mark.parametrize(
     ("more", "fault"),
-    [(["--ray", "-1"], "--ray -1: so many workers cannot be"), (["--output", "rows.jsonl"], "is the input")],
+    [
+        (["--ray", "-1"], "--ray -1: the number of workers must be at least 0"),
+        (["--output", "rows.jsonl"], "is the input"),
+    ],
 )
 def test_what_cannot_be_asked_for(more, fault, desk, monkeypatch, capsys):
     desk.write(PAIRS)

@@ -16,7 +16,7 @@ def load(path, kind="labels", **options):
     ("row", "fault"),
     [
         ("{", "not JSON"),
-        ("[1]", r"an object is wanted, got \[1\]"),
+        ("[1]", r"a row must be a JSON object, got \[1\]"),
         ({**ROW, "query": 3}, "query must be a string, got 3"),
         ({"query": "q", "neg": ["n"]}, "pos must be a list of at least one string, got None"),
         ({**ROW, "pos": []}, r"pos must be a list of at least one string, got \[\]"),

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from flagembedding_matryoshka.inference.arguments import (
     explanations,
     given_options,
     given_ranking,
+    program,
 )
 
 
@@ -83,11 +85,11 @@ def test_what_is_no_value(line, fault, parser, capsys):
     assert fault in capsys.readouterr().err
 
 
-def test_a_parameter_that_no_word_can_say_is_refused():
+def test_a_type_that_no_command_line_can_express_is_refused():
     from flagembedding_matryoshka.inference.arguments import _kind
 
-    with pytest.raises(TypeError, match="no word of a command line is"):
-        _kind(dict[str, int], None)
+    with pytest.raises(TypeError, match="a command line cannot express"):
+        _kind(dict[str, int])
 
 
 def test_names_that_share_an_explanation():
@@ -110,9 +112,36 @@ def test_documented():
         explanations(test_names_that_share_an_explanation)
 
 
-def test_normalize_is_a_flag_that_may_name_a_kind():
-    parser = argparse.ArgumentParser()
-    add_reranker(parser)
-    for words, expected in ((["--normalize"], True), (["--normalize", "calibrated"], "calibrated")):
-        assert given_options(parser.parse_args(["--model", "m", *words]))["normalize"] == expected
-    assert "normalize" not in given_options(parser.parse_args(["--model", "m"]))
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--normalize", {"normalize": True}),
+        ("--no-normalize", {"normalize": False}),
+        ("--normalize calibrated", {"normalize": "calibrated"}),
+        ("--token hf_abc", {"token": "hf_abc"}),
+        ("--token", {"token": True}),
+        ("--no-token", {"token": False}),
+        ("--no-use_bf16", {"use_bf16": False}),
+        ("", {}),
+    ],
+)
+def test_a_flag_has_an_opposite_and_may_take_a_value(words, expected, parser):
+    assert given_options(parser.parse_args(["--model", "m", *words.split()])) == expected
+
+
+def test_help_says_default_in_place_of_none(parser):
+    said = " ".join(parser.format_help().split())
+    assert "None is" not in said and "Default: the first accelerator" in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "called"),
+    [
+        ("/somewhere/flagembedding_matryoshka/serve/__main__.py", "python -m some.module"),
+        ("/bin/flagembedding-matryoshka-serve", "flagembedding-matryoshka-serve"),
+        ("flagembedding-matryoshka serve", "flagembedding-matryoshka serve"),
+    ],
+)
+def test_a_command_calls_itself_as_it_was_typed(typed, called, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [typed])
+    assert program("some.module") == called

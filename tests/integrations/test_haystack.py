@@ -43,7 +43,7 @@ def test_a_saved_pipeline_ranks_as_before(tiny_layerwise_path):
 
 
 def test_a_ranker_of_an_object_is_not_saved(reranker):
-    with pytest.raises(ValueError, match="make it from a path"):
+    with pytest.raises(ValueError, match="give its path"):
         MatryoshkaRanker(reranker).to_dict()
 
 
@@ -88,7 +88,7 @@ def test_no_threshold_holds_at_several_exits(reranker, options):
         (
             {"document_prefix": "x"},
             TypeError,
-            r"unknown arguments \['document_prefix'\]; there are \['batch_invariant', 'batch_size'",
+            r"unknown arguments \['document_prefix'\]: allowed are \['batch_invariant', 'batch_size'",
         ),
         ({"meta_fields_to_embed": "title"}, TypeError, "must be a list of names, got the string 'title'"),
         ({"device": "cpu", "devices": ["cpu"]}, ValueError, r"device='cpu' and devices=\['cpu'\]: give one of them"),

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.ranking import Ranking
+from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 from tests.integrations.conftest import QUERY, TEXTS
 from tests.qwen import write_causal_lm
 
@@ -146,7 +146,7 @@ def test_min_score_and_score_threshold_are_one(qwen, library):
 
 
 def test_a_call_has_its_own_least_score(qwen):
-    ranking = Ranking(qwen, score_threshold=-1000.0)
+    ranking = RankingAdapter(qwen, score_threshold=-1000.0)
     every = ranking(QUERY, TEXTS)
     assert len(every) == len(TEXTS)
     for own in ({"score_threshold": every[0].score}, {"min_score": every[0].score}):

@@ -44,7 +44,7 @@ def test_a_path_is_loaded(tiny_layerwise_path, reranker):
         ({"cutoff_layers": 9}, ValueError, r"cutoff_layers \[9\] have no head"),
         ({"cutof_layers": 3}, TypeError, r"unknown arguments \['cutof_layers'\]"),
         ({"top_n": 0}, ValueError, "top_k is 0"),
-        ({"dtype": "float32"}, TypeError, r"\['dtype'\] are said when a re-ranker is loaded, and this one is"),
+        ({"dtype": "float32"}, TypeError, r"\['dtype'\] are options of loading, and this re-ranker is loaded"),
         ({"cascade": {9: 0.5}}, ValueError, "cascade drops candidates after layer 9"),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_path_takes_what_the_constructor_takes(other_path):
 
 
 def test_a_compressor_of_an_object_is_not_pickled(reranker):
-    with pytest.raises(ValueError, match="cannot be saved or pickled: make it from a path"):
+    with pytest.raises(ValueError, match="cannot be saved or pickled: give its path"):
         pickle.dumps(MatryoshkaCompressor(reranker))
 
 

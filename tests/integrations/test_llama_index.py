@@ -66,7 +66,7 @@ def test_a_path_takes_what_the_constructor_takes(other_path, nodes):
 
 def test_a_postprocessor_of_an_object_is_not_pickled(reranker):
     for write in (pickle.dumps, MatryoshkaRerank.to_json):
-        with pytest.raises(ValueError, match="cannot be saved or pickled: make it from a path"):
+        with pytest.raises(ValueError, match="cannot be saved or pickled: give its path"):
             write(MatryoshkaRerank(reranker))
 
 

@@ -159,7 +159,7 @@ def test_what_a_plan_chooses_is_what_is_measured(tiny_layerwise_path, tmp_path):
     [
         ({"cutoff_layers": 9}, ValueError, r"cutoff_layers \[9\] have no head"),
         ({"cutof_layers": 3}, TypeError, r"unknown arguments \['cutof_layers'\]"),
-        ({"normalize": True}, ValueError, r"\['normalize'\] would change nothing"),
+        ({"normalize": True}, ValueError, r"\['normalize'\] would not change what mteb measures"),
     ],
 )
 def test_options_are_checked_at_once(reranker, options, error, message):
@@ -168,7 +168,7 @@ def test_options_are_checked_at_once(reranker, options, error, message):
 
 
 def test_options_that_mteb_would_not_tell_apart_are_refused(reranker, tmp_path):
-    with pytest.raises(ValueError, match=r"encode_kwargs \['cutoff_layers'\]: .*give them to MatryoshkaSearch"):
+    with pytest.raises(ValueError, match=r"encode_kwargs \['cutoff_layers'\]: .*Give them to MatryoshkaSearch"):
         run(MatryoshkaSearch(reranker), MockRerankingTask(), tmp_path, encode_kwargs={"cutoff_layers": 3})
 
 
@@ -186,7 +186,7 @@ def test_a_query_without_candidates_finds_nothing_and_is_named(reranker, tmp_pat
     del task.dataset["default"]["test"]["top_ranked"]["q2"]
     _, predictions = run(MatryoshkaSearch(reranker), task, tmp_path)
     assert predictions["default"]["test"]["q2"] == {} and predictions["default"]["test"]["q1"]
-    assert "1 queries have no candidates and find nothing, such as 'q2'" in caplog.text
+    assert "1 queries have no candidates and get no results, such as 'q2'" in caplog.text
 
 
 PROMPT = "judge by the topic"

@@ -103,7 +103,7 @@ def test_an_item_larger_than_a_batch_is_computed_alone():
 
 
 def test_at_most_so_many_jobs_in_a_batch():
-    calls, _ = run(scenario_of(("k", [1]), ("k", [2]), ("k", [3])), max_tokens=10, max_jobs=1)
+    calls, _ = run(scenario_of(("k", [1]), ("k", [2]), ("k", [3])), max_tokens=10, max_tasks=1)
     assert calls[1:] == [("k", [[1]]), ("k", [[2]]), ("k", [[3]])]
 
 

@@ -68,7 +68,7 @@ def test_what_is_no_time_is_refused(client, value):
     answer = client.post("/rerank", json={"query": "q", "texts": ["t"], "deadline_ms": value})
     assert answer.status_code == 422 and "body.deadline_ms" in answer.json()["message"]
     misspelt = client.post("/rerank", json={"query": "q", "texts": ["t"], "deadline": 1, "deadlin_ms": 50})
-    assert misspelt.status_code == 422 and "'deadline_ms' is what it looks like" in misspelt.json()["message"]
+    assert misspelt.status_code == 422 and "do you mean 'deadline_ms'?" in misspelt.json()["message"]
 
 
 def test_time_in_the_queue_counts(reranker, gate):

@@ -11,7 +11,7 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.serve import Limits
-from flagembedding_matryoshka.serve.answers import Scored
+from flagembedding_matryoshka.serve.forms.common import RequestScores
 from flagembedding_matryoshka.setting import Setting
 from tests.pages import blocks
 from tests.serve.conftest import client_of, wait_for
@@ -102,7 +102,7 @@ def test_shown_scores_of_two_exits_do_not_overlap(is_raw):
                 {"score": 0.0, "cutoff_layer": draw.choice([2, 3, 4]), "fused_score": draw.gauss(0, 1 + weight)}
                 for _ in range(20)
             ]
-            scored = Scored(hits, 0, "m", lambda score, layer: score, 4, fusion=weight, is_raw=is_raw)
+            scored = RequestScores(hits, 0, "m", lambda score, layer: score, 4, fusion=weight, is_raw=is_raw)
             found = scored.best("shown", None)
             keys = [(-hit["cutoff_layer"], -hit["fused_score"]) for hit in found]
             scores = [hit["shown"] for hit in found]
@@ -273,9 +273,9 @@ DIGITS = int("9" * 400)
             "documents.0.first_stage_score is 99",
         ),
         ({"documents": OBJECTS, "fusion": 1, "rank_fields": ["first_stage_score"]}, "and not a text"),
-        ({"first_stage_score": FIRST, "fusion": 1}, "'first_stage_scores' is what it looks like"),
-        ({"first_stages": "order"}, "'first_stage' is what it looks like"),
-        ({"fusions": 1}, "'fusion' is what it looks like"),
+        ({"first_stage_score": FIRST, "fusion": 1}, "do you mean 'first_stage_scores'?"),
+        ({"first_stages": "order"}, "do you mean 'first_stage'?"),
+        ({"fusions": 1}, "do you mean 'fusion'?"),
     ],
 )
 def test_invalid_fusion_is_refused_before_computation(client, reranker, options, message, monkeypatch):
@@ -360,9 +360,14 @@ def test_the_document_explains_the_fields(client):
             _, item = form["properties"]["documents"]["items"]["anyOf"]
             assert item["properties"]["first_stage_score"] == {"anyOf": [{"type": "number"}, {"type": "null"}]}
     answer = described["responses"]["200"]["content"]["application/json"]["schema"]
-    cohere, voyage, tei = answer["anyOf"]
-    for results in (cohere["properties"]["results"], voyage["properties"]["data"], tei):
-        assert {"model_score", "first_stage_score", "fused_score"} <= set(results["items"]["properties"])
+    models = document["components"]["schemas"]
+    assert [part.get("$ref", part.get("type")) for part in answer["anyOf"]] == [
+        "#/components/schemas/CohereAnswer",
+        "#/components/schemas/VoyageAnswer",
+        "array",
+    ]
+    for name in ("CohereResult", "VoyageResult", "TeiResult"):
+        assert {"model_score", "first_stage_score", "fused_score"} <= set(models[name]["properties"])
 
 
 def test_the_pages_request_gets_an_answer_of_the_form_that_it_shows(client):

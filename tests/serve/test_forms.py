@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from flagembedding_matryoshka.serve.service import Limits
-from flagembedding_matryoshka.serve.shortening import Shortener
+from flagembedding_matryoshka.serve.limits import Limits
+from flagembedding_matryoshka.serve.truncation import Truncator
 from flagembedding_matryoshka.text.encoding import TextEncoder
 from tests.serve.conftest import client_of
 
@@ -27,14 +27,14 @@ def tokens_of(reranker, query, text):
 @pytest.fixture
 def computed(reranker, monkeypatch):
     """(query, documents) of what the model computes."""
-    calls, shorten = [], Shortener.shorten
+    calls, truncate = [], Truncator.truncate
 
     def noting(*arguments):
-        found = shorten(*arguments)
+        found = truncate(*arguments)
         calls.append((found.query, found.documents))
         return found
 
-    monkeypatch.setattr(Shortener, "shorten", noting)
+    monkeypatch.setattr(Truncator, "truncate", noting)
     return calls
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.chat_templates import template_from_chat
+from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.inference.calibration import Platt
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
 from flagembedding_matryoshka.serve import Limits
 from flagembedding_matryoshka.serve.__main__ import build_parser
-from flagembedding_matryoshka.serve.options import given_options
 from flagembedding_matryoshka.setting import Setting
 from tests.inference.test_instructions import CHAT
 from tests.qwen import qwen_tokenizer, write_causal_lm
@@ -130,12 +130,12 @@ def test_an_instruction_has_several_names_in_every_form(client, reranker, form):
             {"instruct": "a", "chat_template_kwargs": {"instruction": ""}},
             "instruct and chat_template_kwargs.instruction are one option",
         ),
-        ({"chat_template_kwargs": {"instruction": "a", "enable_thinking": False}}, "not ['enable_thinking']"),
+        ({"chat_template_kwargs": {"instruction": "a", "enable_thinking": False}}, "got ['enable_thinking']"),
         ({"chat_template_kwargs": {"instruction": 3}}, "the instruction must be a string, got 3"),
         ({"chat_template_kwargs": "a"}, "chat_template_kwargs"),
         ({"instruction": 3}, "body.instruction"),
         ({"instruction": ["a"]}, "body.instruction"),
-        ({"instructions": "a"}, "'instructions' is unknown; 'instruction' is what it looks like"),
+        ({"instructions": "a"}, "'instructions' is unknown: do you mean 'instruction'?"),
         ({"instruction": "wing " * 300}, "has more than 256 tokens, the server's max_length"),
     ],
 )
@@ -266,10 +266,13 @@ def test_normalize_false_is_raw_and_true_the_sigmoid(zerank_client):
         ({"min_score": 0.5, "cascade": {"4": 0.5}, "raw_scores": True}, "min_score=0.5 beside cascade"),
         ({"min_score": "0.5"}, "body.min_score"),
         ({"min_score": True}, "body.min_score"),
-        ({"min_scores": 0.5}, "'min_score' is what it looks like"),
+        ({"min_scores": 0.5}, "do you mean 'min_score'?"),
         ({"normalize": "calibrate"}, "body.normalize"),
-        ({"normalize": True, "raw_scores": True}, "normalize says what raw_scores and use_activation say"),
-        ({"normalize": "calibrated", "use_activation": True}, "normalize says what raw_scores and use_activation say"),
+        ({"normalize": True, "raw_scores": True}, "normalize and raw_scores or use_activation are one option"),
+        (
+            {"normalize": "calibrated", "use_activation": True},
+            "normalize and raw_scores or use_activation are one option",
+        ),
         ({"normalize": "calibrated"}, "the model has no plan"),
     ],
 )
@@ -368,7 +371,7 @@ def test_the_information_names_no_folder_of_a_checkpoint(tmp_path, trained_at):
 
 def test_the_servers_own_instruction_is_that_of_requests_without_one(folder):
     line = ["--model", str(folder / "Qwen3-Reranker-tiny"), "--template", "zerank", "--instruction", TASK]
-    options = given_options(MatryoshkaReranker, build_parser().parse_args(line))
+    options = given_options(build_parser().parse_args(line))
     assert options == {"template": "zerank", "instruction": TASK}
     write_causal_lm(folder / "Qwen3-Reranker-tiny", initializer_range=0.1)
     served, plain = (load(folder / "Qwen3-Reranker-tiny", **own) for own in (options, {"template": "zerank"}))

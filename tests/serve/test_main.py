@@ -17,15 +17,15 @@ import httpx
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.serve.__main__ import (
     API_KEY_VARIABLE,
-    NOT_OF_A_SERVER,
+    WITHOUT,
     build_parser,
     main,
     read_api_key,
 )
 from flagembedding_matryoshka.serve.logs import REQUEST_ID, log_config
-from flagembedding_matryoshka.serve.options import given_options
 from tests.qwen import write_causal_lm
 
 
@@ -37,6 +37,8 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "key"
     path.write_text("from the file\n")
     assert read_api_key(path) == "from the file"
+    path.write_text("clé-voilà\n", encoding="utf-8")
+    assert read_api_key(path) == "clé-voilà"
     path.write_text(" \n")
     with pytest.raises(ValueError, match=r"the API key in .*key is empty"):
         read_api_key(path)
@@ -52,13 +54,13 @@ def test_every_argument_is_explained():
 
 def test_the_command_line_takes_what_the_class_takes():
     taken = {action.dest for action in build_parser()._actions}
-    assert set(inspect.signature(MatryoshkaReranker).parameters) - taken == set(NOT_OF_A_SERVER)
+    assert set(inspect.signature(MatryoshkaReranker).parameters) - taken == {"model_name_or_path", *WITHOUT}
     line = (
         "--model m --quantization int8 --budget 0.5 --template minicpm --instruction task --query_max_length 9 "
         "--start_layer 2 --compress_layers 2 3 --cutoff_layers 4 --peft_path a b --no-from_raw --use_bf16 "
         "--max_batch_tokens 7 --fusion 0.5"
     )
-    assert given_options(MatryoshkaReranker, build_parser().parse_args(line.split())) == {
+    assert given_options(build_parser().parse_args(line.split())) == {
         "quantization": "int8",
         "budget": 0.5,
         "template": "minicpm",

@@ -11,28 +11,37 @@ from tests.collection import CORPUS
         ({"corpus": [CORPUS[2], "", "{"]}, r"corpus\.jsonl, line 3: not JSON"),
         (
             {"corpus": [CORPUS[2], {"_id": 3, "text": "x"}]},
-            r"corpus\.jsonl, line 2: an object with the strings _id and",
+            r"corpus\.jsonl, line 2: a row must have the strings _id and",
         ),
-        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: an object is wanted, got \[1\]"),
+        ({"corpus": [CORPUS[2], "[1]"]}, r"corpus\.jsonl, line 2: a row must be a JSON object, got \[1\]"),
         ({"corpus": [CORPUS[2], '{"_id": "x", "text": "\\ud83d"}']}, r"corpus\.jsonl, line 2: half a surrogate pair"),
         (
             {"corpus": [CORPUS[2], {"_id": "x", "text": 3}]},
-            r"corpus\.jsonl, line 2: an object with the strings _id and",
+            r"corpus\.jsonl, line 2: a row must have the strings _id and",
         ),
         ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
-        ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: _id 'p2' is there twice"),
-        ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: an object with the strings _id and text is wanted"),
+        ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: the _id 'p2' occurs twice"),
+        ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: a row must have the strings _id and text"),
         ({"header": "q1\tp2\t1"}, r"train\.tsv, line 1: the header must be \['query-id', .*got \['q1', 'p2', '1'\]"),
-        ({"judgements": [("q1", "p2")]}, r"train\.tsv, line 2: query-id, corpus-id and .* wanted, got \['q1', 'p2'\]"),
-        ({"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]}, r"train\.tsv, line 3: query-id, .*a whole score.*²"),
-        ({"judgements": [("q9", "p2", 1)]}, r"train\.tsv, line 2: there is no query 'q9'"),
-        ({"judgements": [("q1", "p2", 1), ("", ""), ("q9", "p1", 1)]}, r"train\.tsv, line 4: there is no query 'q9'"),
+        (
+            {"judgements": [("q1", "p2")]},
+            r"train\.tsv, line 2: a row must be query-id, corpus-id and an int score, got \['q1', 'p2'\]",
+        ),
+        (
+            {"judgements": [("q1", "p2", 1), ("q1", "p2", "²")]},
+            r"train\.tsv, line 3: a row must be query-id, .*an int score.*²",
+        ),
+        ({"judgements": [("q9", "p2", 1)]}, r"train\.tsv, line 2: queries\.jsonl has no query 'q9'"),
+        (
+            {"judgements": [("q1", "p2", 1), ("", ""), ("q9", "p1", 1)]},
+            r"train\.tsv, line 4: queries\.jsonl has no query 'q9'",
+        ),
         (
             {"judgements": [("q1", "p2", 1), ("q1", "p2", 2)]},
             r"train\.tsv, line 3: 'p2' has grade 2 for 'q1', and 1 above",
         ),
-        ({"judgements": []}, r"train\.tsv names no relevant passage: no score is above 0"),
-        ({"judgements": [("q1", "p2", 0), ("q1", "p3", -1)]}, r"train\.tsv names no relevant passage"),
+        ({"judgements": []}, r"train\.tsv has no relevant passage: no score is above 0"),
+        ({"judgements": [("q1", "p2", 0), ("q1", "p3", -1)]}, r"train\.tsv has no relevant passage"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_line(collection, part, fault):

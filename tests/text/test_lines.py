@@ -54,13 +54,13 @@ def test_one_content_in_many_forms(data, tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"text": "Größe"}'.encode("latin-1"), 'not UTF-8: byte 0xF6 behind \'{"text": "Gr\'. Convert the file'),
-        (b'{"text": "a \\ud83d b"}', "half a surrogate pair, U+D83D, behind "),
+        ('{"text": "Größe"}'.encode("latin-1"), 'not UTF-8: byte 0xF6 after \'{"text": "Gr\'. Convert the file'),
+        (b'{"text": "a \\ud83d b"}', "half a surrogate pair, U+D83D, after "),
         (b"{", "not JSON (Expecting"),
-        (b"[1]", "an object is wanted, got [1]"),
+        (b"[1]", "a row must be a JSON object, got [1]"),
         (b"[" * 100_000, "not JSON (maximum recursion depth"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not JSON (Exceeds the limit"),
-        ('{"text": "x"}'.encode("utf-16-le"), "Is it UTF-16 without a mark"),
+        ('{"text": "x"}'.encode("utf-16-le"), "Is it UTF-16 without a byte order mark"),
         (b'{"text": 1}', "text is wanted"),
     ],
     ids=["latin-1", "surrogate", "json", "array", "deep", "long number", "no mark", "check"],
@@ -78,20 +78,20 @@ def test_each_fault_has_its_line_and_can_be_passed_over(line, fault, tmp_path):
 def test_half_a_pair_in_utf_16_is_a_fault_too(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff{"text": "a"}\n{"text": "\ud83d"}\n'.encode("utf-16-le", errors="surrogatepass"))
-    assert faults(path) == {2: 'half a surrogate pair, U+D83D, behind \'{"text": "\''}
+    assert faults(path) == {2: 'half a surrogate pair, U+D83D, after \'{"text": "\''}
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"rows\.jsonl is not the utf-16.* that its first bytes say"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl begins with the byte order mark of utf-16.* and is not"):
         faults(path)
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ('[\n{"text": "a"},\n{"text": }]', r"is no JSON array: Expecting value: line 3"),
-        ('[\n{"text": "a"}\n{"text": "b"}]', r"line 2: , or \] is wanted behind an item"),
-        ('[{"text": "a"}] x', r"goes on behind its array: x"),
-        ("[", r"is no JSON array: Expecting value"),
-        ('[{"text": "a"},\n3]', r"line 2: an object is wanted, got 3"),
+        ('[\n{"text": "a"},\n{"text": }]', r"is not a JSON array: Expecting value: line 3"),
+        ('[\n{"text": "a"}\n{"text": "b"}]', r"line 2: an item must be followed by , or \]"),
+        ('[{"text": "a"}] x', r"has text after its array: x"),
+        ("[", r"is not a JSON array: Expecting value"),
+        ('[{"text": "a"},\n3]', r"line 2: a row must be a JSON object, got 3"),
     ],
 )
 def test_what_is_wrong_with_an_array(text, fault, tmp_path):
@@ -113,7 +113,7 @@ def test_lines_of_tables(tmp_path):
     path.write_bytes(codecs.BOM_UTF8 + "a\tb\r\n\r\nGröße\tc\r\n".encode())
     assert list(good_lines(path)) == [(1, "a\tb\r\n"), (3, "Größe\tc\r\n")]
     path.write_bytes("a\nGröße\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"table\.tsv, line 2: not UTF-8: byte 0xF6 behind 'Gr'"):
+    with pytest.raises(ValueError, match=r"table\.tsv, line 2: not UTF-8: byte 0xF6 after 'Gr'"):
         list(good_lines(path))
 
 

@@ -53,7 +53,9 @@ def test_the_passage_alone_is_cut(pair_tokenizer, query, passage, spare):
 
 
 def test_a_query_longer_than_the_limit_is_refused_even_without_passage(pair_tokenizer):
-    with pytest.raises(ValueError, match=r"a query of 9 tokens leaves no room .* with 2 tokens .* fit into 10"):
+    with pytest.raises(
+        ValueError, match=r"a query of 9 tokens leaves no room .* with 2 other tokens it must fit into 10"
+    ):
         join(pair_tokenizer, [5] * 9, [], 10)
     assert join(pair_tokenizer, [5] * 9, [], 11).query_length == 11
 

@@ -1,8 +1,9 @@
-"""Bodies of requests, as they arrive."""
+"""Limits of requests, and bodies that are read within them."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -12,16 +13,39 @@ RETRY_AFTER = {"Retry-After": "1"}
 CLOSE = {"Connection": "close"}
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 BODIES_AT_ONCE = 32
-"""Of the largest size allowed, that may lie half-read in memory; smaller ones are more."""
+"""Memory for bodies that have not arrived as a whole, in bodies of the largest size."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+        documents: most documents of a request, or chunks of them; with more it gets 422.
+        body_bytes: most bytes of a body; a larger one gets 413. If the bodies that are being read have more than 32
+            times as many bytes together, the oldest of them gets 429.
+        requests: most requests that wait or are computed; others get 429.
+        batch_requests: most requests in a batch; None is as many as the tokens of a batch allow.
+        body_seconds: time from a request's header to the end of its body; a later one gets 408.
+        degrade_to: exit of requests that name no depth, no `min_score` and no calibration, while more than half of
+            `requests` wait or are computed; None is off.
+    """
+
+    documents: int = 1000
+    body_bytes: int = 8_000_000
+    requests: int = 512
+    batch_requests: int | None = None
+    body_seconds: float = 30.0
+    degrade_to: int | None = None
 
 
 class Bodies:
-    """Reads bodies. Where those that have not yet arrived as a whole would hold too many bytes, the one that has taken
-    longest is given up: who sends slowly takes the room of nobody who does not.
+    """Read bodies. If incomplete bodies hold too many bytes, the oldest is given up, so that slow clients do not take
+    the memory of fast ones.
 
     Args:
-        most_bytes: of a body.
-        seconds: until the whole of it has arrived.
+        most_bytes: most bytes of a body.
+        seconds: time for a body to arrive.
     """
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
@@ -30,10 +54,10 @@ class Bodies:
         self._arriving: dict[asyncio.Task[bytes], int] = {}
 
     async def read(self, request: Request) -> bytes:
-        """The whole body.
+        """Read a body.
 
         Raises:
-            HTTPException: 408, 413, 415, 429, or 499 for a client that went away.
+            HTTPException: 408, 413, 415, 429, or 499 if the client closes the connection.
         """
         reading = asyncio.ensure_future(self._read(request))
         self._arriving[reading] = 0
@@ -53,7 +77,7 @@ class Bodies:
     async def _read(self, request: Request) -> bytes:
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
-            raise HTTPException(415, f"a body with Content-Encoding {encoding!r:.40} is not read; send it as it is")
+            raise HTTPException(415, f"Content-Encoding {encoding!r:.40} is not supported: send the body uncompressed")
         too_large = HTTPException(413, f"the body is larger than {self._most_bytes} bytes", CLOSE)
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._most_bytes:

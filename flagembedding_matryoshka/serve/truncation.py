@@ -1,4 +1,4 @@
-"""Texts cut to lengths that a request asks for, as texts, so that it can still share batches with others."""
+"""Truncate texts to the lengths of a request. The results are texts, so that the request can share batches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ UNLIMITED = 2**31
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a request says about lengths, in tokens; None is nothing.
+    """The lengths that a request allows, in tokens; None is no limit.
 
     Attributes:
-        query, document: of each, at most.
-        pair: of query, document and what stands around them, at most.
-        keep_end: whether a document that is too long loses its beginning.
-        refuse: whether a request is refused whose texts do not fit as they are.
+        query, document: most tokens of each.
+        pair: most tokens of query, document and the template's words around them.
+        keep_end: whether documents lose their beginning instead of their end.
+        refuse: whether a request with texts that are too long is refused.
     """
 
     query: int | None = None
@@ -30,40 +30,40 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Shortened:
-    """Texts, and whether each document, or the query beside it, is longer than what is left of it."""
+class TruncatedTexts:
+    """Texts within the lengths, and for each document whether it or the query was truncated."""
 
     query: str
     documents: Sequence[str]
     is_cut: Sequence[bool]
 
 
-class Shortener:
-    """Cuts texts for a re-ranker; very long ones are tokenised no further than that takes."""
+class Truncator:
+    """Truncate texts for a re-ranker. Of a very long text only the tokens that this needs are computed."""
 
     def __init__(self, reranker: MatryoshkaReranker) -> None:
         self._reranker = reranker
         self._encoder = TextEncoder(reranker.tokenizer)
 
     def refuse_too_long(self, instruction: str | None) -> None:
-        """Raise ValueError if an instruction has more than `max_length` tokens: some templates have it beside what that
-        limits."""
+        """Raise ValueError if an instruction has more than `max_length` tokens, which not all templates count it in."""
         most = self._reranker.max_length
         if instruction is not None and len(self._encoder.beginnings([instruction], most + 1)[0]) > most:
             raise ValueError(
                 f"the instruction {instruction!r:.80} has more than {most} tokens, the server's max_length."
             )
 
-    def shorten(
+    def truncate(
         self, query: str, documents: Sequence[str], lengths: Lengths, instruction: str | None = None
-    ) -> Shortened:
-        """Query and documents of these lengths at most.
+    ) -> TruncatedTexts:
+        """Truncate query and documents to the given lengths.
 
         Args:
-            instruction: of the query; None is the model's own, "" is none.
+            instruction: instruction of the query; None is the model's own, "" is none.
 
         Raises:
-            ValueError: if they must not be cut and do not fit, or `pair` leaves no room for a document.
+            ValueError: if texts are too long and `lengths.refuse` is set, or `lengths.pair` leaves no room for a
+                document.
         """
         whole_query, texts = query, list(documents)
         if lengths.query is not None:
@@ -72,29 +72,29 @@ class Shortener:
             texts = [self._encoder.cut(text, lengths.document, lengths.keep_end) for text in texts]
         if lengths.refuse and [query, *texts] != [whole_query, *documents]:
             raise ValueError(
-                "the request wants no text cut, and has longer ones than its "
-                f"max_tokens_per_query={lengths.query} or max_tokens_per_doc={lengths.document}."
+                "truncate=false, but query or documents are longer than "
+                f"max_tokens_per_query={lengths.query} or max_tokens_per_doc={lengths.document} allows."
             )
         if texts and (lengths.refuse or lengths.keep_end or lengths.pair is not None):
             texts = self._fit(query, texts, lengths, instruction)
         cut = [text != document for text, document in zip(texts, documents, strict=True)]
-        return Shortened(query, texts, [query != whole_query or one for one in cut])
+        return TruncatedTexts(query, texts, [query != whole_query or one for one in cut])
 
     def _fit(self, query: str, texts: Sequence[str], lengths: Lengths, instruction: str | None) -> list[str]:
-        """Documents that fit beside the query."""
+        """Truncate documents so that each fits into a sequence with the query."""
         pairs = self._reranker.tokenize([(query, text) for text in texts], instruction=instruction)
         if lengths.refuse and any(pair.is_cut for pair in pairs):
             raise ValueError(
-                f"query and document must fit into {self._reranker.max_length} tokens, for the request wants none of "
-                f"them cut; document {next(place for place, pair in enumerate(pairs) if pair.is_cut)} does not."
+                f"truncate=false, but document {next(place for place, pair in enumerate(pairs) if pair.is_cut)} and "
+                f"the query do not fit into {self._reranker.max_length} tokens."
             )
         shared, (beside,) = self._reranker.count_tokens(query, [""], instruction=instruction)
         rooms = [pair.passage_length + pair.prompt_length - beside for pair in pairs if pair.passage_is_cut][:1]
         if lengths.pair is not None:
             if lengths.pair <= shared + beside:
                 raise ValueError(
-                    f"truncate_prompt_tokens={lengths.pair} leaves no room for a document: the query and what stands "
-                    f"around both have {shared + beside}."
+                    f"truncate_prompt_tokens={lengths.pair} leaves no room for a document: query and template "
+                    f"have {shared + beside} tokens."
                 )
             rooms.append(lengths.pair - shared - beside)
         if not rooms:
@@ -103,7 +103,7 @@ class Shortener:
         too_long = [pair.passage_is_cut or pair.passage_length + pair.prompt_length - beside > room for pair in pairs]
         if lengths.refuse and any(too_long):
             raise ValueError(
-                f"the request wants no text cut, and the longest have {max(map(len, pairs))} tokens, more than its "
+                f"truncate=false, but the longest sequence has {max(map(len, pairs))} tokens, more than "
                 f"truncate_prompt_tokens={lengths.pair}."
             )
         return [
@@ -112,7 +112,7 @@ class Shortener:
         ]
 
     def _fitted(self, query: str, text: str, room: int, beside: int, keep_end: bool, instruction: str | None) -> str:
-        """`text` cut so that it adds at most `room` tokens; a part of a text may have other tokens than in it."""
+        """Truncate `text` so that it adds at most `room` tokens. A truncated text may be tokenised differently."""
         tokens = room
         while True:
             part = self._encoder.cut(text, tokens, keep_end)

@@ -1,4 +1,4 @@
-"""What the worker thread computes: documents of many requests in one call of the re-ranker."""
+"""The re-ranker as the server uses it: one call scores documents of several requests."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from flagembedding_matryoshka.inference.batching import count_input_tokens
+from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.fusion import AUTO, Fusion
 from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions, ranking_weight
 from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_chunks, fuse_hits
-from flagembedding_matryoshka.serve.answers import Scale, scale_of
-from flagembedding_matryoshka.serve.shortening import Lengths, Shortener
+from flagembedding_matryoshka.serve.forms.common import Scale, sigmoid
+from flagembedding_matryoshka.serve.truncation import Lengths, Truncator
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 logger = logging.getLogger(__name__)
 
 NO_TIME = 1e-9
-"""Seconds: the first exit is all that there is time for."""
+"""Seconds for a deadline that has passed: scoring stops at the first exit."""
 
 
 def is_shallower(exit: int, setting: Setting) -> bool:
-    """Whether scores at an exit take less than those of a setting of the same width."""
+    """Return whether an exit lies below all exits of a setting."""
     return exit < setting.depth and all(exit <= layer for layer, _ in setting.cascade)
 
 
 def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
-    """Raise ValueError if an exit does not exist or takes as much as what requests get that name no depth."""
+    """Raise ValueError unless an exit exists and lies below all exits of requests that name no depth."""
     if exit is None:
         return
     setting = reranker.setting()
@@ -71,15 +74,16 @@ class DeadlineKey:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a request runs. Those of equal keys can share a batch.
+class Task:
+    """A query with its documents, tokenised, and the setting to score them at.
 
     Attributes:
-        end: what `time.monotonic` says at the request's deadline; None is no deadline.
-        shows_exit: whether the answer says where scores were read, though all were read at one exit.
-        pairs: documents, or their chunks, as the model reads them, all of one query.
+        setting: depth, width and cascade.
+        pairs: pairs of the query and each document, or each chunk of a document.
         shared_tokens, tokens: see `MatryoshkaReranker.count_tokens`.
-        cut: the chunks of each document, if the request wants them.
+        cut: chunks of each document; None if the request does not ask for chunks.
+        end: the deadline, as a value of `time.monotonic`; None is no deadline.
+        shows_exit: whether hits name their exit even if all scores are read at one exit.
         fusion: first-stage scores of the documents, and their weight; None is no fusion.
     """
 
@@ -94,7 +98,7 @@ class Work:
 
     @property
     def key(self) -> Hashable:
-        """What `Scorer.compute` is told."""
+        """The key for `Scorer.compute`. Tasks with equal keys can share a batch."""
         weight = None if self.fusion is None else self.fusion.weight
         if self.end is not None:
             return DeadlineKey(self.setting, self.end, weight)
@@ -110,11 +114,11 @@ class Work:
 
     @property
     def divisible(self) -> bool:
-        """Whether documents need not wait for each other."""
+        """Whether documents can be scored in several batches: no cascade or deadline compares them."""
         return self.end is None and not self.setting.cascade
 
     def hits(self, found: Sequence[Hit]) -> Sequence[Hit]:
-        """Of each document, from those of `pairs`."""
+        """Return the hit of each document from the hits of `pairs`."""
         if self.shows_exit:
             found = [{"cutoff_layer": self.setting.depth} | hit for hit in found]
         if self.cut is not None:
@@ -123,24 +127,28 @@ class Work:
 
     @property
     def all_tokens(self) -> int:
+        """Number of tokens that the model reads for the task."""
         return self.shared_tokens + sum(self.tokens)
 
 
 class Scorer:
-    """A re-ranker as the server uses it.
+    """A re-ranker that makes tasks of requests and computes them.
+
+    Args:
+        reranker: the re-ranker.
 
     Attributes:
-        hurried: how many with a deadline wait or are computed.
+        deadlines: number of tasks with a deadline that wait or are computed.
     """
 
     def __init__(self, reranker: MatryoshkaReranker) -> None:
         self.reranker = reranker
-        self.hurried = 0
-        self._shortener = Shortener(reranker)
+        self.deadlines = 0
+        self._truncator = Truncator(reranker)
 
     @property
     def max_tokens(self) -> int:
-        """That one call spreads over the devices in one pass on each."""
+        """Most tokens of a batch: one pass on each device."""
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
     @cached_property
@@ -183,97 +191,100 @@ class Scorer:
 
     def scale(
         self,
-        asked: Mapping[str, Any],
+        setting: Mapping[str, Any],
         shown: Mapping[str, Any],
         deadline_ms: float | None = None,
         instruction: str | None = None,
     ) -> Scale:
-        """The scores that an answer shows. Nothing is computed.
+        """Return the function that turns raw scores into the scores that an answer shows. The model does not run.
 
         Args:
-            asked: arguments of `MatryoshkaReranker.setting`.
+            setting: arguments of `MatryoshkaReranker.setting`.
             shown: arguments of `MatryoshkaReranker.normalizer`.
+            deadline_ms: deadline of the request; None is no deadline.
+            instruction: instruction of the query; None is the model's own, "" is none.
 
         Raises:
             TypeError, ValueError: as `MatryoshkaReranker.normalizer`, and ValueError if the model has no plan, or the
                 instruction has more tokens than `max_length`.
         """
         if shown["normalize"] == CALIBRATED and self.plan is None:
-            raise ValueError(f"normalize={CALIBRATED!r}: the model has no plan, which would say how.")
-        normalizer = self.reranker.normalizer(**asked, **shown, deadline_ms=deadline_ms, instruction=instruction)
-        self._shortener.refuse_too_long(instruction)
-        return scale_of(shown["normalize"], normalizer, self.reranker.temperature)
+            raise ValueError(f"normalize={CALIBRATED!r}: the model has no plan with a calibration. Give true or false.")
+        normalizer = self.reranker.normalizer(**setting, **shown, deadline_ms=deadline_ms, instruction=instruction)
+        self._truncator.refuse_too_long(instruction)
+        return _scale(shown["normalize"], normalizer, self.reranker.temperature)
 
     def prepare(
         self,
         query: str,
         documents: Sequence[str],
-        asked: Mapping[str, Any],
+        setting: Mapping[str, Any],
         lengths: Lengths,
         chunks: Mapping[str, Any] | None = None,
         instruction: str | None = None,
         fusion: Fusion | None = None,
-    ) -> Work:
-        """What scoring these documents runs. The model does not run.
+    ) -> Task:
+        """Tokenise a query and its documents. The model does not run.
 
         Args:
-            asked: arguments of `MatryoshkaReranker.setting`.
+            setting: arguments of `MatryoshkaReranker.setting`.
+            lengths: most tokens of the texts.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
-            instruction: of the query; None is the model's own, "" is none.
+            instruction: instruction of the query; None is the model's own, "" is none.
             fusion: first-stage scores of the documents, and their weight; None is no fusion.
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
-                `Shortener.shorten`.
+                `Truncator.truncate`.
         """
-        setting = self.reranker.setting(**asked)
-        short = self._shortener.shorten(query, documents, lengths, instruction)
+        chosen = self.reranker.setting(**setting)
+        short = self._truncator.truncate(query, documents, lengths, instruction)
         if chunks is None:
             pairs = self.reranker.tokenize([(short.query, text) for text in short.documents], instruction=instruction)
             pairs = [
                 replace(pair, passage_is_cut=pair.passage_is_cut or is_cut)
                 for pair, is_cut in zip(pairs, short.is_cut, strict=True)
             ]
-            return Work(setting, pairs, *count_input_tokens(pairs), fusion=fusion)
+            return Task(chosen, pairs, *count_input_tokens(pairs), fusion=fusion)
         whole = self.reranker.cut_chunks(short.query, short.documents, **chunks, instruction=instruction)
         cut = [
             document._replace(is_truncated=document.is_truncated or is_cut)
             for document, is_cut in zip(whole, short.is_cut, strict=True)
         ]
         pairs = [chunk.pair for document in cut for chunk in document.chunks]
-        return Work(setting, pairs, *count_input_tokens(pairs), cut, fusion=fusion)
+        return Task(chosen, pairs, *count_input_tokens(pairs), cut, fusion=fusion)
 
-    def count_operations(self, work: Work, hits: Sequence[Mapping[str, Any]]) -> int:
-        """See `MatryoshkaReranker.estimate_flops`: as if no other request had shared the batch.
+    def count_operations(self, task: Task, hits: Sequence[Mapping[str, Any]]) -> int:
+        """Count floating-point operations, as if the task were alone in its batch, by `estimate_flops`.
 
         Args:
-            hits: what `compute` found for it.
+            hits: results of `compute` for the task.
         """
-        setting = work.setting
-        if work.divisible:
-            return self.reranker.estimate_flops(work.pairs, **setting.arguments)
+        setting = task.setting
+        if task.divisible:
+            return self.reranker.estimate_flops(task.pairs, **setting.arguments)
         depths = [hit["cutoff_layer"] for hit in hits]
         exits = sorted({*dict(setting.cascade), *depths, setting.depth})
-        return self.reranker.estimate_flops(work.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
+        return self.reranker.estimate_flops(task.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
 
     def _deadline_ms(self, key: DeadlineKey) -> float:
-        seconds = (key.end - time.monotonic()) / max(1, self.hurried)
+        seconds = (key.end - time.monotonic()) / max(1, self.deadlines)
         return max(seconds, NO_TIME) * 1000
 
     def compute(
-        self, key: Setting | FusionKey | DeadlineKey, shares: list[Sequence[Any]], between: Callable[[], None]
+        self, key: Setting | FusionKey | DeadlineKey, items: list[Sequence[Any]], between: Callable[[], None]
     ) -> list[list[Hit]]:
-        """Score the documents of each request.
+        """Score the documents of each task.
 
         Args:
-            key: of the requests. A request with a deadline takes its share of the time until then, because other
-                requests with a deadline wait.
-            shares: the `Work.items` of each request.
-            between: called between a cascade's batches, or between the steps until a deadline. Its exception ends the
-                call.
+            key: key of the tasks. A task with a deadline gets the time until then, divided by the number of tasks with
+                a deadline.
+            items: the `Task.items` of each task.
+            between: called between the batches of a cascade, or between the steps until a deadline. Its exception ends
+                the call.
 
         Returns:
-            For each request a list with a dict for each item: "score", not normalised, with a cascade or a deadline
+            For each task a list with a dict for each item: "score", not normalised, with a cascade or a deadline
             "cutoff_layer", "is_truncated" if the pair was cut, and if candidates are dropped by fused scores
             "first_stage_score" and "fused_score".
 
@@ -286,14 +297,29 @@ class Scorer:
         weight = None if isinstance(key, Setting) else key.fusion
         fused: dict[str, Any] = {}
         if weight is not None:
-            fused = {"fusion": weight, "first_stage_scores": [[first for _, first in share] for share in shares]}
-            shares = [[pair for pair, _ in share] for share in shares]
+            fused = {"fusion": weight, "first_stage_scores": [[first for _, first in task] for task in items]}
+            items = [[pair for pair, _ in task] for task in items]
         with self.reranker.calling_between_batches(between):
             return self.reranker.score_lists(
-                shares,
+                items,
                 cascade=dict(setting.cascade) or None,
                 show_progress_bar=False,
                 deadline_ms=deadline_ms,
                 **setting.arguments,
                 **fused,
             )
+
+
+def _scale(normalize: bool | str, normalizer: Normalizer | None, temperature: float) -> Scale:
+    """Return the function that turns raw scores into the scores that an answer shows.
+
+    Args:
+        normalize: as in `MatryoshkaReranker`.
+        normalizer: result of `MatryoshkaReranker.normalizer`; None for raw scores.
+        temperature: scores are divided by it before the sigmoid.
+    """
+    if normalizer is None:
+        return lambda score, layer: score
+    if normalize is True:
+        return lambda score, layer: sigmoid(score / temperature)
+    return lambda score, layer: normalizer(torch.tensor(score), layer).item()

@@ -1,0 +1,51 @@
+"""Forms of requests and answers, one file for each family of clients."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
+
+from flagembedding_matryoshka.serve.forms.cohere import CohereAnswer, DocumentsRequest, VoyageAnswer
+from flagembedding_matryoshka.serve.forms.tei import TeiResult, TextsRequest
+from flagembedding_matryoshka.serve.forms.vllm import ScoreAnswer, ScoreRequest
+
+T = TypeVar("T")
+MAX_ERRORS = 5
+
+
+def _tag(body: Any) -> str:
+    """Return the form of a body to /rerank: with `texts` TEI's."""
+    return "texts" if isinstance(body, dict) and body.get("texts") is not None else "documents"
+
+
+AnyRerank = Annotated[
+    Annotated[DocumentsRequest, Tag("documents")] | Annotated[TextsRequest, Tag("texts")], Discriminator(_tag)
+]
+RERANK: TypeAdapter[DocumentsRequest | TextsRequest] = TypeAdapter(AnyRerank)
+RERANK_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest)]}
+RerankAnswer = CohereAnswer | VoyageAnswer | list[TeiResult]
+SCORE: TypeAdapter[ScoreRequest] = TypeAdapter(ScoreRequest)
+SCORE_SCHEMA = ScoreRequest.model_json_schema()
+
+__all__ = ["RERANK", "RERANK_SCHEMA", "SCORE", "SCORE_SCHEMA", "RerankAnswer", "ScoreAnswer", "parse"]
+
+
+def parse(body: bytes, form: TypeAdapter[T]) -> T:
+    """Read a request. A byte order mark before the body is passed over.
+
+    Raises:
+        ValueError: naming the first errors and their fields.
+    """
+    try:
+        return form.validate_json(body.removeprefix(codecs.BOM_UTF8))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
+        # The first place of an error of RERANK is the tag of its form.
+        places = [problem["loc"][1:] if form is RERANK else problem["loc"] for problem in found]
+        wrong = [
+            ".".join(map(str, ["body", *place])) + f": {problem['msg']}"
+            for place, problem in zip(places, found, strict=True)
+        ]
+        raise ValueError("; ".join(wrong)) from error

@@ -1,0 +1,186 @@
+"""Requests with `documents`, of clients of Cohere, Jina, Voyage, Xinference and vLLM, and their answers."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, FailFast, Field, model_validator
+from typing_extensions import NotRequired, Self, TypedDict
+
+from flagembedding_matryoshka.inference.fusion import as_first_stage_score
+from flagembedding_matryoshka.serve.forms.common import (
+    FIRST_STAGE_SCORE,
+    Document,
+    Flag,
+    RankedResult,
+    Request,
+    RequestScores,
+    Usage,
+)
+
+
+class CohereResult(RankedResult):
+    """A document in Cohere's answer."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[dict[str, Any]]
+
+
+class CohereAnswer(TypedDict):
+    """Cohere's answer with Jina's `usage`."""
+
+    id: str
+    model: str
+    results: list[CohereResult]
+    meta: dict[str, Any]
+    usage: Usage
+
+
+class VoyageResult(RankedResult):
+    """A document in Voyage's answer."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[str]
+
+
+class VoyageAnswer(TypedDict):
+    """Voyage's answer."""
+
+    object: Literal["list"]
+    data: list[VoyageResult]
+    model: str
+    usage: Usage
+
+
+class DocumentsRequest(Request):
+    """Cohere's form, and Jina's, Voyage's, Xinference's and vLLM's."""
+
+    other_texts = ("texts",)
+
+    query: str
+    documents: Annotated[
+        list[str | Document],
+        FailFast(),
+        Field(
+            description=f"texts, or objects with a text. An object may have the first stage's score, a number or null, "
+            f"in {FIRST_STAGE_SCORE}, which is not ranked as text"
+        ),
+    ]
+    top_n: int | None = Field(None, ge=1, description="most documents in the answer. Default: all")
+    top_k: int | None = Field(None, ge=1, description="Voyage's name of top_n; the answer is then in Voyage's format")
+    return_documents: Flag | None = Field(None, description="whether results have their document. Default: false")
+    return_operations: Flag | None = Field(
+        None, description="whether `usage` has the floating-point operations. Default: false"
+    )
+    rank_fields: list[str] | None = Field(
+        None, min_length=1, description="fields of documents that are objects to rank, in this order. Default: text"
+    )
+    max_chunks_per_doc: int | None = Field(
+        None, ge=1, description="cut documents that are too long into this many chunks at most; the best one counts"
+    )
+    overlap: int | None = Field(
+        None,
+        ge=0,
+        validation_alias=AliasChoices("overlap", "overlap_tokens"),
+        description="tokens that a chunk shares with the previous one; cuts documents as max_chunks_per_doc does",
+    )
+    return_len: Flag | None = Field(None, description="does nothing: answers always count tokens")
+    _texts: list[str]
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        if None not in (self.top_n, self.top_k):
+            raise ValueError("top_n and top_k are one option with two names: give one of them")
+        lengths = self.lengths
+        if self.chunks is not None and (lengths.refuse or lengths.keep_end or lengths.pair is not None):
+            raise ValueError(
+                "max_chunks_per_doc and overlap cut documents that are too long into chunks: leave out truncate=false, "
+                "a truncation_direction of Left and truncate_prompt_tokens"
+            )
+        fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
+        if FIRST_STAGE_SCORE in fields:
+            raise ValueError(
+                f"rank_fields: {FIRST_STAGE_SCORE!r} is the first stage's score of a document and not a text: leave it "
+                "out"
+            )
+        own = [_first_stage_score(number, document) for number, document in enumerate(self.documents)]
+        has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in self.documents)
+        self._read_first_stage(len(self.documents), own if has_own else None)
+        self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
+        return self
+
+    @property
+    def chunks(self) -> dict[str, Any] | None:
+        if self.max_chunks_per_doc is None and self.overlap is None:
+            return None
+        return {"max_chunks_per_doc": self.max_chunks_per_doc, "overlap": self.overlap or 0}
+
+    @property
+    def counts_operations(self) -> bool:
+        return bool(self.return_operations)
+
+    @property
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        return [(self.query, self._texts)]
+
+    def answer(self, scores: RequestScores) -> CohereAnswer | VoyageAnswer:
+        """Return Voyage's answer to a request with `top_k`, Cohere's otherwise."""
+        if "top_k" in self.model_fields_set:
+            return self._voyage_answer(scores)
+        results = scores.best("relevance_score", self.top_n)
+        if self.return_documents:
+            for result in results:
+                document = self.documents[result["index"]]
+                result["document"] = {"text": document} if isinstance(document, str) else document
+        return {
+            "id": str(uuid.uuid4()),
+            "model": scores.model,
+            "results": results,
+            "meta": {"api_version": {"version": "2"}, "tokens": {"input_tokens": scores.tokens, "output_tokens": 0}},
+            "usage": scores.usage,
+        }
+
+    def _voyage_answer(self, scores: RequestScores) -> VoyageAnswer:
+        data = scores.best("relevance_score", self.top_k)
+        if self.return_documents:
+            for result in data:
+                result["document"] = self._texts[result["index"]]
+        return {"object": "list", "data": data, "model": scores.model, "usage": scores.usage}
+
+
+def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Return the text of a document; a string counts as an object with a `text`.
+
+    Raises:
+        ValueError: if a field is missing or not a string, or the document holds NaN or infinity, which no answer could
+            repeat.
+    """
+    values = {"text": document} if isinstance(document, str) else document
+    for field in fields:
+        if not isinstance(values.get(field), str):
+            raise ValueError(
+                f"documents.{number}: a document is a string or an object with a string {field!r:.40}, got the keys "
+                f"{[*values][:5]!s:.200}"
+            )
+    if not isinstance(document, str):
+        json.dumps(document, allow_nan=False)
+    return "\n".join(values[field] for field in fields)
+
+
+def _first_stage_score(number: int, document: str | Mapping[str, Any]) -> float | None:
+    """Return the first stage's score in a document; None if the document has none, or is a string.
+
+    Raises:
+        ValueError: if the score is neither a finite number nor null.
+    """
+    if isinstance(document, str):
+        return None
+    try:
+        return as_first_stage_score(f"documents.{number}.{FIRST_STAGE_SCORE}", document.get(FIRST_STAGE_SCORE))
+    except TypeError as error:  # pydantic reports only a ValueError as an error of the body
+        raise ValueError(str(error)) from error

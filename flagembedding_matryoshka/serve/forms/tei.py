@@ -1,0 +1,45 @@
+"""Requests with `texts`, of clients of text-embeddings-inference (TEI), and their answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+from typing_extensions import NotRequired, Self
+
+from flagembedding_matryoshka.serve.forms.common import Flag, RankedResult, Request, RequestScores, Texts
+
+
+class TeiResult(RankedResult):
+    """A text in TEI's answer, which is a list of these."""
+
+    index: int
+    score: float
+    text: NotRequired[str]
+
+
+class TextsRequest(Request):
+    """TEI's form. Its answer has no place for the number of operations."""
+
+    other_texts = ("documents",)
+
+    query: str
+    texts: Texts
+    top_n: int | None = Field(None, ge=1, description="most texts in the answer. Default: all")
+    return_text: Flag | None = Field(None, description="whether results have their text. Default: false")
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        self._read_first_stage(len(self.texts))
+        return self
+
+    @property
+    def lists(self) -> list[tuple[str, Sequence[str]]]:
+        return [(self.query, self.texts)]
+
+    def answer(self, scores: RequestScores) -> list[TeiResult]:
+        results = scores.best("score", self.top_n)
+        if self.return_text:
+            for result in results:
+                result["text"] = self.texts[result["index"]]
+        return results
