@@ -98,6 +98,8 @@ def check_command(words, monkeypatch):
             check_arguments(module, arguments, monkeypatch)
         case "python", ["-m", module, *_]:
             assert find_spec(module)
+        case "python", [script, *_] if script.endswith(".py"):
+            assert (ROOT / script).is_file()
         case "torchrun", _:
             start = rest.index("-m") + 2 if "-m" in rest else 0
             launcher = rest[:start] if start else [word for word in rest if word in LAUNCHER]
