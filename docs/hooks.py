@@ -35,7 +35,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Show the picture in the place of its source. Links that leave docs lose a "../", because docs is the site's top."""
+    """Show the picture instead of its source. Links that leave docs lose a "../", because docs is the site's top."""
     if page.file.src_uri in OUTSIDE:
         return markdown
     up = "../" * page.file.src_uri.count("/")
