@@ -26,8 +26,8 @@ flowchart TD
 ```
 
 The boxes are the packages of `flagembedding_matryoshka` and the modules beside them. An arrow goes from the importer to
-the imported package. Arrows that a path of other arrows implies are left out. A test compares this page with the imports.
-[Architecture](architecture.md#packages) says what each package holds.
+the imported package. Arrows that a path of other arrows implies are left out. A test compares this page with the
+imports. [Architecture](architecture.md#packages) says what each package holds.
 """
 
 
