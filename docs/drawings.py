@@ -48,10 +48,10 @@ class Drawing:
         dashes = ' stroke-dasharray="3 3"' if kind == "padding" else ""
         self._elements.append(f'<rect {size} rx="3" class="{kind}"{dashes}/>')
         if words:
-            self.text(x + width / 2, y + height / 2 + 4.5, words)
+            self.text(x + width / 2, y + height / 2 + 5, words)
 
     def text(self, x: float, y: float, words: str, kind: str = "ink", anchor: str = "middle") -> None:
-        size = ' font-size="11"' if kind == "muted" else ""
+        size = ' font-size="13"' if kind == "muted" else ""
         self._elements.append(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" class="{kind}"{size}>{escape(words)}</text>'
         )
@@ -71,13 +71,13 @@ class Drawing:
         for kind in kinds:
             self.box(x, y - 11, 14, 14, kind)
             self.text(x + 20, y, kind, "muted", "start")
-            x += 84
+            x += 96
 
     def __str__(self) -> str:
         return "\n".join(
             (
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self._size}" font-family="sans-serif" '
-                'font-size="13" role="img">',
+                'font-size="15" role="img">',
                 f"<title>{escape(self._title)}</title>",
                 f"<style>{style(False)}@media (prefers-color-scheme: dark){{{style(True)}}}</style>",
                 '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
@@ -147,8 +147,8 @@ def packed_row() -> Drawing:
 
 def compression() -> Drawing:
     """Five passage tokens merged two to one."""
-    drawing = Drawing(720, 330, "Compression with ratio 2: 5 passage tokens become 3")
-    size, left = 74, 120
+    drawing = Drawing(740, 330, "Compression with ratio 2: 5 passage tokens become 3")
+    size, left = 76, 122
     kinds = ["query"] * 2 + ["passage"] * 5 + ["prompt"]
     names = ["q", "q", "a", "b", "c", "d", "e", "p"]
     weights = [0.1, 0.3, 0.2, 0.2, 0.15]

@@ -17,11 +17,21 @@ OUTSIDE = (
 FLOWCHART = re.compile(r"```mermaid\n(.*?)```", re.DOTALL)
 
 
+def repository(remote):
+    """Return address and name of a repository on the web, from the address that git clones; None for another address.
+
+    >>> repository("git@example.org:owner/name.git")
+    ('https://example.org/owner/name', 'owner/name')
+    """
+    found = re.fullmatch(r"(?:https://|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", remote)
+    return (f"https://{found[1]}/{found[2]}", found[2]) if found else None
+
+
 def on_config(config):
-    """Link the repository that the checkout was cloned from, if there is one."""
+    """Link the repository that the checkout was cloned from."""
     git = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True)
-    if found := re.fullmatch(r"(?:https://|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", git.stdout.strip()):
-        config.repo_url, config.repo_name = "https://{}/{}".format(*found.groups()), found[2]
+    if found := repository(git.stdout.strip()):
+        config.repo_url, config.repo_name = found
     return config
 
 

@@ -32,7 +32,7 @@ def test_a_figure_has_colours_of_both_schemes_and_nothing_outside(drawing):
             x, y, wide, high = (float(box.get(name)) for name in ("x", "y", "width", "height"))
             assert 0 <= x <= x + wide <= width and 0 <= y <= y + high <= height
     for text in root.iter(f"{SVG}text"):
-        x, reach = float(text.get("x")), 6.5 * len(text.text) * float(text.get("font-size", 13)) / 13
+        x, reach = float(text.get("x")), 0.46 * len(text.text) * float(text.get("font-size", 15))
         left = x - reach * {"start": 0, "middle": 0.5, "end": 1}[text.get("text-anchor")]
         assert left >= 0 and left + reach <= width, text.text
 
