@@ -158,14 +158,14 @@ def compression() -> Drawing:
         x = left + size * (index + 2) + size / 2 - 1
         drawing.box(x - 10, 84 - 200 * weight, 20, 200 * weight, "layer")
         drawing.text(x, 78 - 200 * weight, f"{weight:.2f}", "muted")
-    drawing.text(20, 118, "before layer 9", "ink", "start")
+    drawing.text(20, 118, "after layer 8", "ink", "start")
     drawing.cells(left, 100, size, list(zip(kinds, names, strict=True)), 30)
     slots = [0, 1, 2, 2, 3, 3, 4, 5]
     merged = ["q", "q", "¼ a + ¾ b", "½ c + ½ d", "e", "p"]
     for place, slot in enumerate(slots):
         start, end = left + size * place + size / 2 - 1, left + size * slot + size / 2 - 1
         drawing.path(f"M{start:g} 134C{start:g} 165 {end:g} 165 {end:g} 194", "arrow")
-    drawing.text(20, 218, "after it", "ink", "start")
+    drawing.text(20, 218, "into layer 9", "ink", "start")
     drawing.cells(left, 200, size, list(zip(["query"] * 2 + ["passage"] * 3 + ["prompt"], merged, strict=True)), 30)
     drawing.text(20, 252, "positions", "muted", "start")
     for place in range(6):
@@ -200,10 +200,10 @@ def cascade() -> Drawing:
     drawing.text(left + 5 * size, 290, "candidates in the order of exit 9; the numbers are final ranks", "muted")
     drawing.text(left + 5 * size, 316, "cascade={9: 0.3}, cutoff_layers=[18]")
     for y, words in ((170, "layers 10 to 18: 3 candidates"), (250, "layers 1 to 9: 10 candidates")):
-        drawing.text(500, y - 40, words, anchor="start")
-    drawing.text(500, 150, "0.5 of the layers · 0.3 = 0.15", "muted", "start")
-    drawing.text(500, 230, "0.5 of the layers · 1.0 = 0.50", "muted", "start")
-    drawing.text(500, 64, "operations: 0.65 of the full network's", anchor="start")
+        drawing.text(474, y - 40, words, anchor="start")
+    drawing.text(474, 150, "0.5 of the layers · 0.3 = 0.15", "muted", "start")
+    drawing.text(474, 230, "0.5 of the layers · 1.0 = 0.50", "muted", "start")
+    drawing.text(474, 64, "operations: 0.65 of the full network's", anchor="start")
     return drawing
 
 
