@@ -15,7 +15,12 @@ from tests.shipped import needs_smollm2
 
 README = PAGES["README.md"]
 ELASTIC = "docs/elastic.md"  # its block needs what its commands write: test_elastic.py
-SNIPPETS = [(page, *snippet) for page in PAGES if page != ELASTIC for snippet in snippets(page)]
+SNIPPETS = [
+    pytest.param(page, *snippet, id=f"{page} {number}")
+    for page in PAGES
+    if page != ELASTIC
+    for number, snippet in enumerate(snippets(page), start=1)
+]
 NUMBER = r"-?\d+\.\d+(?:e-?\d+)?"
 IN_SENTENCES = r"`((?:python -m|flagembedding-matryoshka|make|pip install|torchrun) [^`]+)`"
 COMMAND_LINES = [
@@ -31,7 +36,7 @@ class ParserMade(Exception):
 
 def test_there_are_snippets_and_commands():
     assert len(SNIPPETS) > 5 and len(COMMAND_LINES) > 20
-    assert sum(bool(output) for _, _, output in SNIPPETS) > 5
+    assert sum(bool(output) for *_, output in (snippet.values for snippet in SNIPPETS)) > 5
 
 
 def check_output(printed, shown):
@@ -126,6 +131,11 @@ def test_all_commands_are_named():
 def test_all_public_names_are_on_the_api_pages():
     text = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
     assert all(re.search(rf"\b{name}\b", text) for name in flagembedding_matryoshka.__all__)
+
+
+def test_architecture_names_every_package():
+    packages = [path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")]
+    assert packages and all(f"| `{name}` |" in PAGES["docs/architecture.md"] for name in packages)
 
 
 def anchors(text):
