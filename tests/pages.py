@@ -16,6 +16,11 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
+def snippets(page: str) -> list[tuple[str, str]]:
+    """A page's Python blocks, each with the text block right after it, the output; "" if there is none."""
+    return re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", PAGES[page], re.DOTALL)
+
+
 def commands(page: str) -> list[str]:
     """A page's shell commands, each in one line, without comments."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()

@@ -15,13 +15,19 @@ PACKAGE = "flagembedding_matryoshka"
 PAGE = Path(__file__).parents[1] / "docs" / "imports.md"
 TEXT = """# Who imports whom
 
-Rooms of the package, and the modules beside them; an arrow goes from who imports to what is imported, and all
-point down. import-linter refuses one that does not, and a test keeps the picture true.
+```bash
+python -m tests.test_imports  # writes this page from the imports of all modules
+make lint                     # import-linter refuses an import against the arrows
+```
 
 ```mermaid
 flowchart TD
 {}
 ```
+
+The boxes are the packages of `flagembedding_matryoshka` and the modules beside them. An arrow goes from the importer to
+the imported package. Arrows that a path of other arrows implies are left out. A test compares this page with the
+imports. [Architecture](architecture.md#packages) says what each package holds.
 """
 
 

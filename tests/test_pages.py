@@ -10,12 +10,18 @@ import pytest
 
 import flagembedding_matryoshka
 from flagembedding_matryoshka.cli.main import COMMANDS, PACKAGE
-from tests.pages import PAGES, ROOT, blocks, commands
+from tests.pages import PAGES, ROOT, commands, snippets
 from tests.shipped import needs_smollm2
 
 README = PAGES["README.md"]
 ELASTIC = "docs/elastic.md"  # its block needs what its commands write: test_elastic.py
-PYTHON_BLOCKS = [(page, block) for page in PAGES if page != ELASTIC for block in blocks(page, "python")]
+SNIPPETS = [
+    pytest.param(page, *snippet, id=f"{page} {number}")
+    for page in PAGES
+    if page != ELASTIC
+    for number, snippet in enumerate(snippets(page), start=1)
+]
+NUMBER = r"-?\d+\.\d+(?:e-?\d+)?"
 IN_SENTENCES = r"`((?:python -m|flagembedding-matryoshka|make|pip install|torchrun) [^`]+)`"
 COMMAND_LINES = [
     (page, line) for page, text in PAGES.items() for line in (*commands(page), *re.findall(IN_SENTENCES, text))
@@ -28,27 +34,25 @@ class ParserMade(Exception):
     """Raised in the place of parsing, with the parser."""
 
 
-def test_there_are_blocks_and_commands():
-    assert len(PYTHON_BLOCKS) > 5 and len(COMMAND_LINES) > 20
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) > 5 and len(COMMAND_LINES) > 20
+    assert sum(bool(output) for *_, output in (snippet.values for snippet in SNIPPETS)) > 5
+
+
+def check_output(printed, shown):
+    """Words and whole numbers are the same, other numbers nearly."""
+    assert re.split(NUMBER, printed) == re.split(NUMBER, shown)
+    numbers = [[float(number) for number in re.findall(NUMBER, text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
 
 
 @needs_smollm2
-@pytest.mark.parametrize(("page", "block"), PYTHON_BLOCKS)
-def test_python_block_runs(page, block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "code", "output"), SNIPPETS)
+def test_a_snippet_prints_the_output_below_it(page, code, output, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, page, "exec"), {})
-
-
-@needs_smollm2
-def test_the_scores_that_the_readme_shows_are_those_that_it_prints(capsys):
-    (block,) = blocks("README.md", "python")
-    shown = re.findall(r"# (\[.+\])", block)
-    exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert len(shown) == len(printed) == 2
-    for scores, expected in zip(printed, shown, strict=True):
-        numbers = [[float(number) for number in text.strip("[]").split(", ")] for text in (scores, expected)]
-        assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
+    exec(compile(code, page, "exec"), {})
+    if output:
+        check_output(capsys.readouterr().out, output)
 
 
 def parser_of(module, monkeypatch):
@@ -99,6 +103,8 @@ def check_command(words, monkeypatch):
             check_arguments(module, arguments, monkeypatch)
         case "python", ["-m", module, *_]:
             assert find_spec(module)
+        case "python", [script, *_] if script.endswith(".py"):
+            assert (ROOT / script).is_file()
         case "torchrun", _:
             start = rest.index("-m") + 2 if "-m" in rest else 0
             launcher = rest[:start] if start else [word for word in rest if word in LAUNCHER]
@@ -122,9 +128,14 @@ def test_all_commands_are_named():
     assert all(f"`{name}`" in PAGES["docs/commands.md"] for name in COMMANDS)
 
 
-def test_all_public_names_are_on_the_api_page():
-    page = PAGES["docs/api.md"]
-    assert all(re.search(rf"\b{name}\b", page) for name in flagembedding_matryoshka.__all__)
+def test_all_public_names_are_on_the_api_pages():
+    text = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
+    assert all(re.search(rf"\b{name}\b", text) for name in flagembedding_matryoshka.__all__)
+
+
+def test_architecture_names_every_package():
+    packages = [path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")]
+    assert packages and all(f"| `{name}` |" in PAGES["docs/architecture.md"] for name in packages)
 
 
 def anchors(text):

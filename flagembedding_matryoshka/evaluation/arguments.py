@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
-from flagembedding_matryoshka.inference.arguments import stage
+from flagembedding_matryoshka.inference.arguments import program, stage
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 
@@ -22,7 +22,7 @@ python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_la
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m flagembedding_matryoshka.evaluation`."""
     parser = argparse.ArgumentParser(
-        prog="python -m flagembedding_matryoshka.evaluation",
+        prog=program("flagembedding_matryoshka.evaluation"),
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
