@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import AliasChoices, Field, model_validator
 from typing_extensions import Self, TypedDict
@@ -85,6 +85,6 @@ class ScoreRequest(Request):
             "object": "list",
             "created": int(time.time()),
             "model": scores.model,
-            "data": [{"object": "score", **result} for result in results],
+            "data": [cast(ScoreResult, {"object": "score", **result}) for result in results],
             "usage": scores.usage,
         }
