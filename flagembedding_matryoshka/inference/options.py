@@ -92,14 +92,17 @@ class ScoringOptions:
         Raises:
             TypeError, ValueError: as `template`.
         """
-        words = replace(
-            tokenizer.template,
-            query_instruction=self.query_instruction_for_rerank,
-            query_format=self.query_instruction_format,
-            passage_instruction=self.passage_instruction_for_rerank,
-            passage_format=self.passage_instruction_format,
-            prompt=self.prompt,
-        )
+        given = {
+            "query_instruction": self.query_instruction_for_rerank,
+            "query_format": self.query_instruction_format,
+            "passage_instruction": self.passage_instruction_for_rerank,
+            "passage_format": self.passage_instruction_format,
+            "prompt": self.prompt,
+        }
+        words = tokenizer.template
+        changed = {name: value for name, value in given.items() if value != getattr(words, name)}
+        if changed:
+            words = replace(words, **changed)
         if self.instruction is None:
             return words
         words.with_instruction(self.instruction)  # refuses one that it has no place for

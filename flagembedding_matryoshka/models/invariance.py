@@ -25,19 +25,6 @@ class TiledLinear(nn.Linear):
         return torch.cat(tiles)[: len(rows)].unflatten(0, input.shape[:-1])
 
 
-class RowwiseLinear(nn.Linear):
-    """A linear layer of one output, each of which is summed by itself; it has no bias.
-
-    Where gradients are wanted it is a product as any other: learning sums over all rows in any case.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, in_features) to (…, 1)."""
-        if torch.is_grad_enabled():
-            return super().forward(input)
-        return torch.linalg.vecdot(input, self.weight).unsqueeze(-1)
-
-
 def tile_linears(module: nn.Module) -> None:
     """Turn all linear layers of a module into tiled ones, in place."""
     for part in module.modules():
