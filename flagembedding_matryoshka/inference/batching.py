@@ -1,4 +1,4 @@
-"""Which pairs are scored together: those of one prefix side by side, as many as the tokens of a batch allow."""
+"""Batches of pairs: pairs that share a prefix stand together, and a batch holds a limited number of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 
 def by_prefix(pairs: Sequence[TokenizedPair]) -> list[int]:
-    """Indices of all pairs: those of one prefix together and the longest first, and so the prefixes."""
+    """Return the indices of all pairs, pairs with one prefix together, the longest pairs and prefixes first."""
     groups: dict[Prefix, list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.prefix, []).append(index)
@@ -20,18 +20,18 @@ def by_prefix(pairs: Sequence[TokenizedPair]) -> list[int]:
 
 
 def _new_tokens(pair: TokenizedPair, before: TokenizedPair | None) -> int:
-    """Tokens that `pair` adds to a batch which ends with `before`."""
+    """Return the number of tokens that `pair` adds to a batch that ends with `before`."""
     shared = before is not None and before.prefix == pair.prefix
     return pair.own_length if shared else len(pair)
 
 
 def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
-    """Tokens of a batch; neighbours share their prefix."""
+    """Return the number of tokens of a batch, in which neighbours share their prefix."""
     return sum(_new_tokens(pair, pairs[place - 1] if place else None) for place, pair in enumerate(pairs))
 
 
 def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens: float) -> list[int]:
-    """The first index of `order`, and more while their pairs hold at most `max_tokens`."""
+    """Return the first index of `order`, and further ones while their pairs hold at most `max_tokens`."""
     batch: list[int] = []
     total = 0
     for index in order:
@@ -43,7 +43,7 @@ def next_batch(pairs: Sequence[TokenizedPair], order: Sequence[int], max_tokens:
 
 
 def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
-    """All pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, as their indices."""
+    """Yield the indices of all pairs in batches of at most `batch_size` pairs and `max_tokens` tokens."""
     order = by_prefix(pairs)
     start = 0
     while start < len(order):

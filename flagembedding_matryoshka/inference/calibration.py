@@ -1,5 +1,5 @@
-"""Monotone maps of scores to the probability of relevance, one for each depth and width: a score does not mean at one
-exit what it means at another."""
+"""Monotone maps from scores to the probability of relevance, one for each depth and width, because scores of different
+exits are not comparable."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Isotonic:
     """Piecewise linear between points, constant outside (Zadrozny and Elkan, KDD 2002).
 
     Attributes:
-        scores: ascending.
-        probabilities: in [0, 1], not falling.
+        scores: the points' scores, ascending.
+        probabilities: the points' probabilities, in [0, 1], not falling.
 
     Raises:
         TypeError: if a value is not a number.
@@ -44,7 +44,7 @@ class Isotonic:
             raise ValueError(f"a calibration has {len(self.scores)} scores and {len(self.probabilities)} probabilities")
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """float64 probabilities of scores of any shape."""
+        """Return the float64 probabilities of scores of any shape."""
         return torch.as_tensor(np.interp(scores.double().numpy(), self.scores, self.probabilities))
 
 
@@ -66,7 +66,7 @@ class Platt:
             raise ValueError(f"a calibration must not fall: slope {self.slope}, intercept {self.intercept}")
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """float64 probabilities of scores of any shape."""
+        """Return the float64 probabilities of scores of any shape."""
         return (self.slope * scores.double() + self.intercept).sigmoid()
 
 
@@ -77,15 +77,15 @@ METHODS: dict[str, type[Isotonic] | type[Platt]] = {kind.method: kind for kind i
 
 
 def to_json(calibration: Calibration | None) -> dict[str, Any] | None:
-    """What `from_json` takes back."""
+    """Return the JSON value that `from_json` reads."""
     return None if calibration is None else {"method": calibration.method, **asdict(calibration)}
 
 
 def from_json(stored: Mapping[str, Any] | None) -> Calibration | None:
-    """A calibration as a plan holds it.
+    """Return the calibration of a JSON value in a plan.
 
     Raises:
-        KeyError, TypeError, ValueError: if it is none.
+        KeyError, TypeError, ValueError: if the value is not a calibration.
     """
     if stored is None:
         return None

@@ -1,4 +1,4 @@
-"""Progressive dropping: after an exit the worst candidates of a query stop, and only the others go deeper."""
+"""Cascades: after an exit the worst candidates of a query stop, and the others go deeper."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def run_cascade(
 
     Args:
         score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on the CPU.
-        batches: candidates before the first layer; `queries` says whose they are.
+        batches: the candidates' states before the first layer.
         queries: for each batch the number of each sequence's query.
-        setting: with one cutoff layer, at which the last ones are scored.
+        setting: a setting with one cutoff layer, where the remaining candidates are scored.
         fusion: after each stage candidates that still run are ranked by their fused scores; None ranks them by their
             scores.
 
@@ -66,7 +66,7 @@ def run_cascade(
 
 
 def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
-    """Whether at most the best `share` of each query's candidates are left: nobody stops, so nobody need be read."""
+    """Return whether each query has at most `share` of its candidates left. Then none stops, and no score is needed."""
     _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
     left = owner[running].bincount(minlength=len(candidates)).tolist()
     return all(here <= share_of(share, count) for here, count in zip(left, candidates.tolist(), strict=True))

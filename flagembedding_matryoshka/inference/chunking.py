@@ -1,4 +1,4 @@
-"""Documents that do not fit beside their query, in chunks that do, each a text and where it stands."""
+"""Chunks of documents that are too long beside their query."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_SPACE = re.compile(r"\S")
 
 
 class Chunk(NamedTuple):
-    """A part of a document: the characters from `start` to in front of `end`, beside the query."""
+    """The characters of a document from `start` to `end`, which is excluded, tokenised beside the query."""
 
     start: int
     end: int
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
 
 class CutDocument(NamedTuple):
-    """The chunks of a document, at least one, and whether they leave anything of it or of the query unread."""
+    """The chunks of a document, at least one, and whether a part of the document or of the query is in none of them."""
 
     chunks: Sequence[Chunk]
     is_truncated: bool
@@ -35,11 +35,11 @@ class CutDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunking:
-    """How documents are cut.
+    """Cuts documents into chunks.
 
     Attributes:
-        most: chunks of a document, at most; None is as many as it takes.
-        overlap: tokens that a chunk has in common with the one before it.
+        most: number of chunks of a document, at most; None is no limit.
+        overlap: number of tokens that a chunk has in common with the previous one.
     """
 
     options: ScoringOptions
@@ -56,10 +56,10 @@ class Chunking:
         max_chunks_per_doc: int | None,
         overlap: int | None,
     ) -> Chunking | None:
-        """From the arguments of `MatryoshkaReranker.rank`; None without `chunk`.
+        """Return the value for the arguments of `MatryoshkaReranker.rank`; None without `chunk`.
 
         Raises:
-            TypeError: if a number is no int.
+            TypeError: if a number is not an int.
             ValueError: if a number is too small, or given without `chunk`.
         """
         for name, value in (("max_chunks_per_doc", max_chunks_per_doc), ("overlap", overlap)):
@@ -76,11 +76,11 @@ class Chunking:
         return cls(options, tokenizer, most, overlap) if chunk else None
 
     def cut(self, query: str, documents: Sequence[str]) -> list[CutDocument]:
-        """The chunks of each document; one that fits is one.
+        """Return the chunks of each document. A document that fits is one chunk.
 
         Raises:
-            ValueError: if a query leaves no room for its documents or for this overlap, or the tokenizer does not say
-                where its tokens stand.
+            ValueError: if a query leaves no room for its documents or for this overlap, or the tokenizer does not give
+                the offsets of its tokens.
         """
         texts = list(map(whole_characters, documents))
         wholes = self.options.tokenize([(query, text) for text in texts], self.tokenizer)
@@ -98,7 +98,7 @@ class Chunking:
                     break
                 is_truncated |= chunk.pair.passage_is_cut
                 chunks.append(chunk)
-            # What joining surrogate pairs took away from the places.
+            # Joined surrogate pairs shifted the places after them.
             pairs = [] if len(text) == len(document) else SURROGATE_PAIR.finditer(document)
             joined = [pair.start() - count for count, pair in enumerate(pairs)]
             placed = [
@@ -109,7 +109,7 @@ class Chunking:
         return found
 
     def _chunks(self, query: str, text: str, room: int) -> Iterator[Chunk]:
-        """Of no more of the text than a chunk can hold tokens are looked for at a time."""
+        """Yield the chunks of a text, of which one chunk's length is tokenised at a time."""
         template = self.options.template(self.tokenizer)
         start = 0
         while True:
@@ -127,7 +127,7 @@ class Chunking:
             kept = min(len(offsets), instruction + own)
             while True:
                 length = len(window) if kept == len(offsets) else int(offsets[max(kept, 1) - 1, 1])
-                # A part of a text may have more tokens than in it.
+                # A part of a text can have more tokens alone than inside the text.
                 end = start + max(1, length)
                 (pair,) = self.options.tokenize([(query, text[start:end])], self.tokenizer)
                 if not pair.passage_is_cut or length <= 1:
@@ -144,11 +144,11 @@ class Chunking:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is scored of one query's documents.
+    """One query's documents and their pairs.
 
     Attributes:
-        documents: empty if only tokenised pairs are given.
-        pairs: one for each document, or for each chunk.
+        documents: the texts; empty if the call gives tokenised pairs.
+        pairs: a pair for each document, or for each chunk.
         cut: the chunks of each document; None if documents are not cut.
         first_stage: the first stage's score of each document; None without fusion.
     """
@@ -171,7 +171,7 @@ class Candidates:
 
     @classmethod
     def of(cls, query: str, documents: Sequence[str], chunking: Chunking | None) -> Candidates:
-        """Raises ValueError as `Chunking.cut`."""
+        """Return the candidates of a query, in chunks if `chunking` is given; errors as in `Chunking.cut`."""
         if chunking is None:
             return cls(documents, [(query, document) for document in documents])
         cut = chunking.cut(query, documents)

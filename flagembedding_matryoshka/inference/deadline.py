@@ -21,12 +21,12 @@ from flagembedding_matryoshka.setting import Setting, share_of
 
 @dataclass(frozen=True)
 class Deadline:
-    """So many seconds from its start.
+    """A deadline, a number of seconds after its start.
 
     Attributes:
-        seconds: above 0; math.inf is any time.
-        clock: gives seconds; of the machine, so that its processes agree.
-        end: what the clock says then; None before the start.
+        seconds: above 0; math.inf is no limit.
+        clock: returns seconds. It must be the same in all processes of the machine.
+        end: the clock's value at the deadline; None before the start.
     """
 
     seconds: float
@@ -35,10 +35,10 @@ class Deadline:
 
     @classmethod
     def of(cls, deadline_ms: float | None, clock: Callable[[], float]) -> Deadline | None:
-        """From the argument of `MatryoshkaReranker.rank`, not started; None without it.
+        """Return the deadline for the argument of `MatryoshkaReranker.rank`, not started; None for None.
 
         Raises:
-            TypeError: if it is not a number.
+            TypeError: if `deadline_ms` is not a number.
             ValueError: if it is not above 0.
         """
         if deadline_ms is None:
@@ -50,22 +50,22 @@ class Deadline:
         return cls(float(deadline_ms) / 1000, clock)
 
     def start(self) -> Deadline:
-        """The same one from now on; one that has started stays as it is."""
+        """Return the deadline, started now if it has not started."""
         return self if self.end is not None else replace(self, end=self.clock() + self.seconds)
 
     @property
     def left(self) -> float:
-        """Seconds; below 0 when it is over."""
+        """Seconds until the deadline; negative after it."""
         return self.seconds if self.end is None else self.end - self.clock()
 
 
 class Pace:
-    """How long layers take, by those that have run: a layer so much, and each token in it so much more.
+    """Predicts the time of layers from the measured ones: a time for each layer, and a time for each token in it.
 
-    The line of least squares through what was measured, which neither begins nor falls below 0.
+    Both come from a least-squares line through the measurements. Neither is negative.
 
     Args:
-        clock: gives seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -75,19 +75,19 @@ class Pace:
 
     @contextmanager
     def measured(self, layers: float, tokens: float) -> Iterator[None]:
-        """What happens inside is so many layers, of so many tokens in all of them together."""
+        """Measure the code inside, which runs `layers` layers with `tokens` tokens in all of them together."""
         start = self._clock()
         yield
         self._measured.append((tokens / layers, (self._clock() - start) / layers))
         self._of_layer, self._of_token = _line(self._measured)
 
     def seconds(self, layers: float, tokens: float) -> float:
-        """How long these will take; of nothing measured, nothing."""
+        """Return the predicted seconds of layers; 0 before the first measurement."""
         return layers * self._of_layer + tokens * self._of_token
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Where it begins and how it rises."""
+    """Return intercept and slope of the line."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     rise = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else math.inf
@@ -98,7 +98,7 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 @dataclass(eq=False)
 class Part:
-    """Candidates that have come equally far together, and their places among all."""
+    """Candidates in one batch that have run the same layers, and their places among all candidates."""
 
     states: PackedStates
     places: list[int]
@@ -186,7 +186,7 @@ class AnytimeRun:
                     return
 
     def _rounds(self) -> Iterator[list[int]]:
-        """How many shall have come to each exit by one cascade after the other."""
+        """Yield, for one cascade after the other, the number of candidates that reach each exit."""
         width, numbers = self._first_width, list[int]()
         while numbers != self._most:
             if self._seconds_of_all() <= self._deadline.left:
@@ -230,7 +230,7 @@ class AnytimeRun:
         self._reached[part.places] = goal
 
     def _seconds_of_all(self) -> float:
-        """What it takes to bring all as deep as they may go."""
+        """Return the predicted seconds until all candidates are as deep as they may go."""
 
         def share(layer: int) -> float:
             return _most(self._setting, layer + 1, len(self._scores)) / len(self._scores)
@@ -244,10 +244,11 @@ class AnytimeRun:
     def _work(
         self, states: PackedStates, goal: int, share: Callable[[int], float] = lambda layer: 1.0
     ) -> tuple[float, float]:
-        """Layers that run to bring candidates to an exit, and the tokens in all of them; the last one is read.
+        """Return the number of layers that bring candidates to an exit, and the number of tokens in all of them.
 
         Args:
-            share: of the candidates that go through a layer.
+            goal: the exit, whose layer runs for the last tokens alone.
+            share: the fraction of candidates that go through a layer.
         """
         layers = tokens = 0.0
         packed = states.packed

@@ -1,4 +1,4 @@
-"""Which number format and how many tokens at a time a device computes fast."""
+"""The dtype and the number of tokens in a batch that are fast on a device."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 MOST_TOKENS = 65_536
 MOST_VALUES = 2**26
-"""Of a batch's hidden states."""
+"""Values in the hidden states of a batch, at most."""
 LEAST_TOKENS_OF_A_THREAD = 1024
 CACHE = 2**20
-"""Bytes of a core's second-level cache, where torch does not know them."""
+"""Assumed bytes of a core's second-level cache, if torch does not know them."""
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where `device` has instructions for it, else float32.
+    """Return bfloat16 if `device` has instructions for it, otherwise float32.
 
-    A processor without them still runs bfloat16, tens of times slower than float32.
+    A processor without them also runs bfloat16, tens of times slower than float32.
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        # of an unknown processor none: float32 is fast on all of them
+        # none on an unknown processor: float32 is fast on all of them
         has_bfloat16 = any(_capabilities().get(name) for name in _CPU_BFLOAT16)
     elif kind == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -36,26 +36,26 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """What is known of the processor; nothing by torch releases that cannot tell."""
+    """Return what torch knows of the processor; older releases know nothing."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def threads_of_each(devices: Sequence[str]) -> int:
-    """Threads that a CPU has for each of `devices` that is one."""
+    """Return the number of threads for each of `devices` that is a CPU."""
     on_cpu = sum(torch.device(device).type == "cpu" for device in devices)
     return max(1, torch.get_num_threads() // max(1, on_cpu))
 
 
 def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_size: int, threads: int) -> int:
-    """Tokens in a batch: as many as keep an accelerator or each thread of a CPU busy; of a narrow model as many as have
-    hidden states that about fill the thread's cache.
+    """Return the number of tokens in a batch that keeps an accelerator, or each thread of a CPU, busy.
 
-    Of a thread 1,024 were about the fastest of 512 to 8,192 for models that are 512 to 1,024 wide, and at a width of
-    128 two (float32) and four times as many (bfloat16; `benchmarks.batch_tokens`). On an H200 65,536 tokens of a model
-    1,024 wide kept it busy where 16,384 waited to be launched, and 16,384 of one 4,096 wide were as fast as more.
+    For a narrow model on a CPU, its hidden states about fill the cache of a thread. `benchmarks.batch_tokens` measured
+    512 to 8,192 tokens a thread: 1,024 were about the fastest for hidden sizes of 512 to 1,024. For a hidden size of
+    128, twice as many were in float32, and four times as many in bfloat16. On an H200, 65,536 tokens kept a model with
+    hidden size 1,024 busy, and 16,384 did not. With hidden size 4,096, 16,384 tokens were as fast as more.
 
     Args:
-        threads: that compute a batch, where `device` is a CPU.
+        threads: number of threads that compute a batch, if `device` is a CPU.
     """
     most = min(MOST_TOKENS, MOST_VALUES // hidden_size)
     if torch.device(device).type != "cpu":
@@ -66,9 +66,9 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_siz
 
 
 def check_batch_invariance(devices: Sequence[str], dtype: torch.dtype, quantization: str | None, compile: bool) -> None:
-    """Raise ValueError where scores that do not depend on the batch are not to be had.
+    """Raise ValueError if scores would depend on their batch in spite of `batch_invariant`.
 
-    A row of a product in float32 depends, by 1e-7, on its place among the others.
+    In float32 a row of a product depends, by 1e-7, on its place among the others.
     """
     kinds = {torch.device(device).type for device in devices}
     if (kinds, dtype, quantization, compile) != ({"cpu"}, torch.bfloat16, None, False):
@@ -85,13 +85,13 @@ def resolve_dtype(
     device: str | torch.device,
     quantization: str | None = None,
 ) -> torch.dtype:
-    """The format that weights are loaded in.
+    """Return the dtype that weights are loaded in.
 
     Args:
         dtype: "auto", a torch dtype or its name.
-        use_fp16, use_bf16: FlagEmbedding's way to say float16 or bfloat16. On a CPU, where float16 is slow and its
-            sums overflow, `use_fp16` leaves the choice to `dtype`: it is a default of FlagEmbedding's callers.
-        quantization: of the weights; "auto" is float32 beside "int8".
+        use_fp16, use_bf16: FlagEmbedding's arguments for float16 and bfloat16. On a CPU `use_fp16` has no effect:
+            float16 is slow there, its sums overflow, and callers of FlagEmbedding set it by default.
+        quantization: quantization of the weights; with "int8", "auto" is float32.
 
     Raises:
         ValueError: if they contradict each other or name no floating-point format.

@@ -1,4 +1,4 @@
-"""Tokenised pairs to scores, with one model on one device."""
+"""Scores of tokenised pairs by one model on one device."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class Scored(NamedTuple):
 
 
 class Engine:
-    """Computes on the device that its model lies on; safe to call from several threads.
+    """Runs tasks on the device of its model. It may be called from several threads.
 
     Args:
-        model: may hold token adapters; each call uses the one of its ratio.
-        compile: fuse the layers' token-wise parts.
+        model: a model, which may have token adapters; each task uses the adapter of its ratio.
+        compile: compile the layers.
 
     Attributes:
         between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. An exception
@@ -227,7 +227,7 @@ class Engine:
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:
-        """Nobody else switches the token adapters meanwhile."""
+        """Use the token adapter of a ratio inside. Other threads that switch adapters wait."""
         if not self._has_token_adapters:
             yield
             return

@@ -1,7 +1,7 @@
-"""Which model it is: digests by which results of the same weights are known again.
+"""Digests of models, by which results of the same weights are found again.
 
-`model_fingerprint` is of all that was loaded, merged and quantized, and takes as long as reading all weights. An
-evaluation keeps its results by it. `identity` is of the files, without loading them.
+`model_fingerprint` reads all weights of a loaded model, merged and quantized. An evaluation stores its results under
+it. `identity` reads the files of a checkpoint without loading them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ OF_A_CHECKPOINT = ("from_raw", "start_layer", "layer_sep", "max_layer", "templat
 
 
 def model_fingerprint(reranker: MatryoshkaReranker) -> str:
-    """SHA-256 of what scores depend on but for a call's options: configuration, weights as loaded, merged and
-    quantized, tokenizer."""
+    """Return the SHA-256 of configuration, tokenizer, and weights as loaded, merged and quantized.
+
+    Scores depend on these and on the options of a call.
+    """
     digest = hashlib.sha256()
     config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
     digest.update(json.dumps([config, reranker.quantization], sort_keys=True, default=str).encode())
@@ -36,7 +38,7 @@ def model_fingerprint(reranker: MatryoshkaReranker) -> str:
         if isinstance(weight, torch.Tensor):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:  # what PyTorch packs for products in int8
+        else:  # weights that PyTorch packs for products in int8
             packed = BytesIO()
             torch.save(weight, packed)
             digest.update(name.encode() + packed.getvalue())
@@ -49,11 +51,11 @@ def model_fingerprint(reranker: MatryoshkaReranker) -> str:
 
 
 def identity(model: str, options: Mapping[str, Any], is_here: bool) -> dict[str, str]:
-    """The weights that `MatryoshkaReranker(model, **options)` would load, and the format that it would load them in.
+    """Return a fingerprint of the weights that `MatryoshkaReranker(model, **options)` would load, and their dtype.
 
     Args:
-        options: of the constructor, those that were given.
-        is_here: whether it would be made in this process, so that its device is known.
+        options: the constructor's arguments that were given.
+        is_here: whether the re-ranker would be made in this process, so that its device is known.
 
     Returns:
         "weights", the fingerprint of their files, and, if it is known, "resolved_dtype", such as "float32".

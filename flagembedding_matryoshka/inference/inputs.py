@@ -1,4 +1,4 @@
-"""What callers hand in, checked before anything is computed."""
+"""Checks of a call's texts, before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ MISSING = object()
 
 
 def are_tokenized(pairs: Pairs) -> TypeIs[Inputs]:
-    """Whether pairs are not texts any more; those of a call are all of a kind."""
+    """Return whether pairs are tokenised. The pairs of a call are either all tokenised or all texts."""
     return bool(pairs) and isinstance(pairs[0], TokenizedPair)
 
 
 def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) -> Pairs:
-    """Pairs of strings of any iterable, which is read once; a single pair becomes a list of one, and what is tokenised
-    stays as it is.
+    """Return the pairs of an iterable, which is read once. A single pair becomes a list; tokenised pairs stay.
 
     Raises:
-        TypeError: naming the first thing that is not a pair of strings, and where it stands.
+        TypeError: if a value is not a pair of strings; the error names its index.
     """
     pairs = as_list("pairs of query and passage", sentence_pairs)
     if len(pairs) == 2 and isinstance(pairs[0], str):
@@ -48,10 +47,10 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
 
 
 def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[TokenizedPair]]:
-    """Lists of tokenised pairs.
+    """Return lists of tokenised pairs.
 
     Raises:
-        TypeError: naming the first thing that is none.
+        TypeError: if a value is not a tokenised pair; the error names its list and index.
     """
     found = [as_list(f"list {number}", pairs) for number, pairs in enumerate(as_iterable("lists", lists))]
     for number, values in enumerate(found):
@@ -62,11 +61,11 @@ def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[Tokenize
 
 
 def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tuple[list[str], list[list[str]]]:
-    """Queries with a list of documents each, from any iterables, which are read once.
+    """Return queries and their lists of documents, from any iterables, which are read once.
 
     Raises:
-        TypeError: if something is no list of strings, naming where it stands.
-        ValueError: if there are not as many lists as queries.
+        TypeError: if a query is not a string or its documents are not a list of strings; the error names the query.
+        ValueError: if the number of lists is not the number of queries.
     """
     queries = as_list("queries", queries)
     lists = as_list("candidates", candidates)
@@ -81,10 +80,13 @@ def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tup
 def read_lists(
     queries: Iterable[str] | Iterable[tuple[str, Iterable[str]]], candidates: Iterable[Iterable[str]] | None
 ) -> Iterator[tuple[str, list[str]]]:
-    """As `as_lists`, each query with its documents as they come; without `candidates` of (query, documents).
+    """Yield each query with its documents, as they are read.
+
+    Args:
+        queries: the queries, or without `candidates` tuples of a query and its documents.
 
     Raises:
-        TypeError, ValueError: as `as_lists`, some of it at once, and what is wrong with a list when it is read.
+        TypeError, ValueError: as `as_lists`. Errors of a list are raised when the list is read.
     """
     if candidates is None:
         return _read(as_iterable("lists", queries))
@@ -107,13 +109,13 @@ def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def as_count(name: str, value: Any, otherwise: str = "") -> int:
-    """A number of things, at least one.
+    """Return a number that must be at least 1.
 
     Args:
-        otherwise: what else may be said, for the error.
+        otherwise: other allowed values, for the error.
 
     Raises:
-        TypeError: if it is no int.
+        TypeError: if the value is not an int.
         ValueError: if it is less than 1.
     """
     try:
@@ -128,13 +130,13 @@ def as_count(name: str, value: Any, otherwise: str = "") -> int:
 
 
 def excerpt(value: object) -> str:
-    """How an error shows a value."""
+    """Return a value as an error shows it, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
-    """The documents of one query, both checked."""
+    """Check a query and its documents, and return the documents."""
     documents = as_list(f"the documents of query {number}", documents)
     if not isinstance(query, str):
         raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
@@ -145,11 +147,12 @@ def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
 
 
 def as_list(name: str, values: Any) -> list[Any]:
+    """Return the values of an iterable. Raises TypeError as `as_iterable`."""
     return list(as_iterable(name, values))
 
 
 def as_iterable(name: str, values: Any) -> Iterable[Any]:
-    """An iterable whose order means something; a table's or a dict's items are the names of what it holds.
+    """Return an iterable that has an order. The items of a table or a dict would be names of columns or keys.
 
     Raises:
         TypeError: if it is a string, a mapping, a set, a table of columns or no iterable.

@@ -72,7 +72,8 @@ class ScoringOptions:
                 chosen[name] = as_count(name, chosen[name])
         if chosen["normalize"] not in (True, False, CALIBRATED):
             raise ValueError(f"normalize is {chosen['normalize']!r}, but must be True, False or {CALIBRATED!r}.")
-        chosen["fusion"] = as_fusion(chosen["fusion"], lambda: defaults.plan.fusion_weight())
+        if chosen["fusion"] is not None:
+            chosen["fusion"] = as_fusion(chosen["fusion"], lambda: defaults.plan.fusion_weight())
         return cls(**chosen)
 
     def template(self, tokenizer: PairTokenizer) -> Template:
@@ -91,14 +92,17 @@ class ScoringOptions:
         Raises:
             TypeError, ValueError: as `template`.
         """
-        words = replace(
-            tokenizer.template,
-            query_instruction=self.query_instruction_for_rerank,
-            query_format=self.query_instruction_format,
-            passage_instruction=self.passage_instruction_for_rerank,
-            passage_format=self.passage_instruction_format,
-            prompt=self.prompt,
-        )
+        given = {
+            "query_instruction": self.query_instruction_for_rerank,
+            "query_format": self.query_instruction_format,
+            "passage_instruction": self.passage_instruction_for_rerank,
+            "passage_format": self.passage_instruction_format,
+            "prompt": self.prompt,
+        }
+        words = tokenizer.template
+        changed = {name: value for name, value in given.items() if value != getattr(words, name)}
+        if changed:
+            words = replace(words, **changed)
         if self.instruction is None:
             return words
         words.with_instruction(self.instruction)  # refuses one that it has no place for
@@ -201,7 +205,8 @@ def _resolve(
     of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
     depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
     alias = of_text.pop("compress_layer", None)
-    depth_and_width["compress_layers"] = resolve_alias(alias, depth_and_width["compress_layers"])
+    if alias is not None:
+        depth_and_width["compress_layers"] = resolve_alias(alias, depth_and_width["compress_layers"])
     for name, value in depth_and_width.items():
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, of_text)

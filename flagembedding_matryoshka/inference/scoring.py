@@ -8,7 +8,6 @@ hits of each query, which are ordered at the end.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -106,20 +105,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Portion:
-    """Candidates of one query that are scored together: the whole list, or a slice of a long list.
+    """Pairs of one list that are scored together: the whole list, or a slice of a long list.
 
     Attributes:
         number: number of the list.
-        pairs: their pairs.
         is_last: whether the list ends here.
-        first_stage: the first stage's score of each candidate if candidates are dropped by fused scores; otherwise
-            empty.
     """
 
     number: int
+    candidates: Candidates
     pairs: Pairs
     is_last: bool
-    first_stage: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -215,22 +211,15 @@ def _scored(
     run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
     """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score"."""
-    waiting: deque[Candidates] = deque()
-
-    def noted() -> Iterator[Candidates]:
-        for candidates in lists:
-            waiting.append(candidates)
-            yield candidates
-
     hits: list[Hit] = []
-    with _progress(total, show_progress_bar) as progress, closing(windows_of(noted(), call)) as windows:
+    with _progress(total, show_progress_bar) as progress, closing(windows_of(lists, call)) as windows:
         for window in windows:
             # The caller may score other pairs between two rankings, so no task may be left unfinished.
             found = iter(_hits(run, window, call, progress))
             for portion in window.portions:
                 hits += islice(found, len(portion.pairs))
                 if portion.is_last:
-                    yield waiting.popleft(), hits
+                    yield portion.candidates, hits
                     hits = []
 
 
@@ -262,37 +251,30 @@ def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, Non
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
     sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 
-    def filled() -> Iterator[list[Portion]]:
+    def filled() -> Iterator[tuple[int, list[Portion]]]:
+        """Yield the number of a window's first pair, and its portions."""
         portions: list[Portion] = []
-        count, size = 0, next(sizes)
+        first, count, size = 0, 0, next(sizes)
         for number, candidates in enumerate(lists):
             pairs, end, is_last = candidates.pairs, 0, False
-            fuses = call.is_cascade and call.fusion is not None
-            first_stage = (candidates.first_stage_of_pairs if fuses else None) or ()
             while not is_last:
                 start, end = end, len(pairs) if call.is_cascade else end + size
                 is_last = end >= len(pairs)
-                portion = Portion(number, pairs[start:end], is_last, first_stage)
+                portion = Portion(number, candidates, pairs[start:end], is_last)
                 if portions and count + len(portion.pairs) > size:
-                    yield portions
-                    portions, count, size = [], 0, next(sizes)
+                    yield first, portions
+                    portions, first, count, size = [], first + count, 0, next(sizes)
                 portions.append(portion)
                 count += len(portion.pairs)
         if portions:
-            yield portions
-
-    def numbered() -> Iterator[tuple[int, list[Portion]]]:
-        first = 0
-        for portions in filled():
             yield first, portions
-            first += sum(len(portion.pairs) for portion in portions)
 
-    def tokenize(work: tuple[int, list[Portion]]) -> Window:
-        first, portions = work
+    def tokenize(filled: tuple[int, list[Portion]]) -> Window:
+        first, portions = filled
         pairs: Any = [pair for portion in portions for pair in portion.pairs]
         return Window(portions, first, call.tokenize(pairs))
 
-    return _one_ahead(tokenize, numbered())
+    return _one_ahead(tokenize, filled())
 
 
 def tasks_of(window: Window, call: Call) -> Iterator[Task]:
@@ -307,7 +289,10 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
         yield from _independent(inputs, window.first, call)
         return
     owner = [portion.number for portion in window.portions for _ in portion.pairs]
-    first_stage = list(chain.from_iterable(portion.first_stage for portion in window.portions))
+    first_stage: list[float] = []
+    if call.fusion is not None:  # a portion is then a whole list
+        for portion in window.portions:
+            first_stage += portion.candidates.first_stage_of_pairs or ()
     max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
     if call.deadline is not None:
         max_tokens = 0

@@ -18,21 +18,21 @@ from flagembedding_matryoshka.models.flex import flex_attention, runs_flex
 PACKED_ATTENTION = "cost_wise_packed"
 SEPARATE_ATTENTION = "cost_wise_packed_separately"
 LONGEST_LEARNT_PRODUCT = 512
-"""Tokens of a context up to which a CPU learns with whole attention maps: they are kept for the backward pass, which
-is then a quarter (bfloat16) or half (float32) of what the fused kernel's takes; beyond, they would fill the memory."""
+"""Tokens of a context up to which a CPU trains with whole attention maps, which are kept for the backward pass. This
+pass then takes a quarter (bfloat16) or half (float32) of the fused kernel's time. Longer maps would fill the memory."""
 LONGEST_PRODUCT = 256
-"""Tokens of a context up to which a CPU scores in bfloat16 with whole attention maps: its products are much faster
-than those inside the fused kernel; beyond, the maps do not stay in the caches."""
+"""Tokens of a context up to which a CPU scores in bfloat16 with whole attention maps: products are much faster than the
+fused kernel. Longer maps do not stay in the caches."""
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What attention makes of products of queries and keys.
+    """Attention logits from products of queries and keys.
 
     Attributes:
-        scaling: they are multiplied with.
-        softcap: they then become softcap · tanh(logits / softcap); None leaves them as they are.
-        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+        scaling: factor of the products.
+        softcap: the scaled products become softcap · tanh(products / softcap); None is no cap.
+        window: number of tokens that a token attends to at most, including itself; None is all tokens before it.
     """
 
     scaling: float
@@ -40,12 +40,12 @@ class Logits:
     window: int | None = None
 
     def of(self, products: Tensor) -> Tensor:
-        """Logits of any shape."""
+        """Return the logits of products of any shape."""
         logits = products * self.scaling
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def visible(self, length: int, device: torch.device) -> Tensor:
-        """(length, length) bool: which tokens, columns, each token, a row, attends to.
+        """Return (length, length) bool: the tokens (columns) that each token (row) attends to.
 
         >>> Logits(scaling=1.0, window=2).visible(4, torch.device("cpu")).int()
         tensor([[1, 0, 0, 0],
@@ -75,21 +75,21 @@ def packed_attention(
     position_ids: Tensor | None = None,
     use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
-    """Attention function in the form of `transformers.AttentionInterface`.
+    """Compute attention in the form of `transformers.AttentionInterface`.
 
-    What a decoder layer hands over and is not named here is a TypeError: attention that ignored it would be another.
+    An unknown keyword of a decoder layer is a TypeError, because attention that ignored it would be wrong.
 
     Args:
-        module: whose attention it is; None is any causal one.
+        module: the attention module, which must be causal; None is not checked.
         query: (1, heads, total_tokens, head_dim), after rotary embedding; with `only_last` (1, heads, segments,
             head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
-        attention_mask, position_ids, use_cache: not used: `packed` says what belongs together, and a layer has applied
-            positions to its queries and keys.
-        packed: where the sequences lie.
-        last_rows: if given, `last_token_row` is appended to it.
-        separately: no call computes several segments, on which what comes out could depend.
-        compiled: attention that has no kernel may be compiled; without gradients.
+        attention_mask, position_ids, use_cache: not used. `packed` has the segments, and the layer has applied
+            positions to queries and keys.
+        packed: where the segments lie.
+        last_rows: a list to which `last_token_row` is appended; None for none.
+        separately: each kernel call computes one segment, so that results are independent of other segments.
+        compiled: attention without a kernel may be compiled; without gradients.
         scaling, softcap, sliding_window: see `Logits`.
 
     Returns:
@@ -126,7 +126,7 @@ def refuse_not_causal(module: nn.Module | None) -> None:
 
 
 def _longest_product(query: Tensor, logits: Logits) -> int:
-    """Tokens of a context up to which plain products are the faster way on a CPU."""
+    """Return the number of tokens of a context up to which plain products are faster on a CPU."""
     if query.requires_grad:
         return LONGEST_LEARNT_PRODUCT
     return LONGEST_PRODUCT if query.dtype == torch.bfloat16 and logits.softcap is None else 0
@@ -135,7 +135,7 @@ def _longest_product(query: Tensor, logits: Logits) -> int:
 def _segment_by_segment(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float = 0.0
 ) -> Tensor:
-    """A call per segment: no padding, for devices where a call costs little."""
+    """Compute attention with a call per segment, without padding, for devices where a call costs little."""
     outputs = []
     prefixes = [-1] * len(packed.segments) if packed.prefixes is None else packed.prefixes.tolist()
     for (start, end), prefix in zip(packed.segments, prefixes, strict=True):
@@ -149,7 +149,7 @@ def _segment_by_segment(
 def _in_groups(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float = 0.0
 ) -> Tensor:
-    """A call per group of segments of similar length, padded behind, where causal attention does not look."""
+    """Compute attention with a call per group of segments of similar length, padded at the end."""
     groups, own = packed.context_groups
     outputs = []
     for tokens in groups:
@@ -159,7 +159,7 @@ def _in_groups(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: float) -> Tensor:
-    """Causal attention; query, and what comes out, (batch, heads, length, head_dim), the others (…, kv_heads, …)."""
+    """Compute causal attention. Query and output are (batch, heads, length, head_dim); key and value have kv_heads."""
     length, kv_heads = query.shape[2], key.shape[1]
     if logits.softcap is None:
         is_whole = logits.window is None or length <= logits.window
@@ -181,7 +181,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: 
 
 
 def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
-    """Groups as above, with attention spelt out."""
+    """Compute attention in the groups of `_in_groups`, as products and softmax."""
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], key.shape[3]
     groups, own = packed.context_groups
     rows = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
@@ -208,20 +208,20 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch,
 
 
 def _rows(tensor: Tensor, rows: list[slice]) -> Tensor:
-    """Some tokens of (1, heads, total_tokens, head_dim)."""
+    """Return some tokens of (1, heads, total_tokens, head_dim)."""
     parts = [tensor[:, :, part] for part in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
-    """How much each token is attended to by the last token of its segment, summed over heads.
+    """Return the attention of each segment's last token to each of its tokens, summed over heads.
 
     Args:
         query: (heads, total_tokens, head_dim).
         key: (kv_heads, total_tokens, head_dim).
 
     Returns:
-        (total_tokens,) float32; with those of the query that it shares, a sequence's values sum to the number of heads.
+        (total_tokens,) float32. The values of a sequence, with its shared query, sum to the number of heads.
     """
     row = _last_token_maps(query[:, packed.segment_ends], key, packed, logits).sum((0, 1))
     return row if packed.prefixes is None else row[packed.own_in_context]
@@ -230,7 +230,7 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logi
 def _of_last_tokens(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float
 ) -> Tensor:
-    """(segments, heads, head_dim): attention of each segment's last token, `query`, to its context."""
+    """Compute attention of each segment's last token, `query`, to its context: (segments, heads, head_dim)."""
     maps = F.dropout(_last_token_maps(query, key, packed, logits), dropout)
     if packed.prefixes is not None:
         value = value[:, packed.context_tokens]
@@ -242,14 +242,14 @@ def _of_last_tokens(
 
 
 def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
-    """How much each token of a segment's context is attended to by its last token.
+    """Return the attention of each segment's last token to each token of its context.
 
     Args:
         last: (heads, segments, head_dim), queries.
         key: (kv_heads, total_tokens, head_dim).
 
     Returns:
-        (kv_heads, heads per kv_head, sum of context_lengths) float32; over a context it sums to 1.
+        (kv_heads, heads per kv_head, sum of context_lengths) float32, which sums to 1 over a context.
     """
     segments = packed.context_segments
     if packed.prefixes is not None:

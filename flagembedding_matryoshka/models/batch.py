@@ -21,7 +21,7 @@ theirs and which they attend to. The first and the last of these have a query of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -41,11 +41,17 @@ class PackedBatch:
     device.
 
     Attributes:
-        query_lengths: tokens up to and with the separator behind the query.
+        query_lengths: tokens up to and with the separator after the query.
         passage_lengths: tokens that compression may merge.
-        prompt_lengths: tokens behind the passage.
-        device: where the index tensors below are needed.
-        prefixes: the segment that each one continues, -1 for those that continue none; None if no query is shared.
+        prompt_lengths: tokens after the passage.
+        device: the device of the index tensors below.
+        prefixes: the segment that each one continues, -1 for segments that continue none; None if no query is shared.
+        lengths: (segments,) int64, CPU: tokens of each segment.
+        prefix_lengths: (segments,) int64, CPU: tokens of the segment that each one continues, or 0.
+        context_lengths: (segments,) int64, CPU: tokens that the last token of each segment attends to.
+        cu_seqlens: (segments + 1,) int64, CPU: the start of each segment in the row, and at the end the row's length.
+        sequences: (sequences,) int64, CPU: the segments that end a sequence, which are all but the shared ones.
+        sequence_lengths: (sequences,) int64, CPU: tokens of each sequence, including a shared segment.
     """
 
     query_lengths: Tensor
@@ -53,46 +59,36 @@ class PackedBatch:
     prompt_lengths: Tensor
     device: torch.device
     prefixes: Tensor | None = None
+    lengths: Tensor = field(init=False)
+    prefix_lengths: Tensor = field(init=False)
+    context_lengths: Tensor = field(init=False)
+    cu_seqlens: Tensor = field(init=False)
+    sequences: Tensor = field(init=False)
+    sequence_lengths: Tensor = field(init=False)
 
-    @cached_property
-    def lengths(self) -> Tensor:
-        """(segments,) int64, CPU: tokens of each segment."""
-        return self.query_lengths + self.passage_lengths + self.prompt_lengths
-
-    @cached_property
-    def prefix_lengths(self) -> Tensor:
-        """(segments,) int64, CPU: tokens of the segment that each one continues."""
-        if self.prefixes is None:
-            return torch.zeros_like(self.lengths)
-        return torch.where(self.prefixes < 0, 0, self.lengths[self.prefixes])
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """(segments + 1,) int64, CPU: where each segment starts in the row; the last value is the row's length."""
-        return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
+    def __post_init__(self) -> None:
+        lengths = self.query_lengths + self.passage_lengths + self.prompt_lengths
+        prefix_lengths = torch.zeros_like(lengths)
+        continued = torch.zeros(len(lengths), dtype=torch.bool)
+        if self.prefixes is not None:
+            prefix_lengths = torch.where(self.prefixes < 0, 0, lengths[self.prefixes])
+            continued[self.prefixes[self.prefixes >= 0]] = True
+        sequences = torch.nonzero(~continued)[:, 0]
+        values = {
+            "lengths": lengths,
+            "prefix_lengths": prefix_lengths,
+            "context_lengths": prefix_lengths + lengths,
+            "cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            "sequences": sequences,
+            "sequence_lengths": (prefix_lengths + lengths)[sequences],
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
         """(start, end) of each segment in the row."""
         return list(pairwise(self.cu_seqlens.tolist()))
-
-    @cached_property
-    def sequences(self) -> Tensor:
-        """(sequences,) int64, CPU: the segments that end a sequence, which are all but the shared ones."""
-        continued = torch.zeros(len(self.lengths), dtype=torch.bool)
-        if self.prefixes is not None:
-            continued[self.prefixes[self.prefixes >= 0]] = True
-        return torch.nonzero(~continued)[:, 0]
-
-    @cached_property
-    def context_lengths(self) -> Tensor:
-        """(segments,) int64, CPU: tokens that the last token of each segment attends to."""
-        return self.prefix_lengths + self.lengths
-
-    @cached_property
-    def sequence_lengths(self) -> Tensor:
-        """(sequences,) int64, CPU: tokens of each sequence, with what it shares."""
-        return self.context_lengths[self.sequences]
 
     @property
     def max_seqlen(self) -> int:
@@ -298,12 +294,12 @@ class PackedBatch:
 
 
 def on_device(indices: Tensor, device: torch.device) -> Tensor:
-    """What was computed on the CPU, on `device`; a GPU is not waited for, as copies from memory not pinned would."""
+    """Copy a CPU tensor to `device`. A copy to CUDA goes through pinned memory and does not block."""
     if device.type == "cuda":
         return indices.pin_memory().to(device, non_blocking=True)
     return indices.to(device)
 
 
 def _ranges(lengths: Tensor) -> Tensor:
-    """0, 1, 2, … of each length, one behind the other."""
+    """Return 0, 1, 2, … up to each length, one range after the other."""
     return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)

@@ -17,7 +17,6 @@ from transformers.utils.generic import maybe_autocast
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel, Lengths, PackedStates
-from flagembedding_matryoshka.models.invariance import RowwiseLinear
 from flagembedding_matryoshka.setting import Layers, Setting, resolve_alias
 
 logger = logging.get_logger(__name__)
@@ -40,11 +39,24 @@ class CostWiseCausalLMOutputWithPast(ModelOutput):
     full_width_logits: tuple[Tensor, ...] | None = None
 
 
-class CostWiseHead(nn.Module):
-    """The score of one exit: a bias-free projection of the last token's normalised state, in the head's own format.
+class RowwiseLinear(nn.Linear):
+    """A linear layer with one output and no bias, whose rows are independent of the number of rows.
 
-    A model keeps its heads in float32: in bfloat16 a hundred candidates have a few dozen different scores. A state has
-    the same score whatever others there are.
+    With gradients it is an ordinary product, because training sums over all rows.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) to (…, 1)."""
+        if torch.is_grad_enabled():
+            return super().forward(input)
+        return torch.linalg.vecdot(input, self.weight).unsqueeze(-1)
+
+
+class CostWiseHead(nn.Module):
+    """The score of one exit: a bias-free projection of the last token's normalised state, in the head's own dtype.
+
+    A model keeps its heads in float32: in bfloat16 a hundred candidates have a few dozen different scores. The score of
+    a state is independent of the other states.
     """
 
     def __init__(self, hidden_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Decoder layers as one graph each for torch.compile, in which a packed row's attention is one operation."""
+"""Compiled decoder layers: attention over a packed row is one opaque operation in the graph of a layer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _batches: WeakValueDictionary[int, PackedBatch] = WeakValueDictionary()
 
 
 def name_of(packed: PackedBatch) -> Tensor:
-    """() int64, CPU: what stands for a batch in a graph, as long as the batch is there.
+    """Return a () int64 CPU tensor that stands for a batch in a graph, as long as the batch exists.
 
-    A tensor, since a graph does not depend on what is in one: a number could become a constant of it.
+    It is a tensor because a graph does not depend on the values of tensors. A number could become a constant.
     """
     _batches[id(packed)] = packed
     return torch.tensor(id(packed))
@@ -83,7 +83,7 @@ def opaque_attention(
     position_ids: Tensor | None = None,
     use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
-    """`packed_attention`, without gradients, where `packed` is what `name_of` calls a batch."""
+    """Run `packed_attention` without gradients; `packed` is the tensor that `name_of` returned for the batch."""
     refuse_not_causal(module)
     attended, row = _attention(
         query, key, value, packed, last_rows is not None, only_last, scaling, dropout, softcap, sliding_window

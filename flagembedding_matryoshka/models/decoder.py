@@ -223,7 +223,10 @@ class CostWiseModel(PreTrainedModel):
             states.hidden, states.layers_run = hidden, depth
 
     def read(self, states: PackedStates) -> Tensor:
-        """(sequences, hidden), not normalised: what the next layer gives for the last tokens; `states` stay."""
+        """Return the (sequences, hidden) normalised states after the next layer, which runs for the last tokens alone.
+
+        `states` stay as they are.
+        """
         packed = states.packed
         ends, _ = self.layers[states.layers_run](
             states.hidden,
@@ -232,17 +235,14 @@ class CostWiseModel(PreTrainedModel):
             only_last=True,
             position_embeddings=self.rotary_embeddings(states.hidden, packed)[states.layers_run],
         )
-        return ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
+        last = ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
+        return self.norm(last.float())  # in float32, so that heads do not see rounded states
 
     def states_at(self, states: PackedStates, setting: Setting, layer: int) -> Tensor:
         """Return the (sequences, hidden) normalised states after `layer`; brings `states` to the layer before it."""
         for _ in self.run(states, setting, layer - 1):
             pass
-        return self.exit_states(self.read(states))
-
-    def exit_states(self, last: Tensor) -> Tensor:
-        """Normalise (sequences, hidden) states of last tokens in float32: heads would see rounded ones otherwise."""
-        return self.norm(last.float())
+        return self.read(states)
 
     def forward_packed(
         self,
@@ -262,7 +262,7 @@ class CostWiseModel(PreTrainedModel):
         attention_masks: dict[int, Tensor] = {}
         for depth, hidden, packed in self.run(states, setting, setting.depth - (not output_hidden_states)):
             if depth in exits:
-                last_token_states[depth] = self.exit_states(hidden[0, packed.last_tokens])
+                last_token_states[depth] = self.norm(hidden[0, packed.last_tokens].float())
                 if output_hidden_states:
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()
@@ -272,7 +272,7 @@ class CostWiseModel(PreTrainedModel):
                     branch = self.forward_packed(PackedStates(hidden, packed, depth), deeper)
                 full_width_states = dict(zip(deeper.cutoff_layers, branch.last_token_states or (), strict=True))
         if setting.depth not in last_token_states:
-            last_token_states[setting.depth] = self.exit_states(self.read(states))
+            last_token_states[setting.depth] = self.read(states)
 
         def in_order(values: dict[int, Tensor]) -> tuple[Tensor, ...] | None:
             return tuple(values[layer] for layer in exits) if values else None

@@ -1,4 +1,4 @@
-"""Attention of a whole packed row in one kernel call, where a GPU has one: flash attention of unequal lengths."""
+"""Attention of a packed row in one kernel call on GPUs: flash attention with segments of unequal lengths."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FIRST_CAPABILITY = (8, 0)
 
 
 def _flash() -> Callable[..., Any] | None:
-    """torch's, of the releases whose kernel knows scales and windows."""
+    """Return torch's kernel; None if this release has none with scales and windows."""
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     flash = import_module("torch.nn.attention.varlen").varlen_attn
     known = signature(flash).parameters
     if not {"scale", "window_size"} <= known.keys():
         return None
-    # Keys that several heads share: torch 2.11 takes them unasked.
+    # For keys that several heads share. torch 2.11 accepts them without the argument.
     return partial(flash, enable_gqa=True) if "enable_gqa" in known else flash
 
 
@@ -35,7 +35,7 @@ FLASH = _flash()
 
 
 def runs_flash(query: Tensor) -> bool:
-    """Whether `flash_attention` can compute with queries like (…, head_dim)."""
+    """Return whether `flash_attention` can run with queries (…, head_dim)."""
     return (
         FLASH is not None
         and query.device.type == "cuda"
@@ -47,7 +47,7 @@ def runs_flash(query: Tensor) -> bool:
 
 
 def _format(query: Tensor) -> torch.dtype:
-    """What it is computed in."""
+    """Return the dtype that attention is computed in."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
@@ -60,16 +60,16 @@ def flash_attention(
     window: int | None,
     only_last: bool = False,
 ) -> Tensor:
-    """Causal attention of each segment's tokens to its context, whose last tokens are its own.
+    """Compute causal attention of each segment's tokens to its context, which ends with the segment itself.
 
     Args:
         query: (1, heads, total_tokens, head_dim), in one of `FORMATS`, or under autocast to one; with `only_last` (1,
             heads, segments, head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
-        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+        window: number of tokens that a token attends to at most, including itself; None is all tokens before it.
 
     Returns:
-        (1, tokens of the query, heads, head_dim), in the format that it is computed in.
+        (1, tokens of the query, heads, head_dim), in the dtype of the computation.
     """
     assert FLASH is not None
     queries, keys, values = (part[0].transpose(0, 1).to(_format(query)) for part in (query, key, value))

@@ -1,5 +1,5 @@
-"""Attention whose logits have a cap, as one kernel over a whole packed row: flex attention (Dong et al., 2024,
-https://arxiv.org/abs/2412.05496), which torch compiles."""
+"""Attention with capped logits in one compiled kernel for a packed row: flex attention (Dong et al., 2024,
+https://arxiv.org/abs/2412.05496)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
 
 LEAST_HEAD = 16
 GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
-"""One for each cap and few for all lengths, whatever holds for the graph of the layer around: kernels take no other
-number as an argument. A model takes three of them: for the first row, for all others, and for a row of one block."""
+"""Options of the compiler: one graph for each cap, and few graphs for all lengths. A kernel takes no other number as an
+argument. A model needs three graphs: for the first row, for other rows, and for rows of one block."""
 
 _graphs_lock = Lock()
 
 
 @cache
 def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]] | None:
-    """Compiled attention and what makes its mask, of the releases of torch that make one of blocks alone."""
+    """Return compiled attention and the function that makes its mask; None if torch cannot make a mask from blocks."""
     flex = import_module("torch.nn.attention.flex_attention")
     make_mask = flex.BlockMask.from_kv_blocks
     if not {"seq_lengths", "compute_q_blocks"} <= signature(make_mask).parameters.keys():
         return None
-    # An error where it cannot be compiled: as torch computes it else, the row's square would lie in memory.
+    # fullgraph=True raises if it cannot be compiled. Without compilation the square of the row would lie in memory.
     return torch.compile(flex.flex_attention, fullgraph=True), make_mask
 
 
 def runs_flex(query: Tensor) -> bool:
-    """Whether `flex_attention` is the way for queries like (…, head_dim): on a CPU its kernel is the slower one."""
+    """Return whether `flex_attention` is used for queries (…, head_dim). On a CPU other attention is faster."""
     return query.device.type == "cuda" and query.shape[-1] >= LEAST_HEAD and _flex() is not None
 
 
@@ -48,12 +48,12 @@ def flex_attention(
     softcap: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of each segment's tokens to its context, without gradients. The first calls compile.
+    """Compute causal attention of each segment's tokens to its context, without gradients. The first calls compile.
 
     Args:
         query: (1, heads, total_tokens, head_dim).
         key, value: (1, kv_heads, total_tokens, head_dim).
-        window: how many tokens, the own one included, a token attends to at most; None is all before it.
+        window: number of tokens that a token attends to at most, including itself; None is all tokens before it.
 
     Returns:
         (1, total_tokens, heads, head_dim).
@@ -63,7 +63,7 @@ def flex_attention(
     flex, make_mask = found
     positions = packed.position_ids[0]
     earliest = torch.zeros_like(positions) if window is None else positions - (window - 1)
-    # One tensor: of four, torch 2.13 makes what a CPU's compiler refuses, and so of a window that is another number.
+    # One tensor, because torch 2.13 generates code from four that a CPU's compiler refuses, also for another window.
     marks = torch.stack([packed.segment_ids, packed.prefix_ids, positions, earliest])
 
     def capped(logit: Tensor, batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The arithmetic that one pass costs, counted from shapes alone."""
+"""Floating-point operations of one pass, counted from shapes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flagembedding_matryoshka.setting import Setting
 
 
 def _weights_of_a_layer(config: CostWiseConfig) -> tuple[int, int]:
-    """Weights of the matrices that a token is multiplied with in a decoder layer: of all, and of those up to its
-    query, key and value."""
+    """Return the number of weights that a token is multiplied with in a decoder layer: in all matrices, and in the
+    matrices for its query, key and value."""
     with torch.device("meta"):
         layer: Any = causal_lm_class(config).model_class.layer_class(config, 0)
     whole = sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, nn.Linear))
@@ -26,7 +26,7 @@ def _weights_of_a_layer(config: CostWiseConfig) -> tuple[int, int]:
 
 
 def reading_share(config: CostWiseConfig) -> float:
-    """What it costs to read a score at a layer, as a share of running it."""
+    """Return the cost of reading scores at a layer, relative to running the layer."""
     whole, before_attention = _weights_of_a_layer(config)
     return before_attention / whole
 
@@ -43,18 +43,18 @@ def estimate_flops(
     layers_run: int = 0,
     read_alone: Collection[int] | None = None,
 ) -> int:
-    """Floating-point operations of matrix products in one pass, a multiplication and an addition counting as two.
+    """Return the floating-point operations of matrix products in one pass; a multiplication and an addition are two.
 
-    Causal attention is counted over the full square, as `torch.utils.flop_counter` does; norms, activations,
-    rotary embedding and heads are left out. A layer that is read alone gives keys and values of all tokens and the rest
-    of the last ones, before it runs for those that go deeper.
+    Causal attention is counted over the full square, as `torch.utils.flop_counter` does. Norms, activations, rotary
+    embedding and heads are not counted. At an exit that is read alone, the layer computes keys and values of all tokens
+    and the rest for the last tokens. Then it runs for the sequences that go deeper.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
-        shares_prefix: (batch,) bool, whether a sequence has its prefix from the one before it; None is nowhere.
-        passage_first: whether the prefix is the query part and the passage, and not the query part alone.
-        depths: (batch,) int64, the exit at which each sequence stops; None is the deepest of `setting`.
-        layers_run: full-width layers that the pass finds done.
+        shares_prefix: (batch,) bool, whether a sequence shares its prefix with the previous one; None is no sharing.
+        passage_first: whether the prefix is query part and passage, instead of the query part alone.
+        depths: (batch,) int64, the exit where each sequence stops; None is the deepest of `setting`.
+        layers_run: layers at full width that ran before the pass.
         read_alone: the exits that are read alone; None is all cutoff layers of `setting`.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -84,7 +84,7 @@ def estimate_flops(
         return lengths, prefixes[has_segment[groups]], tokens
 
     total = 0
-    changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # behind them, a layer costs something else
+    changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # after them, a layer has another cost
     for depth in range(layers_run + 1, setting.depth + 1):
         if depth in read_alone:
             lengths, segments, tokens = running(depth)

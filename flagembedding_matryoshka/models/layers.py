@@ -1,4 +1,4 @@
-"""Decoder layers that run on a packed row, of which no more is computed than is read."""
+"""Decoder layers that run on a packed row, for all tokens or for the last token of each segment."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from flagembedding_matryoshka.models.compiling import name_of
 
 
 class ContextKnown(Exception):
-    """A layer has computed the keys and values of its row: where nothing else of it is wanted, it ends here."""
+    """A layer has computed the keys and values of its row, and nothing else of it is needed."""
 
 
 class Context:
-    """Keys and values of a whole row for the last tokens alone: what a layer takes for its `transformers.Cache`.
+    """Keys and values of a whole row, for a layer that runs for the last tokens alone.
 
-    The first time that a layer brings keys and values they are kept, and `ContextKnown` is raised; from then on they
-    are what it gets, whatever it brings.
+    The layer takes it for its `transformers.Cache` and calls `update` between projections and attention:
+
+        first pass, all tokens:   layer → q k v → update keeps k, v → ContextKnown, no attention
+        second pass, last tokens: layer → q k v → update returns the kept k, v → attention → output
     """
 
-    def __init__(self) -> None:
-        self.states: tuple[Tensor, Tensor] | None = None
+    states: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values, (1, kv_heads, total_tokens, head_dim) each."""
+        """Return keys and values of all tokens, (1, kv_heads, total_tokens, head_dim) each."""
         if self.states is None:
             self.states = keys, values
             raise ContextKnown
@@ -35,10 +36,10 @@ class Context:
 
 
 class CostWiseLayer(GradientCheckpointingLayer):
-    """In front of a decoder layer: it runs on a packed row.
+    """Base class before a decoder layer of transformers, which then runs on a packed row.
 
     Attributes:
-        is_compiled: whether torch fuses what is computed of all tokens; what is of the last ones alone stays as it is.
+        is_compiled: whether the pass for all tokens is compiled. The pass for the last tokens is not.
     """
 
     is_compiled = False
@@ -46,34 +47,37 @@ class CostWiseLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, last_row: bool = False, only_last: bool = False, **kwargs: Any
     ) -> Any:
-        """The layer's output and, where `last_row`, the last tokens' attention row; else None.
-
-        The row is a second output rather than a side effect so that gradient checkpointing sees it.
+        """Run the layer.
 
         Args:
-            only_last: the output is (1, segments, hidden), that of each segment's last token, and of the others
-                nothing but keys and values is computed.
+            last_row: also return the last tokens' attention row, as an output that gradient checkpointing sees.
+            only_last: run for the last token of each segment alone. Of the other tokens only keys and values are
+                computed.
+
+        Returns:
+            (1, total_tokens, hidden), or with `only_last` (1, segments, hidden), and the attention row or None.
         """
-        if only_last:
-            return self._last_tokens(hidden_states, **kwargs), None
         packed = kwargs.pop("packed")
-        attended = self._attended(packed)
+        attended = name_of(packed) if self.is_compiled else packed
+        if only_last:
+            return self._last_tokens(hidden_states, packed=packed, attended=attended, **kwargs), None
         return self._all_tokens(
             hidden_states, *args, packed=attended, position_ids=packed.position_ids, last_row=last_row, **kwargs
         )
-
-    def _attended(self, packed: PackedBatch) -> PackedBatch | Tensor:
-        """What attention gets."""
-        return name_of(packed) if self.is_compiled else packed
 
     def _all_tokens(self, hidden: Tensor, *args: Any, last_row: bool, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         rows: list[Tensor] | None = [] if last_row else None
         output = super().forward(hidden, *args, last_rows=rows, **kwargs)
         return output, rows[0] if rows else None
 
-    def _last_tokens(self, hidden: Tensor, position_embeddings: tuple[Tensor, ...], packed: PackedBatch) -> Tensor:
-        context, ends, attended = Context(), packed.segment_ends, self._attended(packed)
-        positions = packed.position_ids
+    def _last_tokens(
+        self,
+        hidden: Tensor,
+        position_embeddings: tuple[Tensor, ...],
+        packed: PackedBatch,
+        attended: PackedBatch | Tensor,
+    ) -> Tensor:
+        context, ends, positions = Context(), packed.segment_ends, packed.position_ids
         with suppress(ContextKnown):
             whole = super().forward(
                 hidden,
@@ -82,7 +86,7 @@ class CostWiseLayer(GradientCheckpointingLayer):
                 packed=attended,
                 past_key_values=context,
             )
-            return whole[:, ends]  # of a layer that keeps no keys and values
+            return whole[:, ends]  # the layer has no keys and values
         return super().forward(
             hidden[:, ends],
             position_embeddings=tuple(part[:, ends] for part in position_embeddings),

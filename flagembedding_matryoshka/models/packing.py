@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def _with_shared_prefixes(
     """Return the row's tokens in parts, and where the segments lie. Prefixes that neighbours share stand once."""
     parts: list[NDArray[Any]] = []
     segments: list[tuple[int, int, int, int]] = []
-    for _, group in groupby(sequences, key=lambda sequence: sequence.key):
+    for _, group in groupby(sequences, key=attrgetter("key")):
         members = list(group)
         prefix, of_prefix = members[0].prefix, members[0].prefix_lengths
         is_shared = len(prefix) > 0 and (apart or len(members) > 1)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from flagembedding_matryoshka.models.invariance import ROWS, RowwiseLinear, TiledLinear, tile_linears
+from flagembedding_matryoshka.models.causal_lm import RowwiseLinear
+from flagembedding_matryoshka.models.invariance import ROWS, TiledLinear, tile_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

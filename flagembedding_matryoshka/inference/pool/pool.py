@@ -1,4 +1,4 @@
-"""A process for each device, all over one copy of the weights."""
+"""A worker process for each device, all with one copy of the weights."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ class WorkerPool:
     """Runs tasks on several devices, each with a process of its own that starts with the first task.
 
     The model's weights move to shared memory, where workers on CPUs use them in place; others copy them to their
-    device. CPU workers divide this process's threads among themselves. A worker ends when its pool is closed or this
-    process is gone, however that came.
+    device. CPU workers divide this process's threads among themselves. A worker ends when its pool is closed or when
+    this process ends in any way.
 
     Args:
-        devices: may name one several times.
+        devices: one worker for each; a device may be named several times.
         compile: see `Engine`.
 
     Attributes:
-        between_batches: as that of `Engine`, in the thread of the run; None is nothing to be called. Meanwhile the
-            workers can be used by other threads.
+        between_batches: as in `Engine`, called in the thread of the run. Meanwhile other threads can use the workers.
     """
 
     def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str], compile: bool = False) -> None:
@@ -49,15 +48,16 @@ class WorkerPool:
     def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[Task, Scored], None, None]:
         """Yield each task with its results, as they finish. A free worker takes the next task.
 
-        Calls from several threads take turns, whole or between a cascade's batches. Workers outlive what their tasks
-        or `between_batches` raise; what is not consumed to its end, or interrupted, stops them at once.
+        Calls from several threads take turns, call after call or between the batches of a cascade. Exceptions of tasks
+        and of `between_batches` leave the workers alive. If the generator is closed early, or interrupted, the workers
+        are killed.
 
         Args:
-            device: None is all of them.
+            device: the device to use; None is all devices.
 
         Raises:
             RuntimeError: if workers died and none is left to do their tasks, or one task killed two.
-            Exception: what `between_batches` raised, or a worker; then its cause holds the worker's traceback.
+            Exception: the exception of `between_batches` or of a worker, whose traceback is then its cause.
         """
         given: list[Assignment] = []
         with self._lock:
@@ -112,12 +112,12 @@ class WorkerPool:
                     break
                 given.append(Assignment(*following))
                 worker.give(given[-1], pauses=between is not None)
-            # Another call may have heard of a pause while `between` ran.
+            # While `between` ran, another call may have received a pause.
             if between is None or not any(worker.is_between(given) for worker in self._workers):
                 self._hear([worker for worker in workers if not worker.ready])
 
     def _hear(self, workers: Sequence[Worker]) -> None:
-        """Take in what these say, once one of them says something."""
+        """Receive the messages of these workers; wait for the first one."""
         for connection in wait([worker.connection for worker in workers]):
             worker = next(worker for worker in workers if worker.connection is connection)
             try:

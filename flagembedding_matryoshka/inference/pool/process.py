@@ -1,4 +1,4 @@
-"""What a worker process does: compute the tasks that it is given, one after the other, or in the midst of a cascade."""
+"""The worker process: it computes tasks one after the other, also while a cascade pauses between two batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Order(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of a task: a result, or an exception and where it was raised."""
+    """The answer to a task: its results, or an exception with its traceback."""
 
     result: Any = None
     error: Exception | None = None
@@ -33,23 +33,23 @@ class Answer(NamedTuple):
 
 
 class Word(Enum):
-    """What is said beside orders and answers."""
+    """Messages beside orders and answers."""
 
     PAUSE = auto()
-    """A worker's: it is between two batches, and computes what it is ordered until it hears one of the others."""
+    """From a worker: a task pauses between two batches. The worker takes orders until GO_ON or STOP."""
     GO_ON = auto()
     STOP = auto()
 
 
 class Stopped(Exception):
-    """Nobody waits for the task that is computed."""
+    """The run of the task has ended."""
 
 
 def work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int, compile: bool) -> None:
-    """Answer orders until the other end of `connection` is closed; the first answer is about the model."""
+    """Load the model, answer whether that worked, and answer orders until the other end of `connection` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    with suppress(EOFError, ConnectionError):  # closed, or its owner is gone
+    with suppress(EOFError, ConnectionError):  # the parent closed it, or is gone
         try:
             engine = Engine(model.to(device), compile)  # type: ignore[arg-type]
         except Exception as error:
@@ -78,7 +78,7 @@ def _pause(connection: Connection, engine: Engine) -> None:
 
 
 def _failure(error: Exception) -> Answer:
-    """An answer that survives the way to another process."""
+    """Return an answer with the exception, or with its text if it cannot be pickled."""
     where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))

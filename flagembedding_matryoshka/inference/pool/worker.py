@@ -1,4 +1,4 @@
-"""The parent's side of a worker process: what it was given, and what it says."""
+"""The parent's side of a worker process: the tasks that it was given, and its messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SECONDS_TO_LEAVE = 5.0
 
 
 class RemoteTraceback(Exception):
-    """Where in a worker its exception was raised."""
+    """The traceback of a worker's exception."""
 
 
 class RunEnded(Exception):
-    """A run ends with `error`, and the workers live."""
+    """A run ends with `error`, and the workers stay."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -31,10 +31,10 @@ class Assignment:
     """A task of a run that a worker was given.
 
     Attributes:
-        number: of the task in its run.
-        answer: what came of it.
-        death: how its worker died with it.
-        is_abandoned: whether nobody waits for the answer any more.
+        number: number of the task in its run.
+        answer: the worker's answer; None before it.
+        death: how the worker died while it had the task; None if it lives.
+        is_abandoned: whether the run has ended, so that no answer is needed.
     """
 
     number: int
@@ -49,9 +49,9 @@ class Worker:
     """The parent's side of a process.
 
     Attributes:
-        loaded: whether it has the model.
-        assignments: it computes the last one; those in front of it are cascades, between two batches.
-        is_paused: whether the last one is, too, and waits to be resumed.
+        loaded: whether it has loaded the model.
+        assignments: its tasks. It computes the last one; the earlier ones are cascades that pause between two batches.
+        is_paused: whether the last one pauses, too, and waits for `resume`.
     """
 
     device: str
@@ -63,29 +63,30 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether it can take a task."""
+        """Whether the worker can take a task."""
         return self.loaded and (self.is_paused or not self.assignments)
 
     def is_between(self, given: Sequence[Assignment]) -> bool:
-        """Whether it is paused in one of these."""
+        """Return whether the worker pauses in one of these tasks."""
         return self.is_paused and self.assignments[-1] in given
 
     def give(self, assignment: Assignment, pauses: bool) -> None:
+        """Send a task, which pauses between the batches of a cascade if `pauses` is true."""
         self.assignments.append(assignment)
         self.is_paused = False
         self._send(Order(assignment.task, pauses))
 
     def resume(self) -> None:
-        """Let it go on, or stop what nobody waits for."""
+        """Let the paused task continue, or stop it if its run has ended."""
         self.is_paused = False
         self._send(Word.STOP if self.assignments[-1].is_abandoned else Word.GO_ON)
 
     def read(self) -> None:
-        """Take in what it says next.
+        """Receive the next message.
 
         Raises:
-            EOFError, OSError: if it is dead.
-            RunEnded: if it cannot load the model.
+            EOFError, OSError: if the worker is dead.
+            RunEnded: if the worker cannot load the model.
         """
         heard: Answer | Word = self.connection.recv()
         if isinstance(heard, Answer) and heard.error is not None:
@@ -102,7 +103,7 @@ class Worker:
             self.resume()
 
     def end(self) -> int | None:
-        """Its exit code, once it has left by itself or been killed."""
+        """Return the exit code, after the process has ended by itself or was killed."""
         self.connection.close()
         self.process.join(SECONDS_TO_LEAVE)
         if self.process.is_alive():
@@ -111,5 +112,5 @@ class Worker:
         return self.process.exitcode
 
     def _send(self, words: Order | Word) -> None:
-        with suppress(OSError):  # it is dead, which reading from it tells
+        with suppress(OSError):  # the worker is dead, and `read` raises
             self.connection.send(words)
