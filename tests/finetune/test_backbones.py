@@ -1,4 +1,4 @@
-"""Every backbone trains with adapters, with all weights and in 4 bits; the saved model scores as the trained one."""
+"""Every backbone is trained with adapters, all weights and in 4 bits. The saved model scores as the trained one."""
 
 import pytest
 import torch

@@ -19,6 +19,8 @@ from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.setting import Setting
 
 TEMPLATE = "page.html"
+Width = tuple[tuple[int, ...], int]
+"""Compress layers and ratio of a setting."""
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44
 TICKS = 5
@@ -56,57 +58,27 @@ def html_table(markdown: str, mark: str = "") -> str:
 
 
 def _section(report: Report, prefix: str, chosen: Mapping[float, Setting]) -> str:
+    """Return the section of a first stage: two charts and the tables.
+
+    Args:
+        report: the report.
+        prefix: prefix of the row ids.
+        chosen: setting that the model's own plan chooses for each budget.
+    """
     widths = list(dict.fromkeys(_width(item.result.setting) for item in report.settings))
     levels = [
         (item.baseline.name, mean(item.baseline.per_query[QUALITY]))
         for item in report.baselines
         if item.baseline.flops_per_pair is None
     ]
-
-    def points(cost: Callable[..., float | None], on_front: Callable[[SettingComparison], bool]) -> list[Point]:
-        found = []
-        for number, comparison in enumerate(report.baselines):
-            if (value := cost(comparison.baseline)) is not None:
-                quality = mean(comparison.baseline.per_query[QUALITY])
-                text = _describe(comparison.baseline.name, quality, comparison)
-                found.append(Point(f"{prefix}{SETTINGS}{number}", value, quality, text, None))
-        for number, item in enumerate(report.settings, len(report.baselines)):
-            setting, quality = item.result.setting, item.result.mean(QUALITY)
-            value = cost(item.result)
-            assert value is not None
-            text = _describe(str(setting), quality, item)
-            group = widths.index(_width(setting))
-            row = f"{prefix}{SETTINGS}{number}"
-            found.append(Point(row, value, quality, text, group, bool(setting.cascade), on_front(item)))
-        return found + ([] if report.fusion is None else fused_points(report.fusion, cost))
-
-    def fused_points(fusion: FusionResult, cost: Callable[..., float | None]) -> list[Point]:
-        found = []
-        for number, item in enumerate(fusion.settings, 1):  # row 0 is the first stage
-            setting, quality = item.result.setting, item.result.mean(QUALITY)
-            value = cost(item.result)
-            assert value is not None
-            change, interval, p_value = difference(item.against_plain)
-            held_out = f"held out {item.plain.mean:.4f} plain and {item.fused.mean:.4f} fused"
-            against = f"{change} ({f'95 %: {interval}, ' if interval else ''}p = {p_value})"
-            text = f"{setting}, fused: {QUALITY} {quality:.4f}; {held_out}, {against}; {_cost(item.result)}"
-            group, row = widths.index(_width(setting)), f"{prefix}{FUSED}{number}"
-            found.append(Point(row, value, quality, text, group, bool(setting.cascade), is_fused=True))
-        for number, comparison in enumerate(fusion.orders):
-            baseline = comparison.order.baseline
-            value = cost(baseline)
-            if value is None or not comparison.order.weights or comparison.order.is_reference:
-                continue
-            quality = mean(baseline.per_query[QUALITY])
-            held_out = f"held out {comparison.held_out.mean:.4f}"
-            text = f"{baseline.name}: {QUALITY} {quality:.4f}; {held_out}; {_cost(baseline)}"
-            found.append(Point(f"{prefix}{ORDERS}{number}", value, quality, text, None, is_fused=True))
-        return found
-
-    by_operations = points(
-        lambda item: None if item.flops_per_pair is None else item.flops_per_pair / 1e9, lambda item: item.on_front
+    by_operations = _points(report, prefix, widths, _gigaflops, lambda item: item.on_front)
+    by_time = _points(
+        report, prefix, widths, lambda item: milliseconds(item.pairs_per_second), lambda item: item.on_time_front
     )
-    by_time = points(lambda item: milliseconds(item.pairs_per_second), lambda item: item.on_time_front)
+    charts = [
+        chart(by_operations, levels, "GFLOP per pair", QUALITY),
+        chart(by_time, levels, "milliseconds per pair, as measured", QUALITY),
+    ]
     legend = "".join(
         f'<span class="group{number % 6}">{escape(describe_width(*width))}</span>'
         for number, width in enumerate(widths)
@@ -121,21 +93,76 @@ def _section(report: Report, prefix: str, chosen: Mapping[float, Setting]) -> st
             f" Hollow points are fused with the first stage at weight {report.fusion.weight:g}, chosen by "
             f"{report.fusion.queries} of these queries."
         )
-    charts = [
-        chart(by_operations, levels, "GFLOP per pair", QUALITY),
-        chart(by_time, levels, "milliseconds per pair, as measured", QUALITY),
-    ]
     return "\n".join(
         [
             f"<section><h2>{escape(report.title)}</h2>",
-            '<p class="details" aria-live="polite">Hover over a point, or go from one to the next with Tab and the '
-            "arrow keys. The broad line is the Pareto front; diamonds are cascades, squares baselines."
-            f"{about_fused}</p>",
+            '<p class="details" aria-live="polite">Hover over a point, or use Tab and the arrow keys. The broad line '
+            f"is the Pareto front; diamonds are cascades, squares baselines.{about_fused}</p>",
             f'<div class="charts">{"".join(charts)}</div><p class="legend">{legend}</p>',
             *tables,
             "</section>",
         ]
     )
+
+
+def _points(
+    report: Report,
+    prefix: str,
+    widths: Sequence[Width],
+    cost: Callable[[Result | Baseline], float | None],
+    on_front: Callable[[SettingComparison], bool],
+) -> list[Point]:
+    """Return the points of a chart: baselines with a cost, settings, and fused settings and orders.
+
+    Args:
+        report: the report.
+        prefix: prefix of the row ids.
+        widths: widths in the order of their colours.
+        cost: returns the cost of a result or a baseline, None if it has none.
+        on_front: returns True for a setting on the chart's Pareto front.
+    """
+    found = []
+    for number, comparison in enumerate(report.baselines):
+        if (value := cost(comparison.baseline)) is not None:
+            quality = mean(comparison.baseline.per_query[QUALITY])
+            text = _describe(comparison.baseline.name, quality, comparison)
+            found.append(Point(f"{prefix}{SETTINGS}{number}", value, quality, text, None))
+    for number, item in enumerate(report.settings, len(report.baselines)):
+        setting, quality = item.result.setting, item.result.mean(QUALITY)
+        value = cost(item.result)
+        assert value is not None
+        text = _describe(str(setting), quality, item)
+        group, row = widths.index(_width(setting)), f"{prefix}{SETTINGS}{number}"
+        found.append(Point(row, value, quality, text, group, bool(setting.cascade), on_front(item)))
+    return found + ([] if report.fusion is None else _fused_points(report.fusion, prefix, widths, cost))
+
+
+def _fused_points(
+    fusion: FusionResult,
+    prefix: str,
+    widths: Sequence[Width],
+    cost: Callable[[Result | Baseline], float | None],
+) -> list[Point]:
+    found = []
+    for number, item in enumerate(fusion.settings, 1):  # row 0 is the first stage
+        setting, quality = item.result.setting, item.result.mean(QUALITY)
+        value = cost(item.result)
+        assert value is not None
+        change, interval, p_value = difference(item.against_plain)
+        held_out = f"held out {item.plain.mean:.4f} plain and {item.fused.mean:.4f} fused"
+        against = f"{change} ({f'95 %: {interval}, ' if interval else ''}p = {p_value})"
+        text = f"{setting}, fused: {QUALITY} {quality:.4f}; {held_out}, {against}; {_cost(item.result)}"
+        group, row = widths.index(_width(setting)), f"{prefix}{FUSED}{number}"
+        found.append(Point(row, value, quality, text, group, bool(setting.cascade), is_fused=True))
+    for number, comparison in enumerate(fusion.orders):
+        baseline = comparison.order.baseline
+        value = cost(baseline)
+        if value is None or not comparison.order.weights or comparison.order.is_reference:
+            continue
+        quality = mean(baseline.per_query[QUALITY])
+        text = f"{baseline.name}: {QUALITY} {quality:.4f}; held out {comparison.held_out.mean:.4f}; {_cost(baseline)}"
+        found.append(Point(f"{prefix}{ORDERS}{number}", value, quality, text, None, is_fused=True))
+    return found
 
 
 def _describe(name: str, quality: float, item: SettingComparison | BaselineComparison) -> str:
@@ -150,10 +177,14 @@ def _describe(name: str, quality: float, item: SettingComparison | BaselineCompa
 
 def _cost(item: Result | Baseline) -> str:
     time = milliseconds(item.pairs_per_second)
-    return f"{(item.flops_per_pair or 0) / 1e9:.4g} GFLOP and {time:.4g} ms per pair"
+    return f"{_gigaflops(item) or 0:.4g} GFLOP and {time:.4g} ms per pair"
 
 
-def _width(setting: Setting) -> tuple[tuple[int, ...], int]:
+def _gigaflops(item: Result | Baseline) -> float | None:
+    return None if item.flops_per_pair is None else item.flops_per_pair / 1e9
+
+
+def _width(setting: Setting) -> Width:
     return setting.compress_layers, setting.compress_ratio
 
 
