@@ -138,8 +138,9 @@ def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, ot
     names = [f"--{other}" for other in (other_name, name) if other is not None]
     parser.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text, **_kind(hint))
     if {bool, str} <= set(_parts(hint)):
-        no = {"dest": name, "default": argparse.SUPPRESS, "help": f"not --{name}"}
-        parser.add_argument(f"--no-{name}", action="store_false", **no)
+        parser.add_argument(
+            f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=f"not --{name}"
+        )
 
 
 def as_help(about: str) -> str:
