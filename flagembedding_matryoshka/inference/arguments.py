@@ -144,8 +144,13 @@ def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, ot
 
 
 def as_help(about: str) -> str:
-    """Return a docstring's explanation as argparse's help. In place of None an option is left out."""
-    return re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about).replace("%", "%%")
+    """Return a docstring's explanation as argparse's help, with values as they are typed.
+
+    An option is left out in place of None. The stages of a cascade have no braces.
+    """
+    about = re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about)
+    about = re.sub(r"\{(\d[\d:., ]*)\}", lambda found: found[1].replace(": ", ":").replace(", ", " "), about)
+    return about.replace("%", "%%")
 
 
 def _kind(hint: Any) -> dict[str, Any]:
