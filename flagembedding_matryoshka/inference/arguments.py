@@ -138,13 +138,19 @@ def _add(parser: Parser, function: Callable[..., Any], name: str, about: str, ot
     names = [f"--{other}" for other in (other_name, name) if other is not None]
     parser.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text, **_kind(hint))
     if {bool, str} <= set(_parts(hint)):
-        no: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": f"not --{name}"}
-        parser.add_argument(f"--no-{name}", action="store_false", **no)
+        parser.add_argument(
+            f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=f"not --{name}"
+        )
 
 
 def as_help(about: str) -> str:
-    """Return a docstring's explanation as argparse's help. In place of None an option is left out."""
-    return re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about).replace("%", "%%")
+    """Return a docstring's explanation as argparse's help, with values as they are typed.
+
+    An option is left out in place of None. The stages of a cascade have no braces.
+    """
+    about = re.sub(r"(^|[.;,]? )None is ", lambda found: f"{found[1] and '. '}Default: ", about)
+    about = re.sub(r"\{(\d[\d:., ]*)\}", lambda found: found[1].replace(": ", ":").replace(", ", " "), about)
+    return about.replace("%", "%%")
 
 
 def _kind(hint: Any) -> dict[str, Any]:

@@ -102,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="time for a request's body; a later one gets 408 (default: %(default)s)",
     )
     server.add_argument(
+        "--keep_alive_seconds",
+        type=float,
+        default=75.0,
+        help="time between two requests on a connection; later the connection is closed. Choose more than the proxy in "
+        "front of the server, which may send a request at its last moment (default: %(default)s)",
+    )
+    server.add_argument(
         "--degrade_to",
         type=int,
         metavar="EXIT",
@@ -112,7 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--shutdown_seconds",
         type=int,
         default=30,
-        help="time to answer requests that have arrived before SIGTERM or SIGINT (default: %(default)s)",
+        help="time to answer requests that have arrived before SIGTERM or SIGINT; later they get 503 (default: "
+        "%(default)s)",
     )
     server.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
     return parser
@@ -138,7 +146,7 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line. SIGTERM and SIGINT end it when all requests that have arrived are answered.
 
-    Raises: errors of loading the model.
+    Raises: errors of loading the model; SystemExit(130) after SIGINT.
     """
     options = build_parser().parse_args(arguments)
     api_key = read_api_key(options.api_key_file)
@@ -175,6 +183,7 @@ def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> 
             access_log=False,
             log_config=log_config(options.log_format == "json"),
             timeout_graceful_shutdown=options.shutdown_seconds,
+            timeout_keep_alive=options.keep_alive_seconds,
         )
     )
 
@@ -183,7 +192,10 @@ def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> 
             server.should_exit = True
 
     loading.add_done_callback(end_if_failed)
-    server.run()
+    try:
+        server.run()
+    except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
+        raise SystemExit(130) from None
     if loading.done():
         loading.result()
 

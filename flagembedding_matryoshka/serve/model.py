@@ -31,12 +31,12 @@ NO_TIME = 1e-9
 
 
 def is_shallower(exit: int, setting: Setting) -> bool:
-    """Return whether an exit lies below all exits of a setting."""
+    """Return whether an exit is shallower than a setting's depth and not deeper than a stage of its cascade."""
     return exit < setting.depth and all(exit <= layer for layer, _ in setting.cascade)
 
 
 def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
-    """Raise ValueError unless an exit exists and lies below all exits of requests that name no depth."""
+    """Raise ValueError unless an exit exists and `is_shallower` than the setting of requests that name no depth."""
     if exit is None:
         return
     setting = reranker.setting()

@@ -15,7 +15,7 @@ GRACE = 5.0
 def impatient_protocol(header_seconds: float, body_seconds: float) -> type[asyncio.Protocol]:
     """Make a subclass of uvicorn's protocol, for `uvicorn.Config(http=…)`, that closes connections
 
-    - without a whole header after `header_seconds`,
+    - without a whole header `header_seconds` after its first byte, or after the connection is made,
     - without a whole body `GRACE` seconds after `body_seconds`,
     - and, when the server ends, without a whole request.
     """
@@ -35,7 +35,12 @@ def impatient_protocol(header_seconds: float, body_seconds: float) -> type[async
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch()
+            if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+                # Until the first byte of the next request uvicorn's time limit of idle connections holds.
+                self._stop_timer()
+                self._state = None
+            else:
+                self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()

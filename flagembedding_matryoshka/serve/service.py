@@ -23,7 +23,7 @@ from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.forms import parse
 from flagembedding_matryoshka.serve.forms.common import Request as Asked
 from flagembedding_matryoshka.serve.forms.common import RequestScores
-from flagembedding_matryoshka.serve.limits import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Bodies, Limits
+from flagembedding_matryoshka.serve.limits import CLIENT_CLOSED_REQUEST, CLOSE, RETRY_AFTER, Bodies, Limits
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.model import Scorer, Task, check_degrade_to, is_shallower
 from flagembedding_matryoshka.serve.truncation import Lengths
@@ -118,6 +118,12 @@ class Service:
         Raises:
             HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 if the client closes the connection.
         """
+        try:
+            return await self._answer(request, form)
+        except asyncio.CancelledError as error:  # uvicorn cancels requests when the time of its shutdown is over
+            raise HTTPException(503, "the server is shutting down; try again later", RETRY_AFTER | CLOSE) from error
+
+    async def _answer(self, request: Request, form: TypeAdapter[Any]) -> Any:
         arrived = time.monotonic()
         self._ready()
         self._refuse_more_than(self.limits.requests)

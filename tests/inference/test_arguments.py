@@ -129,9 +129,12 @@ def test_a_flag_has_an_opposite_and_may_take_a_value(words, expected, parser):
     assert given_options(parser.parse_args(["--model", "m", *words.split()])) == expected
 
 
-def test_help_says_default_in_place_of_none(parser):
+def test_help_says_default_in_place_of_none_and_shows_a_cascade_as_it_is_typed(parser):
     said = " ".join(parser.format_help().split())
     assert "None is" not in said and "Default: the first accelerator" in said
+    assert "`8:0.5 16:0.2` keeps" in said
+    options = parser.parse_args(["--model", "m", "--cascade", "8:0.5", "16:0.2"])
+    assert given_ranking(options) == {"cascade": {8: 0.5, 16: 0.2}}
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,14 @@ def test_requests_in_flight_are_answered_before_the_process_ends(tiny_layerwise_
 
 
 @pytest.mark.slow
+def test_an_interrupt_ends_the_process_with_130(tiny_layerwise_path):
+    with process(tiny_layerwise_path, "--dtype", "float32") as (server, _):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(40) == 130
+    assert "Traceback" not in "".join(server.log)
+
+
+@pytest.mark.slow
 def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
     reranker = MatryoshkaReranker(
         str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=32, template="minicpm"

@@ -45,6 +45,39 @@ def test_a_connection_that_is_kept_is_not_late(reranker):
             time.sleep(0.15)
 
 
+def test_a_kept_connection_waits_longer_for_a_request_than_for_its_header(reranker):
+    app = create_app(reranker, "tiny")
+    protocol = impatient_protocol(0.3, 30)
+    with serving(app, http=protocol, timeout_keep_alive=75) as address, connected(address) as slow:
+        for _ in range(2):
+            slow.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(1)
+        slow.sendall(b"GET /live HT")
+        assert slow.recv(1000) == b""
+
+
+def test_a_connection_without_a_request_is_closed_in_the_end(reranker):
+    app, protocol = create_app(reranker, "tiny"), impatient_protocol(30, 30)
+    with serving(app, http=protocol, timeout_keep_alive=0.3) as address, connected(address) as idle:
+        idle.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"".join(iter(lambda: idle.recv(1000), b"")).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_that_a_shutdown_does_not_wait_for_are_told_so(reranker, gate, caplog):
+    app, protocol = create_app(reranker, "tiny"), impatient_protocol(30, 30)
+    with ThreadPoolExecutor() as pool:
+        with serving(app, http=protocol, timeout_graceful_shutdown=0.3) as address:
+            answers = [pool.submit(httpx.post, f"{address}/rerank", json=BODY, timeout=30) for _ in range(3)]
+            assert gate.entered.wait(10)
+            time.sleep(0.3)
+            threading.Timer(2, gate.set).start()
+        answers = [answer.result() for answer in answers]
+    assert [(answer.status_code, answer.headers["retry-after"]) for answer in answers] == [(503, "1")] * 3
+    assert all("shutting down" in answer.json()["message"] for answer in answers)
+    assert "Traceback" not in caplog.text
+
+
 def test_a_body_that_is_late_is_told_so(reranker):
     with serving(create_app(reranker, "tiny", Limits(body_seconds=0.3))) as address, connected(address) as slow:
         slow.sendall(HEADER + b"{")

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 from typing_extensions import Self, TypedDict
@@ -79,12 +79,14 @@ class ScoreRequest(Request):
         return [(query, [text for _, text in pairs]) for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])]
 
     def answer(self, scores: RequestScores) -> ScoreAnswer:
-        results = sorted(scores.best("score", None), key=lambda result: result["index"])
+        data = sorted(scores.best("score", None), key=lambda result: result["index"])
+        for result in data:
+            result["object"] = "score"
         return {
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": scores.model,
-            "data": [cast(ScoreResult, {"object": "score", **result}) for result in results],
+            "data": data,
             "usage": scores.usage,
         }
