@@ -1,6 +1,7 @@
 """Build the site: pages outside docs, the picture of docs/imports.md, the repository link and links of docstrings."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def repository(remote):
 
 def on_config(config):
     """Link the repository that the checkout was cloned from."""
+    if shutil.which("git") is None:
+        return config
     git = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True)
     if found := repository(git.stdout.strip()):
         config.repo_url, config.repo_name = found
