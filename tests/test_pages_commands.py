@@ -1,5 +1,6 @@
 """The commands of README and docs, word for word but for --use_cpu, with names of tiny models and collections."""
 
+import ast
 import json
 import os
 import re
@@ -32,6 +33,7 @@ def run(*commands):
     for command in commands:
         done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
 
 
 def commands_of(start, count):
@@ -80,6 +82,23 @@ def test_rank_and_score(tmp_path, monkeypatch):
     assert {hit["first_stage_score"] for hits in fused for hit in hits} == {7.1, 9.4}
     scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
     assert all(max(of_exit) == of_exit[0] for of_exit in zip(*scored, strict=True))
+
+
+@needs_smollm2
+def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = "docs/training.md"
+    Path("train.jsonl").write_text(blocks(page, "json")[0])
+    (command,) = commands_of("flagembedding-matryoshka finetune ", 1)
+    shown = [re.findall(r"'(\w+)': '([^']*)'", line) for line in blocks(page, "text")[0].splitlines()]
+    done = run(f"{command} --use_cpu")
+    printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{'loss'")]
+    for found, fields in zip(printed, shown, strict=True):
+        assert found.keys() > dict(fields).keys()
+        counted = ("learning_rate", "lists", "tokens", "operations", "epoch")
+        assert {name: found[name] for name in counted} == {name: dict(fields)[name] for name in counted}
+    with MatryoshkaReranker("tuned", devices="cpu") as reranker:
+        assert len(reranker.rank("join paths", ["Join path segments.", "Sort the list."])) == 2
 
 
 def test_from_a_collection_to_a_plan(workplace):
