@@ -164,7 +164,7 @@ class Outcome:
         from flagembedding_matryoshka.metrics import ndcg
 
         start = perf_counter()
-        hits = reranker.rank(query, passages, **setting)
+        hits = reranker.rank(query, passages, show_progress_bar=False, **setting)
         self.seconds += perf_counter() - start
         grades = [float(passages[hit["corpus_id"]] == relevant) for hit in hits]
         self.quality.append(float(ndcg(grades, 10, judged=[1.0])))
@@ -236,7 +236,7 @@ def show_comparison(lists: Sequence[tuple[str, list[str], str]], outcomes: Mappi
             )
         )
     print(
-        f"\nMeasured on {len(lists)} queries, so intervals are wide: a change whose interval holds 0 may be chance.\n"
+        f"\nChanges are against 18 layers, on {len(lists)} queries. A change whose interval holds 0 may be chance.\n"
         "`ratio 2 after 3` merges two passage tokens into one after layer 3. `9:0.3` lets 30 % of the passages run "
         "beyond\nlayer 9. `make demo-full` measures all settings on 100 queries."
     )

@@ -49,7 +49,8 @@ def test_the_sample_prints_two_tables_and_no_warning(run, capsys, recwarn):
     assert all(f"\n{name} " in table for name in ("BM25", *demo.SAMPLE_SETTINGS))
     shares = [float(line.split()[-2]) for line in table.splitlines() if line.startswith(tuple(demo.SAMPLE_SETTINGS))]
     assert shares[0] == 1 and all(0.2 < share < 1 for share in shares[1:])
-    assert f"{2 * len(demo.SAMPLE_SETTINGS)}/{2 * len(demo.SAMPLE_SETTINGS)}" in bar and "Loading weights" not in bar
+    assert f"{2 * len(demo.SAMPLE_SETTINGS)}/{2 * len(demo.SAMPLE_SETTINGS)}" in bar
+    assert "Loading weights" not in bar and "scoring" not in bar
     # In a process of its own Python hides DeprecationWarning, and quiet.py hides peft's FutureWarning.
     hidden = (DeprecationWarning, FutureWarning)
     assert not [str(warning.message) for warning in recwarn if not issubclass(warning.category, hidden)]
