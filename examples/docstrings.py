@@ -1,8 +1,7 @@
-"""A small ranking task from text that lies on every machine: find the docstring body of a summary line.
+"""A small ranking task from text on every machine: find the body of a docstring by its summary line.
 
-The docstrings of Python's standard library and of the packages that the demo requires are read with ``ast``; nothing is
-imported.
-The summary is the query, the rest of the docstring its one relevant passage. BM25 finds the candidates to re-rank.
+The docstrings of Python's standard library and of the packages that the demo requires are read with ``ast``. Nothing is
+imported. The summary is the query, and the rest of the docstring its one relevant passage. BM25 finds the candidates.
 """
 
 import ast
@@ -41,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Split:
-    """Pairs to train on, to tune on and to report on; no query and no passage is in two of them."""
+    """Pairs for training, for tuning and for reports. No query and no passage is in two of the lists."""
 
     train: list[Pair]
     dev: list[Pair]
@@ -49,14 +48,14 @@ class Split:
 
 
 def environment_files() -> list[Path]:
-    """Source files of the standard library and of what the package and its demo require, whatever else is installed."""
+    """Return source files of the standard library and of the packages that the package and its demo require."""
     required = required_packages("flagembedding_matryoshka", {"demo"}) - {"flagembedding-matryoshka"}
     found = [path for name in sorted(required) for path in package_files(name)]
     return [*source_files(Path(sysconfig.get_path("stdlib"))), *found]
 
 
 def required_packages(name: str, extras: Iterable[str]) -> set[str]:
-    """Canonical names of the installed packages that a package with some extras requires, itself among them."""
+    """Return canonical names of the installed packages that a package with some extras requires, with its own name."""
     waiting, seen = [(name, frozenset(extras))], set()
     while waiting:
         name, extras = waiting.pop()
@@ -64,7 +63,7 @@ def required_packages(name: str, extras: Iterable[str]) -> set[str]:
             continue
         try:
             requirements = distribution(name).requires or []
-        except PackageNotFoundError:  # one that another platform or Python requires
+        except PackageNotFoundError:  # required on another platform or by another Python
             continue
         seen.add((name, extras))
         for requirement in map(Requirement, requirements):
@@ -75,20 +74,20 @@ def required_packages(name: str, extras: Iterable[str]) -> set[str]:
 
 
 def package_files(name: str) -> list[Path]:
-    """An installed package's Python files in a fixed order, without test suites."""
+    """Return the Python files of an installed package in a fixed order, without test suites."""
     files = [file for file in distribution(name).files or [] if file.suffix == ".py" and ".." not in file.parts]
     return [Path(file.locate()) for file in sorted(files) if not SKIPPED_FOLDERS & set(file.parts[:-1])]
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """Python files under a root in a fixed order, without test suites and nested package folders."""
+    """Yield Python files under a root in a fixed order, without test suites and folders of installed packages."""
     for path in sorted(root.rglob("*.py")):
         if not SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]):
             yield path
 
 
 def docstrings(path: Path) -> list[str]:
-    """The docstrings of a source file, in the order of the syntax tree; none from a file that is not valid Python 3."""
+    """Return the docstrings of a source file in the order of its syntax tree; none if it is not valid Python 3."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -99,7 +98,7 @@ def docstrings(path: Path) -> list[str]:
 
 
 def documented(node: ast.AST) -> Iterator[ast.AST]:
-    """A module, its classes and functions, and what is defined inside them; expressions are not walked."""
+    """Yield a module, its classes and functions, and those that are nested in them. Expressions are not visited."""
     if isinstance(node, DOCUMENTED):
         yield node
     for child in getattr(node, "body", ()):
@@ -108,14 +107,14 @@ def documented(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def prose(text: str) -> str:
-    """One line of text without doctest input, reStructuredText markup and rulers."""
+    """Return a text as one line, without doctest input, reStructuredText markup and rulers."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith((">>>", "... ", ".. "))]
     joined = re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(lines))
     return " ".join(re.sub(r"[`*]+|([-=~^#])\1{2,}", " ", joined).split())
 
 
 def parse_pair(docstring: str) -> Pair | None:
-    """Split a docstring after its first paragraph, or None where either half is too short, too long or not English."""
+    """Split a docstring after its first paragraph. Return None if a part is too short, too long or not English."""
     head, _, body = cleandoc(docstring).partition("\n\n")
     query, words = prose(head), prose(body).split()
     if not MIN_QUERY_WORDS <= len(query.split()) <= MAX_QUERY_WORDS or len(words) < MIN_PASSAGE_WORDS:
@@ -126,17 +125,17 @@ def parse_pair(docstring: str) -> Pair | None:
 
 
 def normalise(text: str) -> str:
-    """The words of a text in lower case: what decides whether two texts are the same."""
+    """Return the words of a text in lower case. Two texts with the same words are equal."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def pairs_of_file(path: Path) -> list[Pair]:
-    """The pairs of one source file."""
+    """Return the pairs of one source file."""
     return [pair for docstring in docstrings(path) if (pair := parse_pair(docstring))]
 
 
 def collect_pairs(files: Iterable[Path] | None = None) -> list[Pair]:
-    """All pairs of the files (the running environment's when None), each query and each passage once."""
+    """Return the pairs of files, each query and each passage once; None is the files of the running environment."""
     files = environment_files() if files is None else files
     pairs, seen = [], set()
     with ProcessPoolExecutor() as pool:
@@ -149,7 +148,7 @@ def collect_pairs(files: Iterable[Path] | None = None) -> list[Pair]:
 
 
 def split(pairs: Iterable[Pair]) -> Split:
-    """Send 6 % of the pairs to held_out and 4 % to dev by a hash of the query: stable whatever else is installed."""
+    """Send 6 % of the pairs to held_out and 4 % to dev, by a hash of the query. Other pairs do not change the split."""
     parts = Split([], [], [])
     for pair in pairs:
         bucket = int(hashlib.sha256(normalise(pair.query).encode()).hexdigest(), 16) % 100
@@ -169,13 +168,13 @@ class Bm25:
         return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
 
     def top(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The passages' numbers and their scores, best first; both (queries, k)."""
+        """Return indices of passages and their scores, best first; both (queries, k)."""
         return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A query, its BM25 list (best first) and the place of the relevant passage in it."""
+    """A query, its passages by BM25, best first, and the index of the relevant passage."""
 
     query: str
     passages: list[str]
@@ -183,9 +182,9 @@ class Candidates:
 
 
 def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) -> list[Candidates]:
-    """The BM25 top k of each query whose relevant passage is among them; the other queries are left out.
+    """Return BM25's first k passages of each query whose relevant passage is among them. Other queries are left out.
 
-    No order of the list could help those, so metrics are over the queries that remain: compare the lengths and say so.
+    No order of their lists could rank the relevant passage, so metrics are over the queries that remain.
     """
     found, _ = Bm25(passages).top([pair.query for pair in queries], k)
     lists = [(pair, [passages[i] for i in row]) for pair, row in zip(queries, found, strict=True)]
@@ -193,6 +192,6 @@ def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) ->
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line."""
+    """Write a JSON object in each line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,11 +1,11 @@
-"""One class that scores on a Ray cluster, as a batch job and as a service.
+"""Score on a Ray cluster, as a batch job and as a service.
 
     python examples/ray_reranker.py score --model output --input pairs --output scored --workers 2
     python examples/ray_reranker.py serve --model output --workers 2
 
 `score` reads JSON Lines with `query` and `passage` (a file or a directory) and writes them with `score` added. `serve`
-answers POST /rerank with {"query": …, "documents": […], "top_k": …, "cutoff_layers": …}, each worker a request at a
-time. Both take a worker per GPU where the cluster has any. They need the extra `ray`.
+answers POST /rerank with {"query": …, "documents": […], "top_k": …, "cutoff_layers": …}; a worker computes a request at
+a time. Both use a worker per GPU if the cluster has GPUs. They need the extra `ray`.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from flagembedding_matryoshka import MatryoshkaReranker
 
 
 class RayReranker:
-    """What each worker runs; the arguments are those of `MatryoshkaReranker`."""
+    """The re-ranker of a worker. Arguments are those of `MatryoshkaReranker`."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.reranker = MatryoshkaReranker(model, **options)
 
     def score(self, batch: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
-        """Rows with a score added."""
+        """Return the rows with a score added."""
         pairs = list(zip(batch["query"].tolist(), batch["passage"].tolist(), strict=True))
         return batch | {"score": np.array(self.reranker.compute_score(pairs, show_progress_bar=False, **options))}
 
     def rank(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The documents of a request, the best first."""
+        """Return the hits of a request, best first."""
         return self.reranker.rank(**request)
 
 
 class BatchJob(RayReranker):
-    """For `Dataset.map_batches`."""
+    """A callable for `Dataset.map_batches`."""
 
     __call__ = RayReranker.score
 
 
 @serve.deployment
 class Deployment(RayReranker):
-    """For `serve.run`."""
+    """A deployment for `serve.run`."""
 
     async def __call__(self, request: Request) -> Any:
-        """The answer, or what is wrong with the request."""
+        """Return the answer, or the error of the request with status 422."""
         try:
             return self.rank(await request.json())
         except (TypeError, ValueError) as error:
@@ -58,12 +58,12 @@ class Deployment(RayReranker):
 
 
 def resources() -> dict[str, int]:
-    """What a worker reserves."""
+    """Return the resources that a worker reserves."""
     return {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
 
 
 def score(model: str, source: str, output: str, workers: int) -> None:
-    """Read pairs, score them on all workers, write them."""
+    """Read pairs, score them on all workers and write them."""
     rows = ray.data.read_json(source)
     scored = rows.map_batches(
         BatchJob, fn_constructor_args=(model,), concurrency=workers, batch_size=1024, **resources()

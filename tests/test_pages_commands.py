@@ -1,5 +1,6 @@
 """The commands of README and docs, word for word but for --use_cpu, with names of tiny models and collections."""
 
+import ast
 import json
 import os
 import re
@@ -32,6 +33,7 @@ def run(*commands):
     for command in commands:
         done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
 
 
 def commands_of(start, count):
@@ -65,21 +67,45 @@ def test_what_inspect_shows_is_what_it_prints(capsys):
 
 
 @needs_smollm2
-def test_rank_and_score(tmp_path, monkeypatch):
+def test_rank_and_score_write_what_the_page_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    documents = ["Sort the items of the list in place.", *(f"Open file {number}." for number in range(39))]
-    Path("lists.jsonl").write_text(json.dumps({"query": "how to sort a list", "documents": documents}))
-    rows = [json.loads(line) for line in blocks("docs/commands.md", "json")[0].splitlines()]
-    Path("retrieved.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    Path("pairs.tsv").write_text("".join(f"how to sort a list\t{document}\n" for document in documents))
+    page = "docs/commands.md"
+    lists, ranked, scored, retrieved = blocks(page, "json")
+    (pairs,) = blocks(page, "text")
+    for name, text in (("lists.jsonl", lists), ("retrieved.jsonl", retrieved), ("pairs.tsv", pairs)):
+        Path(name).write_text(text)
     run(*commands_of("flagembedding-matryoshka rank ", 2), *commands_of("flagembedding-matryoshka score ", 1))
-    (ranked,) = (json.loads(line) for line in Path("ranked.jsonl").read_text().splitlines())
-    assert ranked["ranking"][0]["corpus_id"] == 0 and len(ranked["ranking"]) == 10
-    fused = [json.loads(line)["ranking"] for line in Path("fused.jsonl").read_text().splitlines()]
-    assert [[hit["corpus_id"] for hit in hits] for hits in fused] == [[1, 2, 0]] * len(rows)
+
+    (found,), (expected,) = read_rows(Path("ranked.jsonl").read_text()), read_rows(ranked)
+    assert found | {"ranking": 0} == expected | {"ranking": 0}
+    for hit, shown in zip(found["ranking"], expected["ranking"], strict=True):
+        assert hit == pytest.approx(shown, abs=0.15)
+    for found, expected in zip(read_rows(Path("scored.jsonl").read_text()), read_rows(scored), strict=True):
+        assert found == expected | {"score": pytest.approx(expected["score"], abs=0.15)}
+    fused = [row["ranking"] for row in read_rows(Path("fused.jsonl").read_text())]
+    assert [[hit["corpus_id"] for hit in hits] for hits in fused] == [[1, 2, 0]] * 2
     assert {hit["first_stage_score"] for hits in fused for hit in hits} == {7.1, 9.4}
-    scored = [json.loads(line)["score"] for line in Path("scored.jsonl").read_text().splitlines()]
-    assert all(max(of_exit) == of_exit[0] for of_exit in zip(*scored, strict=True))
+
+
+def read_rows(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@needs_smollm2
+def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = "docs/training.md"
+    Path("train.jsonl").write_text(blocks(page, "json")[0])
+    (command,) = commands_of("flagembedding-matryoshka finetune ", 1)
+    shown = [re.findall(r"'(\w+)': '([^']*)'", line) for line in blocks(page, "text")[0].splitlines()]
+    done = run(f"{command} --use_cpu")
+    printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{'loss'")]
+    for found, fields in zip(printed, shown, strict=True):
+        assert found.keys() > dict(fields).keys()
+        counted = ("learning_rate", "lists", "tokens", "operations", "epoch")
+        assert {name: found[name] for name in counted} == {name: dict(fields)[name] for name in counted}
+    with MatryoshkaReranker("tuned", devices="cpu") as reranker:
+        assert len(reranker.rank("join paths", ["Join path segments.", "Sort the list."])) == 2
 
 
 def test_from_a_collection_to_a_plan(workplace):

@@ -100,7 +100,7 @@ class ScoringOptions:
             "prompt": self.prompt,
         }
         words = tokenizer.template
-        changed = {name: value for name, value in given.items() if value != getattr(words, name)}
+        changed: dict[str, Any] = {name: value for name, value in given.items() if value != getattr(words, name)}
         if changed:
             words = replace(words, **changed)
         if self.instruction is None:
