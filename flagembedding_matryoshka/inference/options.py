@@ -1,4 +1,4 @@
-"""What a call to a re-ranker may override, and what it then runs."""
+"""The options of a call, resolved from the re-ranker's defaults and the call's arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 CALIBRATED = "calibrated"
-"""The value of `normalize` that asks for probabilities as an evaluation calibrated them."""
+"""The value of `normalize` for the probabilities of the plan's calibration."""
 DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
 OF_TEXTS = (
     "query_instruction_for_rerank",
@@ -77,7 +77,7 @@ class ScoringOptions:
         return cls(**chosen)
 
     def template(self, tokenizer: PairTokenizer) -> Template:
-        """The words around query and passage.
+        """Return the template of the call, with its words and instruction.
 
         Raises:
             TypeError: if the instruction is not text.
@@ -109,7 +109,7 @@ class ScoringOptions:
         return replace(words, instruction=self.instruction)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
-        """Input sequences of query and passage.
+        """Tokenise pairs of query and passage.
 
         Raises:
             ValueError: if a query leaves no room for its passage.

@@ -465,10 +465,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
 
     def stop_self_pool(self) -> None:
         """End the worker processes: FlagEmbedding's name for `close`."""
-        # FlagEmbedding also calls it if the constructor failed, and when the interpreter ends and classes may be gone.
-        close = getattr(getattr(self, "_engine", None), "close", None)
-        if close is not None:
-            close()
+        if hasattr(self, "_engine"):  # FlagEmbedding also calls it if the constructor failed
+            self.close()
 
     def __enter__(self) -> Self:
         return self

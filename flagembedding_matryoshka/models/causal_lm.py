@@ -1,4 +1,4 @@
-"""A re-ranker on any decoder: a scoring head per exit in the place of the vocabulary head."""
+"""A re-ranker on any decoder: one scoring head for each exit instead of the vocabulary head."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ class _Classifier(nn.Module):
 
 
 class CostWiseForCausalLM(PreTrainedModel):
-    """In front of a causal language model: a re-ranker that can be read at any of its exits (arXiv 2501.16302).
+    """Base class before a causal language model, which becomes a re-ranker with scores at its exits (arXiv 2501.16302).
 
     Attributes:
-        model_class: what the decoder becomes.
+        model_class: the class of the decoder.
     """
 
     model_class: ClassVar[type[CostWiseModel]]
-    # The backbone says what these are; its configuration is a CostWiseConfig and its decoder becomes a CostWiseModel.
+    # The backbone brings these. Its configuration is a CostWiseConfig, and its decoder becomes a CostWiseModel.
     config_class: Any
     config: Any
     model: Any
@@ -107,7 +107,7 @@ class CostWiseForCausalLM(PreTrainedModel):
         self.model.become_layer_wise()
         if config.layer_wise:
             self._use_heads([CostWiseHead(config.hidden_size) for _ in config.exit_layers])
-        # A configuration of fewer layers than the checkpoint has asks for the lower part of it.
+        # A configuration with fewer layers than the checkpoint asks for its lower layers.
         kept = "|".join(map(str, range(config.num_hidden_layers)))
         heads = "|".join(map(str, range(len(config.exit_layers)))) if config.layer_wise else ""
         self._keys_to_ignore_on_load_unexpected = {
@@ -129,7 +129,7 @@ class CostWiseForCausalLM(PreTrainedModel):
     ) -> Any:
         """As in transformers; a layer-wise `config` also turns a raw checkpoint into a re-ranker.
 
-        Where `config.base_exits` are set, they are the checkpoint's own, and what comes back has those of `config`.
+        If `config.base_exits` is set, these are the checkpoint's exits, and the model gets the exits of `config`.
 
         Args:
             adapt: A callable that gets a raw checkpoint while it has the head and the module names of transformers'
@@ -237,7 +237,7 @@ class CostWiseForCausalLM(PreTrainedModel):
         self._use_heads(heads)
 
     def _use_exits(self, exits: Sequence[int]) -> None:
-        """Take other exits: those that have a head keep it, and the others get a copy of the deepest one's."""
+        """Change the exits. An exit that has a head keeps it, and the others get a copy of the deepest head."""
         own = dict(zip(self.config.exit_layers, self.lm_head, strict=True))
         deepest = self.lm_head[-1]
         self.config.exits, self.config.base_exits = list(exits), None
@@ -251,23 +251,25 @@ class CostWiseForCausalLM(PreTrainedModel):
 
     @property
     def linear_names(self) -> list[str]:
-        """What the matrices of decoder layers and heads are called in their modules: where adapters go."""
+        """Names of the linear layers in decoder layers and heads, which adapters can go to."""
         modules = (*self.model.layers.named_modules(), *self.lm_head.named_modules())
         return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
 
     def finish(self, scores: Tensor) -> Tensor:
-        """What a decoder does to its logits before they are read."""
+        """Return final scores: what the decoder does to its logits, such as a cap."""
         return scores
 
     def score(self, layer: int, last_token_states: Tensor) -> Tensor:
-        """(sequences,) float32 scores of exit `layer`, of (sequences, hidden) normalised states."""
+        """Return (sequences,) float32 scores at exit `layer` from (sequences, hidden) normalised states."""
         return self.finish(self.lm_head[self.config.exit_layers.index(layer)](last_token_states))
 
     def scores(self, states: PackedStates, setting: Setting, cutoff_layers: Sequence[int] = ()) -> Tensor:
-        """(cutoff layers, sequences) float32 scores, the layers in the order asked for; brings `states` to the deepest.
+        """Return (cutoff layers, sequences) float32 scores, the layers in the order asked for.
+
+        Brings `states` to the layer before the deepest exit.
 
         Args:
-            cutoff_layers: those of `setting`, unless given: a pass may be read, and left, before its end.
+            cutoff_layers: the exits to read; empty is the exits of `setting`. A pass may be read before its end.
         """
         exits = cutoff_layers or setting.cutoff_layers
         # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
@@ -297,10 +299,10 @@ class CostWiseForCausalLM(PreTrainedModel):
             compress_layers: numbers of layers after which the passage is compressed, an int or several.
             compress_ratio: 1 (off), 2, 4 or 8.
             cutoff_layers: exits to score at, an int or several; None is the deepest.
-            query_lengths, prompt_lengths: (batch,) tokens before and behind the passage; compression needs them.
+            query_lengths, prompt_lengths: (batch,) tokens before and after the passage; compression needs them.
             output_hidden_states: also return `hidden_states` and `attention_masks`.
-            return_full_width: also return `full_width_logits`, what the pass would score without compression. The
-                layers in front of the first compression run once for both.
+            return_full_width: also return `full_width_logits`, the scores without compression. The layers before the
+                first compression run once for both.
 
         Returns:
             `CostWiseCausalLMOutputWithPast` with a tuple of (batch,) float32 `logits`.
@@ -332,7 +334,7 @@ class CostWiseForCausalLM(PreTrainedModel):
     def forward_packed(
         self, states: PackedStates, setting: Setting, return_full_width: bool = False
     ) -> CostWiseCausalLMOutputWithPast:
-        """`forward` of a batch that is packed already and has been embedded, see `CostWiseModel.embed`."""
+        """Run `forward` on a packed batch that `CostWiseModel.embed` embedded."""
         outputs = self.model.forward_packed(states, setting, return_full_width)
         return self._with_scores(outputs, setting.cutoff_layers)
 

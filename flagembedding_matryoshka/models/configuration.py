@@ -1,4 +1,4 @@
-"""What a model can do."""
+"""The configuration of a layer-wise model."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ else:  # a mixin: the configuration of the backbone comes behind it
 
 @dataclass(kw_only=True)
 class CostWiseConfig(_Config):
-    """What a decoder's configuration has more when its relevance score can be read at several depths.
+    """The values that a layer-wise model's configuration has beside those of its decoder.
 
     Args:
         layer_wise: one scoring head per exit; without it the checkpoint is a plain causal language model.
         start_layer: the shallowest exit, counted in decoder layers that have run (1 to `num_hidden_layers`).
         layer_sep: distance between neighbouring exits.
-        exits: the exits one by one, ascending, where they are not evenly spaced; `start_layer` and `layer_sep` then say
-            nothing.
-        template: what stands around query and passage, by name or as
-            [`Template.to_json`][flagembedding_matryoshka.text.templates.Template] says it.
-        head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, or two, of which the second is
-            subtracted, see [`~flagembedding_matryoshka.text.pairs.find_head_token_ids`]; None starts the heads at
-            random.
-        head_scale: what that row is multiplied by; a small one starts training at the loss of chance.
-        compress_weights: what weighs passage tokens that are merged: the last token's "attention" to them (CostWise
-            Mistral), or nothing, so that all are "equal" (FlagEmbedding's lightweight Gemma-2).
-        base_exits: the exits that the base of an adapter beside this configuration has heads of, where the adapter was
-            trained for others: heads of new exits then start as that of the deepest one. None where they are the same.
-        raw_peft: adapters that were merged into the base before an adapter beside this configuration was trained.
-        compensation: what that adapter makes up for, {"axis": "layer" or "token", "compress_ratio": …}; None for one
-            of the first stage (paper, section on factorized compensation).
+        exits: all exits, ascending, if they are not evenly spaced; `start_layer` and `layer_sep` are then not used.
+        template: the text around query and passage: a name, or the JSON value of a
+            [`Template`][flagembedding_matryoshka.text.templates.Template].
+        head_token_id: row of a raw checkpoint's `lm_head` that every head starts from, or two rows, of which the second
+            is subtracted, see [`~flagembedding_matryoshka.text.pairs.find_head_token_ids`]; None is a random start.
+        head_scale: factor of that row; a small one starts training at the loss of chance.
+        compress_weights: weights of passage tokens that are merged: the last token's "attention" to them (CostWise
+            Mistral), or "equal" (FlagEmbedding's lightweight Gemma-2).
+        base_exits: exits of an adapter's base, if the adapter beside this configuration was trained for other exits.
+            Heads of new exits then start as the base's deepest head. None: the base has the same exits.
+        raw_peft: adapters that were merged into the base before the adapter beside this configuration was trained.
+        compensation: the setting that this adapter compensates, {"axis": "layer" or "token", "compress_ratio": …}; None
+            for an adapter of the first stage (paper, section on factorized compensation).
     """
 
     made_from: ClassVar[tuple[str, ...]]
-    """The `model_type` of checkpoints that have no heads yet, and of published ones that mean the same decoder."""
+    """The `model_type` of raw checkpoints, and of published re-rankers with the same decoder."""
 
     layer_wise: bool = False
     start_layer: int = 4
@@ -62,7 +60,7 @@ class CostWiseConfig(_Config):
 
     @property
     def exit_layers(self) -> list[int]:
-        """Depths at which a score can be read, ascending: `exits`, or start_layer, start_layer + layer_sep, …
+        """The exits, ascending: `exits`, or start_layer, start_layer + layer_sep, …
 
         Raises:
             ValueError: if they name no exit, or layers that do not exist.
@@ -85,7 +83,7 @@ class CostWiseConfig(_Config):
 
     @classmethod
     def read(cls, path: str | PathLike[str], **hub: Any) -> Self:
-        """The configuration of a checkpoint, which may be a raw one.
+        """Read the configuration of a layer-wise or raw checkpoint.
 
         Raises:
             ValueError: if it is of another model type.
@@ -107,7 +105,7 @@ class CostWiseConfig(_Config):
             setattr(self, "final_logit_softcapping", None)  # noqa: B010 - of Gemma alone; a classifier has no cap
 
     def cut(self, layers: int) -> None:
-        """Leave the lowest `layers` decoder layers, and the exits among them."""
+        """Keep the lowest `layers` decoder layers and the exits among them."""
         if self.exits is not None:
             self.exits = [layer for layer in self.exits if layer <= layers]
         layer_types = getattr(self, "layer_types", None)

@@ -1,7 +1,7 @@
-"""A decoder that runs on a packed batch, stops at its deepest cutoff and compresses the passage on its way.
+"""A decoder that runs on a packed batch, compresses the passage on its way and stops at its deepest cutoff.
 
-The mixins here stand in front of transformers' own classes, whose layers, norms and embeddings do the arithmetic; what
-is different about a decoder is in [`~flagembedding_matryoshka.models.backbones`].
+The classes here are base classes before transformers' own, whose layers, norms and embeddings do the arithmetic. The
+particulars of each decoder are in [`~flagembedding_matryoshka.models.backbones`].
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Lengths = Sequence[int] | Tensor | None
 
 @dataclass
 class PackedStates:
-    """How far a packed batch has come.
+    """The states of a packed batch after some layers.
 
     Attributes:
         hidden: (1, total_tokens, hidden), not normalised.
-        packed: where the sequences lie in it.
-        layers_run: decoder layers behind it, with the compression that follows the last of them.
+        packed: where the segments lie in it.
+        layers_run: number of decoder layers that have run, including the compression after the last one.
     """
 
     hidden: Tensor
@@ -44,12 +44,12 @@ class PackedStates:
     layers_run: int = 0
 
     def apart(self) -> PackedStates:
-        """The same states, with those of a shared segment once for each sequence."""
+        """Return the states with a copy of each shared segment for each of its sequences."""
         packed, tokens = self.packed.apart()
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
     def select(self, sequences: Sequence[int]) -> PackedStates:
-        """The states of some sequences, in the order given."""
+        """Return the states of some sequences, in the order given."""
         packed, tokens = self.packed.select(sequences)
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
@@ -75,18 +75,18 @@ class CostWiseModelOutputWithPast(ModelOutput):
 
 
 class CostWiseModel(PreTrainedModel):
-    """In front of a decoder: hidden states at any depth and width.
+    """Base class before a decoder of transformers, which then computes states at any depth and width.
 
     Attributes:
-        layer_class: what the decoder's layers become.
-        rotary_by_layer_type: whether `rotary_emb` takes a layer type, of which `config.layer_types` names each layer's.
-        batch_invariant: whether a sequence's states are the same bits whatever is computed beside it.
+        layer_class: the class of the decoder's layers.
+        rotary_by_layer_type: whether `rotary_emb` takes a layer type; `config.layer_types` has the type of each layer.
+        batch_invariant: whether the states of a sequence are bitwise independent of its batch.
     """
 
     layer_class: ClassVar[type[CostWiseLayer]]
     rotary_by_layer_type: ClassVar[bool] = False
     batch_invariant = False
-    # The backbone says what these are; its configuration is a CostWiseConfig, too.
+    # The backbone brings these. Its configuration is a CostWiseConfig, too.
     config: Any
     embed_tokens: Any
     layers: Any
@@ -104,7 +104,7 @@ class CostWiseModel(PreTrainedModel):
         return bases[bases.index(CostWiseModel) + 1]._can_set_attn_implementation()
 
     def become_layer_wise(self) -> None:
-        """Turn a stock decoder's layers, with their weights, into ones that run on a packed row.
+        """Turn the layers of transformers' decoder, with their weights, into layers that run on a packed row.
 
         Raises:
             ValueError: if they do not take attention from `transformers.AttentionInterface`.
@@ -120,13 +120,13 @@ class CostWiseModel(PreTrainedModel):
         self.set_attn_implementation(PACKED_ATTENTION)
 
     def become_batch_invariant(self) -> None:
-        """Let nothing that is computed of a sequence depend on the others, if each query is a segment of its own."""
+        """Make states of a sequence independent of its batch, if each query is a segment of its own."""
         tile_linears(self.layers)
         self.set_attn_implementation(SEPARATE_ATTENTION)
         self.batch_invariant = True
 
     def compile_layers(self) -> None:
-        """Let torch fuse what each layer does before and behind its attention. The first passes compile."""
+        """Compile each layer before and after its attention. The first passes take longer."""
         self.set_attn_implementation(OPAQUE_ATTENTION)
         for layer in self.layers:
             layer._all_tokens = torch.compile(layer._all_tokens, dynamic=True)
@@ -158,11 +158,11 @@ class CostWiseModel(PreTrainedModel):
         )
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
-        """What the first layer gets, (1, total_tokens, hidden)."""
+        """Return the input of the first layer, (1, total_tokens, hidden)."""
         return self.embed_tokens(token_ids)
 
     def embed(self, token_ids: Tensor, packed: PackedBatch) -> PackedStates:
-        """Token ids (1, total_tokens) before the first layer.
+        """Return the states of token ids (1, total_tokens) before the first layer.
 
         Raises:
             ValueError: if a sequence is longer than the positions that the model knows.
@@ -170,7 +170,7 @@ class CostWiseModel(PreTrainedModel):
         limit, reason = self.config.max_position_embeddings, "max_position_embeddings"
         for rope in self._rope_parameters():
             if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < limit:
-                # Beyond, frequencies depend on the longest sequence of a batch, and so would scores.
+                # For longer sequences, frequencies depend on the longest sequence of the batch, and scores would, too.
                 limit, reason = rope["original_max_position_embeddings"], "original_max_position_embeddings of longrope"
         if packed.max_seqlen > limit:
             longest = int(packed.sequence_lengths.argmax())
@@ -180,14 +180,14 @@ class CostWiseModel(PreTrainedModel):
         return PackedStates(self.embeddings(token_ids), packed)
 
     def _rope_parameters(self) -> list[dict[str, Any]]:
-        """Parameters of the rotary embedding, one dict for each layer type where they differ."""
+        """Return the parameters of the rotary embedding, one dict for each layer type if they differ."""
         rope = self.config.rope_parameters or {}
         if not self.rotary_by_layer_type:
             return [rope]
         return [rope[layer_type] for layer_type in sorted(set(self.config.layer_types))]
 
     def rotary_embeddings(self, hidden: Tensor, packed: PackedBatch) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines of each layer, (1, total_tokens, rotary_dim) each."""
+        """Return cosines and sines for each layer, (1, total_tokens, rotary_dim) each."""
         if not self.rotary_by_layer_type:
             return [self.rotary_emb(hidden, packed.position_ids)] * len(self.layers)
         types = self.config.layer_types[: len(self.layers)]
@@ -195,17 +195,18 @@ class CostWiseModel(PreTrainedModel):
         return [by_type[name] for name in types]
 
     def run(self, states: PackedStates, setting: Setting, until: int) -> Iterator[tuple[int, Tensor, PackedBatch]]:
-        """Bring `states` to `until` layers, yielding what each layer gives before it is compressed.
+        """Run layers on `states` until `until` have run.
 
         Yields:
-            the number of layers run, (1, total_tokens, hidden) and where the sequences lie in it.
+            after each layer, before its compression: the number of layers that have run, the states (1, total_tokens,
+            hidden), and where the segments lie in them.
         """
         rotary = self.rotary_embeddings(states.hidden, states.packed)
         for depth in range(states.layers_run + 1, until + 1):
             compresses = setting.compresses_after(depth)
             weighs = compresses and self.config.compress_weights == "attention"
             if weighs and states.packed.shares_passages:
-                # Each query weighs the tokens of the passage in its own way.
+                # Each query weights the passage tokens differently.
                 separate = states.apart()
                 states.hidden, states.packed = separate.hidden, separate.packed
                 rotary = self.rotary_embeddings(states.hidden, states.packed)
