@@ -188,7 +188,7 @@ def test_requests_in_flight_are_answered_before_the_process_ends(tiny_layerwise_
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_server_as_a_termination_does(tiny_layerwise_path):
+def test_an_interrupt_ends_the_server_without_a_traceback(tiny_layerwise_path):
     with process(tiny_layerwise_path, "--dtype", "float32") as (server, _):
         server.send_signal(signal.SIGINT)
         assert server.wait(40) == 0
