@@ -32,7 +32,7 @@ FIRST_STAGE_ARGUMENTS = ("first_stage_scores", "first_stage")
 
 
 @dataclass(frozen=True)
-class Hit:
+class TextHit:
     """A text in a ranking.
 
     Attributes:
@@ -144,7 +144,7 @@ class RankingAdapter:
         score_threshold: float | None = None,
         scores: Sequence[float | None] | None = None,
         **overrides: Any,
-    ) -> list[Hit]:
+    ) -> list[TextHit]:
         """Rank texts, best first.
 
         Args:
@@ -176,13 +176,13 @@ class RankingAdapter:
         top_k: int | None,
         least: float | None,
         overrides: Mapping[str, Any],
-    ) -> list[Hit]:
+    ) -> list[TextHit]:
         of_first_stage = self._first_stage_of(texts, metadata, scores, overrides)
         options = self.options | {name: value for name, value in overrides.items() if name not in FIRST_STAGE_ARGUMENTS}
         if not of_first_stage:
             options.pop("fusion", None)
         hits = self.load().rank(query, texts, top_k, min_score=least, **of_first_stage, **options)
-        return [_hit(hit) for hit in hits]
+        return [_text_hit(hit) for hit in hits]
 
     def _first_stage_of(
         self,
@@ -274,12 +274,12 @@ def _ranking(arguments: dict[str, Any]) -> RankingAdapter:
     return RankingAdapter(**arguments)
 
 
-def _hit(hit: Mapping[str, Any]) -> Hit:
+def _text_hit(hit: Mapping[str, Any]) -> TextHit:
     index, score, cutoff_layer = int(hit["corpus_id"]), float(hit["score"]), hit.get("cutoff_layer")
     if "fused_score" not in hit:
-        return Hit(index, score, {}, cutoff_layer)
+        return TextHit(index, score, {}, cutoff_layer)
     metadata = {RERANKER_SCORE: score, FIRST_STAGE_SCORE: float(hit["first_stage_score"])}
-    return Hit(index, float(hit["fused_score"]), metadata, cutoff_layer)
+    return TextHit(index, float(hit["fused_score"]), metadata, cutoff_layer)
 
 
 def _check_first_stage(first_stage: Any, fusion: Any, **scores: Any) -> None:

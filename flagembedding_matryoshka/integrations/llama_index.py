@@ -11,7 +11,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.integrations.adapter import Hit, RankingAdapter
+from flagembedding_matryoshka.integrations.adapter import RankingAdapter, TextHit
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):
@@ -81,7 +81,7 @@ class MatryoshkaRerank(BaseNodePostprocessor):
             event.on_end(payload={EventPayload.NODES: found})
         return found
 
-    def _scored(self, item: NodeWithScore, hit: Hit) -> NodeWithScore:
+    def _scored(self, item: NodeWithScore, hit: TextHit) -> NodeWithScore:
         node = item.node
         if self.keep_retrieval_score:
             node = node.model_copy(update={"metadata": node.metadata | {"retrieval_score": item.score}})

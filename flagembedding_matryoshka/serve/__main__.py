@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -146,7 +147,7 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line. SIGTERM and SIGINT end it when all requests that have arrived are answered.
 
-    Raises: errors of loading the model; SystemExit(130) after SIGINT.
+    Raises: errors of loading the model.
     """
     options = build_parser().parse_args(arguments)
     api_key = read_api_key(options.api_key_file)
@@ -192,10 +193,8 @@ def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> 
             server.should_exit = True
 
     loading.add_done_callback(end_if_failed)
-    try:
+    with suppress(KeyboardInterrupt):  # under Python 3.10 uvicorn raises it again after its shutdown
         server.run()
-    except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
-        raise SystemExit(130) from None
     if loading.done():
         loading.result()
 

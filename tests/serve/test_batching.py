@@ -87,7 +87,7 @@ def test_a_batch_holds_so_many_tokens():
     assert calls[1:] == [("k", [[1, 2], [3]]), ("k", [[4], [5]])]
 
 
-def test_tokens_that_a_job_shares_count_once_in_a_batch():
+def test_tokens_that_a_task_shares_count_once_in_a_batch():
     async def scenario(batcher, doubler):
         return await batcher.submit("k", [1, 2, 3], 2, [1, 2, 3])
 
@@ -102,12 +102,12 @@ def test_an_item_larger_than_a_batch_is_computed_alone():
     assert run(scenario, max_tokens=5) == ([("k", [[1]]), ("k", [[2]])], [2, 4])
 
 
-def test_at_most_so_many_jobs_in_a_batch():
+def test_at_most_so_many_tasks_in_a_batch():
     calls, _ = run(scenario_of(("k", [1]), ("k", [2]), ("k", [3])), max_tokens=10, max_tasks=1)
     assert calls[1:] == [("k", [[1]]), ("k", [[2]]), ("k", [[3]])]
 
 
-def test_a_large_job_lets_the_small_ones_behind_it_through():
+def test_a_large_task_lets_the_small_ones_behind_it_through():
     calls, results = run(scenario_of(("k", [*range(1, 8)]), ("k", [8]), ("other", [9])), max_tokens=3)
     assert calls[1:] == [
         ("k", [[1, 2, 3]]),
@@ -118,7 +118,7 @@ def test_a_large_job_lets_the_small_ones_behind_it_through():
     assert results[0] == [2, 4, 6, 8, 10, 12, 14]
 
 
-def test_small_jobs_that_keep_coming_do_not_starve_a_large_one():
+def test_small_tasks_that_keep_coming_do_not_starve_a_large_one():
     async def scenario(batcher, doubler):
         large = asyncio.create_task(batcher.submit("large", list(range(20)), 0, [1] * 20))
 
@@ -142,7 +142,7 @@ def test_what_must_not_be_divided_is_not():
     assert calls[1:] == [("k", [[1, 2]]), ("k", [[3, 4, 5, 6]]), ("k", [[7]])]
 
 
-def test_an_error_concerns_the_jobs_it_belongs_to():
+def test_an_error_concerns_the_tasks_it_belongs_to():
     calls, results = run(scenario_of(("k", [1]), ("k", ["bad"]), ("k", [3])), max_tokens=10)
     assert results[0] == [2] and results[2] == [6]
     assert isinstance(results[1], ValueError)
@@ -160,7 +160,7 @@ def test_the_batcher_knows_whether_the_last_computation_failed():
     assert run(scenario, max_tokens=10)[1] == [False, True, False]
 
 
-def test_a_cancelled_job_is_not_computed():
+def test_a_cancelled_task_is_not_computed():
     async def scenario(batcher, doubler):
         _, tasks = await while_busy(batcher, doubler, ("k", [1]), ("k", [2]))
         assert batcher.waiting == 3
@@ -174,7 +174,7 @@ def test_a_cancelled_job_is_not_computed():
     assert result == [4]
 
 
-def test_a_job_cancelled_while_it_is_computed_harms_nobody():
+def test_a_task_cancelled_while_it_is_computed_harms_nobody():
     async def scenario(batcher, doubler):
         busy, tasks = await while_busy(batcher, doubler, ("k", [1]))
         busy.cancel()
