@@ -92,7 +92,7 @@ class ScoringOptions:
         Raises:
             TypeError, ValueError: as `template`.
         """
-        given = {
+        given: dict[str, Any] = {
             "query_instruction": self.query_instruction_for_rerank,
             "query_format": self.query_instruction_format,
             "passage_instruction": self.passage_instruction_for_rerank,

@@ -12,6 +12,7 @@ from flagembedding_matryoshka.inference.engine import Task
 from flagembedding_matryoshka.inference.pool.process import Answer, Order, Word
 
 SECONDS_TO_LEAVE = 5.0
+"""A worker that has not ended this long after its connection was closed is killed."""
 
 
 class RemoteTraceback(Exception):
