@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from tests.inference.test_workers import SHARED_MEMORY, eventually, gone
+from tests.inference.pool.test_pool import SHARED_MEMORY, eventually, gone
 from tests.serve.test_main import process
 
 SECONDS = float(os.environ.get("MATRYOSHKA_SOAK_SECONDS", "600"))
