@@ -56,7 +56,9 @@ def test_a_snippet_prints_the_output_below_it(page, code, output, tmp_path, monk
 
 
 def parser_of(module, monkeypatch):
-    """The parser that a module's `main` makes."""
+    """The parser of a module: what its `build_parser` returns, or the first one that its `main` uses."""
+    if hasattr(module, "build_parser"):
+        return module.build_parser()
 
     def stop(parser, *_, **__):
         raise ParserMade(parser)
