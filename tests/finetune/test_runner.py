@@ -32,6 +32,8 @@ from flagembedding_matryoshka.finetune import (
 from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.models.layers import CostWiseLayer
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 from tests.backbones import write_raw
 from tests.finetune.runs import PAIRS, WIDTHS, close, command_line, run_command, runner, scores_of
@@ -295,6 +297,37 @@ def test_autocast_keeps_no_second_copy_of_what_adapters_are_fed(
     assert bytes_kept[0] < bytes_kept[1]
     ours, plain = (trained_weights(tmp_path / name) for name in ("ours", "plain"))
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("method", "use_lora"),
+    [("distill_fix_layer_teacher", True), ("distill_fix_layer_teacher", False), ("self_distill", True)],
+)
+def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
+    method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
+):
+    """A pass without gradients must not fill autocast's cache of weights, from which torch before 2.11 takes them."""
+    arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2, "use_lora": use_lora}
+    options = {"compress_layers": [2], "compress_ratios": [2], "train_method": method}
+    run = runner(*arguments, bf16=True, gradient_checkpointing=checkpointing, **options)
+    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    if checkpointing:
+        run.model.gradient_checkpointing_enable()
+    caching = []
+
+    def record(*_):
+        if not torch.is_grad_enabled():
+            caching.append(torch.is_autocast_cache_enabled())
+
+    for layer in run.model.modules():
+        if isinstance(layer, CostWiseLayer):
+            layer.register_forward_pre_hook(record)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run.model.train()(**batch, setting=Setting((2, 3, 4, 5, 6), (2,), 2)).loss
+    loss.backward()
+    assert [name for name, value in run.model.named_parameters() if value.requires_grad and value.grad is None] == []
+    assert caching and not any(caching)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
