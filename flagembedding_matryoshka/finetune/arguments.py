@@ -36,6 +36,11 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             "help": "decoder accepts any checkpoint; from_raw_model and from_finetuned_model refuse the other kind."
         },
     )
+    token: str | None = field(  # type: ignore[assignment]
+        default=None,
+        repr=False,
+        metadata={"help": "Token of the hub. Default: the environment's HF_TOKEN, or the token of `hf auth login`."},
+    )
     template: str | None = field(
         default=None,
         metadata={

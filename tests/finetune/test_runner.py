@@ -29,6 +29,8 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
+from flagembedding_matryoshka.finetune.__main__ import build_parser
+from flagembedding_matryoshka.finetune.arguments import convert_arguments
 from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
@@ -437,6 +439,46 @@ def test_the_history_has_every_term_of_the_loss(tiny_raw_model_path, training_fi
             "loss_layer_6_contrastive", "loss_layer_6_data_scores",
         }  # fmt: skip
         assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_only_the_latest_entries_of_the_history_keep_the_terms(
+    tiny_raw_model_path, training_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flagembedding_matryoshka.finetune.trainer.DETAILED_LOGS", 2)
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}, max_steps=4, logging_steps=1)
+    run.run()
+    history = run.trainer.state.log_history
+    assert all("loss" in entry and "tokens" in entry for entry in history[:4])
+    # The last entry is that of the end of the training.
+    assert ["loss_layer_5_contrastive" in entry for entry in history] == [False, False, False, True, False]
+    assert ["layer_6_spread" in entry for entry in history] == [False, False, False, True, False]
+
+
+def test_a_run_without_a_log_keeps_one_sum_of_the_terms(tiny_raw_model_path, training_file, tmp_path):
+    arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}
+    run = runner(*arguments, max_steps=3, logging_strategy="no")
+    held = []
+    compute_loss = run.trainer.compute_loss
+
+    def counted(*args, **kwargs):
+        found = compute_loss(*args, **kwargs)
+        values = vars(run.trainer).values()
+        held.append(sum(value.numel() for value in values if isinstance(value, torch.Tensor)))
+        held[-1] += sum(len(value) for value in values if isinstance(value, list))
+        return found
+
+    run.trainer.compute_loss = counted
+    run.run()
+    assert len(held) == 3 and len(set(held)) == 1
+
+
+def test_the_hubs_token_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    given = MatryoshkaModelArguments(model_name_or_path="x", token="hf_given")
+    theirs = convert_arguments(MatryoshkaModelArguments, AbsRerankerModelArguments(model_name_or_path="x"))
+    shown = (repr(given), str(theirs), build_parser().format_help())
+    assert not any("hf_secret" in text or "hf_given" in text for text in shown)
+    assert given.token == "hf_given"
 
 
 def test_evaluation_ranks_at_every_exit_and_keeps_the_best_checkpoint(tiny_raw_model_path, training_file, tmp_path):
