@@ -645,6 +645,9 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"finetune_type": "width"}, "finetune_type is 'width'"),
         ({"sub_batch_size": 2}, "sub_batch_size=2"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not supported"),
+        ({"fp16": True}, "fp16=True needs a GPU, and this run is on the CPU"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
         ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
@@ -667,6 +670,8 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
         ({"config_name": "x"}, "config_name is 'x'"),
         ({"model_type": "encoder"}, "model_type is 'encoder'"),
         ({"use_lora": False, "from_peft": "x"}, "use_lora=False contradicts"),
+        ({"from_peft": "x", "lora_rank": 32}, r"from_peft=x continues an adapter .* but \{'lora_rank': 32\} is given"),
+        ({"from_peft": "x", "modules_to_save": ["norm"]}, r"but \{'modules_to_save': \['norm'\]\} is given"),
     ],
 )
 def test_arguments_without_use_are_refused(options, message):
@@ -734,6 +739,10 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
             MatryoshkaModelArguments(model_name_or_path=str(tiny_raw_model_path)),
             MatryoshkaDataArguments(train_data=[str(path)], knowledge_distillation=True),
             MatryoshkaTrainingArguments(output_dir=str(tmp_path / "out"), train_method="normal", use_cpu=True),
+        )
+    with pytest.raises(ValueError, match=r"knowledge_distillation=False, but train_method distill uses teacher scores"):
+        runner(
+            tiny_raw_model_path, path, tmp_path / "out", {}, {"knowledge_distillation": False}, train_method="distill"
         )
     with pytest.raises(FileNotFoundError, match="no training data at"):
         runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
@@ -817,7 +826,7 @@ def test_a_killed_run_ends_in_the_same_weights_when_it_is_resumed(tiny_raw_model
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path):
+def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path, caplog):
     run = MatryoshkaRunner(
         AbsRerankerModelArguments(model_name_or_path=str(tiny_raw_model_path)),
         AbsRerankerDataArguments(
@@ -831,6 +840,7 @@ def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training
         ),
     )
     assert run.training_args.train_method == "distill_fix_layer_teacher"
+    assert "learning_rate: 5e-05 becomes 0.0002" in caplog.text
     assert Template.load(run.model.config.template) == Template()
     run.run()
     assert len(MatryoshkaReranker(str(tmp_path / "out"), devices="cpu").compute_score(PAIRS)) == 2
