@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
 
+import logging
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
@@ -17,8 +18,20 @@ from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHO
 from flagembedding_matryoshka.finetune.rows import training_files
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
+logger = logging.getLogger(__name__)
+
 BEST_METRIC = "nDCG@10"
 """Measure of the best checkpoint, by default."""
+REPORTED_DEFAULTS = ("learning_rate", "query_max_len", "passage_max_len", "sep_token")
+"""Arguments whose default differs from FlagEmbedding's, and that change what is trained."""
+LORA_OPTIONS = {
+    "lora_rank": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "target_modules": None,
+    "modules_to_save": None,
+}
+"""Options of a new adapter, with their defaults. They contradict `from_peft`."""
 Arguments = TypeVar("Arguments")
 
 
@@ -35,6 +48,11 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
         metadata={
             "help": "decoder accepts any checkpoint; from_raw_model and from_finetuned_model refuse the other kind."
         },
+    )
+    token: str | None = field(  # type: ignore[assignment]
+        default=None,
+        repr=False,
+        metadata={"help": "Token of the hub. Default: the environment's HF_TOKEN, or the token of `hf auth login`."},
     )
     template: str | None = field(
         default=None,
@@ -72,9 +90,19 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
         },
     )
     use_lora: bool = field(default=True, metadata={"help": "Train LoRA adapters; False trains all weights."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=64, metadata={"help": "The adapters are scaled by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
+    # __post_init__ sets the defaults of the adapters' options, so that it sees which ones are given.
+    lora_rank: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Rank of the adapters. Default: 32."},
+    )
+    lora_alpha: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "The adapters are scaled by lora_alpha / lora_rank. Default: 64."},
+    )
+    lora_dropout: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Dropout of the adapters' inputs. Default: 0."},
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -151,6 +179,16 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             raise ValueError(
                 f"head_scale is {self.head_scale}, but must be above 0: a head of zeros has no gradient for the layers."
             )
+        if self.from_peft is not None:
+            own = {name: getattr(self, name) for name in LORA_OPTIONS if getattr(self, name) is not None}
+            if own:
+                raise ValueError(
+                    f"from_peft={self.from_peft} continues an adapter with its own configuration, but {own} is given: "
+                    "leave these arguments out, or train a new adapter with raw_peft."
+                )
+        for name, default in LORA_OPTIONS.items():
+            if self.from_peft is None and getattr(self, name) is None:
+                setattr(self, name, default)
         if not self.use_lora and (self.from_peft is not None or self.save_merged_lora_model):
             raise ValueError("use_lora=False contradicts from_peft and save_merged_lora_model: there is no adapter.")
 
@@ -164,6 +202,13 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         ValueError: if no training data is named, a file's name is not that of JSON Lines, or a value is out of range.
     """
 
+    knowledge_distillation: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Whether the rows' teacher scores are used. train_method decides this, and a value that "
+            "contradicts it is refused."
+        },
+    )
     query_instruction_for_rerank: str | None = field(
         default=None, metadata={"help": "Text before a query. Default: the template's."}
     )
@@ -369,6 +414,16 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}, which needs items of one known length: "
                 "use random, which distributes the rows of a step to the processes by length, or sequential."
             )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the loss has no class labels."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} is not supported: leave it out, or use lora_dropout."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=True needs a GPU, and this run is on the CPU: use bf16, or leave it out.")
         if self.sub_batch_size is not None:
             raise ValueError(f"sub_batch_size={self.sub_batch_size} is not supported: use gradient_accumulation_steps.")
         if self.finetune_type == "layer" and max(self.compress_ratios) > 1:
@@ -401,7 +456,8 @@ def evaluate_checkpoints(args: Any) -> None:
 def convert_arguments(ours: type[Arguments], given: Any) -> Arguments:
     """Convert an argument object of FlagEmbedding's to one of our classes.
 
-    Values that differ from FlagEmbedding's default are kept. All others get our default.
+    Values that differ from FlagEmbedding's default are kept. All others get our default. A warning names values that
+    change thereby, because FlagEmbedding's objects do not say which values were given.
 
     Raises:
         ValueError: if a value is set that our class has no argument for.
@@ -418,4 +474,12 @@ def convert_arguments(ours: type[Arguments], given: Any) -> Arguments:
     unknown = {name: value for name, value in changed.items() if name not in names}
     if unknown:
         raise ValueError(f"{type(given).__name__} sets {unknown}, but {ours.__name__} has no such argument.")
-    return ours(**changed)
+    converted = ours(**changed)
+    replaced = [
+        f"{item.name}: {getattr(given, item.name)!r} becomes {getattr(converted, item.name)!r}"
+        for item in fields(given)
+        if item.name in REPORTED_DEFAULTS and getattr(given, item.name) != getattr(converted, item.name)
+    ]
+    if replaced:
+        logger.warning("FlagEmbedding's defaults are replaced by ours. %s. Use %s.", "; ".join(replaced), ours.__name__)
+    return converted

@@ -19,6 +19,7 @@ from flagembedding_matryoshka.finetune.sharding import Shardable
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.decoder import without_graph
 from flagembedding_matryoshka.setting import Setting
 
 ALL_LINEAR = "all-linear"
@@ -99,12 +100,11 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
         return torch.stack(outputs.logits), full_width
 
-    @torch.no_grad()
     def original_scores(self, features: PackedPairs) -> Tensor:
         """Return the scores of the model before training, at its deepest exit and full width, (pairs,) float32."""
         training = self.model.training
         self.model.eval()
-        with self.model.disable_adapter():
+        with without_graph(features.token_ids.device.type), self.model.disable_adapter():
             scores, _ = self.encode(features, Setting.resolve(self.config))
         self.model.train(training)
         return scores[0]

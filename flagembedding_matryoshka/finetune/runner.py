@@ -90,6 +90,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         training_args = convert_arguments(MatryoshkaTrainingArguments, training_args)
         self.method = TRAIN_METHODS[training_args.train_method]
         _refuse_contradictions(self.method, model_args, data_args, training_args)
+        data_args = copy.copy(data_args)
         data_args.knowledge_distillation = self.method.row_kind == "scores"
         with training_args.main_process_first(desc="reading the training files"):
             self._instructions, self._eval_instructions = self._read_instructions(data_args, training_args.seed)
@@ -327,6 +328,12 @@ def _refuse_contradictions(
         raise ValueError(
             f"knowledge_distillation=True, but train_method {training_args.train_method} uses no teacher scores. "
             f"Methods with teacher scores: {', '.join(using)}."
+        )
+    if data_args.knowledge_distillation is False and needs_scores:
+        without = [name for name, other in TRAIN_METHODS.items() if other.row_kind != "scores"]
+        raise ValueError(
+            f"knowledge_distillation=False, but train_method {training_args.train_method} uses teacher scores. "
+            f"Methods without teacher scores: {', '.join(without)}."
         )
     if method.original and (not model_args.use_lora or model_args.from_peft is not None):
         raise ValueError(

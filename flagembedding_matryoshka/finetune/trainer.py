@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 COSTS = ("lists", "tokens", "operations", "seconds")
 """Names of the costs in the log."""
+DETAILED_LOGS = 1000
+"""Number of latest entries of the log history that keep the terms of every exit. Each checkpoint has the history."""
 
 
 class MatryoshkaTrainer(AbsRerankerTrainer):
@@ -70,7 +72,9 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
-        self._unlogged: list[dict[str, Tensor]] = []
+        self._term_names: list[str] = []
+        self._term_sums: Tensor | None = None  # (terms,) over the passes since the last log
+        self._summed_passes = 0
         self._guard: CollapseGuard | None = None
         trains_all_weights = not isinstance(self.model.model, PeftModel)
         method = self.model.method
@@ -144,27 +148,30 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         )
         self._cost.add(inputs["pair"].packed, self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
-        spreads = zip(self.model.config.exit_layers, outputs.spreads, strict=True)
-        self._unlogged.append(
-            {f"loss_{name}": term for name, term in outputs.terms.items()}
-            | {f"layer_{layer}_spread": spread for layer, spread in spreads}
-        )
+        self._term_names = [f"loss_{name}" for name in outputs.terms]
+        self._term_names += [f"layer_{layer}_spread" for layer in self.model.config.exit_layers]
+        terms = torch.cat([torch.stack(list(outputs.terms.values())), outputs.spreads])
+        self._term_sums = terms if self._term_sums is None else self._term_sums + terms
+        self._summed_passes += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss with its terms, their means over passes since the last log and processes, and the costs."""
-        if "loss" in logs and self._unlogged:
-            names = list(self._unlogged[0])
-            means = torch.stack([torch.stack([terms[name] for terms in self._unlogged]).mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            term_means = dict(zip(names, means.tolist(), strict=True))
+        if "loss" in logs and self._term_sums is not None:
+            means = self.accelerator.reduce(self._term_sums / self._summed_passes, reduction="mean")
+            term_means = dict(zip(self._term_names, means.tolist(), strict=True))
             logs |= term_means
-            self._unlogged.clear()
+            self._term_sums, self._summed_passes = None, 0
             self._check_collapse(term_means, logs.get("grad_norm"))
         if "loss" in logs or "train_runtime" in logs:
             counts = self.accelerator.reduce(self._cost.counts(self.args.device), reduction="sum")
             logs |= self._cost.totals(self._history, counts)
         super().log(logs, start_time)
+        history = self.state.log_history
+        if len(history) > DETAILED_LOGS:
+            place = -DETAILED_LOGS - 1
+            names = set(self._term_names)
+            history[place] = {name: value for name, value in history[place].items() if name not in names}
 
     def _check_collapse(self, means: Mapping[str, float], gradient_norm: float | None) -> None:
         if self._guard is None:

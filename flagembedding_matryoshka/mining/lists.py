@@ -20,11 +20,13 @@ from flagembedding_matryoshka.mining.retrievers import (
     vectors_path,
 )
 from flagembedding_matryoshka.mining.rows import write_rows
-from flagembedding_matryoshka.text.collections import read_texts
+from flagembedding_matryoshka.text.collections import judged_queries, read_texts
 from flagembedding_matryoshka.text.output import remove_output
 
 logger = logging.getLogger(__name__)
 MIN_PASSAGES = 2
+TEST_SPLIT = "test"
+"""Split whose queries are kept out of the training data."""
 
 
 def make_lists(
@@ -66,6 +68,41 @@ def make_lists(
         )
 
 
+def read_queries(directory: Path, split: str | None = None, include_test: bool = False) -> list[str]:
+    """Return the distinct texts of the queries to train on, in the order of `queries.jsonl`.
+
+    Queries of `qrels/test.tsv` are left out if the file exists, and so are queries with the text of one of them.
+
+    Args:
+        directory: a collection in BEIR layout.
+        split: take the queries of `qrels/{split}.tsv` alone; None takes all queries. "test" includes the test queries.
+        include_test: also take the queries of `qrels/test.tsv`.
+
+    Raises:
+        FileNotFoundError: if the judgements of `split` do not exist.
+        ValueError: naming file and line of a malformed row, or if no query is left.
+    """
+    queries = read_texts(directory / "queries.jsonl")
+    chosen = set(queries)
+    if split is not None:
+        chosen &= judged_queries(directory, split)
+    test_path = directory / "qrels" / f"{TEST_SPLIT}.tsv"
+    excluded: set[str] = set()
+    if split != TEST_SPLIT and not include_test and test_path.is_file():
+        excluded = {queries[name] for name in judged_queries(directory, TEST_SPLIT) if name in queries}
+    found = dict.fromkeys(text for name, text in queries.items() if name in chosen)
+    kept = [text for text in found if text not in excluded]
+    if not kept:
+        source = "queries.jsonl" if split is None else f"qrels/{split}.tsv"
+        raise ValueError(
+            f"{directory}: no query is left. {source} has {len(found)} queries, and {len(found) - len(kept)} of them "
+            f"are in qrels/{TEST_SPLIT}.tsv. --include_test takes test queries too."
+        )
+    if len(kept) < len(found):
+        logger.info("%d of %d queries are left out: they are in %s", len(found) - len(kept), len(found), test_path)
+    return kept
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -78,12 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--top_k", type=int, default=30, help="largest number of passages of a query (default: %(default)s)"
     )
+    parser.add_argument(
+        "--split", help="take the queries of qrels/SPLIT.tsv alone (default: all queries but those of qrels/test.tsv)"
+    )
+    parser.add_argument(
+        "--include_test", action="store_true", help="also take the queries of qrels/test.tsv, which measure the model"
+    )
     add_retrievers(parser)
     options = parser.parse_args(arguments)
     load_retrievers = make_retrievers(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    passages, queries = (list(read_texts(options.data / name).values()) for name in ("corpus.jsonl", "queries.jsonl"))
-    rows = make_lists(passages, list(dict.fromkeys(queries)), options.top_k, load_retrievers())
+    queries = read_queries(options.data, options.split, options.include_test)
+    passages = list(read_texts(options.data / "corpus.jsonl").values())
+    rows = make_lists(passages, queries, options.top_k, load_retrievers())
     count = write_rows(options.output, rows)
     remove_output(vectors_path(options.output))
     print(f"Wrote {count} rows to {options.output}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -269,7 +270,7 @@ class CostWiseModel(PreTrainedModel):
                     attention_masks[depth] = packed.padded_attention_mask()
             if return_full_width and full_width_states is None and setting.compresses_after(depth):
                 deeper = Setting(tuple(layer for layer in exits if layer > depth))
-                with torch.no_grad():
+                with without_graph(hidden.device.type):
                     branch = self.forward_packed(PackedStates(hidden, packed, depth), deeper)
                 full_width_states = dict(zip(deeper.cutoff_layers, branch.last_token_states or (), strict=True))
         if setting.depth not in last_token_states:
@@ -287,3 +288,20 @@ class CostWiseModel(PreTrainedModel):
             attention_masks=in_order(attention_masks),
             full_width_states=tuple(map(full_width.get, exits)) if return_full_width else None,
         )
+
+
+@contextmanager
+def without_graph(device_type: str) -> Iterator[None]:
+    """Disable gradients, and the cache of weights that autocast has cast.
+
+    Before torch 2.11, a weight that is cast without gradients enters this cache without a graph. A later pass with
+    gradients takes it from there, and the weight gets no gradient (pytorch#165068).
+
+    Args:
+        device_type: type of the device that the pass runs on.
+    """
+    autocast: Any = nullcontext()
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        autocast = torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+    with torch.no_grad(), autocast:
+        yield

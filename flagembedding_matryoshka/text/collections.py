@@ -95,6 +95,16 @@ def read_texts(path: Path) -> dict[str, str]:
     return texts
 
 
+def judged_queries(directory: Path, split: str) -> set[str]:
+    """Return the ids of the queries in `qrels/{split}.tsv`, whatever their grades.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming file and line of a malformed row.
+    """
+    return {query for _, query, _, _ in _read_judgements(directory / "qrels" / f"{split}.tsv")}
+
+
 def _read_judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
     """Yield line, query, passage and grade."""
     for number, line in good_lines(path):

@@ -26,10 +26,9 @@ def runner(model, data, output_dir, model_args=(), data_args=(), **training):
         "train_method": "normal",
         "save_strategy": "no",
     }
+    adapter = {} if "from_peft" in dict(model_args) else {"lora_rank": 4, "lora_dropout": 0.0}
     return MatryoshkaRunner(
-        model_args=MatryoshkaModelArguments(
-            model_name_or_path=str(model), **({"lora_rank": 4, "lora_dropout": 0.0} | dict(model_args))
-        ),
+        model_args=MatryoshkaModelArguments(model_name_or_path=str(model), **(adapter | dict(model_args))),
         data_args=MatryoshkaDataArguments(
             train_data=[str(data)],
             train_group_size=4,

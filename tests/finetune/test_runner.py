@@ -29,9 +29,13 @@ from flagembedding_matryoshka.finetune import (
     MatryoshkaRunner,
     MatryoshkaTrainingArguments,
 )
+from flagembedding_matryoshka.finetune.__main__ import build_parser
+from flagembedding_matryoshka.finetune.arguments import convert_arguments
 from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.models.layers import CostWiseLayer
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 from tests.backbones import write_raw
 from tests.finetune.runs import PAIRS, WIDTHS, close, command_line, run_command, runner, scores_of
@@ -297,6 +301,37 @@ def test_autocast_keeps_no_second_copy_of_what_adapters_are_fed(
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("method", "use_lora"),
+    [("distill_fix_layer_teacher", True), ("distill_fix_layer_teacher", False), ("self_distill", True)],
+)
+def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
+    method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
+):
+    """A pass without gradients must not fill autocast's cache of weights, from which torch before 2.11 takes them."""
+    arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2, "use_lora": use_lora}
+    options = {"compress_layers": [2], "compress_ratios": [2], "train_method": method}
+    run = runner(*arguments, bf16=True, gradient_checkpointing=checkpointing, **options)
+    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    if checkpointing:
+        run.model.gradient_checkpointing_enable()
+    caching = []
+
+    def record(*_):
+        if not torch.is_grad_enabled():
+            caching.append(torch.is_autocast_cache_enabled())
+
+    for layer in run.model.modules():
+        if isinstance(layer, CostWiseLayer):
+            layer.register_forward_pre_hook(record)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run.model.train()(**batch, setting=Setting((2, 3, 4, 5, 6), (2,), 2)).loss
+    loss.backward()
+    assert [name for name, value in run.model.named_parameters() if value.requires_grad and value.grad is None] == []
+    assert caching and not any(caching)
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_adapters_learn_over_weights_in_four_bits(tiny_raw_model_path, training_file, tmp_path):
     model_args = {"start_layer": 2, "load_in_4bit": True}
@@ -404,6 +439,46 @@ def test_the_history_has_every_term_of_the_loss(tiny_raw_model_path, training_fi
             "loss_layer_6_contrastive", "loss_layer_6_data_scores",
         }  # fmt: skip
         assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_only_the_latest_entries_of_the_history_keep_the_terms(
+    tiny_raw_model_path, training_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flagembedding_matryoshka.finetune.trainer.DETAILED_LOGS", 2)
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}, max_steps=4, logging_steps=1)
+    run.run()
+    history = run.trainer.state.log_history
+    assert all("loss" in entry and "tokens" in entry for entry in history[:4])
+    # The last entry is that of the end of the training.
+    assert ["loss_layer_5_contrastive" in entry for entry in history] == [False, False, False, True, False]
+    assert ["layer_6_spread" in entry for entry in history] == [False, False, False, True, False]
+
+
+def test_a_run_without_a_log_keeps_one_sum_of_the_terms(tiny_raw_model_path, training_file, tmp_path):
+    arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}
+    run = runner(*arguments, max_steps=3, logging_strategy="no")
+    held = []
+    compute_loss = run.trainer.compute_loss
+
+    def counted(*args, **kwargs):
+        found = compute_loss(*args, **kwargs)
+        values = vars(run.trainer).values()
+        held.append(sum(value.numel() for value in values if isinstance(value, torch.Tensor)))
+        held[-1] += sum(len(value) for value in values if isinstance(value, list))
+        return found
+
+    run.trainer.compute_loss = counted
+    run.run()
+    assert len(held) == 3 and len(set(held)) == 1
+
+
+def test_the_hubs_token_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    given = MatryoshkaModelArguments(model_name_or_path="x", token="hf_given")
+    theirs = convert_arguments(MatryoshkaModelArguments, AbsRerankerModelArguments(model_name_or_path="x"))
+    shown = (repr(given), str(theirs), build_parser().format_help())
+    assert not any("hf_secret" in text or "hf_given" in text for text in shown)
+    assert given.token == "hf_given"
 
 
 def test_evaluation_ranks_at_every_exit_and_keeps_the_best_checkpoint(tiny_raw_model_path, training_file, tmp_path):
@@ -570,6 +645,9 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"finetune_type": "width"}, "finetune_type is 'width'"),
         ({"sub_batch_size": 2}, "sub_batch_size=2"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not supported"),
+        ({"fp16": True}, "fp16=True needs a GPU, and this run is on the CPU"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
         ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
@@ -592,6 +670,8 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
         ({"config_name": "x"}, "config_name is 'x'"),
         ({"model_type": "encoder"}, "model_type is 'encoder'"),
         ({"use_lora": False, "from_peft": "x"}, "use_lora=False contradicts"),
+        ({"from_peft": "x", "lora_rank": 32}, r"from_peft=x continues an adapter .* but \{'lora_rank': 32\} is given"),
+        ({"from_peft": "x", "modules_to_save": ["norm"]}, r"but \{'modules_to_save': \['norm'\]\} is given"),
     ],
 )
 def test_arguments_without_use_are_refused(options, message):
@@ -659,6 +739,10 @@ def test_teacher_methods_need_scores_and_others_refuse_to_ignore_them(tiny_raw_m
             MatryoshkaModelArguments(model_name_or_path=str(tiny_raw_model_path)),
             MatryoshkaDataArguments(train_data=[str(path)], knowledge_distillation=True),
             MatryoshkaTrainingArguments(output_dir=str(tmp_path / "out"), train_method="normal", use_cpu=True),
+        )
+    with pytest.raises(ValueError, match=r"knowledge_distillation=False, but train_method distill uses teacher scores"):
+        runner(
+            tiny_raw_model_path, path, tmp_path / "out", {}, {"knowledge_distillation": False}, train_method="distill"
         )
     with pytest.raises(FileNotFoundError, match="no training data at"):
         runner(tiny_raw_model_path, tmp_path / "missing.jsonl", tmp_path / "out")
@@ -742,7 +826,7 @@ def test_a_killed_run_ends_in_the_same_weights_when_it_is_resumed(tiny_raw_model
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path):
+def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training_file, tmp_path, caplog):
     run = MatryoshkaRunner(
         AbsRerankerModelArguments(model_name_or_path=str(tiny_raw_model_path)),
         AbsRerankerDataArguments(
@@ -756,6 +840,7 @@ def test_flag_embeddings_argument_classes_drive_it(tiny_raw_model_path, training
         ),
     )
     assert run.training_args.train_method == "distill_fix_layer_teacher"
+    assert "learning_rate: 5e-05 becomes 0.0002" in caplog.text
     assert Template.load(run.model.config.template) == Template()
     run.run()
     assert len(MatryoshkaReranker(str(tmp_path / "out"), devices="cpu").compute_score(PAIRS)) == 2

@@ -33,7 +33,8 @@ def one_exit(tiny_layerwise_path, tmp_path_factory):
 
 def distil(model, data, output_dir, model_args=(), data_args=(), **training):
     training = {"train_method": "self_distill", "logging_steps": 1} | training
-    return runner(model, data, output_dir, {"lora_rank": 8} | dict(model_args), data_args, **training)
+    rank = {} if "from_peft" in dict(model_args) else {"lora_rank": 8}
+    return runner(model, data, output_dir, rank | dict(model_args), data_args, **training)
 
 
 def largest_gradient(run):

@@ -64,3 +64,23 @@ def test_what_makes_no_list_is_refused(unjudged, tmp_path, capsys):
     with pytest.raises(SystemExit):
         made(unjudged(), "--miner", "both")
     assert "--miner both needs --bi_encoder" in capsys.readouterr().err
+
+
+def test_test_queries_are_left_out_unless_they_are_asked_for(collection, caplog):
+    judged = (("q1", "p2", 1), ("q2", "p3", 1), ("q3", "p5", 0))
+    directory = collection(judgements=judged, queries=[*QUERIES, {"_id": "q9", "text": "wing"}])
+    collection(judgements=(("q1", "p2", 1),), split="test", queries=[*QUERIES, {"_id": "q9", "text": "wing"}])
+    caplog.set_level("INFO")
+    assert [row["query"] for row in made(directory)] == ["the heat"]
+    assert "1 of 3 queries are left out: they are in" in caplog.text
+    assert [row["query"] for row in made(directory, "--include_test")] == ["wing", "the heat"]
+    assert [row["query"] for row in made(directory, "--split", "test")] == ["wing"]
+    assert [row["query"] for row in made(directory, "--split", "train")] == ["the heat"]
+    with pytest.raises(FileNotFoundError, match=r"qrels/dev\.tsv"):
+        made(directory, "--split", "dev")
+
+
+def test_a_collection_of_test_queries_alone_is_refused(collection):
+    directory = collection(judgements=[(query["_id"], "p2", 1) for query in QUERIES], split="test")
+    with pytest.raises(ValueError, match=r"no query is left\. .* has 3 queries, and 3 of them .* --include_test"):
+        made(directory)
