@@ -68,6 +68,26 @@ class Scored(NamedTuple):
     fused: Sequence[float] = ()
 
 
+def copy_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue a copy to the CPU, after the work that makes `values` and before later work.
+
+    Returns:
+        A callable that blocks until the copy is complete and returns it.
+    """
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
 class Engine:
     """Runs tasks on the device of its model. It may be called from several threads.
 
@@ -80,6 +100,7 @@ class Engine:
         self.model = model
         if compile:
             model.model.compile_layers()
+        self._ahead = 1 if model.device.type == "cuda" else 0
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
         self._limit = TokenLimit()
@@ -93,11 +114,10 @@ class Engine:
             device: the only device, or None. `WorkerPool.run` chooses a device by it.
             between_batches: as in `start`.
         """
-        ahead = 1 if self.model.device.type == "cuda" else 0
         started: deque[tuple[Task, Callable[[], Scored]]] = deque()
         for task in tasks:
             started.append((task, self.start(task, between_batches)))
-            if len(started) > ahead:
+            if len(started) > self._ahead:
                 earlier, result = started.popleft()
                 yield earlier, result()
         for task, result in started:
@@ -107,7 +127,9 @@ class Engine:
         """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
     def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], Scored]:
-        """Queue a batch on the device, without waiting for its scores. A task with `owners` runs when it is waited for.
+        """Queue a batch on the device and the copy of its scores, without waiting for them.
+
+        A task with `owners` runs when it is waited for.
 
         After an out-of-memory error, this and later batches are computed in smaller ones.
 
@@ -137,8 +159,10 @@ class Engine:
             self._limit.fitted()
             start += len(part)
 
+        on_host = copy_to_host(torch.cat(scores, dim=1))
+
         def wait() -> Scored:
-            found = torch.cat(scores, dim=1).cpu()
+            found = on_host()
             self._refuse_no_number(found, places)
             return Scored(found.tolist())
 

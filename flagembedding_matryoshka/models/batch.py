@@ -321,8 +321,8 @@ class PackedBatch:
 def on_device(indices: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device`. A copy to CUDA goes through pinned memory and does not block."""
     if device.type == "cuda":
-        return indices.pin_memory().to(device, non_blocking=True)
-    return indices.to(device)
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
 
 
 def _ranges(lengths: Tensor) -> Tensor:
