@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +12,18 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which becomes `path` when the context is left. A missing directory is made.
 
+    The path is in a directory of its own beside `path`, so that threads and processes may write the same file.
+
     Raises:
         IsADirectoryError: if `path` is a directory.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+        partial = Path(directory, path.name)
         yield partial
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

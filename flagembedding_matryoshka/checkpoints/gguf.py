@@ -57,6 +57,7 @@ def resolve(path: str, cache_dir: str | Path | None = None) -> str:
     Raises:
         FileNotFoundError: if `path` names a GGUF file that does not exist.
         ImportError: if the file is to be converted and the package `gguf` is missing.
+        OSError: if the file is to be converted and nothing can be written to the cache.
         ValueError: if a directory has several GGUF files, or the file is none, is damaged, or holds a model or a
             tokenizer that cannot be converted.
     """
@@ -71,10 +72,17 @@ def resolve(path: str, cache_dir: str | Path | None = None) -> str:
     sha256 = _source_hash(source, root)
     folder = root / sha256
     if not _is_intact(folder):
-        # The processes of one run come here together: the first converts, the others wait for it.
-        with WeakFileLock(root / f"{sha256}.lock"):
-            if not _is_intact(folder):
-                _write(source, sha256, folder)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # The processes of one run come here together: the first converts, the others wait for it.
+            with WeakFileLock(root / f"{sha256}.lock"):
+                if not _is_intact(folder):
+                    _write(source, sha256, folder)
+        except OSError as error:
+            raise OSError(
+                f"{source} is converted once, into {root}, where nothing can be written ({error}). Name a directory "
+                "that can be written by cache_dir=, --cache_dir or the variable XDG_CACHE_HOME."
+            ) from error
     return str(folder)
 
 
@@ -112,7 +120,10 @@ def _source_hash(source: Path, root: Path) -> str:
     known = Fingerprint(**json.loads(note.read_text())["fingerprint"]) if note.exists() else None
     fingerprint = Fingerprint.of(source, known)
     if fingerprint is not known:
-        write_text(note, json.dumps({"path": name, "fingerprint": asdict(fingerprint)}, indent=2))
+        try:
+            write_text(note, json.dumps({"path": name, "fingerprint": asdict(fingerprint)}, indent=2))
+        except OSError as error:
+            logger.warning(f"{note} cannot be written ({error}): {source} will be hashed again the next time.")
     return fingerprint.sha256
 
 
@@ -124,7 +135,7 @@ def _is_intact(folder: Path) -> bool:
             Fingerprint.of(folder / name, Fingerprint(**known)).sha256 == known["sha256"]
             for name, known in manifest["files"].items()
         )
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return False
 
 

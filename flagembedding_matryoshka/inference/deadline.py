@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -17,6 +17,9 @@ from flagembedding_matryoshka.inference.inputs import excerpt
 from flagembedding_matryoshka.models.compression import compressed_lengths
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
+
+STOPS = 7
+"""Exits where candidates of a query with a deadline stop, at most; with fewer exits, all of them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._measured: list[tuple[float, float]] = []
+        self._count = 0
+        self._mean_tokens = self._mean_seconds = self._spread = self._rise = 0.0
         self._of_layer = self._of_token = 0.0
 
     @contextmanager
@@ -78,22 +82,26 @@ class Pace:
         """Measure the code inside, which runs `layers` layers with `tokens` tokens in all of them together."""
         start = self._clock()
         yield
-        self._measured.append((tokens / layers, (self._clock() - start) / layers))
-        self._of_layer, self._of_token = _line(self._measured)
+        self._fit(tokens / layers, (self._clock() - start) / layers)
+
+    def _fit(self, tokens: float, seconds: float) -> None:
+        """Fit the line to one more layer with `tokens` tokens. The means and sums are running ones (Welford, 1962)."""
+        self._count += 1
+        beyond = tokens - self._mean_tokens
+        self._mean_tokens += beyond / self._count
+        self._mean_seconds += (seconds - self._mean_seconds) / self._count
+        self._spread += beyond * (tokens - self._mean_tokens)
+        self._rise += beyond * (seconds - self._mean_seconds)
+        slope = self._rise / self._spread if self._spread else math.inf
+        if slope * self._mean_tokens > self._mean_seconds:
+            self._of_layer, self._of_token = 0.0, self._mean_seconds / self._mean_tokens
+        else:
+            self._of_token = max(0.0, slope)
+            self._of_layer = self._mean_seconds - self._of_token * self._mean_tokens
 
     def seconds(self, layers: float, tokens: float) -> float:
         """Return the predicted seconds of layers; 0 before the first measurement."""
         return layers * self._of_layer + tokens * self._of_token
-
-
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return intercept and slope of the line."""
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    rise = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else math.inf
-    if rise * mean_x > mean_y:
-        return 0.0, mean_y / mean_x
-    return mean_y - max(0.0, rise) * mean_x, max(0.0, rise)
 
 
 @dataclass(eq=False)
@@ -110,13 +118,19 @@ class Part:
         indices = [index for index, is_chosen in enumerate(chosen) if is_chosen]
         return Part(self.states.select(indices), [self.places[index] for index in indices])
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the batch."""
+        return self.states.hidden.shape[1]
+
 
 class AnytimeRun:
     """One query's candidates, scored as deep as a deadline allows.
 
     Runs cascades of doubling width. Each one continues where the previous one stopped. The first one has a third of the
     candidates, or one batch if that is less. Within a cascade, half as many candidates reach an exit that is twice as
-    deep (successive halving, arXiv 1502.07943).
+    deep (successive halving, arXiv 1502.07943). Candidates at one exit run in full batches, whatever batches they came
+    from. At most `STOPS` exits are used, and the cascade's.
     The order of the steps does not depend on the deadline, so a later deadline makes no candidate less deep. If the
     time is enough for all remaining work, this work is the next step.
 
@@ -124,7 +138,7 @@ class AnytimeRun:
         score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on the CPU.
         batches: candidates before the first layer.
         setting: with one cutoff layer, the deepest exit; its cascade limits the number of candidates that go deeper.
-        exits: the model's exits, ascending.
+        exits: the model's exits, ascending; `choose_stops` chooses among them.
         reading: cost of reading scores at a layer, relative to running the layer.
         deadline: a deadline that has started.
         between: called before each call of `score`; None is no callback.
@@ -145,7 +159,7 @@ class AnytimeRun:
     ) -> None:
         self._score = score
         self._setting = setting
-        self._exits = [layer for layer in exits if layer <= setting.depth]
+        self._exits = choose_stops([layer for layer in exits if layer <= setting.depth], dict(setting.cascade))
         self._reading = reading
         self._deadline = deadline
         self._between = between
@@ -153,7 +167,9 @@ class AnytimeRun:
         self._pace = Pace(deadline.clock)
         sizes = [len(states.packed.sequences) for states in batches]
         places = torch.arange(sum(sizes)).split(sizes)
+        self._most_sequences = max(sizes)
         self._parts = [Part(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
+        self._most_tokens = max(part.tokens for part in self._parts)
         self._scores, self._reached = torch.zeros(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.long)
         self._first_width = min(max(sizes), -(-sum(sizes) // 3))
         self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
@@ -211,18 +227,38 @@ class AnytimeRun:
         best = waiting[best_first(fused, scores)][:missing].tolist()
         rank = {place: number for number, place in enumerate(best)}
         parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
-        for part in sorted(parts, key=lambda part: min(rank.get(place, len(rank)) for place in part.places)):
+        parts.sort(key=lambda part: min(rank.get(place, len(rank)) for place in part.places))
+        while parts:
             if self._between is not None:
                 self._between()
-            chosen = [place in rank for place in part.places]
-            going = part.select(chosen)
+            batch, going = self._full_batch(parts, rank.keys())
             if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
                 return False
-            if going is not part:
+            for part in batch:
+                parts.remove(part)
                 self._parts.remove(part)
-                self._parts += [going, part.select([not is_chosen for is_chosen in chosen])]
+                if not rank.keys() >= set(part.places):
+                    self._parts.append(part.select([place not in rank for place in part.places]))
+            self._parts.append(going)
             self._advance(going, goal)
         return True
+
+    def _full_batch(self, parts: Sequence[Part], chosen: Collection[int]) -> tuple[list[Part], Part]:
+        """Return the first parts whose chosen candidates fit into one batch, and these candidates as one part."""
+        batch: list[Part] = []
+        going: list[Part] = []
+        for part in parts:
+            own = part.select([place in chosen for place in part.places])
+            sequences = sum(len(other.places) for other in (own, *going))
+            tokens = sum(other.tokens for other in (own, *going))
+            if going and (sequences > self._most_sequences or tokens > self._most_tokens):
+                break
+            batch.append(part)
+            going.append(own)
+        if len(going) == 1:
+            return batch, going[0]
+        states = PackedStates.concat([part.states for part in going])
+        return batch, Part(states, [place for part in going for place in part.places])
 
     def _advance(self, part: Part, goal: int) -> None:
         with self._pace.measured(*self._work(part.states, goal)):
@@ -260,6 +296,23 @@ class AnytimeRun:
             if self._setting.compresses_after(layer):
                 passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens
+
+
+def choose_stops(exits: Sequence[int], cascade: Collection[int]) -> list[int]:
+    """Return the exits where candidates stop: at most `STOPS`, their depths a geometric series, and the cascade's.
+
+    Each exit costs a batch in each cascade of `AnytimeRun`. A cascade of all exits of a deep model would run batches of
+    few candidates.
+
+    >>> choose_stops(range(4, 33), {20: 0.5})
+    [4, 6, 8, 11, 16, 20, 23, 32]
+    """
+    if len(exits) <= STOPS:
+        return list(exits)
+    first, last = exits[0], exits[-1]
+    wanted = [first * (last / first) ** (number / (STOPS - 1)) for number in range(STOPS)]
+    stops = {min(exits, key=lambda layer: abs(layer - depth)) for depth in wanted}
+    return sorted(stops.union(cascade))
 
 
 def _most(setting: Setting, layer: int, candidates: int) -> int:

@@ -11,6 +11,8 @@ import torch
 # Names in torch.cpu.get_capabilities(): x86 tiles, x86 vectors, Arm.
 _CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 MOST_TOKENS = 65_536
 MOST_VALUES = 2**26
 """Values in the hidden states of a batch, at most."""
@@ -65,6 +67,20 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_siz
     return min(most, threads * max(LEAST_TOKENS_OF_A_THREAD, 2 ** round(math.log2(cached))))
 
 
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise ValueError if a name is no device, or this machine does not have the device."""
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"devices has {name!r}, but must have names such as 'cpu', 'cuda:0' or 'mps'.") from error
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ValueError(f"devices has {name!r}, but torch finds {count} CUDA devices on this machine.")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"devices has {name!r}, but torch finds no Apple GPU on this machine.")
+
+
 def check_batch_invariance(devices: Sequence[str], dtype: torch.dtype, quantization: str | None, compile: bool) -> None:
     """Raise ValueError if scores would depend on their batch in spite of `batch_invariant`.
 
@@ -94,7 +110,7 @@ def resolve_dtype(
         quantization: quantization of the weights; with "int8", "auto" is float32.
 
     Raises:
-        ValueError: if they contradict each other or name no floating-point format.
+        ValueError: if they contradict each other or name another format.
     """
     if quantization == "int8" and dtype == "auto" and not use_bf16:
         dtype = "float32"
@@ -105,8 +121,8 @@ def resolve_dtype(
         return fast_dtype(device)
     if dtype != "auto":
         named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise ValueError(f"dtype is {dtype!r}, but must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+        if named not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, but must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64'.")
         flagged.append(named)
     if len(set(flagged)) > 1:
         raise ValueError(f"dtype={dtype!r}, use_fp16={use_fp16} and use_bf16={use_bf16} contradict each other.")

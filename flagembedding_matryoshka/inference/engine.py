@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import next_batch
+from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
 from flagembedding_matryoshka.inference.cascade import run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
@@ -68,38 +68,56 @@ class Scored(NamedTuple):
     fused: Sequence[float] = ()
 
 
+def copy_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue a copy to the CPU, after the work that makes `values` and before later work.
+
+    Returns:
+        A callable that blocks until the copy is complete and returns it.
+    """
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
 class Engine:
     """Runs tasks on the device of its model. It may be called from several threads.
 
     Args:
         model: a model, which may have token adapters; each task uses the adapter of its ratio.
         compile: compile the layers.
-
-    Attributes:
-        between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. An exception
-            ends them. None is no callback.
     """
 
     def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
         self.model = model
-        self.between_batches: Callable[[], None] | None = None
         if compile:
             model.model.compile_layers()
+        self._ahead = 1 if model.device.type == "cuda" else 0
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
         self._limit = TokenLimit()
 
-    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[Task, Scored], None, None]:
+    def run(
+        self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
+    ) -> Generator[tuple[Task, Scored], None, None]:
         """Yield each task with its results, in order. A GPU gets a task before the previous results are read.
 
         Args:
             device: the only device, or None. `WorkerPool.run` chooses a device by it.
+            between_batches: as in `start`.
         """
-        ahead = 1 if self.model.device.type == "cuda" else 0
         started: deque[tuple[Task, Callable[[], Scored]]] = deque()
         for task in tasks:
-            started.append((task, self.start(task)))
-            if len(started) > ahead:
+            started.append((task, self.start(task, between_batches)))
+            if len(started) > self._ahead:
                 earlier, result = started.popleft()
                 yield earlier, result()
         for task, result in started:
@@ -108,10 +126,16 @@ class Engine:
     def close(self) -> None:
         """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
-    def start(self, task: Task) -> Callable[[], Scored]:
-        """Queue a batch on the device, without waiting for its scores. A task with `owners` runs when it is waited for.
+    def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], Scored]:
+        """Queue a batch on the device and the copy of its scores, without waiting for them.
+
+        A task with `owners` runs when it is waited for.
 
         After an out-of-memory error, this and later batches are computed in smaller ones.
+
+        Args:
+            between_batches: called before each batch of a cascade's stages, or of the steps until a deadline. An
+                exception ends them. None is no callback.
 
         Returns:
             A callable that blocks until the results are ready and returns them. It raises ArithmeticError if a score is
@@ -121,7 +145,7 @@ class Engine:
             torch.OutOfMemoryError: if a single pair does not fit.
         """
         if task.owners is not None:
-            return partial(self._score_in_stages, task, task.owners)
+            return partial(self._score_in_stages, task, task.owners, between_batches)
         (pairs,), (places,) = task.batches, task.places
         scores, start = [], 0
         while start < len(pairs):
@@ -135,14 +159,18 @@ class Engine:
             self._limit.fitted()
             start += len(part)
 
+        on_host = copy_to_host(torch.cat(scores, dim=1))
+
         def wait() -> Scored:
-            found = torch.cat(scores, dim=1).cpu()
+            found = on_host()
             self._refuse_no_number(found, places)
             return Scored(found.tolist())
 
         return wait
 
-    def _score_in_stages(self, task: Task, owners: Sequence[Sequence[int]]) -> Scored:
+    def _score_in_stages(
+        self, task: Task, owners: Sequence[Sequence[int]], between: Callable[[], None] | None
+    ) -> Scored:
         """Score the pairs of a cascade, or of one query until a deadline.
 
         After an out-of-memory error all pairs start again, in smaller batches. Their order stays, also for `fusion`. A
@@ -158,12 +186,15 @@ class Engine:
                     start = parts[-1][1].stop
             packs = [task.batches[number][part] for number, part in parts]
             of_packs = [owners[number][part] for number, part in parts]
+            run = partial(self._run_stages, packs, of_packs, task.setting, deadline, between, task.fusion)
             try:
-                found = computed(partial(self._run_stages, packs, of_packs, task.setting, deadline, task.fusion))
+                found = computed(run)
             except OutOfMemory as error:
                 largest = max(range(len(packs)), key=lambda place: len(packs[place]))
                 number, part = parts[largest]
-                self._limit.halve(packs[largest], task.places[number][part.start], error)
+                held = f", beside the states of {sum(map(count_tokens, packs))} tokens in the batches of its cascade"
+                first = task.places[number][part.start]
+                self._limit.halve(packs[largest], first, error, held if len(packs) > 1 else "")
                 continue
             self._limit.fitted()
             scores, exits, fused = found
@@ -182,11 +213,11 @@ class Engine:
         owners: Sequence[Sequence[int]],
         setting: Setting,
         deadline: Deadline | None,
+        between: Callable[[], None] | None,
         fusion: Fusion | None,
     ) -> Stages:
         with self._adapted(setting.compress_ratio):
             states = [self._embed(pairs) for pairs in batches]
-        between = self.between_batches
         if deadline is not None:
             exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
             score = partial(self._read, setting=setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -45,6 +46,7 @@ class TokenLimit:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.tokens: float = math.inf
         self._patience = PATIENCE
         self._fitted = 0
@@ -52,15 +54,17 @@ class TokenLimit:
 
     def fitted(self) -> None:
         """Note that a batch fitted. After enough of them a larger limit is tried, since memory may be free again."""
-        self._fitted += 1
-        if self._fitted >= self._patience:
-            self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, True
+        with self._lock:
+            self._fitted += 1
+            if self._fitted >= self._patience:
+                self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, math.isfinite(self.tokens)
 
-    def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory) -> None:
+    def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory, held: str = "") -> None:
         """Limit batches to half the tokens of `part`, which did not fit.
 
         Args:
             name: number of the first pair, for the error.
+            held: what else was in memory, for the error and the warning.
 
         Raises:
             torch.OutOfMemoryError: if `part` is a single pair.
@@ -68,10 +72,11 @@ class TokenLimit:
         tokens = count_tokens(part)
         if len(part) == 1:
             raise torch.OutOfMemoryError(
-                f"pair {name}, of {tokens} tokens, does not fit into memory alone. Lower max_length, or compress "
+                f"pair {name}, of {tokens} tokens, does not fit into memory alone{held}. Lower max_length, or compress "
                 f"earlier. ({error})"
             ) from error
-        if self._has_grown:
-            self._patience *= 2
-        self.tokens, self._fitted, self._has_grown = tokens // 2, 0, False
-        logger.warning("Out of memory with %d tokens in a batch; for now at most %d.", tokens, tokens // 2)
+        with self._lock:
+            if self._has_grown:
+                self._patience *= 2
+            self.tokens, self._fitted, self._has_grown = tokens // 2, 0, False
+        logger.warning("Out of memory with %d tokens in a batch%s; for now at most %d.", tokens, held, tokens // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
+from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting, resolve_alias
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
@@ -171,6 +173,15 @@ def ranking_weight(options: ScoringOptions, overrides: Mapping[str, Any], has_fi
     return options.fusion if has_first_stage else None
 
 
+def refuse_beyond_positions(config: CostWiseConfig, max_length: int | None) -> None:
+    """Raise ValueError if a given `max_length` is more than the positions that the model knows."""
+    if max_length is not None and max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length is {max_length}, but must be at most the model's "
+            f"max_position_embeddings={config.max_position_embeddings}."
+        )
+
+
 def refuse_beside_plan(given: Any) -> None:
     """Raise ValueError if a re-ranker was given a depth or width beside a plan that chooses them."""
     values = {name: getattr(given, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
@@ -211,7 +222,16 @@ def _resolve(
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, of_text)
     try:
-        return options, Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
+        setting = Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
+        is_given = alias is not None or overrides.get("compress_layers") is not None
+        if is_given and setting.compress_ratio > 1 and setting.compress_layers[0] >= setting.depth:
+            warnings.warn(
+                f"compress_ratio={setting.compress_ratio} compresses nothing: compress_layers="
+                f"{list(setting.compress_layers)} lie at or above the deepest cutoff, layer {setting.depth}.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return options, setting
     except ValueError as error:
         if defaults.max_layer is None:
             raise

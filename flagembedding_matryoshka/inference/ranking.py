@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from flagembedding_matryoshka.inference.calibration import Normalizer
@@ -17,6 +19,7 @@ from flagembedding_matryoshka.inference.options import (
     RankingOptions,
     ranking_weight,
     refuse_beside_tokens,
+    refuse_beyond_positions,
     resolve_call,
     resolve_ranking,
 )
@@ -24,11 +27,13 @@ from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.scoring import (
     Call,
     Hit,
+    ReadAhead,
     rank_lists,
     refuse_min_score,
     refuse_too_short,
     score_lists,
 )
+from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
@@ -39,11 +44,13 @@ class RankingMixin:
 
     Attributes:
         config: configuration of the model.
+        model: the model.
         target_devices: the devices that tasks run on.
     """
 
     config: CostWiseConfig
     target_devices: list[str]
+    model: CostWiseForCausalLM
     _engine: Engine | WorkerPool
     _normalizer: Callable[..., Normalizer | None]
     _pair_tokenizer: PairTokenizer
@@ -96,7 +103,9 @@ class RankingMixin:
             first_stage: "order" if the documents are in the first stage's order, without scores: rank r, from 1, gets
                 the score 1 / (60 + r) (Cormack, Clarke and Büttcher, SIGIR 2009). None is no order.
             overrides: as in `compute_score`, with one cutoff layer; also `fusion`, the weight of the first stage's
-                scores: at least 0, "auto" for the plan's, or None for the default of the constructor.
+                scores: at least 0, "auto" for the plan's, or None for the default of the constructor. Also
+                `between_batches`, a callable without arguments that is called before each batch of a cascade, or of a
+                ranking until a deadline. Its exception ends the call. While it runs, the model may compute other calls.
 
         Returns:
             A dict with "corpus_id" (index into `documents`), "score" and, if asked for, "text" for each document,
@@ -201,6 +210,9 @@ class RankingMixin:
 
         The input is read ahead of the computation by some thousand pairs, the content of
         [`~flagembedding_matryoshka.inference.scoring.BATCHES_TOKENIZED_AHEAD`] batches on each device, or by one query.
+        A thread reads it, and another one tokenises it. If the input has nothing for
+        [`~flagembedding_matryoshka.inference.scoring.SECONDS_WITHOUT_INPUT`], the queries read so far are ranked, so it
+        may wait for their rankings.
 
         Args:
             queries: the queries, or without `candidates` tuples of a query and its documents.
@@ -212,7 +224,7 @@ class RankingMixin:
         Raises:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
-        lists = read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage)
+        lists = ReadAhead(read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage))
         deadline = Deadline.of(deadline_ms, self._clock)
         instructions, overrides = _instructions(overrides)
         options = RankingOptions(
@@ -227,11 +239,20 @@ class RankingMixin:
             first_stage_scores is not None or first_stage is not None,
             overrides,
         )
-        return self._rank(lists, None, instructions, options)
+        rankings = self._rank(lists, None, instructions, options)
+
+        def until_closed() -> Generator[list[Hit], None, None]:
+            with closing(rankings):
+                try:
+                    yield from rankings
+                finally:
+                    lists.stop()
+
+        return until_closed()
 
     def _rank(
         self,
-        lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None]],
+        lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None] | None],
         total: int | None,
         instructions: Sequence[str | None] | None,
         options: RankingOptions,
@@ -239,7 +260,8 @@ class RankingMixin:
         """Rank lists. Wrong options raise at once.
 
         Args:
-            lists: each query with its documents and their first-stage scores, or None without such scores.
+            lists: each query with its documents and their first-stage scores, or None without such scores. None
+                instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
             instructions: one for each list, or None for a list without an own one; None if no list has one.
         """
@@ -257,11 +279,20 @@ class RankingMixin:
         chunking = Chunking.of(
             call.options, self._pair_tokenizer, options.chunk, options.max_chunks_per_doc, options.overlap
         )
+        if top_k is not None and options.cascade is not None and chunking is None and isinstance(lists, Sequence):
+            known = [row for row in lists if row is not None]
+            for number, (_, documents, _) in enumerate(known):  # before the first pair is computed
+                refuse_too_short(call.setting, number, len(documents), min(top_k, len(documents)))
         total = total if chunking is None else None
 
-        def checked() -> Generator[Candidates, None, None]:
+        def checked() -> Generator[Candidates | None, None, None]:
             number = -1
-            for number, (query, documents, of_first_stage) in enumerate(lists):
+            for row in lists:
+                if row is None:
+                    yield None
+                    continue
+                number += 1
+                query, documents, of_first_stage = row
                 if own is None:
                     candidates = Candidates.of(query, documents, chunking)
                 elif number >= len(own):
@@ -278,7 +309,8 @@ class RankingMixin:
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
         options = replace(options, top_k=top_k)
-        return rank_lists(self._engine.run, checked(), call, options, normalize, total, show_progress_bar)
+        run = partial(self._engine.run, between_batches=options.overrides.get("between_batches"))
+        return rank_lists(run, checked(), call, options, normalize, total, show_progress_bar)
 
     def cut_chunks(
         self,
@@ -325,16 +357,22 @@ class RankingMixin:
             refuse_beside_tokens(values, overrides)
         rows = read_first_stage((("", values) for values in pairs), first_stage_scores, None)
         candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
-        return list(score_lists(self._engine.run, candidates, call, sum(map(len, pairs)), show_progress_bar))
+        call.tokenize([pair for values in pairs for pair in values])  # refuses pairs that are too long
+        run = partial(self._engine.run, between_batches=overrides.get("between_batches"))
+        return list(score_lists(run, candidates, call, sum(map(len, pairs)), show_progress_bar))
 
     def _call(
         self, cascade: Mapping[int, float] | None, deadline: Deadline | None, overrides: Mapping[str, Any]
     ) -> tuple[Call, bool | None]:
         """What a ranking with these arguments does, and whether it shows how far it is."""
-        of_call = {name: value for name, value in overrides.items() if name != "show_progress_bar"}
+        of_run = ("show_progress_bar", "between_batches")
+        of_call = {name: value for name, value in overrides.items() if name not in of_run}
         options, setting = resolve_ranking(self, of_call, cascade)
         is_cascade = bool(setting.cascade) or cascade is not None or deadline is not None
-        call = Call(self._pair_tokenizer, options, setting, len(self.target_devices), is_cascade, deadline)
+        refuse_beyond_positions(self.config, of_call.get("max_length"))
+        limit = self.model.model.max_positions
+        devices = len(self.target_devices)
+        call = Call(self._pair_tokenizer, options, setting, devices, is_cascade, deadline, max_tokens=limit)
         return call, overrides.get("show_progress_bar")
 
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property, partial
 from itertools import pairwise
 from os import PathLike
@@ -21,18 +22,21 @@ from flagembedding_matryoshka.inference.batching import count_input_tokens, cut_
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
+    check_devices,
     fast_batch_tokens,
     resolve_dtype,
     threads_of_each,
 )
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import as_fusion
-from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.inference.inputs import Pair, are_tokenized, as_lists, as_pairs, excerpt
 from flagembedding_matryoshka.inference.options import (
     CALIBRATED,
+    DEPTH_AND_WIDTH,
     ScoringOptions,
     refuse_beside_plan,
     refuse_beside_tokens,
+    refuse_beyond_positions,
     resolve_call,
 )
 from flagembedding_matryoshka.inference.plan import Plan, load_plan
@@ -115,7 +119,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
     width or cascade of its own. `compute_score` has no list to drop candidates from: its defaults are chosen among
     settings without a cascade, by the same budget or quality. Its scores may be of another exit than those of `rank`.
 
-    A context manager that ends the worker processes of several devices.
+    A context manager that ends the worker processes of several devices. After `fork` a child process starts workers of
+    its own. Pickle and deepcopy load the checkpoint again by the constructor's arguments.
 
     Attributes:
         target_devices: the devices that scores are computed on.
@@ -168,6 +173,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         hub = hub_options(cache_dir, token, revision, local_files_only)
         checkpoint = inspect_checkpoint(
             model_name_or_path,
@@ -202,6 +208,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             normalize=normalize,
         )
         available = self.get_target_devices(devices)
+        refuse_beyond_positions(checkpoint.config, max_length)
         self.target_devices = available[:1] if devices is None else available
         first = self.target_devices[0]
         self.cutoff_layers = cutoff_layers
@@ -280,7 +287,12 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         refuse_beside_tokens(pairs, overrides)
         if not pairs:
             return []
-        call = Call(self._pair_tokenizer, options, setting, shares=1 if device else len(self.target_devices))
+        refuse_beyond_positions(self.config, overrides.get("max_length"))
+        limit = self.model.model.max_positions
+        shares = 1 if device else len(self.target_devices)
+        call = Call(self._pair_tokenizer, options, setting, shares, max_tokens=limit)
+        if are_tokenized(pairs):
+            call.tokenize(pairs)
         scores = score_pairs(partial(self._engine.run, device=device), pairs, call, show_progress_bar)
         if normalize is not None:
             scores = torch.stack(list(map(normalize, scores, setting.cutoff_layers)))
@@ -303,6 +315,19 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
                 tokenised while others are computed.
         """
         return self.compute_score(sentence_pairs, device=device or self.target_devices[0], **overrides)
+
+    @staticmethod
+    def get_target_devices(devices: str | int | list[str] | list[int] | None) -> list[str]:
+        """Return the names of devices; None is all accelerators, or the CPU if there is none.
+
+        Raises:
+            ValueError: if the list is empty, a name is no device, or this machine does not have the device.
+        """
+        if not isinstance(devices, str | int) and devices is not None and not devices:
+            raise ValueError("devices is an empty list, but must name at least one device, or be None for the default.")
+        found = AbsReranker.get_target_devices(devices)
+        check_devices(found)
+        return found
 
     def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
@@ -447,18 +472,6 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             "dtype": self.dtype,
         }
 
-    @contextmanager
-    def calling_between_batches(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call `callback` before each batch of cascades that start inside, and of rankings until a deadline.
-
-        An exception of the callback ends them. While it runs, the model may compute other calls.
-        """
-        before, self._engine.between_batches = self._engine.between_batches, callback
-        try:
-            yield
-        finally:
-            self._engine.between_batches = before
-
     def close(self) -> None:
         """End the worker processes of several devices; the next call starts new ones."""
         self._engine.close()
@@ -467,6 +480,29 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """End the worker processes: FlagEmbedding's name for `close`."""
         if hasattr(self, "_engine"):  # FlagEmbedding also calls it if the constructor failed
             self.close()
+
+    def start_multi_process_pool(self) -> Any:
+        """Raise NotImplementedError: FlagEmbedding's pool is replaced by this class's own worker processes."""
+        raise NotImplementedError(
+            f"start_multi_process_pool: {type(self).__name__} starts its worker processes itself. Give the constructor "
+            "several devices and call compute_score or rank."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy by the constructor's arguments and the current defaults.
+
+        The copy loads the checkpoint again, from the same path. Weights changed in memory are not in it. The pickle
+        holds all arguments, also `token`.
+        """
+        defaults = {
+            name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, *(one.name for one in fields(ScoringOptions)))
+        }
+        return partial(type(self), **self._arguments), (), defaults
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends, modules are gone, and multiprocessing has ended the workers.
+        if not is_finalizing():
+            self.stop_self_pool()
 
     def __enter__(self) -> Self:
         return self

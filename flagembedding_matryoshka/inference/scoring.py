@@ -1,19 +1,21 @@
 """The way from pairs to scores, and from scores to rankings.
 
-Pairs are tokenised some batches ahead, in a thread. They are cut into batches, and batches make tasks. An engine runs
-the tasks, or the workers of several devices do. Results go to the places of their pairs: into a tensor, or into the
-hits of each query, which are ordered at the end.
+Pairs are read and tokenised some batches ahead, in a thread, unless they are few. They are cut into batches, and
+batches make tasks. An engine runs the tasks, or the workers of several devices do. Results go to the places of their
+pairs: into a tensor, or into the hits of each query, which are ordered at the end.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from numbers import Real
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +35,6 @@ from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 T = TypeVar("T")
-R = TypeVar("R")
 Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
 """Computes tasks and yields each one with its results."""
 
@@ -75,6 +76,10 @@ BATCHES_AT_ONCE = 16
 """Batches of a cascade's task, whose candidates wait for each other."""
 BATCHES_TOKENIZED_AHEAD = 64
 """Batches of lists in a window, for each device. The first ranking waits for a window, and devices wait at its end."""
+ROWS_READ_AHEAD = 2
+"""Lists of `rank_iter` that are read before a window takes them."""
+SECONDS_WITHOUT_INPUT = 0.05
+"""After so long without another list a window is computed with the lists that it has."""
 TOKENS_OF_A_PAIR = 256
 """Assumed length of a pair before it is tokenised."""
 
@@ -88,6 +93,7 @@ class Call:
         is_cascade: whether candidates of a list wait for each other.
         deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
         fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
+        max_tokens: tokens of a pair, at most, that the model has positions for; None is no limit.
     """
 
     tokenizer: PairTokenizer
@@ -97,10 +103,26 @@ class Call:
     is_cascade: bool = False
     deadline: Deadline | None = None
     fusion: float | None = None
+    max_tokens: int | None = None
 
-    def tokenize(self, pairs: Pairs) -> Inputs:
-        """Pairs that are tokenised already stay as they are."""
-        return pairs if are_tokenized(pairs) else self.options.tokenize(pairs, self.tokenizer)
+    def tokenize(self, pairs: Pairs, first: int = 0) -> Inputs:
+        """Tokenise pairs. Pairs that are tokenised already stay as they are.
+
+        Args:
+            first: number of the first pair in the call, for the error.
+
+        Raises:
+            ValueError: if a query leaves no room for its passage, or a pair has more than `max_tokens`.
+        """
+        inputs = pairs if are_tokenized(pairs) else self.options.tokenize(pairs, self.tokenizer)
+        lengths = list(map(len, inputs))
+        if self.max_tokens is not None and max(lengths, default=0) > self.max_tokens:
+            place = next(place for place, length in enumerate(lengths) if length > self.max_tokens)
+            raise ValueError(
+                f"pair {first + place} has {lengths[place]} tokens, the template's words among them, and the model has "
+                f"{self.max_tokens} positions. Use a smaller max_length."
+            )
+        return inputs
 
 
 @dataclass(frozen=True)
@@ -153,20 +175,17 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
 def batches_of(pairs: Pairs, call: Call) -> Iterator[Task]:
     """Yield a task for each batch, at least one for each share, of about equal size.
 
-    Pairs are tokenised while earlier ones are computed.
+    Pairs are tokenised while earlier ones are computed, unless they are few.
     """
 
-    def parts() -> Iterator[slice]:
+    def tokenized() -> Iterator[tuple[int, Inputs]]:
         start, sizes = 0, _growing(PAIRS_TOKENIZED_AHEAD)
         while start < len(pairs):
-            part = slice(start, start + next(sizes))
-            yield part
-            start = part.stop
+            part = pairs[start : start + next(sizes)]
+            yield start, call.tokenize(part, start)
+            start += len(part)
 
-    def tokenize(part: slice) -> tuple[int, Inputs]:
-        return part.start, call.tokenize(pairs[part])
-
-    for first, inputs in _one_ahead(tokenize, parts()):
+    for first, inputs in tokenized() if len(pairs) <= PAIRS_TOKENIZED_FIRST else _one_ahead(tokenized()):
         yield from _independent(inputs, first, call)
 
 
@@ -186,13 +205,14 @@ def _independent(inputs: Inputs, first: int, call: Call) -> Iterator[Task]:
 
 
 def score_lists(
-    run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
+    run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[list[Hit], None, None]:
     """Score lists of pairs.
 
     Only the lists of the current window and of the next one, which is tokenised meanwhile, are read ahead.
 
     Args:
+        lists: the candidates of each query; None in between, if there is no other list yet.
         total: number of pairs of all lists; None if unknown.
         show_progress_bar: as in `score_pairs`.
 
@@ -208,12 +228,17 @@ def score_lists(
 
 
 def _scored(
-    run: Run, lists: Iterable[Candidates], call: Call, total: int | None, show_progress_bar: bool | None
+    run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
     """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score"."""
     hits: list[Hit] = []
-    with _progress(total, show_progress_bar) as progress, closing(windows_of(lists, call)) as windows:
+    windows = windows_of(lists, call)
+    if total is None or total > PAIRS_TOKENIZED_FIRST:
+        windows = _one_ahead(windows)
+    with _progress(total, show_progress_bar) as progress, closing(windows):
         for window in windows:
+            if not window.portions:
+                continue
             # The caller may score other pairs between two rankings, so no task may be left unfinished.
             found = iter(_hits(run, window, call, progress))
             for portion in window.portions:
@@ -242,39 +267,39 @@ def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
     return hits
 
 
-def windows_of(lists: Iterable[Candidates], call: Call) -> Generator[Window, None, None]:
-    """Yield windows of neighbouring lists, the lists of a window to be scored together.
+def windows_of(lists: Iterable[Candidates | None], call: Call) -> Generator[Window, None, None]:
+    """Read lists, and yield windows of neighbouring ones, tokenised, the lists of a window to be scored together.
 
-    A window is read and tokenised while the previous one is computed. A list longer than a window has several windows,
-    unless it is a cascade's.
+    A list longer than a window has several windows, unless it is a cascade's. A window ends where there is no other
+    list yet; it may then have no list.
     """
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
     sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 
-    def filled() -> Iterator[tuple[int, list[Portion]]]:
-        """Yield the number of a window's first pair, and its portions."""
-        portions: list[Portion] = []
-        first, count, size = 0, 0, next(sizes)
-        for number, candidates in enumerate(lists):
-            pairs, end, is_last = candidates.pairs, 0, False
-            while not is_last:
-                start, end = end, len(pairs) if call.is_cascade else end + size
-                is_last = end >= len(pairs)
-                portion = Portion(number, candidates, pairs[start:end], is_last)
-                if portions and count + len(portion.pairs) > size:
-                    yield first, portions
-                    portions, first, count, size = [], first + count, 0, next(sizes)
-                portions.append(portion)
-                count += len(portion.pairs)
-        if portions:
-            yield first, portions
-
-    def tokenize(filled: tuple[int, list[Portion]]) -> Window:
-        first, portions = filled
+    def window() -> Window:
         pairs: Any = [pair for portion in portions for pair in portion.pairs]
-        return Window(portions, first, call.tokenize(pairs))
+        return Window(portions, first, call.tokenize(pairs, first))
 
-    return _one_ahead(tokenize, filled())
+    portions: list[Portion] = []
+    number, first, count, size = 0, 0, 0, next(sizes)
+    for candidates in lists:
+        if candidates is None:
+            yield window()
+            portions, first, count = [], first + count, 0
+            continue
+        pairs, end, is_last = candidates.pairs, 0, False
+        while not is_last:
+            start, end = end, len(pairs) if call.is_cascade else end + size
+            is_last = end >= len(pairs)
+            portion = Portion(number, candidates, pairs[start:end], is_last)
+            if portions and count + len(portion.pairs) > size:
+                yield window()
+                portions, first, count, size = [], first + count, 0, next(sizes)
+            portions.append(portion)
+            count += len(portion.pairs)
+        number += 1
+    if portions:
+        yield window()
 
 
 def tasks_of(window: Window, call: Call) -> Iterator[Task]:
@@ -348,16 +373,58 @@ def _growing(limit: int) -> Iterator[int]:
         size = min(2 * size, limit)
 
 
-def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """Results of `function`, each computed in a thread while its predecessor is used."""
+def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield items, each made in a thread while its predecessor is used."""
+    end: Any = object()
     with ThreadPoolExecutor(1) as thread:
-        following: Future[R] | None = None
-        for item in items:
-            current, following = following, thread.submit(function, item)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
+        following: Future[T] = thread.submit(next, items, end)
+        while (current := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield current
+
+
+class ReadAhead(Iterable["T | None"]):
+    """Reads an iterable in a thread of its own, `ROWS_READ_AHEAD` items ahead.
+
+    Iteration yields the items. It yields None while the source has no other item yet. The thread ends with the source,
+    with its error, or after `stop`.
+    """
+
+    def __init__(self, source: Iterable[T]) -> None:
+        self._source = source
+        self._read: SimpleQueue[T | BaseException] = SimpleQueue()
+        self._room = threading.Semaphore(ROWS_READ_AHEAD)
+        self._end: Any = StopIteration()
+        self._is_stopped = False
+
+    def __iter__(self) -> Iterator[T | None]:
+        # A daemon: the source may wait for ever, and the interpreter does not wait for it.
+        threading.Thread(target=self._fill, name="rank_iter reads", daemon=True).start()
+        while True:
+            try:
+                item = self._read.get(timeout=SECONDS_WITHOUT_INPUT)
+            except Empty:
+                yield None
+                continue
+            if item is self._end:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            self._room.release()
+            yield item
+
+    def _fill(self) -> None:
+        try:
+            items = iter(self._source)
+            while self._room.acquire() and not self._is_stopped:
+                self._read.put(next(items, self._end))
+        except BaseException as error:
+            self._read.put(error)
+
+    def stop(self) -> None:
+        """Read no further item."""
+        self._is_stopped = True
+        self._room.release()
 
 
 def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
@@ -373,7 +440,7 @@ def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
 
 def rank_lists(
     run: Run,
-    lists: Iterable[Candidates],
+    lists: Iterable[Candidates | None],
     call: Call,
     options: RankingOptions,
     normalize: Normalizer | None,

@@ -255,6 +255,31 @@ class PackedBatch:
         tokens = selected.offsets + self.cu_seqlens[chosen].repeat_interleave(selected.lengths)
         return selected, on_device(tokens, self.device)
 
+    @classmethod
+    def concat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """The segments of several batches in one row, batch after batch. Batches keep their shared segments.
+
+        >>> lengths = torch.tensor([[2, 0], [0, 1], [0, 1]])
+        >>> one = PackedBatch(*lengths, torch.device("cpu"), prefixes=torch.tensor([-1, 0]))
+        >>> PackedBatch.concat([one, one]).prefixes.tolist()
+        [-1, 0, -1, 2]
+        """
+        prefixes = None
+        if any(batch.prefixes is not None for batch in batches):
+            before, shifted = 0, []
+            for batch in batches:
+                own = torch.full_like(batch.lengths, -1) if batch.prefixes is None else batch.prefixes
+                shifted.append(torch.where(own < 0, own, own + before))
+                before += len(own)
+            prefixes = torch.cat(shifted)
+        return cls(
+            torch.cat([batch.query_lengths for batch in batches]),
+            torch.cat([batch.passage_lengths for batch in batches]),
+            torch.cat([batch.prompt_lengths for batch in batches]),
+            batches[0].device,
+            prefixes,
+        )
+
     @cached_property
     def shares_passages(self) -> bool:
         """Whether a passage is in a segment that sequences share."""
@@ -296,8 +321,8 @@ class PackedBatch:
 def on_device(indices: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device`. A copy to CUDA goes through pinned memory and does not block."""
     if device.type == "cuda":
-        return indices.pin_memory().to(device, non_blocking=True)
-    return indices.to(device)
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
 
 
 def _ranges(lengths: Tensor) -> Tensor:

@@ -54,6 +54,12 @@ class PackedStates:
         packed, tokens = self.packed.select(sequences)
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
+    @classmethod
+    def concat(cls, batches: Sequence[PackedStates]) -> PackedStates:
+        """The sequences of several batches that have run the same layers, batch after batch."""
+        hidden = torch.cat([states.hidden for states in batches], dim=1)
+        return cls(hidden, PackedBatch.concat([states.packed for states in batches]), batches[0].layers_run)
+
 
 @dataclass
 class CostWiseModelOutputWithPast(ModelOutput):
@@ -168,17 +174,22 @@ class CostWiseModel(PreTrainedModel):
         Raises:
             ValueError: if a sequence is longer than the positions that the model knows.
         """
-        limit, reason = self.config.max_position_embeddings, "max_position_embeddings"
-        for rope in self._rope_parameters():
-            if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < limit:
-                # For longer sequences, frequencies depend on the longest sequence of the batch, and scores would, too.
-                limit, reason = rope["original_max_position_embeddings"], "original_max_position_embeddings of longrope"
+        limit = self.max_positions
         if packed.max_seqlen > limit:
-            longest = int(packed.sequence_lengths.argmax())
+            longest, is_longrope = int(packed.sequence_lengths.argmax()), limit < self.config.max_position_embeddings
+            reason = "original_max_position_embeddings of longrope" if is_longrope else "max_position_embeddings"
             raise ValueError(
                 f"row {longest} has {packed.max_seqlen} tokens, more than {reason}={limit}. Use a smaller max_length."
             )
         return PackedStates(self.embeddings(token_ids), packed)
+
+    @property
+    def max_positions(self) -> int:
+        """Number of tokens of a sequence, at most."""
+        longrope = [rope for rope in self._rope_parameters() if rope.get("rope_type") == "longrope"]
+        # Beyond these, frequencies depend on the longest sequence of a batch, and so would scores.
+        original = [rope["original_max_position_embeddings"] for rope in longrope]
+        return min([self.config.max_position_embeddings, *original])
 
     def _rope_parameters(self) -> list[dict[str, Any]]:
         """Return the parameters of the rotary embedding, one dict for each layer type if they differ."""

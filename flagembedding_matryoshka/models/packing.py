@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, on_device
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 
@@ -54,7 +54,7 @@ def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool
     )
     parts, packed = _with_shared_prefixes(sequences, device, apart)
     token_ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-    return token_ids[None].to(device), packed
+    return on_device(token_ids[None], device), packed
 
 
 def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, PackedBatch]:
@@ -81,7 +81,7 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
     tokens = torch.from_numpy(np.concatenate(parts))
     if len(tokens) == len(ids):
         return token_ids, packed
-    return token_ids[:, tokens.to(token_ids.device)], shared_batch
+    return token_ids[:, on_device(tokens, token_ids.device)], shared_batch
 
 
 def _with_shared_prefixes(

@@ -299,15 +299,15 @@ class Scorer:
         if weight is not None:
             fused = {"fusion": weight, "first_stage_scores": [[first for _, first in task] for task in items]}
             items = [[pair for pair, _ in task] for task in items]
-        with self.reranker.calling_between_batches(between):
-            return self.reranker.score_lists(
-                items,
-                cascade=dict(setting.cascade) or None,
-                show_progress_bar=False,
-                deadline_ms=deadline_ms,
-                **setting.arguments,
-                **fused,
-            )
+        return self.reranker.score_lists(
+            items,
+            cascade=dict(setting.cascade) or None,
+            show_progress_bar=False,
+            deadline_ms=deadline_ms,
+            between_batches=between,
+            **setting.arguments,
+            **fused,
+        )
 
 
 def _scale(normalize: bool | str, normalizer: Normalizer | None, temperature: float) -> Scale:

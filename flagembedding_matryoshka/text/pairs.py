@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.text.encoding import Ids, TextEncoder, whole_characters
 from flagembedding_matryoshka.text.templates import Template, Words
+
+WORDS_REMEMBERED = 256
+"""Different words of templates, and different prompts, whose tokens are kept."""
 
 
 class Encoded(NamedTuple):
@@ -133,6 +136,14 @@ def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequenc
     return found
 
 
+def _remember(known: dict[Any, Ids], words: Any, ids: Ids) -> Ids:
+    """Store the ids of words and return them. Of more than `WORDS_REMEMBERED` the oldest are forgotten."""
+    known[words] = ids
+    for oldest in list(known)[:-WORDS_REMEMBERED]:
+        known.pop(oldest, None)
+    return ids
+
+
 class PairTokenizer:
     """Build input sequences of queries and passages.
 
@@ -205,16 +216,15 @@ class PairTokenizer:
     def fixed(self, words: Words) -> Ids:
         """Encode a template's words, (tokens,) int32. Control tokens are control tokens; in a tuple only in its first,
         third, … text."""
-        if words not in self._fixed:
-            if isinstance(words, str):
-                text = whole_characters(words)
-                self._fixed[words] = _as_ids(
-                    self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-                )
-            else:
-                parts = [self.plain(part) if place % 2 else self.fixed(part) for place, part in enumerate(words)]
-                return np.concatenate(parts)  # not stored, because it holds a user's text
-        return self._fixed[words]
+        if not isinstance(words, str):  # not stored, because it holds a user's text
+            parts = [self.plain(part) if place % 2 else self.fixed(part) for place, part in enumerate(words)]
+            return np.concatenate(parts)
+        known = self._fixed.get(words)
+        if known is not None:
+            return known
+        text = whole_characters(words)
+        ids = _as_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [])
+        return _remember(self._fixed, words, ids)
 
     def plain(self, text: str) -> Ids:
         """Encode words in which control tokens are text, (tokens,) int32."""
@@ -225,9 +235,10 @@ class PairTokenizer:
         words = (template.behind, template.prompt)
         if not isinstance(template.behind, str):
             return np.concatenate(list(map(self.fixed, words)))
-        if words not in self._prompts:
-            self._prompts[words] = np.concatenate(list(map(self.fixed, words)))
-        return self._prompts[words]
+        known = self._prompts.get(words)
+        if known is not None:
+            return known
+        return _remember(self._prompts, words, np.concatenate(list(map(self.fixed, words))))
 
     def passage_offsets(self, passage: str, template: Template) -> NDArray[np.int64]:
         """Return first and last character in `passage` of each token of `template.passage(passage)`, (tokens, 2) int64.

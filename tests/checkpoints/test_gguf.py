@@ -90,6 +90,23 @@ def converted(gguf_path, tmp_path_factory):
     return root, Path(resolve(str(gguf_path), root))
 
 
+def test_a_cache_that_cannot_be_written_to_is_named_with_what_to_do(gguf_path, tmp_path):
+    (tmp_path / "home").write_text("a file where no directory can be made")
+    message = (
+        r"into .*home.*, where nothing can be written .* by cache_dir=, --cache_dir or the variable XDG_CACHE_HOME"
+    )
+    with pytest.raises(OSError, match=message):
+        resolve(str(gguf_path), tmp_path / "home")
+
+
+def test_a_note_that_cannot_be_written_stops_nothing(gguf_path, converted, tmp_path):
+    shutil.copytree(converted[0], tmp_path / "cache")
+    notes = tmp_path / "cache" / "flagembedding_matryoshka" / "gguf" / "sources"
+    shutil.rmtree(notes)
+    notes.write_text("a file where notes would be")
+    assert Path(resolve(str(gguf_path), tmp_path / "cache")).name == converted[1].name
+
+
 def vocabulary(path):
     """Number of each token and rank of each merge in a file."""
     header = GGUFReader(path)

@@ -1,4 +1,6 @@
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -68,9 +70,9 @@ def test_queries_wait_for_each_other_in_windows_and_rank_the_same(reranker, monk
     together = []
     of_engine = Engine.start
 
-    def noting(self, task):
+    def noting(self, task, between_batches):
         together.append([owner for batch in task.owners for owner in batch])
-        return of_engine(self, task)
+        return of_engine(self, task, between_batches)
 
     monkeypatch.setattr(Engine, "start", noting)
     monkeypatch.setattr("flagembedding_matryoshka.inference.scoring.BATCHES_AT_ONCE", 1)
@@ -166,6 +168,13 @@ def test_a_schedule_that_does_not_fit_is_refused(reranker, cascade, message):
         reranker.rank("wing", DOCUMENTS, top_k=5, cascade=cascade)
 
 
+def test_a_list_too_short_for_top_k_is_refused_before_the_first_pair(reranker, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "start", lambda *given: pytest.fail("a pair was computed"))
+    lists = [DOCUMENTS * 50] * 3 + [DOCUMENTS[:2]]
+    with pytest.raises(ValueError, match=r"keeps 1 of the 2 candidates of query 3, fewer than top_k=2"):
+        reranker.rank_batch([*QUERIES, "plate"], lists, top_k=2, cascade={2: 0.5})
+
+
 def test_lists_and_queries_must_match(reranker):
     with pytest.raises(ValueError, match="1 lists of candidates need a list of as many queries"):
         reranker.rank_batch(QUERIES, [DOCUMENTS])
@@ -187,6 +196,36 @@ def test_out_of_memory_takes_smaller_batches(reranker, width, monkeypatch, caplo
     for key in ("corpus_id", "cutoff_layer"):
         assert [item[key] for item in ranked] == [item[key] for item in expected]
     close(*(torch.tensor([item["score"] for item in items]) for items in (ranked, expected)))
+
+
+def test_out_of_memory_says_what_the_cascade_held(reranker, monkeypatch, caplog):
+    monkeypatch.setattr(reranker._engine, "_limit", TokenLimit())
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 2))
+    reranker.rank(QUERIES[0], DOCUMENTS, cascade={2: 0.5})
+    assert re.search(
+        r"with \d+ tokens in a batch, beside the states of \d+ tokens in the batches of its cascade; for now",
+        caplog.text,
+    )
+    monkeypatch.setattr(reranker.model.model, "embed", out_of_memory_above(reranker.model.model, 0))
+    message = r"pair \d+, of \d+ tokens, does not fit into memory alone, beside the states of \d+ tokens in the batches"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        reranker.rank(QUERIES[0], DOCUMENTS, cascade={2: 0.5})
+
+
+def test_each_thread_has_its_own_callback_between_batches(reranker):
+    heard = {"first": 0, "second": 0}
+
+    def rank(name):
+        def note():
+            heard[name] += 1
+
+        reranker.rank(QUERIES[0], DOCUMENTS, cascade={2: 0.5, 4: 0.2}, batch_size=20, between_batches=note)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, heard))
+    assert heard == {"first": 3, "second": 3}
+    reranker.rank(QUERIES[0], DOCUMENTS, cascade={2: 0.5})
+    assert heard == {"first": 3, "second": 3}
 
 
 def test_out_of_memory_on_one_pair_says_which(reranker, monkeypatch):

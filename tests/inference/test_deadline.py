@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.deadline import Deadline, Pace
+from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline, Pace
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share
+from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
@@ -96,7 +99,9 @@ def test_any_time_is_full_depth_to_the_bit(reranker, options):
 @pytest.mark.parametrize("cascade", [{3: 0.5}, {2: 0.5, 4: 0.2}])
 def test_a_cascade_says_how_many_go_deeper_at_most(reranker, cascade):
     expected = reranker.rank(QUERY, DOCUMENTS, cascade=cascade)
-    assert reranker.rank(QUERY, DOCUMENTS, cascade=cascade, deadline_ms=math.inf) == expected
+    found = reranker.rank(QUERY, DOCUMENTS, cascade=cascade, deadline_ms=math.inf)
+    for hit, other in zip(found, expected, strict=True):  # candidates of several batches are in one
+        assert hit == other | {"score": pytest.approx(other["score"], abs=1e-5)}
     whole = whole_time(reranker)
     for share in (0.4, 0.5, 0.6, 0.7):
         reached = exits_of(reranker.rank(QUERY, DOCUMENTS, cascade=cascade, deadline_ms=share * whole)).values()
@@ -210,6 +215,53 @@ def test_real_time_is_kept(tiny_layerwise_path):
     start = time.monotonic()
     assert set(exits_of(reranker.rank(QUERY, documents, deadline_ms=600_000)).values()) == {6}
     assert time.monotonic() - start < 60
+
+
+def anytime(sizes, share, exits=range(4, 33), cascade=()):
+    """Numbers of sequences in each call of the model, and of fits of the pace, with a share of the time of all."""
+    clock, calls, generator = LayerClock(), [], torch.Generator().manual_seed(0)
+
+    def score(states, layer):
+        calls.append(len(states.packed.sequences))
+        clock.now += (layer - states.layers_run) * states.hidden.shape[1]
+        states.layers_run = layer - 1
+        return torch.rand(calls[-1], generator=generator)
+
+    batches = []
+    for size in sizes:
+        lengths = torch.tensor([[2, 0, 0], *[[0, 3, 1]] * size]).T
+        prefixes = torch.tensor([-1, *[0] * size])
+        packed = PackedBatch(*lengths, torch.device("cpu"), prefixes=prefixes)
+        batches.append(PackedStates(torch.zeros(1, 2 + 4 * size, 1), packed))
+    whole = exits[-1] * sum(states.hidden.shape[1] for states in batches)
+    deadline = Deadline(share * whole, clock).start()
+    run = AnytimeRun(score, batches, Setting((exits[-1],), cascade=cascade), exits, 1.0, deadline, None)
+    _, reached, _ = run.run()
+    return calls, reached
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3, math.inf])
+def test_a_thousand_candidates_of_a_deep_model_take_few_calls_and_a_fit_each(share, monkeypatch):
+    fits = []
+    of_pace = Pace._fit
+    monkeypatch.setattr(Pace, "_fit", lambda pace, *point: fits.append(point) or of_pace(pace, *point))
+    calls, reached = anytime([1000], share)
+    assert len(calls) <= 30 and len(fits) == len(calls)
+    assert len(reached) == 1000 and reached.min() >= 4
+    assert (share > 1.2) == (set(reached.tolist()) == {32}) or share in (1.0, 1.1)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8, 1.2])
+def test_candidates_of_several_batches_that_wait_at_an_exit_fill_batches(share):
+    few, _ = anytime([1000], share)
+    calls, _ = anytime([100] * 10, share)
+    assert max(calls) <= 100
+    assert len(calls) <= sum(calls) / 100 + 2 * len(few)
+
+
+def test_a_cascades_exits_are_among_the_stops():
+    _, reached = anytime([100], math.inf, cascade={20: 0.25})
+    assert {layer: int((reached == layer).sum()) for layer in reached.unique().tolist()} == {20: 75, 32: 25}
 
 
 @given(st.floats(0, 5), st.floats(0.01, 5), st.lists(st.integers(1, 1000), min_size=2, max_size=9, unique=True))

@@ -44,6 +44,17 @@ def test_what_was_short_once_is_tried_again_and_ever_later_where_it_stays_short(
     assert tried[0] == PATIENCE - 1 and waits == [PATIENCE * 2 ** (1 + n) for n in range(len(waits))] and len(waits) > 1
 
 
+def test_a_first_shortage_after_many_batches_without_a_limit_waits_no_longer():
+    limit = TokenLimit()
+    for _ in range(PATIENCE):
+        limit.fitted()
+    limit.halve([pair(20), pair(20)], 0, OutOfMemory())
+    first = limit.tokens
+    for _ in range(PATIENCE):
+        limit.fitted()
+    assert limit.tokens == 2 * first
+
+
 def test_batches_grow_back_when_memory_is_free_again(tiny_layerwise_path, monkeypatch):
     reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
     expected = reranker.compute_score(PAIRS)

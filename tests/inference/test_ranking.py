@@ -1,3 +1,5 @@
+import queue
+import threading
 from itertools import islice
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import scoring
+from flagembedding_matryoshka.inference.chunking import Chunking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
@@ -75,6 +78,67 @@ def test_an_endless_input_is_read_a_window_ahead(reranker, cascade, monkeypatch)
     rankings.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"cascade": {2: 0.5}}, {"chunk": True}])
+def test_the_next_query_may_depend_on_the_last_ranking(reranker, options):
+    asked = queue.SimpleQueue()
+    asked.put(QUERIES[0])
+    rows = iter(lambda: (asked.get(timeout=60), DOCUMENTS[:3]), None)
+    rankings = reranker.rank_iter(rows, **options)
+    for number in range(1, 4):
+        assert len(next(rankings)) == 3
+        asked.put(QUERIES[number])
+    rankings.close()
+
+
+def test_the_input_is_read_in_a_thread_while_rankings_are_computed(reranker, monkeypatch):
+    """The fourth list is there only when the first one is computed: a reader in the caller's thread would wait."""
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 3)
+    is_computed, readers = threading.Event(), set()
+    start = reranker._engine.start
+    monkeypatch.setattr(reranker._engine, "start", lambda *given: is_computed.set() or start(*given))
+
+    def rows():
+        for number, query in enumerate(QUERIES[:6]):
+            readers.add(threading.current_thread())
+            assert number < 3 or is_computed.wait(60)
+            yield query, DOCUMENTS[:3]
+
+    assert len(list(reranker.rank_iter(rows()))) == 6
+    assert threading.current_thread() not in readers
+
+
+def test_chunks_are_tokenised_in_a_thread(reranker, monkeypatch):
+    threads = []
+    of_chunking = Chunking.cut
+    monkeypatch.setattr(
+        Chunking, "cut", lambda *arguments: threads.append(threading.current_thread()) or of_chunking(*arguments)
+    )
+    reranker.rank_batch(QUERIES[:2], [DOCUMENTS[:2]] * 2, chunk=True)
+    assert len(threads) == 2 and threading.current_thread() not in threads
+
+
+def test_few_pairs_start_no_thread(reranker, monkeypatch):
+    monkeypatch.setattr(scoring, "ThreadPoolExecutor", lambda count: pytest.fail("a thread was started"))
+    assert len(reranker.compute_score([("wing", "a")])) == 1
+    assert len(reranker.rank("wing", ["a", "b"], cascade={2: 0.5})) == 2
+
+
+def test_an_input_that_fails_is_an_error_and_a_closed_iterator_reads_no_more(reranker):
+    def rows():
+        yield QUERIES[0], DOCUMENTS[:3]
+        raise OSError("no more of it")
+
+    with pytest.raises(OSError, match="no more of it"):
+        list(reranker.rank_iter(rows()))
+    read = []
+    rankings = reranker.rank_iter(read.append(1) or (query, DOCUMENTS[:1]) for query in QUERIES * 1000)
+    next(rankings)
+    rankings.close()
+    count = len(read)
+    assert len(reranker.rank(QUERIES[0], DOCUMENTS)) == len(DOCUMENTS)
+    assert len(read) <= count + 1 < 8000
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -140,9 +204,9 @@ def test_few_pairs_are_tokenised_before_the_first_are_scored(reranker, monkeypat
     sizes = []
     tokenize = scoring.Call.tokenize
 
-    def counted(call, pairs):
+    def counted(call, pairs, first=0):
         sizes.append(len(pairs))
-        return tokenize(call, pairs)
+        return tokenize(call, pairs, first)
 
     monkeypatch.setattr(scoring.Call, "tokenize", counted)
     pairs = [("wing", document) for document in DOCUMENTS] * 2

@@ -1,6 +1,10 @@
+import copy
 import gc
 import math
+import pickle
 import re
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference import scoring
 from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.inputs import as_pairs
 from flagembedding_matryoshka.inference.memory import TokenLimit
@@ -97,6 +102,68 @@ def test_a_call_overrides_each_default_and_leaves_it(tiny_layerwise_path, rerank
     close(reranker.compute_score(PAIRS, compress_layer=2, compress_ratio=2), reranker.compute_score(PAIRS, **WIDTHS[1]))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda reranker: pickle.loads(pickle.dumps(reranker))])
+def test_a_copy_scores_with_the_arguments_and_the_current_defaults(tiny_layerwise_path, copied):
+    reranker = MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="float32", devices="cpu", max_length=64, prompt="Yes?"
+    )
+    reranker.cutoff_layers = [4]
+    found = copied(reranker)
+    assert found.compute_score(PAIRS) == reranker.compute_score(PAIRS)
+    assert found.model is not reranker.model
+
+
+AT_EXIT = """
+import builtins, sys
+from flagembedding_matryoshka import MatryoshkaReranker
+builtins.held = reranker = MatryoshkaReranker(sys.argv[1], dtype="float32", devices="cpu")
+reranker.stop_self_pool = lambda: 1 / 0
+"""
+
+
+def test_nothing_is_ended_when_the_interpreter_ends(tiny_layerwise_path):
+    """Modules are gone then, and a method that needs them prints an error."""
+    command = [sys.executable, "-c", AT_EXIT, str(tiny_layerwise_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": []}, "devices is an empty list, but must name at least one device"),
+        ({"devices": "gpu"}, "devices has 'gpu', but must have names such as 'cpu'"),
+        ({"devices": ["cpu", "cuda:99"]}, r"devices has 'cuda:99', but torch finds \d+ CUDA devices on this machine"),
+        ({"devices": 99}, r"devices has 'cuda:99', but torch finds \d+ CUDA devices"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn', but must be 'auto', 'float32'"),
+        ({"max_length": 513}, "max_length is 513, but must be at most the model's max_position_embeddings=512"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_weights_are_read(tiny_layerwise_path, monkeypatch, options, message):
+    monkeypatch.setattr("flagembedding_matryoshka.inference.reranker.load_model", lambda *a, **b: pytest.fail("read"))
+    with pytest.raises(ValueError, match=message):
+        MatryoshkaReranker(str(tiny_layerwise_path), **({"devices": "cpu"} | options))
+
+
+def test_what_is_too_long_for_the_model_is_refused_before_the_first_pair(reranker, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "start", lambda *given: pytest.fail("a pair was computed"))
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 2)
+    pairs = [*PAIRS[:3], PAIRS[2], ("Yes", "air " * 600)]
+    for call in (reranker.compute_score, lambda pairs, **options: reranker.rank("a wing", ["air"], **options)):
+        with pytest.raises(ValueError, match="max_length is 4096, but must be at most"):
+            call(pairs, max_length=4096)
+    inputs = reranker.tokenize(pairs, max_length=600)
+    for call, values in ((reranker.compute_score, inputs), (reranker.score_lists, [inputs[:2], inputs[2:]])):
+        with pytest.raises(ValueError, match=r"pair 4 has \d+ tokens, .* and the model has 512 positions"):
+            call(values)
+
+
+def test_a_pair_that_the_words_make_too_long_is_named(reranker, monkeypatch):
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 2)
+    with pytest.raises(ValueError, match=r"pair 4 has \d+ tokens, .* and the model has 512 positions"):
+        reranker.compute_score([*PAIRS[:3], PAIRS[2], ("Yes", "air " * 600)], max_length=512)
+
+
 def test_no_instruction_given_is_the_one_of_training_and_an_empty_one_is_none(tiny_layerwise_path, reranker):
     names = ("query_instruction_for_rerank", "passage_instruction_for_rerank")
     options = {"dtype": "float32", "devices": "cpu", "max_length": reranker.max_length}
@@ -162,7 +229,7 @@ def test_progress_bar_on_long_work_only(reranker, monkeypatch, capsys):
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=True)
     assert "4/4" in capsys.readouterr().err
     start = reranker._engine.start
-    monkeypatch.setattr(reranker._engine, "start", lambda task: time.sleep(0.7) or start(task))
+    monkeypatch.setattr(reranker._engine, "start", lambda *given: time.sleep(0.7) or start(*given))
     reranker.compute_score(PAIRS, batch_size=2)
     assert "4/4" in capsys.readouterr().err
     reranker.compute_score(PAIRS, batch_size=2, show_progress_bar=False)
@@ -290,6 +357,31 @@ def test_bad_defaults_are_refused_at_construction(tiny_layerwise_path):
         MatryoshkaReranker(str(tiny_layerwise_path), cutoff_layers=[99])
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"compress_layers": [4, 5], "compress_ratio": 2, "cutoff_layers": [2, 4]}, 1),
+        ({"compress_layer": 6, "compress_ratio": 2}, 1),
+        ({"compress_layers": [3, 5], "compress_ratio": 2, "cutoff_layers": 4}, 0),
+        ({"compress_layers": [4], "cutoff_layers": 4}, 0),
+        ({"compress_ratio": 2, "cutoff_layers": 2}, 0),
+    ],
+)
+def test_a_ratio_without_a_layer_to_compress_at_is_warned_about_once(tiny_layerwise_path, options, warned):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", compress_layers=[3])
+    message = (
+        r"compress_ratio=2 compresses nothing: compress_layers=\[\d.* lie at or above the deepest cutoff, layer \d"
+    )
+    calls = [lambda: reranker.compute_score(PAIRS[:1], **options)]
+    if not isinstance(options.get("cutoff_layers"), list):
+        calls.append(lambda: reranker.rank(*PAIRS[0][:1], ["air"], **options))
+    for call in calls:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+        assert [bool(re.search(message, str(one.message))) for one in found] == [True] * warned
+
+
 def test_max_layer_loads_the_lower_layers_alone(tiny_layerwise_path, reranker):
     lower = MatryoshkaReranker(str(tiny_layerwise_path), max_layer=4, dtype="float32", devices="cpu", max_length=64)
     assert len(lower.model.model.layers) == 4
@@ -327,9 +419,9 @@ def test_batches_hold_so_many_tokens_and_no_score_depends_on_it(reranker, max_to
     sizes = []
     start = reranker._engine.start
 
-    def recorded(task):
+    def recorded(task, between_batches):
         sizes.extend(task.batches)
-        return start(task)
+        return start(task, between_batches)
 
     monkeypatch.setattr(reranker._engine, "start", recorded)
     found = reranker.compute_score(PAIRS, max_tokens_per_batch=max_tokens)

@@ -106,6 +106,19 @@ def test_cutting_leaves_the_tokenizer_as_it_was(pair_tokenizer, tiny_tokenizer):
     assert tiny_tokenizer.backend_tokenizer.padding is None
 
 
+def test_only_the_last_prompts_are_kept(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("flagembedding_matryoshka.text.pairs.WORDS_REMEMBERED", 8)
+    tokenizer = PairTokenizer(tiny_tokenizer)
+    for _ in range(2):
+        for number in range(30):
+            template = Template(prompt=f"prompt {number}")
+            found = tokenizer.prompt_ids(template)
+            assert found is tokenizer.prompt_ids(template)
+            expected = tiny_tokenizer(f"prompt {number}", add_special_tokens=False)["input_ids"]
+            assert found.tolist()[-len(expected) :] == expected
+    assert len(tokenizer._prompts) == len(tokenizer._fixed) == 8
+
+
 def test_another_separator(tiny_tokenizer):
     pair = join(PairTokenizer(tiny_tokenizer, Template(between=" | ", behind=" / ")), [20], [30], 20)
     text = tiny_tokenizer.decode(pair.input_ids)

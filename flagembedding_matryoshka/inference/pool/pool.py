@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from weakref import WeakSet
 
 from flagembedding_matryoshka.inference.device import threads_of_each
 from flagembedding_matryoshka.inference.engine import Scored, Task
@@ -26,26 +28,25 @@ class WorkerPool:
 
     The model's weights move to shared memory, where workers on CPUs use them in place; others copy them to their
     device. CPU workers divide this process's threads among themselves. A worker ends when its pool is closed or when
-    this process ends in any way.
+    this process ends in any way. After `fork` the child's pool has no workers: its first task starts its own ones.
 
     Args:
         devices: one worker for each; a device may be named several times.
         compile: see `Engine`.
-
-    Attributes:
-        between_batches: as in `Engine`, called in the thread of the run. Meanwhile other threads can use the workers.
     """
 
     def __init__(self, model: CostWiseForCausalLM, devices: Sequence[str], compile: bool = False) -> None:
-        self.between_batches: Callable[[], None] | None = None
         self._model = model
         self._compile = compile
         self._devices = list(devices)
         self._workers: list[Worker] = []
         self._last_death = ""
         self._lock = threading.Lock()
+        _POOLS.add(self)
 
-    def run(self, tasks: Iterable[Task], device: str | None = None) -> Generator[tuple[Task, Scored], None, None]:
+    def run(
+        self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
+    ) -> Generator[tuple[Task, Scored], None, None]:
         """Yield each task with its results, as they finish. A free worker takes the next task.
 
         Calls from several threads take turns, call after call or between the batches of a cascade. Exceptions of tasks
@@ -54,6 +55,8 @@ class WorkerPool:
 
         Args:
             device: the device to use; None is all devices.
+            between_batches: as in `Engine.start`, called in the thread of the run. Meanwhile other threads can use the
+                workers.
 
         Raises:
             RuntimeError: if workers died and none is left to do their tasks, or one task killed two.
@@ -63,7 +66,7 @@ class WorkerPool:
         with self._lock:
             self._start()
             try:
-                yield from self._run(tasks, device, given)
+                yield from self._run(tasks, device, between_batches, given)
             except RunEnded as ended:
                 for assignment in given:
                     assignment.is_abandoned = True
@@ -76,9 +79,13 @@ class WorkerPool:
                 raise
 
     def _run(
-        self, tasks: Iterable[Task], device: str | None, given: list[Assignment]
+        self,
+        tasks: Iterable[Task],
+        device: str | None,
+        between: Callable[[], None] | None,
+        given: list[Assignment],
     ) -> Generator[tuple[Task, Scored], None, None]:
-        between, source = self.between_batches, enumerate(tasks)
+        source = enumerate(tasks)
         upcoming = next(source, None)
         returned: deque[tuple[int, Task]] = deque()
         deaths: dict[int, str] = {}
@@ -185,6 +192,15 @@ class WorkerPool:
             )
         self._model.share_memory()
 
+    def forget_workers(self) -> None:
+        """Drop the parent's workers in a child process that `fork` made. The parent goes on with them."""
+        for worker in self._workers:
+            worker.connection.close()
+            # At its end the child would terminate all processes in this set.
+            multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]
+        self._workers, self._last_death = [], ""
+        self._lock = threading.Lock()  # another thread of the parent may hold the old one
+
     def _stop(self, kill: bool) -> None:
         for worker in self._workers:
             if kill:
@@ -192,6 +208,18 @@ class WorkerPool:
             worker.connection.close()
         for worker in self._workers[:]:
             self._bury(worker)
+
+
+_POOLS: WeakSet[WorkerPool] = WeakSet()
+
+
+def _forget_workers() -> None:
+    for pool in _POOLS:
+        pool.forget_workers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 def _refuse_second(deaths: dict[int, str], assignment: Assignment) -> None:

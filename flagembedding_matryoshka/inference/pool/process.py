@@ -61,9 +61,9 @@ def work(connection: Connection, model: CostWiseForCausalLM, device: str, thread
 
 
 def _answer(connection: Connection, engine: Engine, order: Order) -> None:
-    engine.between_batches = partial(_pause, connection, engine) if order.pauses else None
+    between = partial(_pause, connection, engine) if order.pauses else None
     try:
-        answer = Answer(engine.start(order.task)())
+        answer = Answer(engine.start(order.task, between)())
     except Exception as error:
         answer = _failure(error)
     connection.send(answer)

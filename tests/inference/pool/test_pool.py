@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,41 @@ def test_workers_stay_between_calls_and_close_ends_them(one, two, monkeypatch):
     assert not set(processes(two)) & set(before)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_starts_workers_of_its_own(one, two):
+    score_until_all_are_ready(two)
+    before = [process.pid for process in processes(two)]
+    ours, theirs = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
+        inherited = multiprocessing.active_children()
+        torch.set_num_threads(1)
+        found = two.compute_score(PAIRS[:5])
+        theirs.send((len(inherited), found, [process.pid for process in processes(two)]))
+        two.close()
+        os._exit(0)
+    try:
+        for _ in range(20):  # the child's answers would be among these
+            close(two.compute_score(PAIRS), one.compute_score(PAIRS))
+        assert ours.poll(120)
+        inherited, found, workers = ours.recv()
+        os.waitpid(child, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    assert inherited == 0 and not set(workers) & set(before)
+    close(found, one.compute_score(PAIRS[:5]))
+    assert [process.pid for process in processes(two)] == before and all(
+        process.is_alive() for process in processes(two)
+    )
+
+
+def test_the_pool_of_flagembedding_is_refused_with_what_to_do(one):
+    with pytest.raises(NotImplementedError, match="starts its worker processes itself"):
+        one.start_multi_process_pool()
+
+
 def test_threads_take_turns(one, two):
     expected = one.compute_score(PAIRS)
     with ThreadPoolExecutor(4) as pool:
@@ -251,8 +286,7 @@ def test_between_a_cascades_batches_others_are_computed(one, two):
                 scores.append(pool.submit(two.compute_score, PAIRS).result(60))
                 ranked.append(pool.submit(two.rank_batch, QUERIES, [PASSAGES] * 2, **CASCADE).result(60))
 
-        with two.calling_between_batches(others):
-            found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=2)
+        found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=2, between_batches=others)
     assert len(scores) >= 6
     for ranking in (found, *ranked):
         for hits, alone in zip(ranking, expected[0], strict=True):
@@ -272,8 +306,8 @@ def test_what_is_raised_between_batches_ends_a_cascade_and_no_worker(one, two):
             raise InterruptedError("nobody waits")
 
     for count in (3, 6):
-        with two.calling_between_batches(enough), pytest.raises(InterruptedError, match="nobody waits"):
-            two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=1)
+        with pytest.raises(InterruptedError, match="nobody waits"):
+            two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, batch_size=1, between_batches=enough)
         assert len(calls) == count
         close(two.compute_score(PAIRS), one.compute_score(PAIRS))
     assert processes(two) == before and all(process.is_alive() for process in before)
@@ -291,8 +325,7 @@ def test_a_worker_that_dies_between_batches_is_replaced_for_all(one, two):
                 paused.process.kill()
             scores.append(pool.submit(two.compute_score, PAIRS).result(60))
 
-        with two.calling_between_batches(others):
-            found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE)
+        found = two.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, between_batches=others)
     for hits, alone in zip(found, one.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE), strict=True):
         assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
     for values in scores:
@@ -316,8 +349,7 @@ def test_a_pause_that_another_call_hears_of_is_not_waited_for(one, two):
                 pool.submit(two.compute_score, PAIRS).result(60)
                 heard.append(first.is_paused)
 
-        with two.calling_between_batches(others):
-            found = two.rank_batch(QUERIES, lists, **CASCADE)
+        found = two.rank_batch(QUERIES, lists, **CASCADE, between_batches=others)
     assert heard == [True]
     for hits, alone in zip(found, one.rank_batch(QUERIES, lists, **CASCADE), strict=True):
         assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
