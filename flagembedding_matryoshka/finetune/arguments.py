@@ -49,7 +49,7 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             "help": "decoder accepts any checkpoint; from_raw_model and from_finetuned_model refuse the other kind."
         },
     )
-    token: str | None = field(  # type: ignore[assignment]
+    token: str | None = field(
         default=None,
         repr=False,
         metadata={"help": "Token of the hub. Default: the environment's HF_TOKEN, or the token of `hf auth login`."},
@@ -92,15 +92,15 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     use_lora: bool = field(default=True, metadata={"help": "Train LoRA adapters; False trains all weights."})
     # __post_init__ sets the defaults of the adapters' options, so that it sees which ones are given.
     lora_rank: int = field(
-        default=None,  # type: ignore[assignment]
+        default=None,
         metadata={"help": "Rank of the adapters. Default: 32."},
     )
     lora_alpha: int = field(
-        default=None,  # type: ignore[assignment]
+        default=None,
         metadata={"help": "The adapters are scaled by lora_alpha / lora_rank. Default: 64."},
     )
     lora_dropout: float = field(
-        default=None,  # type: ignore[assignment]
+        default=None,
         metadata={"help": "Dropout of the adapters' inputs. Default: 0."},
     )
     target_modules: list[str] | None = field(
@@ -202,7 +202,7 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         ValueError: if no training data is named, a file's name is not that of JSON Lines, or a value is out of range.
     """
 
-    knowledge_distillation: bool | None = field(  # type: ignore[assignment]
+    knowledge_distillation: bool | None = field(
         default=None,
         metadata={
             "help": "Whether the rows' teacher scores are used. train_method decides this, and a value that "
@@ -310,7 +310,7 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "help": "Search for weights without a gradient. There are none: every exit is trained in every step."
         },
     )
-    learning_rate: float = field(  # type: ignore[assignment]
+    learning_rate: float = field(
         default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
     )
     resume_from_checkpoint: str | None = field(
