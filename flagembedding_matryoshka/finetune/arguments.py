@@ -92,15 +92,15 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     use_lora: bool = field(default=True, metadata={"help": "Train LoRA adapters; False trains all weights."})
     # __post_init__ sets the defaults of the adapters' options, so that it sees which ones are given.
     lora_rank: int = field(
-        default=None,
+        default=None,  # type: ignore[assignment]
         metadata={"help": "Rank of the adapters. Default: 32."},
     )
     lora_alpha: int = field(
-        default=None,
+        default=None,  # type: ignore[assignment]
         metadata={"help": "The adapters are scaled by lora_alpha / lora_rank. Default: 64."},
     )
     lora_dropout: float = field(
-        default=None,
+        default=None,  # type: ignore[assignment]
         metadata={"help": "Dropout of the adapters' inputs. Default: 0."},
     )
     target_modules: list[str] | None = field(
@@ -310,7 +310,7 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "help": "Search for weights without a gradient. There are none: every exit is trained in every step."
         },
     )
-    learning_rate: float = field(
+    learning_rate: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 2e-4, with finetune_type 2e-5, as in the paper."}
     )
     resume_from_checkpoint: str | None = field(
