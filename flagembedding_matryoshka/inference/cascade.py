@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from flagembedding_matryoshka.setting import Setting, share_of
 
 def run_cascade(
     score: Callable[[PackedStates, int], Tensor],
-    batches: Sequence[PackedStates],
+    batches: list[PackedStates],
     queries: Sequence[Sequence[int]],
     setting: Setting,
     fusion: Fusion | None = None,
@@ -22,8 +23,10 @@ def run_cascade(
     """Score candidates, dropping the worst of each query after each stage.
 
     Args:
-        score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on the CPU.
-        batches: the candidates' states before the first layer.
+        score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on any device. The scores
+            of a stage are waited for once.
+        batches: the candidates' states before the first layer. Later the list holds the states of the remaining
+            candidates alone, so that those of dropped ones are freed.
         queries: for each batch the number of each sequence's query.
         setting: a setting with one cutoff layer, where the remaining candidates are scored.
         fusion: after each stage candidates that still run are ranked by their fused scores; None ranks them by their
@@ -41,28 +44,60 @@ def run_cascade(
     fused = scores if fusion is None else torch.zeros(len(owner), dtype=torch.float64)
     running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    states = list(batches)
+    largest = max(sizes), max(states.hidden.shape[1] for states in batches)
     for layer, share in (*setting.cascade, (setting.depth, None)):
         if share is not None and _all_go_on(running, owner, share):
             continue
-        for index, sequences in enumerate(alive):
-            if not sequences:
-                continue
-            scores[sequences] = score(states[index], layer)
-            exits[sequences] = layer
+        going = list(chain(*alive))
+        scores[going] = torch.cat([score(states, layer) for states in batches]).cpu()
+        exits[going] = layer
         if fusion is not None:
             for number in owner[running].unique():
                 places = (running & (owner == number)).nonzero()[:, 0]
                 fused[places] = fusion.fuse(scores, places)
         if share is None:
             break
-        going_on = running = _best_of_each_query(fused, scores, running, owner, share)
-        for index, sequences in enumerate(alive):
-            places = [place for place, sequence in enumerate(sequences) if going_on[sequence]]
-            if len(places) < len(sequences):
-                alive[index] = [sequences[place] for place in places]
-                states[index] = states[index].select(places) if places else states[index]
+        running = _best_of_each_query(fused, scores, running, owner, share)
+        alive = _keep(batches, alive, running.tolist(), *largest)
     return scores, exits, fused
+
+
+def _keep(
+    batches: list[PackedStates], alive: Sequence[list[int]], running: Sequence[bool], most: int, most_tokens: int
+) -> list[list[int]]:
+    """Keep the states of running sequences. Neighbouring batches join as long as they are no larger than allowed.
+
+    Args:
+        batches: the states of all sequences, replaced by those that are kept.
+        alive: the numbers of each batch's sequences.
+        running: for the number of each sequence, whether it is kept.
+        most, most_tokens: sequences and tokens of a batch, at most.
+
+    Returns:
+        The numbers of the sequences of each batch.
+    """
+    kept: list[list[int]] = []
+    groups: list[list[PackedStates]] = []
+    tokens = 0
+    for sequences in alive:
+        states = batches.pop(0)
+        places = [place for place, sequence in enumerate(sequences) if running[sequence]]
+        if not places:
+            continue
+        if len(places) < len(sequences):
+            states = states.select(places)
+        own = states.hidden.shape[1]
+        if not kept or len(kept[-1]) + len(places) > most or tokens + own > most_tokens:
+            kept.append([])
+            groups.append([])
+            tokens = 0
+        kept[-1] += [sequences[place] for place in places]
+        groups[-1].append(states)
+        tokens += own
+    while groups:
+        group = groups.pop(0)
+        batches.append(group[0] if len(group) == 1 else PackedStates.concat(group))
+    return kept
 
 
 def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:

@@ -220,8 +220,11 @@ class Engine:
             states = [self._embed(pairs) for pairs in batches]
         if deadline is not None:
             exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
-            score = partial(self._read, setting=setting)
-            return AnytimeRun(score, states, setting, exits, reading, deadline, between, fusion).run()
+
+            def read(states: PackedStates, layer: int) -> torch.Tensor:
+                return self._read(states, layer, setting).cpu()
+
+            return AnytimeRun(read, states, setting, exits, reading, deadline, between, fusion).run()
 
         def score_one(states: PackedStates, layer: int) -> torch.Tensor:
             if between is not None:
@@ -232,7 +235,7 @@ class Engine:
 
     def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
         with self._adapted(setting.compress_ratio):
-            return self.model.scores(states, setting, (layer,))[0].cpu()
+            return self.model.scores(states, setting, (layer,))[0]
 
     def _refuse_no_number(self, scores: torch.Tensor, places: Sequence[int]) -> None:
         """Raise ArithmeticError if one of (exits, pairs) scores is not finite: no order would mean anything."""

@@ -173,9 +173,9 @@ def ranking_weight(options: ScoringOptions, overrides: Mapping[str, Any], has_fi
     return options.fusion if has_first_stage else None
 
 
-def refuse_beyond_positions(config: CostWiseConfig, max_length: int | None) -> None:
+def refuse_beyond_positions(config: CostWiseConfig, max_length: int) -> None:
     """Raise ValueError if a given `max_length` is more than the positions that the model knows."""
-    if max_length is not None and max_length > config.max_position_embeddings:
+    if max_length > config.max_position_embeddings:
         raise ValueError(
             f"max_length is {max_length}, but must be at most the model's "
             f"max_position_embeddings={config.max_position_embeddings}."

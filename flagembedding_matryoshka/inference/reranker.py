@@ -208,7 +208,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             normalize=normalize,
         )
         available = self.get_target_devices(devices)
-        refuse_beyond_positions(checkpoint.config, max_length)
+        if max_length is not None:
+            refuse_beyond_positions(checkpoint.config, max_length)
         self.target_devices = available[:1] if devices is None else available
         first = self.target_devices[0]
         self.cutoff_layers = cutoff_layers
@@ -287,7 +288,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         refuse_beside_tokens(pairs, overrides)
         if not pairs:
             return []
-        refuse_beyond_positions(self.config, overrides.get("max_length"))
+        if overrides.get("max_length") is not None:
+            refuse_beyond_positions(self.config, overrides["max_length"])
         limit = self.model.model.max_positions
         shares = 1 if device else len(self.target_devices)
         call = Call(self._pair_tokenizer, options, setting, shares, max_tokens=limit)

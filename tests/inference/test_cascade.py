@@ -1,5 +1,6 @@
 import math
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.cascade import _best_of_each_query
+from flagembedding_matryoshka.inference.cascade import _best_of_each_query, run_cascade
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.memory import TokenLimit
+from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import close, out_of_memory_above
 
@@ -147,6 +150,32 @@ def test_layers_see_the_kept_candidates_only(reranker):
         (1, 20, "run"), (2, 20, "only read"), (2, 10, "run"), (3, 10, "run"),
         (4, 10, "only read"), (4, 2, "run"), (5, 2, "run"), (6, 2, "only read"),
     ]  # fmt: skip
+
+
+def test_survivors_join_scores_are_waited_for_once_a_stage_and_dropped_states_are_freed():
+    stages, alive, copies = [], [], []
+
+    class Scores(torch.Tensor):
+        def cpu(self):
+            copies.append(len(self))
+            return self.as_subclass(torch.Tensor)
+
+    def states(size):
+        lengths = torch.tensor([[2, 0, 0], *[[0, 3, 1]] * size]).T
+        packed = PackedBatch(*lengths, torch.device("cpu"), prefixes=torch.tensor([-1, *[0] * size]))
+        own = torch.arange(2 + 4 * size, dtype=torch.float32)[None, :, None]
+        alive.append(weakref.ref(own))
+        return PackedStates(own, packed)
+
+    def score(states, layer):
+        stages.append((layer, len(states.packed.sequences), sum(one() is not None for one in alive)))
+        return states.hidden[0, states.packed.last_tokens, 0].as_subclass(Scores)
+
+    batches = [states(10) for _ in range(4)]
+    scores, exits, _ = run_cascade(score, batches, [[0] * 10] * 4, Setting(6, cascade={2: 0.2}))
+    assert stages == [*[(2, 10, 4)] * 4, (6, 8, 0)] and copies == [40, 8]
+    assert exits.tolist() == ([2] * 8 + [6] * 2) * 4
+    assert scores.tolist() == [2.0 + 4 * number + 3 for number in range(10)] * 4
 
 
 def test_no_documents_no_ranking(reranker):
