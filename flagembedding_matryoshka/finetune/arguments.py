@@ -49,7 +49,7 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             "help": "decoder accepts any checkpoint; from_raw_model and from_finetuned_model refuse the other kind."
         },
     )
-    token: str | None = field(  # type: ignore[assignment]
+    token: str | None = field(
         default=None,
         repr=False,
         metadata={"help": "Token of the hub. Default: the environment's HF_TOKEN, or the token of `hf auth login`."},
@@ -202,7 +202,7 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
         ValueError: if no training data is named, a file's name is not that of JSON Lines, or a value is out of range.
     """
 
-    knowledge_distillation: bool | None = field(  # type: ignore[assignment]
+    knowledge_distillation: bool | None = field(
         default=None,
         metadata={
             "help": "Whether the rows' teacher scores are used. train_method decides this, and a value that "
