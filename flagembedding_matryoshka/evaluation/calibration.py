@@ -19,6 +19,8 @@ BINS = 15
 """Number of bins of the expected calibration error."""
 FOLDS = 5
 """Number of folds of the cross-validation that chooses the method."""
+MIN_RELEVANT = 50
+"""Number of relevant candidates from which isotonic regression is considered. With fewer it fits single candidates."""
 NO_PENALTY = 1e10
 
 
@@ -125,13 +127,13 @@ def calibrate(runs: Mapping[Setting, Run], candidates: Candidates, halves: Halve
 def fit(data: Judgements) -> Calibration:
     """Fit isotonic regression or Platt's sigmoid, the one with the smaller Brier score in cross-validation.
 
-    Folds have different queries. A single query gets Platt's sigmoid.
+    Folds have different queries. A single query, or fewer than `MIN_RELEVANT` relevant candidates, get Platt's sigmoid.
     """
     from sklearn.model_selection import GroupKFold
 
     methods: tuple[Callable[[np.ndarray, np.ndarray], Calibration], ...] = (fit_platt, fit_isotonic)
     folds = min(FOLDS, len(set(data.queries.tolist())))
-    if folds < 2:
+    if folds < 2 or data.relevant.sum() < MIN_RELEVANT:
         return fit_platt(data.scores, data.relevant)
     losses = [0.0 for _ in methods]
     for kept, left in GroupKFold(folds).split(data.scores, data.relevant, data.queries):
@@ -169,11 +171,14 @@ def fit_platt(scores: np.ndarray, relevant: np.ndarray) -> Platt:
 def fit_isotonic(scores: np.ndarray, relevant: np.ndarray) -> Isotonic:
     """Fit isotonic regression, with linear interpolation between its steps.
 
+    Probabilities are clipped to [1 / (n + 2), 1 - 1 / (n + 2)] for n candidates, which do not prove 0 or 1.
+
     Args:
         scores: (candidates,) float64.
         relevant: (candidates,) bool.
     """
     from sklearn.isotonic import IsotonicRegression
 
-    model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, relevant)
+    least = 1 / (len(scores) + 2)
+    model = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(scores, relevant)
     return Isotonic(model.X_thresholds_.tolist(), model.y_thresholds_.tolist())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,32 @@ import torch
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+LOCK = ".lock"
+"""File in output_dir that is locked while a run trains."""
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which the system releases if the process is killed.
+
+    Raises:
+        ValueError: if another run holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / LOCK
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run writes to output_dir={output_dir}: it holds {path}. Wait for it, end it, or name another "
+                "output_dir."
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from flagembedding_matryoshka.finetune.arguments import (
     convert_arguments,
     evaluate_checkpoints,
 )
-from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, refuse_impossible_average
+from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, locked, refuse_impossible_average
 from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
     MatryoshkaEvalCollator,
@@ -291,10 +292,16 @@ class MatryoshkaRunner(AbsRerankerRunner):
         )
 
     def run(self) -> None:
-        """Train, and save the model to output_dir."""
-        if self.training_args.process_index == 0:
-            self._log_lengths()
-        super().run()
+        """Train, and save the model to output_dir.
+
+        Raises:
+            ValueError: if another run writes to output_dir.
+        """
+        is_first = self.training_args.process_index == 0
+        with locked(Path(self.training_args.output_dir)) if is_first else nullcontext():
+            if is_first:
+                self._log_lengths()
+            super().run()
         if self.training_args.process_index == 0:
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:

@@ -8,6 +8,7 @@ from scipy.special import expit
 pytest.importorskip("sklearn")
 from flagembedding_matryoshka.evaluation.calibration import (
     BINS,
+    MIN_RELEVANT,
     Judgements,
     calibrate,
     check_calibration,
@@ -71,6 +72,22 @@ def test_what_generalises_is_taken(probability, kind):
 
 def test_a_single_query_has_nothing_to_be_held_out():
     assert isinstance(fit(drawn(expit, queries=1)), Platt)
+
+
+def test_few_relevant_candidates_get_a_sigmoid():
+    data = drawn(lambda scores: np.where(scores > 2, 0.9, np.where(scores > -2, 0.4, 0.35)), queries=200)
+    assert isinstance(fit(data), Isotonic)
+    few = data.relevant & (np.cumsum(data.relevant) < MIN_RELEVANT)
+    assert isinstance(fit(Judgements(data.scores, few, data.queries)), Platt)
+    # All relevant candidates above all others: steps would fit best.
+    scores = np.tile(np.linspace(-1, 1, 20), 20)
+    best = Judgements(scores, scores > 0.85, np.repeat(np.arange(20), 20))
+    assert best.relevant.sum() < MIN_RELEVANT and isinstance(fit(best), Platt)
+
+
+def test_isotonic_probabilities_are_never_certain():
+    found = fit_isotonic(np.arange(8.0), np.arange(8) > 3)
+    assert found(torch.tensor([-9.0, 0.0, 7.0, 99.0])).tolist() == pytest.approx([0.1, 0.1, 0.9, 0.9])
 
 
 def test_the_error_is_that_of_the_bins():

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, is_complete, newest_complete
+from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, is_complete, locked, newest_complete
 
 
 @pytest.fixture
@@ -43,3 +43,15 @@ def test_asking_for_one_that_was_cut_off_names_a_good_one(output_dir):
         match=r"checkpoint-10 is not a complete checkpoint.*newest .* in .*: .*checkpoint-9",
     ):
         find_checkpoint(str(output_dir / "checkpoint-10"), output_dir)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+    refused = pytest.raises(ValueError, match=r"another run writes to output_dir=.*out: it holds .*\.lock")
+    with locked(tmp_path / "out"), refused, locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / ".lock").touch()  # of a run that was killed
+    with locked(tmp_path / "out"):
+        pass

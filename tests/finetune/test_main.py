@@ -1,4 +1,7 @@
+import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,6 +69,18 @@ def test_arguments_come_from_a_file_and_the_command_line_replaces_them(training_
     assert (training.learning_rate, training.max_steps) == (1e-3, 3)
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
     assert read_config(["--max_steps", "3"]) == ["--max_steps", "3"]
+
+
+def test_the_file_on_the_page_is_read(training_file, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    (text,) = re.findall(r"`run\.yaml`.*?```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    shutil.copy(training_file, tmp_path / "train.jsonl")
+    words = read_config(["--config", "run.yaml", "--max_steps", "8"])
+    model, data, training = build_parser().parse_args_into_dataclasses(words)
+    assert (model.model_name_or_path, data.train_data, data.train_group_size) == ("smollm2", ["train.jsonl"], 3)
+    assert (training.train_method, training.compress_layers, training.max_steps) == ("normal", [3, 6], 8)
 
 
 @pytest.mark.parametrize(("text", "fault"), [("a: [", "is not YAML"), ("- a", r"must be a mapping .* got \['a'\]")])

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import psutil
 import pytest
 import torch
 from FlagEmbedding.abc.finetune.reranker import (
@@ -31,6 +32,7 @@ from flagembedding_matryoshka.finetune import (
 )
 from flagembedding_matryoshka.finetune.__main__ import build_parser
 from flagembedding_matryoshka.finetune.arguments import convert_arguments
+from flagembedding_matryoshka.finetune.checkpoints import locked
 from flagembedding_matryoshka.finetune.collapse import TrainingCollapsedError
 from flagembedding_matryoshka.finetune.sampling import sample_setting
 from flagembedding_matryoshka.inference.engine import Engine
@@ -724,6 +726,13 @@ def test_an_output_directory_can_be_protected(tiny_raw_model_path, training_file
         runner(tiny_raw_model_path, training_file, tmp_path / "out", overwrite_output_dir=False)
 
 
+def test_a_run_is_refused_while_another_writes_to_its_directory(tiny_raw_model_path, training_file, tmp_path):
+    run = runner(tiny_raw_model_path, training_file, tmp_path / "out", max_steps=1)
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match="another run writes to output_dir"):
+        run.run()
+    run.run()
+
+
 def test_insisting_on_a_kind_of_checkpoint(tiny_raw_model_path, training_file, tmp_path):
     with pytest.raises(ValueError, match=r"from_raw=False, but .* is a raw checkpoint"):
         runner(tiny_raw_model_path, training_file, tmp_path / "out", {"model_type": "from_finetuned_model"})
@@ -805,19 +814,24 @@ def test_a_killed_run_ends_in_the_same_weights_when_it_is_resumed(tiny_raw_model
     run_command(command(tmp_path / "whole"))
     output_dir = tmp_path / "killed"
     with (tmp_path / "log").open("w") as log:
-        # A group of its own, so that the launcher and what it launched die together.
         process = subprocess.Popen(
             command(output_dir),
             stdout=log,
             stderr=log,
-            start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         deadline = time.monotonic() + 200
         while not list(output_dir.glob("checkpoint-6*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        # Workers have process groups of their own. The launcher is stopped first, so that it starts no others.
+        launcher = psutil.Process(process.pid)
+        launcher.suspend()
+        killed = [*launcher.children(recursive=True), launcher]
+        for each in killed:
+            each.kill()
         process.wait()
+        psutil.wait_procs(killed, timeout=60)
+        assert len(killed) > 1 and not any(each.is_running() for each in killed)
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
     assert not (output_dir / "adapter_model.safetensors").exists()
     run_command(command(output_dir))
