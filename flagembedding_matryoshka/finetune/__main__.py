@@ -42,11 +42,11 @@ def read_config(words: Sequence[str]) -> list[str]:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is not a YAML mapping.
     """
+    if not any(word.partition("=")[0] == "--config" for word in words):
+        return list(words)
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     option.add_argument("--config", type=Path)
     found, others = option.parse_known_args(words)
-    if found.config is None:
-        return others
     try:
         values = yaml.safe_load(found.config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
