@@ -33,6 +33,8 @@ CLASSIFIER = "ForSequenceClassification"
 ASSUMED = "assumed"
 MODULES_FILE = "modules.json"
 MODULE_SETTINGS_FILE = "matryoshka_config.json"
+EXPORT_FILE = "matryoshka_export.json"
+"""Beside an exit that was exported as a sequence classifier: its source, calibration and temperature."""
 MAX_LENGTH = 512
 """Tokens of query and passage, where a checkpoint does not say."""
 OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
@@ -404,6 +406,8 @@ def _template(
         return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
     known = _published(path, files, stored, names)
     temperature = {} if known is None else {"temperature": TEMPLATES[known[0]].temperature}
+    if (exported := files.json(EXPORT_FILE)) is not None:  # its scores may be divided by it already
+        temperature = {"temperature": exported["temperature"]}
     if modules is not None and not _is_ours(modules):
         found = _of_sentence_transformers(files, stored, modules, trust_remote_code, architecture)
         return found._replace(template=Template.load(found.template.to_json() | temperature))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from itertools import pairwise
 from os import PathLike
@@ -16,6 +16,8 @@ from typing_extensions import Self
 
 from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
 from flagembedding_matryoshka.checkpoints.export import export_exits, write_lengths
+from flagembedding_matryoshka.checkpoints.export.formats import Format, export_formats
+from flagembedding_matryoshka.checkpoints.export.plain import Exit
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.batching import count_input_tokens, cut_batches
@@ -232,7 +234,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             check_batch_invariance(self.target_devices, resolved, quantization, compile)
         self.config = checkpoint.config
         peft_paths = [peft_path] if isinstance(peft_path, str | PathLike) else list(peft_path or ())
-        weights = partial(weights_fingerprint, checkpoint, peft_paths, **hub)
+        self._weights_fingerprint = weights = partial(weights_fingerprint, checkpoint, peft_paths, **hub)
         adapters = list(map(str, peft_paths))
         self._load_plan = partial(load_plan, str(model_name_or_path), self.config, adapters, weights, **hub)
         self._follow_plan(budget, quality)
@@ -331,23 +333,67 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         check_devices(found)
         return found
 
-    def export(self, output_dir: str, cutoff_layers: Layers = None) -> None:
+    def export(
+        self,
+        output_dir: str,
+        cutoff_layers: Layers = None,
+        format: Format = "layerwise",
+        precision: str | None = None,
+        allow_uncapped: bool = False,
+    ) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
 
         The words, the instruction and the lengths that the re-ranker was made with become the checkpoint's, as does the
         activation function that CrossEncoder applies. It replaces a checkpoint in `output_dir`, by the list
         [`WRITTEN`][flagembedding_matryoshka.checkpoints.export.WRITTEN]; other files there are not touched.
 
+        Args:
+            format: "layerwise" is a checkpoint of this package with all these exits. Any other is one sequence
+                classifier for each exit: "transformers" (also for sentence-transformers and vLLM), "onnx", "openvino"
+                or "gguf" (llama.cpp). Several exits are written to the folders `exit-9`, `exit-12`, … of `output_dir`.
+            precision: of the weights in a file of "openvino" ("float32", "bfloat16", "int8") or "gguf" ("f32", "f16",
+                "q8_0"). None is the first.
+            allow_uncapped: export a model that caps its scores to another runtime, which does not cap them. The order
+                stays, the values do not.
+
         Raises:
-            ValueError: if an exit does not exist, token adapters are attached, or the weights are quantized.
+            ImportError: if a package is missing that the format needs, with the line that installs it.
+            ValueError: if an exit does not exist, token adapters are attached, the weights are quantized, or the format
+                has no place for the backbone, its cap or the template.
         """
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
         options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
         template, activation = options.saved_template(self._pair_tokenizer), self.description.activation.value
+        if format != "layerwise":
+            source, weights = self.description.path, self._weights_fingerprint()
+            exits = [
+                Exit(
+                    self.model,
+                    layer,
+                    self.tokenizer,
+                    template,
+                    activation,
+                    options.max_length,
+                    source,
+                    weights,
+                    self._exported_calibration(layer),
+                )
+                for layer in setting.cutoff_layers
+            ]
+            return export_formats(exits, output_dir, format, precision, allow_uncapped)
         export_exits(self.model, setting.cutoff_layers, output_dir, template, activation)
         self.tokenizer.save_pretrained(output_dir)
         write_lengths(output_dir, options.query_max_length, options.max_length)
+
+    def _exported_calibration(self, layer: int) -> dict[str, Any] | None:
+        """The plan's calibration of an exit at full width, with the conditions that it was fitted in; None without."""
+        try:
+            plan = self.plan
+            fitted = plan.calibration(Setting((layer,)), layer)
+        except (FileNotFoundError, ValueError):  # no plan beside the model, or one without this exit
+            return None
+        return {"method": fitted.method, **asdict(fitted), "data": plan.data, "scored_with": dict(plan.scored_with)}
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
         """Pairs as `compute_score`, `score_lists` and `estimate_flops` take them at any depth and width, so that texts

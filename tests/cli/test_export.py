@@ -27,3 +27,18 @@ def test_a_directory_that_holds_something_is_left_alone(tiny_layerwise_path, tmp
         with pytest.raises(SystemExit):
             main(["--model", str(tiny_layerwise_path), "--output", str(output)])
         assert f"--output {output} exists and is not an empty directory" in capsys.readouterr().err
+
+
+def test_a_format_is_written_for_each_exit(tiny_layerwise_path, reranker, tmp_path):
+    options = ["--cutoff_layers", "3", "4", "--format", "transformers", "--output", str(tmp_path / "cut")]
+    main(["--model", str(tiny_layerwise_path), *options])
+    for layer in (3, 4):
+        part = MatryoshkaReranker(str(tmp_path / "cut" / f"exit-{layer}"), dtype="float32", devices="cpu")
+        pair = ("wing", "a wing and a lift")
+        assert part.compute_score(pair) == pytest.approx(reranker.compute_score(pair, cutoff_layers=layer), abs=1e-5)
+
+
+def test_a_precision_belongs_to_its_format(tiny_layerwise_path, tmp_path):
+    options = ["--format", "transformers", "--precision", "q8_0", "--output", str(tmp_path / "cut")]
+    with pytest.raises(ValueError, match="precision='q8_0', but format='transformers' takes none"):
+        main(["--model", str(tiny_layerwise_path), *options])

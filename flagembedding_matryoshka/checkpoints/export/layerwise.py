@@ -1,4 +1,4 @@
-"""Checkpoints out: a part of a model, and what lets sentence-transformers load one."""
+"""Layer-wise checkpoints, and the files with which sentence-transformers loads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
-from flagembedding_matryoshka.checkpoints.describing import MODULE_SETTINGS_FILE
+from flagembedding_matryoshka.checkpoints.describing import EXPORT_FILE, MODULE_SETTINGS_FILE
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.text.templates import Template
@@ -22,6 +22,8 @@ MERGED = "merged_model"
 ACTIVATIONS = {"identity": "torch.nn.modules.linear.Identity", "sigmoid": "torch.nn.modules.activation.Sigmoid"}
 """What sentence-transformers calls these activation functions."""
 SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
+FOLDERS = (MERGED, "onnx", "openvino")
+"""Folders of a checkpoint that hold files of `WRITTEN`."""
 WRITTEN = (
     # the configuration and the weights, whole or in shards
     "config.json",
@@ -42,17 +44,28 @@ WRITTEN = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    # one exit for other runtimes
+    "model.onnx",
+    "model.onnx.data",
+    "openvino_model.xml",
+    "openvino_model.bin",
+    "openvino_config.json",
+    "model-f32.gguf",
+    "model-f16.gguf",
+    "model-q8_0.gguf",
     # what says how the model is used
     "matryoshka_plan.json",
     "matryoshka_config.json",
+    EXPORT_FILE,
     "modules.json",
+    "sentence_bert_config.json",
     SENTENCE_TRANSFORMERS_FILE,
     # the last file of a checkpoint of a training run, which says that the others are complete
     "trainer_state.json",
 )
 """The files that this package writes into a directory of a checkpoint, as shell patterns of their names.
 
-A new checkpoint replaces all of them, and those in the folder `MERGED`. No other file of the directory is touched:
+A new checkpoint replaces all of them, and those in the folders `FOLDERS`. No other file of the directory is touched:
 neither the checkpoints of a training run, nor a README.md, nor weights in other formats.
 """
 
@@ -71,11 +84,11 @@ def remove_written(directory: str | Path, kept: Collection[str] = ()) -> None:
         is_written = any(fnmatchcase(path.name, pattern) for pattern in WRITTEN)
         if is_written and path.name not in kept and (path.is_file() or path.is_symlink()):
             path.unlink()
-    merged = directory / MERGED
-    if merged.is_dir() and not merged.is_symlink():
-        remove_written(merged)
-        if not any(merged.iterdir()):
-            merged.rmdir()
+    for folder in (directory / name for name in FOLDERS):
+        if folder.is_dir() and not folder.is_symlink():
+            remove_written(folder)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def export_exits(

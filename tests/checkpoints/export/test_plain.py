@@ -1,0 +1,268 @@
+"""An exit as a sequence classifier that transformers and sentence-transformers load without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
+
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
+from flagembedding_matryoshka.checkpoints.export import plain
+from flagembedding_matryoshka.checkpoints.export.chat_template import SEAM
+from flagembedding_matryoshka.inference.plan import PLAN_NAME
+from tests.backbones import BACKBONES, FIRST
+from tests.batches import close
+from tests.exports import CAPPED, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
+from tests.leftovers import OWN, files, leave
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+BACKBONE = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CLASSIFIERS]
+)
+PAIRS = mixed_pairs()
+TASK = "Judge the Document"
+
+
+def stock_scores(directories, folder, instructions=(None,), pairs=PAIRS):
+    """Scores of stock.py, which runs without this package."""
+    (folder / "pairs.json").write_text(json.dumps({"pairs": pairs, "instructions": instructions}))
+    script = Path(__file__).with_name("stock.py")
+    command = [sys.executable, script, folder / "pairs.json", folder / "scores.json", *directories]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=folder)
+    return json.loads((folder / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For a backbone: its folder, its re-ranker, and the scores of stock libraries for each exit and instruction."""
+    groups = [[name for name in CLASSIFIERS if name in FIRST], [name for name in CLASSIFIERS if name not in FIRST]]
+    found = {}
+
+    def of(name):
+        if name not in found:
+            (group,) = (names for names in groups if name in names)
+            root = tmp_path_factory.mktemp("exported")
+            rerankers = {one: load(write_reranker(one, root / one, SHORT)) for one in group}
+            for one, reranker in rerankers.items():
+                options = {"format": "transformers", "allow_uncapped": one in CAPPED}
+                reranker.export(str(root / one / "out"), list(EXITS), **options)
+            directories = [root / one / "out" / f"exit-{layer}" for one in group for layer in EXITS]
+            stock = stock_scores(directories, root, (None, TASK))
+            found.update({one: (root / one / "out", rerankers[one], stock) for one in group})
+        return found[name]
+
+    return of
+
+
+@BACKBONE
+def test_stock_libraries_give_the_scores_of_the_exit(name, exported):
+    root, reranker, stock = exported(name)
+    for layer in EXITS:
+        for instruction in (None, TASK):
+            scores = reranker.compute_score(PAIRS, cutoff_layers=layer, instruction=instruction)
+            expected = uncapped(name, scores)
+            assert expected.std() > 1e-2
+            for found in stock[f"{root / f'exit-{layer}'} {instruction}"].values():
+                close(torch.tensor(found), expected, 1e-5)
+
+
+@BACKBONE
+def test_an_exported_exit_loads_here_with_equal_scores(name, exported):
+    root, reranker, _ = exported(name)
+    back = load(root / "exit-3")
+    assert back.config.exit_layers == [3] and back.description.architecture.value == "sequence classification"
+    for instruction in (None, TASK):
+        expected = uncapped(name, reranker.compute_score(PAIRS, cutoff_layers=3, instruction=instruction))
+        close(torch.tensor(back.compute_score(PAIRS, instruction=instruction)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKBONES) - set(CLASSIFIERS)))
+def test_a_backbone_without_a_classifier_is_refused_by_name(name, tmp_path):
+    reranker = load(write_reranker(name, tmp_path, "mxbai-v2"))
+    with pytest.raises(ValueError, match=f"transformers has no {name} for sequence classification.*mistral.*qwen3"):
+        reranker.export(str(tmp_path / "out"), 3, format="transformers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_cap_is_refused(name, tmp_path):
+    reranker = load(write_reranker(name, tmp_path, "mxbai-v2"))
+    with pytest.raises(ValueError, match=r"caps its scores \(final_logit_softcapping=3.0\).*allow_uncapped"):
+        reranker.export(str(tmp_path / "out"), 3, format="transformers")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """A layer-wise re-ranker whose template needs seams: its tokenizer joins "?" and a line break."""
+    return write_reranker("qwen3", tmp_path_factory.mktemp("qwen3"), "cost_wise")
+
+
+def test_the_base_chat_template_and_our_fields_do_not_travel(qwen3, tmp_path):
+    reranker = load(qwen3)
+    reranker.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    reranker.export(str(tmp_path), 3, format="transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"layer_wise", "template", "exits", "start_layer", "head_token_id", "compress_weights"} & config.keys()
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["num_hidden_layers"] == 3
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == (tmp_path / "chat_template.jinja").read_text()
+    assert "m.content" not in (tmp_path / "chat_template.jinja").read_text()
+
+
+def test_texts_that_a_tokenizer_would_join_with_the_words_keep_their_scores(qwen3, tmp_path):
+    reranker = load(qwen3)
+    reranker.export(str(tmp_path / "out"), 6, format="transformers")
+    assert "ue010" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    pairs = [("what is it?", "it is.\n"), ("a\n", "\n\nb"), ("x ", "  y\n"), ("", ""), ("a", f"b{SEAM}")]
+    (found,) = stock_scores([tmp_path / "out"], tmp_path, pairs=pairs[:-1]).values()
+    expected = torch.tensor(reranker.compute_score(pairs[:-1]))
+    for scores in found.values():
+        close(torch.tensor(scores), expected, 1e-5)
+
+
+def test_a_tokenizer_that_transformers_builds_anew_cannot_have_seams(tmp_path):
+    reranker = load(write_reranker("qwen2", tmp_path, "cost_wise"))
+    with pytest.raises(ValueError, match="chat template of a qwen2, whose tokenizer is a Qwen2Tokenizer: of the query"):
+        reranker.export(str(tmp_path / "out"), 3, format="transformers")
+
+
+@pytest.mark.parametrize("parity", ["parity", "parity_gemma2", "parity_minicpm"])
+def test_a_begin_of_sequence_token_is_written_by_the_template_alone(parity, shared, tmp_path):
+    source = load(shared(parity) / "layerwise_model", template="cost_wise")
+    if parity == "parity_minicpm":
+        with pytest.raises(ValueError, match="transformers has no granite"):
+            source.export(str(tmp_path / "out"), format="transformers")
+        return
+    source.export(str(tmp_path / "out"), format="transformers", allow_uncapped=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "query", "content": "a wing?"}, {"role": "document", "content": "it\n"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    (built,) = source.tokenize([("a wing?", "it\n")])
+    assert tokenizer(rendered)["input_ids"] == built.input_ids.tolist()
+    assert built.input_ids[0] == source.tokenizer.bos_token_id
+
+
+def test_an_instruction_of_the_checkpoint_is_the_default_of_both_libraries(tmp_path):
+    reranker = load(write_reranker("qwen3", tmp_path, "mxbai-v2"), instruction=TASK)
+    reranker.export(str(tmp_path / "out"), 3, format="transformers")
+    found = stock_scores([tmp_path / "out"], tmp_path, (None, "", "no"))
+    back = load(tmp_path / "out")
+    for instruction in (None, "", "no"):
+        expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3, instruction=instruction))
+        close(torch.tensor(found[f"{tmp_path / 'out'} {instruction}"]["CrossEncoder"]), expected, 1e-5)
+        close(torch.tensor(back.compute_score(PAIRS, instruction=instruction)), expected, 1e-5)
+    assert back.description.instruction.value == TASK
+    close(
+        torch.tensor(found[f"{tmp_path / 'out'} None"]["transformers"]),
+        torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3)),
+        1e-5,
+    )
+
+
+def test_long_documents_are_cut_where_this_package_cuts_them(tmp_path):
+    reranker = load(write_reranker("qwen3", tmp_path, "mxbai-v2"), max_length=40)
+    reranker.export(str(tmp_path / "out"), 3, format="transformers")
+    pairs = [("a wing", "lift air " * 40), ("heat", "air")]
+    (found,) = stock_scores([tmp_path / "out"], tmp_path, pairs=pairs).values()
+    close(torch.tensor(found["CrossEncoder"]), torch.tensor(reranker.compute_score(pairs, cutoff_layers=3)), 1e-5)
+    assert load(tmp_path / "out").max_length == 40
+
+
+def test_a_sigmoid_divides_by_the_temperature(tmp_path):
+    path = write_reranker("qwen3", tmp_path, "zerank")
+    name = path / "config_sentence_transformers.json"
+    reranker = load(path)
+    expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3, normalize=True))
+    reranker.export(str(tmp_path / "raw-zerank"), 3, format="transformers")
+    back = load(tmp_path / "raw-zerank")
+    close(torch.tensor(back.compute_score(PAIRS, normalize=True)), expected, 1e-5)
+    assert back.temperature == 5
+    name.write_text(json.dumps({"activation_fn": "torch.nn.modules.activation.Sigmoid"}))
+    load(path).export(str(tmp_path / "zerank"), 3, format="transformers")
+    (found,) = stock_scores([tmp_path / "zerank"], tmp_path).values()
+    close(torch.tensor(found["CrossEncoder"]), expected, 1e-5)
+    config = json.loads((tmp_path / "zerank" / "config.json").read_text())
+    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    back = load(tmp_path / "zerank")
+    assert back.temperature == 1
+    close(torch.tensor(back.compute_score(PAIRS, normalize=True)), expected, 1e-5)
+
+
+def test_the_calibration_and_the_fingerprint_of_the_source_are_written(qwen3, tmp_path):
+    reranker = load(qwen3)
+    reranker.export(str(tmp_path), 3, format="transformers")
+    written = json.loads((tmp_path / "matryoshka_export.json").read_text())
+    assert (written["cutoff_layer"], written["format"], written["calibration"]) == (3, "transformers", None)
+    assert len(written["fingerprint"]) == 64 and written["source"] == str(qwen3)
+    setting = {"cutoff_layers": [3], "compress_layers": [], "compress_ratio": 1, "cascade": []}
+    platt = {"method": "platt", "slope": 2.0, "intercept": 0.5}
+    plan = {
+        "exit_layers": reranker.config.exit_layers,
+        "adapters": [],
+        "data": "wings",
+        "queries": 9,
+        "candidates": "bm25",
+        "settings": [{"setting": setting, "flops_share": 0.5, "ndcg_share": 0.9, "calibration": platt}],
+        "scored_with": {"dtype": "float32"},
+        "weights": written["fingerprint"],
+    }
+    (qwen3 / PLAN_NAME).write_text(json.dumps(plan))
+    try:
+        load(qwen3).export(str(tmp_path), [3, 6], format="transformers")
+    finally:
+        (qwen3 / PLAN_NAME).unlink()
+    calibrations = [
+        json.loads((tmp_path / f"exit-{layer}" / "matryoshka_export.json").read_text())["calibration"]
+        for layer in (3, 6)
+    ]
+    assert calibrations == [platt | {"data": "wings", "scored_with": {"dtype": "float32"}}, None]
+
+
+def test_it_replaces_an_earlier_checkpoint_but_not_a_card_of_the_user(
+    qwen3, tmp_path, tiny_layerwise_path, tiny_raw_model_path
+):
+    reranker = load(qwen3)
+    reranker.export(str(tmp_path / "fresh"), 3, format="transformers")
+    used = leave(tmp_path / "used", tiny_layerwise_path, tiny_raw_model_path)
+    (used / "README.md").write_text("mine")
+    reranker.export(str(used), 3, format="transformers")
+    assert files(used) - set(OWN) == files(tmp_path / "fresh") - set(OWN)
+    assert (used / "README.md").read_text() == "mine"
+    card = (tmp_path / "fresh" / "README.md").read_text()
+    assert "layers 1 to 3" in card and "vllm serve" in card
+    reranker.export(str(tmp_path / "fresh"), 6, format="transformers")
+    assert "layers 1 to 6" in (tmp_path / "fresh" / "README.md").read_text()
+    reranker.export(str(tmp_path / "fresh"), [3, 6])
+    assert load(tmp_path / "fresh").config.exit_layers == [3, 6]
+    assert not (tmp_path / "fresh" / "sentence_bert_config.json").exists()
+
+
+def test_token_adapters_are_refused(qwen3, tmp_path, monkeypatch):
+    assert token_adapter_ratios(load(qwen3).model) == set()
+    monkeypatch.setattr(plain, "token_adapter_ratios", lambda model: {2})
+    with pytest.raises(ValueError, match=r"token adapters for the ratios \[2\] are attached"):
+        load(qwen3).export(str(tmp_path / "out"), 3, format="transformers")
+
+
+def test_formats_and_precisions_are_named(qwen3, tmp_path):
+    reranker = load(qwen3)
+    with pytest.raises(ValueError, match="format is 'onyx', but must be one of layerwise, transformers"):
+        reranker.export(str(tmp_path / "out"), format="onyx")
+    with pytest.raises(ValueError, match="precision='q8_0', but format='transformers' takes none"):
+        reranker.export(str(tmp_path / "out"), format="transformers", precision="q8_0")
+    with pytest.raises(ValueError, match="precision='q4_0', but format='gguf' takes f32, f16, q8_0"):
+        reranker.export(str(tmp_path / "out"), format="gguf", precision="q4_0")
+
+
+def test_a_model_in_bfloat16_keeps_its_format_and_a_float32_head(qwen3, tmp_path):
+    from safetensors.torch import load_file
+
+    from flagembedding_matryoshka import MatryoshkaReranker
+
+    MatryoshkaReranker(str(qwen3), dtype="bfloat16", devices="cpu").export(str(tmp_path), 3, format="transformers")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["score.weight"].dtype == torch.float32 and weights["model.norm.weight"].dtype == torch.bfloat16
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).dtype == torch.bfloat16
