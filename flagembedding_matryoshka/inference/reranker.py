@@ -351,8 +351,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             format: "layerwise" is a checkpoint of this package with all these exits. Any other is one sequence
                 classifier for each exit: "transformers" (also for sentence-transformers and vLLM), "onnx", "openvino"
                 or "gguf" (llama.cpp). Several exits are written to the folders `exit-9`, `exit-12`, … of `output_dir`.
-            precision: of the weights in a file of "openvino" ("float32", "bfloat16", "int8") or "gguf" ("f32", "f16",
-                "q8_0"). None is the first.
+            precision: of the matrices in a file of "gguf": "f32", "f16" or "q8_0". None is "f32". ONNX and OpenVINO
+                files are in float32.
             allow_uncapped: export a model that caps its scores to another runtime, which does not cap them. The order
                 stays, the values do not.
 

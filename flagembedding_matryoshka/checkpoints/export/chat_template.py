@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -97,7 +98,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, seam: 
         seam: what stands between two pieces that are tokenised apart.
     """
     pairs = PairTokenizer(tokenizer, template)
-    opening = tokenizer.decode(pairs.opening(template), skip_special_tokens=False)
+    opening = str(tokenizer.decode(pairs.opening(template), skip_special_tokens=False))
     plain = _expression(template, opening, seam)
     if template.instructed is None:
         return f"{ROLES}{{{{- {plain} -}}}}"
@@ -131,8 +132,8 @@ def difference(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizer
         texts = list(probes())
         for (query, passage), built in zip(texts, pairs.build(texts, 10**6, 10**6, 3 * 10**6, words), strict=True):
             messages = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
-            options = {} if task is None else {"instruction": task}
-            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            options: dict[str, Any] = {} if task is None else {"instruction": task}
+            rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
             ids = tokenizer(rendered, verbose=False)["input_ids"]
             expected = built.input_ids.tolist()
             if ids != expected:

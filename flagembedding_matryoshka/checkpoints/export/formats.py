@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 from flagembedding_matryoshka.checkpoints.export.gguf import GGUF_PRECISIONS, export_gguf
 from flagembedding_matryoshka.checkpoints.export.onnx import export_onnx
-from flagembedding_matryoshka.checkpoints.export.openvino import OPENVINO_PRECISIONS, export_openvino
+from flagembedding_matryoshka.checkpoints.export.openvino import export_openvino
 from flagembedding_matryoshka.checkpoints.export.plain import Exit, export_transformers
 
 Format = Literal["layerwise", "transformers", "onnx", "openvino", "gguf"]
-PRECISIONS = {"openvino": OPENVINO_PRECISIONS, "gguf": GGUF_PRECISIONS}
+PRECISIONS = {"gguf": GGUF_PRECISIONS}
 
 
 def export_formats(
@@ -30,16 +30,14 @@ def export_formats(
     """
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}, but must be one of {', '.join(get_args(Format))}.")
-    allowed = PRECISIONS.get(format, ())
+    allowed: tuple[str, ...] = PRECISIONS.get(format, ())
     if precision is not None and precision not in allowed:
-        raise ValueError(
-            f"precision={precision!r}, but format={format!r} takes {', '.join(allowed) or 'none: dtype says it'}."
-        )
+        raise ValueError(f"precision={precision!r}, but format={format!r} takes {', '.join(allowed) or 'none'}.")
     chosen = precision or next(iter(allowed), "")
     writers: dict[str, Callable[..., None]] = {
         "transformers": export_transformers,
         "onnx": export_onnx,
-        "openvino": partial(export_openvino, precision=chosen),
+        "openvino": export_openvino,
         "gguf": partial(export_gguf, precision=chosen),
     }
     for exit in exits:

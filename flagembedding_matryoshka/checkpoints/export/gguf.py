@@ -105,7 +105,7 @@ def rendered_words(exit: Exit) -> str:
         ValueError: if the template strips its texts, or its words hold one of these.
     """
     template = exit.template.with_instruction(None)
-    opening = exit.tokenizer.decode(PairTokenizer(exit.tokenizer, template).opening(template))
+    opening = str(exit.tokenizer.decode(PairTokenizer(exit.tokenizer, template).opening(template)))
     places = ("{query}", "{document}")
     words = opening + rendered_pieces(template, "", *places)
     if template.strip:

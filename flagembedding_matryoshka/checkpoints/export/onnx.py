@@ -43,7 +43,7 @@ def dynamic_shapes() -> dict[str, Any]:
 
 
 def export_onnx(exit: Exit, directory: str | Path, allow_uncapped: bool = False) -> None:
-    """Write an exit to `onnx/model.onnx`, with tokenizer and configuration. Batch and length are free.
+    """Write an exit in float32 to `onnx/model.onnx`, with tokenizer and configuration. Batch and length are free.
 
     Args:
         allow_uncapped: as of `classifier_of`.
@@ -62,7 +62,7 @@ def export_onnx(exit: Exit, directory: str | Path, allow_uncapped: bool = False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch and onnxscript about themselves
         program: Any = torch.onnx.export(
-            Scores(classifier.model),
+            Scores(classifier.model.float()),
             example_inputs(),
             dynamo=True,
             dynamic_shapes=dynamic_shapes(),

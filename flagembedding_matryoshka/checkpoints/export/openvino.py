@@ -9,16 +9,13 @@ from flagembedding_matryoshka.checkpoints.export.layerwise import remove_written
 from flagembedding_matryoshka.checkpoints.export.onnx import INPUTS, Scores, example_inputs
 from flagembedding_matryoshka.checkpoints.export.plain import Exit, classifier_of, write_files
 
-OPENVINO_PRECISIONS = ("float32", "bfloat16")
 
+def export_openvino(exit: Exit, directory: str | Path, allow_uncapped: bool = False) -> None:
+    """Write an exit in float32 to `openvino/openvino_model.xml`, with tokenizer and configuration.
 
-def export_openvino(
-    exit: Exit, directory: str | Path, precision: str = "float32", allow_uncapped: bool = False
-) -> None:
-    """Write an exit to `openvino/openvino_model.xml`, with tokenizer and configuration. Batch and length are free.
+    Batch and length are free.
 
     Args:
-        precision: of the stored weights.
         allow_uncapped: as of `classifier_of`.
 
     Raises:
@@ -33,7 +30,7 @@ def export_openvino(
         ) from error
     classifier = classifier_of(exit, allow_uncapped)
     # OpenVINO's fused attention makes NaN of a padding token whose window holds padding alone.
-    classifier.model.set_attn_implementation("eager")
+    classifier.model.float().set_attn_implementation("eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = openvino.convert_model(

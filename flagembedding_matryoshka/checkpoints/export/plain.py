@@ -111,7 +111,7 @@ def classifier_of(exit: Exit, allow_uncapped: bool = False) -> Classifier:
             "passages: export the model without them."
         )
     config_class = _stock_config_class(model.config)
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, None)
+    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, None)
     if model_class is None:
         raise ValueError(
             f"transformers has no {config_class.model_type} for sequence classification: an exit of "

@@ -25,6 +25,7 @@ def logits(path):
     params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     params.n_ctx = params.n_batch = params.n_ubatch = 1024
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = 0
     params.n_parallel = 1
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
