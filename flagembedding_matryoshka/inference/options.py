@@ -221,6 +221,8 @@ def _resolve(
     for name, value in depth_and_width.items():
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, of_text)
+    if overrides.get("max_length") is not None:
+        refuse_beyond_positions(defaults.config, options.max_length)
     try:
         setting = Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
         is_given = alias is not None or overrides.get("compress_layers") is not None

@@ -19,7 +19,6 @@ from flagembedding_matryoshka.inference.options import (
     RankingOptions,
     ranking_weight,
     refuse_beside_tokens,
-    refuse_beyond_positions,
     resolve_call,
     resolve_ranking,
 )
@@ -369,8 +368,6 @@ class RankingMixin:
         of_call = {name: value for name, value in overrides.items() if name not in of_run}
         options, setting = resolve_ranking(self, of_call, cascade)
         is_cascade = bool(setting.cascade) or cascade is not None or deadline is not None
-        if of_call.get("max_length") is not None:
-            refuse_beyond_positions(self.config, of_call["max_length"])
         limit = self.model.model.max_positions
         devices = len(self.target_devices)
         call = Call(self._pair_tokenizer, options, setting, devices, is_cascade, deadline, max_tokens=limit)
