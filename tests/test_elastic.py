@@ -1,10 +1,6 @@
 """The commands of docs/elastic.md, word for word but for --use_cpu, on a tiny model and collection."""
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from tests.collection import WORDS, write_collection
+from tests.pages import run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TEXT = (Path(__file__).parents[1] / "docs" / "elastic.md").read_text(encoding="utf-8")
@@ -37,14 +34,8 @@ def test_from_queries_to_a_small_model(tmp_path, tiny_tokenizer, monkeypatch):
     )
 
     lists, training, evaluation = COMMANDS
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     for command in (lists, f"{training} --use_cpu", evaluation):
-        done = subprocess.run(shlex.split(command), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        run_command(command)
 
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names = {}

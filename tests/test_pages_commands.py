@@ -2,11 +2,8 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cli.inspect import main
 from tests.collection import QUERIES, write_collection
 from tests.encoders import save_bi_encoder, save_cross_encoder
-from tests.pages import PAGES, blocks, commands
+from tests.pages import PAGES, blocks, commands, run_command
 from tests.shipped import needs_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -25,15 +22,8 @@ COMMANDS = [command for page in PAGES if page != "docs/elastic.md" for command i
 
 
 def run(*commands):
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     for command in commands:
-        done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done
+        run_command(command)
 
 
 def commands_of(start, count):
@@ -92,14 +82,14 @@ def read_rows(text):
 
 
 @needs_smollm2
-def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch):
+def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = "docs/training.md"
     Path("train.jsonl").write_text(blocks(page, "json")[0])
     (command,) = commands_of("flagembedding-matryoshka finetune ", 1)
     shown = [re.findall(r"'(\w+)': '([^']*)'", line) for line in blocks(page, "text")[0].splitlines()]
-    done = run(f"{command} --use_cpu")
-    printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{'loss'")]
+    run(f"{command} --use_cpu")
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
     for found, fields in zip(printed, shown, strict=True):
         assert found.keys() > dict(fields).keys()
         counted = ("learning_rate", "lists", "tokens", "operations", "epoch")

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from docstrings import candidates, collect_pairs, split
 
 
-def agreement(queries: int) -> list[dict[str, Any]]:
-    """How much of the full ranking of real candidates survives, with the shipped re-ranker."""
+def agreement(queries: int, count: int = CANDIDATES) -> list[dict[str, Any]]:
+    """How much of the full ranking of `count` real candidates a query survives, with the shipped re-ranker."""
     pairs = collect_pairs()
-    lists = candidates(split(pairs).held_out, [pair.passage for pair in pairs], CANDIDATES)[:queries]
+    lists = candidates(split(pairs).held_out, [pair.passage for pair in pairs], count)[:queries]
     options = {"query_max_length": 32, "max_length": 140, "devices": "cpu"}
     ours = MatryoshkaReranker(SMOLLM2, **options)
     first, second = ours.config.exit_layers[:2]

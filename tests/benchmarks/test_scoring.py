@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scoring.agreement import agreement
 from benchmarks.scoring.checkpoints import config_of, write_checkpoint
 from benchmarks.scoring.plain import PlainCrossEncoder
 from benchmarks.scoring.settings import settings_of
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_setting_is_measured(tmp_path):
-    options = ["--shapes", "4x128", "--pairs", "6", "--rounds", "2", "--queries", "1", "--device", "cpu"]
+    options = ["--shapes", "4x128", "--pairs", "6", "--rounds", "1", "--queries", "0", "--device", "cpu"]
     files = ["--output", str(tmp_path / "scoring.json"), "--figure", str(tmp_path / "scoring.png")]
     command = [sys.executable, "-m", "benchmarks.scoring", *options, *files]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -35,7 +36,15 @@ def test_every_setting_is_measured(tmp_path):
     part = 32_768 / 221_184  # of a layer, that gives keys and values alone
     assert rows["half depth"]["flops_share"] == pytest.approx((1 + part) / (3 + part), abs=0.01)
     assert rows["full depth, int8"]["correlation_with_full_depth"] > 0.9
-    assert report["agreement"][0]["overlap_of_top_10"] == 1
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_less_than_all_work_keeps_a_part_of_the_full_ranking(monkeypatch):
+    monkeypatch.setattr("benchmarks.scoring.agreement.quantizations", lambda _: ["int8"])
+    full, *others = agreement(1, 12)
+    assert full["setting"] == "full depth" and full["overlap_of_top_10"] == 1
+    assert len(others) > 2 and all(0.5 < row["overlap_of_top_10"] <= 1 for row in others)
 
 
 @needs_base
