@@ -91,7 +91,10 @@ def test_infinity_in_litellm_has_documents_by_default(address, expected_texts, m
     litellm = pytest.importorskip("litellm")
     call = {"query": QUERY, "documents": DOCUMENTS, "top_n": 2, "api_key": "key"}
     answer = litellm.rerank(model="infinity/tiny", api_base=f"{address}/infinity", **call)
-    assert [(result["document"]["text"], result["relevance_score"]) for result in answer.results] == expected_texts
+    # LiteLLM leaves an empty text out.
+    texts = [result.get("document", {"text": ""})["text"] for result in answer.results]
+    assert list(zip(texts, (result["relevance_score"] for result in answer.results), strict=True)) == expected_texts
+    assert any(texts)
 
 
 def test_voyage(address, expected_texts):
