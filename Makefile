@@ -1,6 +1,7 @@
 # Everything runs in .venv. The first target that needs it makes it; later targets add what they need.
 #   PYTHON     the interpreter that makes .venv (3.10 or newer)
 #   PIP_FLAGS  further options for pip install, such as --index-url or --find-links
+#   SENTENCE_TRANSFORMERS  a checkout of sentence-transformers, for test-upstream
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -18,7 +19,7 @@ PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full bench test test-slow test-all test-oldest test-gpu lint docs format build clean
+.PHONY: help install demo demo-full bench test test-slow test-all test-oldest test-gpu test-upstream lint docs format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,9 @@ test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows
 
 test-gpu: $(INSTALLED) ## run the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu
+
+test-upstream: $(INSTALLED) ## run sentence-transformers' tests of CrossEncoder, of the checkout SENTENCE_TRANSFORMERS=DIR, on ours
+	SENTENCE_TRANSFORMERS='$(SENTENCE_TRANSFORMERS)' $(BIN)/python -m pytest tests/integrations/test_upstream.py
 
 lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/ruff check

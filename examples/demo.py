@@ -177,13 +177,13 @@ class Outcome:
 
 def bm25_lists(pairs: Sequence[Pair], queries: Sequence[Pair]) -> list[tuple[str, list[str], str]]:
     """Return (query, BM25's first passages, relevant passage) of each query, which may not be among the first."""
-    from docstrings import Bm25
+    from flagembedding_matryoshka.mining import retrievers
 
     passages = [pair.passage for pair in pairs]
-    found, scores = Bm25(passages).top([pair.query for pair in queries], min(CANDIDATES, len(passages)))
+    found = retrievers.bm25_lists(passages, [pair.query for pair in queries], CANDIDATES)
     return [
-        (pair.query, [passages[place] for place, score in zip(row, of_row, strict=True) if score > 0], pair.passage)
-        for pair, row, of_row in zip(queries, found, scores, strict=True)
+        (pair.query, [passages[place] for place in places], pair.passage)
+        for pair, places in zip(queries, found, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """A small ranking task from text on every machine: find the body of a docstring by its summary line.
 
 The docstrings of Python's standard library and of the packages that the demo requires are read with ``ast``. Nothing is
-imported. The summary is the query, and the rest of the docstring its one relevant passage. BM25 finds the candidates.
+imported. The summary is the query, and the rest of the docstring its one relevant passage.
 """
 
 import ast
@@ -10,7 +10,7 @@ import json
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -18,9 +18,6 @@ from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
 
-import bm25s
-import numpy as np
-import Stemmer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -154,41 +151,6 @@ def split(pairs: Iterable[Pair]) -> Split:
         bucket = int(hashlib.sha256(normalise(pair.query).encode()).hexdigest(), 16) % 100
         (parts.held_out if bucket < 6 else parts.dev if bucket < 10 else parts.train).append(pair)
     return parts
-
-
-class Bm25:
-    """BM25 over a list of passages, English stop words removed and words stemmed."""
-
-    def __init__(self, passages: Sequence[str]) -> None:
-        self.stemmer = Stemmer.Stemmer("english")
-        self.index = bm25s.BM25()
-        self.index.index(self.tokenize(passages), show_progress=False)
-
-    def tokenize(self, texts: Sequence[str]) -> bm25s.tokenization.Tokenized:
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
-
-    def top(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return indices of passages and their scores, best first; both (queries, k)."""
-        return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """A query, its passages by BM25, best first, and the index of the relevant passage."""
-
-    query: str
-    passages: list[str]
-    positive: int
-
-
-def candidates(queries: Sequence[Pair], passages: Sequence[str], k: int = 20) -> list[Candidates]:
-    """Return BM25's first k passages of each query whose relevant passage is among them. Other queries are left out.
-
-    No order of their lists could rank the relevant passage, so metrics are over the queries that remain.
-    """
-    found, _ = Bm25(passages).top([pair.query for pair in queries], k)
-    lists = [(pair, [passages[i] for i in row]) for pair, row in zip(queries, found, strict=True)]
-    return [Candidates(pair.query, row, row.index(pair.passage)) for pair, row in lists if pair.passage in row]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:

@@ -4,57 +4,38 @@
     python examples/ray_reranker.py serve --model output --workers 2
 
 `score` reads JSON Lines with `query` and `passage` (a file or a directory) and writes them with `score` added. `serve`
-answers POST /rerank with {"query": …, "documents": […], "top_k": …, "cutoff_layers": …}; a worker computes a request at
-a time. Both use a worker per GPU if the cluster has GPUs. They need the extra `ray`.
+answers all paths and forms of `flagembedding-matryoshka serve` on port 8000, to the same clients, with the key in
+MATRYOSHKA_API_KEY. Each worker batches the requests that it gets. Both use a worker per GPU if the cluster has GPUs.
+They need the extras `ray` and `serve`.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from fastapi import FastAPI
 from ray import serve
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.serve import Limits, create_app
+from flagembedding_matryoshka.serve.__main__ import read_api_key
 
 
-class RayReranker:
-    """The re-ranker of a worker. Arguments are those of `MatryoshkaReranker`."""
+class BatchJob:
+    """A callable for `Dataset.map_batches`. Arguments are those of `MatryoshkaReranker`."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.reranker = MatryoshkaReranker(model, **options)
 
-    def score(self, batch: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+    def __call__(self, batch: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
         """Return the rows with a score added."""
         pairs = list(zip(batch["query"].tolist(), batch["passage"].tolist(), strict=True))
         return batch | {"score": np.array(self.reranker.compute_score(pairs, show_progress_bar=False, **options))}
-
-    def rank(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the hits of a request, best first."""
-        return self.reranker.rank(**request)
-
-
-class BatchJob(RayReranker):
-    """A callable for `Dataset.map_batches`."""
-
-    __call__ = RayReranker.score
-
-
-@serve.deployment
-class Deployment(RayReranker):
-    """A deployment for `serve.run`."""
-
-    async def __call__(self, request: Request) -> Any:
-        """Return the answer, or the error of the request with status 422."""
-        try:
-            return self.rank(await request.json())
-        except (TypeError, ValueError) as error:
-            return JSONResponse({"message": str(error)}, 422)
 
 
 def resources() -> dict[str, int]:
@@ -72,9 +53,20 @@ def score(model: str, source: str, output: str, workers: int) -> None:
 
 
 def start(model: str, workers: int) -> serve.handle.DeploymentHandle:
-    """Serve POST /rerank on port 8000."""
-    deployment = Deployment.options(num_replicas=workers, ray_actor_options=resources())
-    return serve.run(deployment.bind(model), route_prefix="/rerank")
+    """Serve on port 8000. Each worker loads the model and mounts the server's own application."""
+    limits, api_key = Limits(), read_api_key(None)
+
+    def build() -> FastAPI:
+        return create_app(MatryoshkaReranker(model), Path(model).name, limits, api_key)
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="Reranker",
+        num_replicas=workers,
+        ray_actor_options=resources(),
+        max_ongoing_requests=limits.requests,  # Ray's default of 5 would leave batches small
+    )
+    return serve.run(deployment.bind(), route_prefix="/")
 
 
 def main() -> None:
@@ -94,7 +86,7 @@ def main() -> None:
         score(options.model, options.input, options.output, options.workers)
     else:
         start(options.model, options.workers)
-        print("Serving POST http://127.0.0.1:8000/rerank; stop with Ctrl-C.", flush=True)
+        print("Serving http://127.0.0.1:8000; stop with Ctrl-C.", flush=True)
         signal.pause()
 
 

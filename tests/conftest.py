@@ -1,6 +1,7 @@
 """Tiny random models and their tokenizer, and the golden numbers where the checkout has them."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -193,7 +194,11 @@ def hub(monkeypatch, tmp_path):
 def ray_cluster():
     """Four CPUs of this machine as a Ray cluster, whose workers find the examples."""
     ray = pytest.importorskip("ray", reason="needs ray[data,serve]")
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1] / "examples")}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield ray
-    ray.shutdown()
+    root = Path(__file__).parents[1]
+    environment = {"env_vars": {"PYTHONPATH": f"{root / 'examples'}{os.pathsep}{root}"}}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_worker_register_timeout_seconds", "600")  # a busy machine starts processes slowly
+        # Without an address Ray would connect to the cluster of another test process.
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+        yield ray
+        ray.shutdown()

@@ -62,14 +62,18 @@ def test_rank_and_score_write_what_the_page_shows(tmp_path, monkeypatch):
     page = "docs/commands.md"
     lists, ranked, scored, retrieved = blocks(page, "json")
     (pairs,) = blocks(page, "text")
-    for name, text in (("lists.jsonl", lists), ("retrieved.jsonl", retrieved), ("pairs.tsv", pairs)):
+    (config,) = blocks(page, "yaml")
+    files = {"lists.jsonl": lists, "retrieved.jsonl": retrieved, "pairs.tsv": pairs, "rank.yaml": config}
+    for name, text in files.items():
         Path(name).write_text(text)
-    run(*commands_of("flagembedding-matryoshka rank ", 2), *commands_of("flagembedding-matryoshka score ", 1))
+    run(*commands_of("flagembedding-matryoshka rank ", 3), *commands_of("flagembedding-matryoshka score ", 1))
 
     (found,), (expected,) = read_rows(Path("ranked.jsonl").read_text()), read_rows(ranked)
     assert found | {"ranking": 0} == expected | {"ranking": 0}
     for hit, shown in zip(found["ranking"], expected["ranking"], strict=True):
         assert hit == pytest.approx(shown, abs=0.15)
+    (best,) = read_rows(Path("best.jsonl").read_text())
+    assert [hit["corpus_id"] for hit in best["ranking"]] == [1, 2] and best["ranking"][0]["score"] < 1
     for found, expected in zip(read_rows(Path("scored.jsonl").read_text()), read_rows(scored), strict=True):
         assert found == expected | {"score": pytest.approx(expected["score"], abs=0.15)}
     fused = [row["ranking"] for row in read_rows(Path("fused.jsonl").read_text())]

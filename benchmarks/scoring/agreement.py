@@ -12,15 +12,20 @@ from ir_measures import nDCG
 
 from benchmarks.scoring.settings import CANDIDATES, TOP, quantizations
 from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
+from flagembedding_matryoshka.mining.retrievers import bm25_lists
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from docstrings import candidates, collect_pairs, split
+from docstrings import collect_pairs, split
 
 
 def agreement(queries: int, count: int = CANDIDATES) -> list[dict[str, Any]]:
     """How much of the full ranking of `count` real candidates a query survives, with the shipped re-ranker."""
     pairs = collect_pairs()
-    lists = candidates(split(pairs).held_out, [pair.passage for pair in pairs], count)[:queries]
+    passages, held_out = [pair.passage for pair in pairs], split(pairs).held_out
+    found = bm25_lists(passages, [pair.query for pair in held_out], count)
+    texts = ([passages[place] for place in places] for places in found)
+    # Where the relevant passage is not among the candidates, every order has nDCG 0.
+    lists = [(pair, row) for pair, row in zip(held_out, texts, strict=True) if pair.passage in row][:queries]
     options = {"query_max_length": 32, "max_length": 140, "devices": "cpu"}
     ours = MatryoshkaReranker(SMOLLM2, **options)
     first, second = ours.config.exit_layers[:2]
@@ -30,13 +35,11 @@ def agreement(queries: int, count: int = CANDIDATES) -> list[dict[str, Any]]:
     cascades = ({first: 0.5}, {first: 0.3, second: 0.1}, {first: 0.1})
     settings += [(f"cascade {cascade}", ours, cascade) for cascade in cascades]
 
-    qrels = [ir_measures.Qrel(str(number), str(item.positive), 1) for number, item in enumerate(lists)]
+    qrels = [ir_measures.Qrel(str(number), str(row.index(pair.passage)), 1) for number, (pair, row) in enumerate(lists)]
     results: list[dict[str, Any]] = []
     full: list[set[int]] = []
     for name, model, cascade in settings:
-        rankings = model.rank_batch(
-            [item.query for item in lists], [item.passages for item in lists], TOP, cascade=cascade
-        )
+        rankings = model.rank_batch([pair.query for pair, _ in lists], [row for _, row in lists], TOP, cascade=cascade)
         run = [
             ir_measures.ScoredDoc(str(number), str(document["corpus_id"]), -float(place))
             for number, ranking in enumerate(rankings)

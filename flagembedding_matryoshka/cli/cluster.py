@@ -2,59 +2,182 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.util import ActorPool
+from ray.exceptions import RayError, RayTaskError
 
-from flagembedding_matryoshka.cli.work import Window, Work
+from flagembedding_matryoshka.cli.work import Results, Window, Windows, Work
+from flagembedding_matryoshka.inference.fingerprint import resolved_dtype
 
 WINDOWS_PER_WORKER = 2
-"""One that is computed and one that waits, so that workers never wait for the reading of a file."""
-RESTARTS = 3
+"""Windows that are read and not written yet. A worker does not wait for the file, nor for a window before its own."""
+DEATHS = 3
+"""Deaths of workers in the same window, or of workers that start one after the other, that end the command."""
+SECONDS_FOR_A_WORKER = 300.0
+"""Time that the cluster has to start a worker after all have died."""
+RESUME = "The same command resumes after the last complete line of --output."
 
 
-def compute_on_cluster(
-    kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Iterator[Window], workers: int
-) -> Iterator[tuple[Window, list[Any]]]:
-    """Yield each window with its results, in order.
-
-    A worker that dies is started again and computes its windows again. The cluster is the connected one, the one that
-    RAY_ADDRESS names, the one on this machine, or a new one on this machine.
+class Cluster:
+    """A Ray cluster: the connected one, the one that RAY_ADDRESS names, the one on this machine, or a new one there.
 
     Args:
-        arguments: arguments of `kind`; paths in them must exist on every machine.
-        waiting: the windows.
         workers: number of workers, each with a GPU of its own, or a CPU if the cluster has no GPU; 0 is one for each.
-
-    Raises:
-        ValueError: if the cluster has fewer GPUs or CPUs than workers.
     """
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)  # the output of workers must not mix with the lines on standard output
-    unit = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-    room = int(ray.cluster_resources().get(unit, 0))
-    if not 0 < (workers or room) <= room:
-        raise ValueError(f"{workers} workers need a {unit} each, and the Ray cluster has {room}.")
-    reserved: dict[str, Any] = {f"num_{unit.lower()}s": 1}
-    worker: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **reserved)(kind)
-    pool = ActorPool([worker.remote(*arguments) for _ in range(workers or room)])
-    computed: deque[Window] = deque()
-    for window in waiting:
-        if len(computed) == WINDOWS_PER_WORKER * (workers or room):
-            yield computed.popleft(), _next_results(pool)
-        computed.append(window)
-        pool.submit(lambda actor, rows: actor.run.remote(rows), window)
-    while computed:
-        yield computed.popleft(), _next_results(pool)
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._was_connected = ray.is_initialized()
+
+    def __enter__(self) -> Cluster:
+        """Connect.
+
+        Raises:
+            ValueError: if the cluster has fewer GPUs or CPUs than workers.
+        """
+        if not self._was_connected:
+            ray.init(log_to_driver=False)
+        found = ray.cluster_resources()
+        unit = "GPU" if found.get("GPU") else "CPU"
+        room = int(found.get(unit, 0))
+        if not 0 < (self.workers or room) <= room:
+            self.__exit__()
+            raise ValueError(f"{self.workers} workers need a {unit} each, and the Ray cluster has {room}.")
+        self.workers = self.workers or room
+        self._reserved: dict[str, Any] = {f"num_{unit.lower()}s": 1}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Disconnect, unless the process was connected before."""
+        if not self._was_connected:
+            ray.shutdown()
+
+    def resolved_dtype(self, options: Mapping[str, Any]) -> str:
+        """Return the dtype in which a worker would load weights.
+
+        Args:
+            options: arguments of `MatryoshkaReranker` that were given.
+        """
+        task: Any = ray.remote(**self._reserved)(resolved_dtype)
+        try:
+            return ray.get(task.remote(options))
+        except RayTaskError as error:
+            raise error.cause from None
+
+    def compute(
+        self, kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Windows
+    ) -> Iterator[tuple[Window, list[Any]]]:
+        """Yield each window with its results, in order.
+
+        The window of a worker that dies is given to another one, and the cluster starts a worker in its place, on
+        another node if need be.
+
+        Args:
+            arguments: arguments of `kind`; paths in them must exist on every machine.
+            waiting: the windows.
+
+        Raises:
+            ConnectionError: if workers die repeatedly, or the cluster starts none after all have died.
+        """
+        crew = _Crew(ray.remote(**self._reserved)(kind), arguments, self.workers)
+        limit = WINDOWS_PER_WORKER * self.workers
+        unwritten: deque[Window] = deque()
+        results: dict[int, list[Any]] = {}
+        try:
+            while True:
+                while len(unwritten) < limit and (window := next(waiting, None)) is not None:
+                    unwritten.append(window)
+                    crew.queue.append(window)
+                if not unwritten:
+                    return
+                for window, found in crew.wait():
+                    waiting.adapt(window, found.seconds)
+                    results[window.start] = found.of_rows
+                while unwritten and unwritten[0].start in results:
+                    window = unwritten.popleft()
+                    yield window, results.pop(window.start)
+        finally:
+            crew.end()
 
 
-def _next_results(pool: ActorPool) -> list[Any]:
-    """Return the results of the next window. Errors of the work are raised as they are, not as Ray's."""
-    try:
-        return pool.get_next()
-    except RayTaskError as error:
-        raise error.cause from None
+class _Crew:
+    """Workers, each with at most one window. A worker that dies is replaced, and its window is queued again.
+
+    Args:
+        actor: the remote class of workers.
+        arguments: its arguments.
+        workers: number of workers.
+
+    Attributes:
+        queue: windows that no worker has.
+    """
+
+    def __init__(self, actor: Any, arguments: tuple[Any, ...], workers: int) -> None:
+        self.queue: deque[Window] = deque()
+        self._actor = actor
+        self._arguments = arguments
+        self._idle: list[Any] = []
+        self._tasks: dict[Any, tuple[Any, Window | None]] = {}
+        self._deaths: Counter[int | None] = Counter()
+        for _ in range(workers):
+            self._start()
+
+    def wait(self) -> Iterator[tuple[Window, Results]]:
+        """Wait until a worker has started, computed or died. Yield the windows that are computed.
+
+        Raises:
+            ConnectionError: as `Cluster.compute`.
+        """
+        while self.queue and self._idle:
+            worker, window = self._idle.pop(), self.queue.popleft()
+            self._tasks[worker.run.remote(window)] = worker, window
+        all_start = all(window is None for _, window in self._tasks.values())
+        timeout = SECONDS_FOR_A_WORKER if self._deaths and all_start else None
+        done, _ = ray.wait(list(self._tasks), timeout=timeout)
+        if not done:
+            raise ConnectionError(
+                f"the workers have died, and the Ray cluster has started none within {timeout:g} s. {RESUME}"
+            )
+        for task in done:
+            worker, own = self._tasks.pop(task)
+            try:
+                found = ray.get(task)
+            except RayTaskError as error:  # an error of the work is raised as it is, not as Ray's
+                raise error.cause from None
+            except RayError as error:
+                self._replace(worker, own, error)
+                continue
+            self._idle.append(worker)
+            if own is None:
+                self._deaths.pop(None, None)
+            else:
+                yield own, found
+
+    def end(self) -> None:
+        """End all workers."""
+        for worker in [*self._idle, *(worker for worker, _ in self._tasks.values())]:
+            ray.kill(worker)
+
+    def _start(self) -> None:
+        worker = self._actor.remote(*self._arguments)
+        self._tasks[worker.__ray_ready__.remote()] = worker, None
+
+    def _replace(self, worker: Any, window: Window | None, error: RayError) -> None:
+        """Start a worker in the place of one that died, and queue its window again.
+
+        Raises:
+            ConnectionError: if it is the last of `DEATHS`.
+        """
+        place = None if window is None else window.start
+        self._deaths[place] += 1
+        if self._deaths[place] == DEATHS:
+            of = "that start" if window is None else f"of {window} of the input"
+            why = str(error).partition("\n")[0]
+            raise ConnectionError(f"{DEATHS} workers {of} have died, the last one so: {why} {RESUME}") from error
+        if window is not None:
+            self.queue.appendleft(window)
+        ray.kill(worker)  # it may live, without a connection to this process
+        self._start()

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from flagembedding_matryoshka.cli.output import Output, open_output
 from flagembedding_matryoshka.cli.rows import Row, read, without_result
-from flagembedding_matryoshka.cli.work import Window, Work, windows
+from flagembedding_matryoshka.cli.work import Window, Windows, Work
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
-from flagembedding_matryoshka.inference.fingerprint import identity
+from flagembedding_matryoshka.inference.fingerprint import resolved_dtype, weights_of
 from flagembedding_matryoshka.text.lines import STANDARD_INPUT, parse
+
+if TYPE_CHECKING:
+    from flagembedding_matryoshka.cli.cluster import Cluster
 
 NOT_COMPARED = ("batch_size", "max_tokens_per_batch", "devices", "cache_dir", "token", "local_files_only")
 """Options that do not change results: runs that differ in them may continue each other's output."""
+
+DTYPE_FLAGS = ("use_fp16", "use_bf16")
+"""Options that choose a dtype, beside `dtype`."""
 
 
 def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -69,39 +77,62 @@ def run(parser: argparse.ArgumentParser, kind: type[Work], options: argparse.Nam
     total = sum(1 for _ in rows()) if source.is_file() else None
     given = given_options(options)
     settings = {"command": kind.__name__.lower(), "model": options.model, **given, **call}
-    if options.output != STANDARD_INPUT:
-        settings |= identity(options.model, given, options.ray is None)
-    output = open_output(options.output, {name: settings[name] for name in settings if name not in NOT_COMPARED})
-    remaining = rows()
-    done = _skip_done(kind, output, remaining, options.output)
-    first = next(remaining, None)
-    if first is not None:
-        waiting = windows(kind, chain([first], remaining), done)
-        with tqdm(total=total, initial=done, desc=settings["command"], unit="row", disable=None) as progress:
-            for window, results in compute(kind, (options.model, given, call), waiting, options.ray):
-                output.append(map(partial(_line, kind), window.rows, results))
-                progress.update(len(window.rows))
+    standard_output = sys.stdout
+    # Ray and other packages print, and must not print between the lines of the output.
+    with redirect_stdout(sys.stderr), _cluster(options.ray) as cluster:
+        if options.output != STANDARD_INPUT:
+            settings["weights"] = weights_of(options.model, given)
+        settings["resolved_dtype"] = _dtype(given, cluster)
+        if cluster is not None:  # all workers load the same dtype, whatever their devices
+            given = {name: value for name, value in given.items() if name not in DTYPE_FLAGS}
+            given["dtype"] = settings["resolved_dtype"]
+        compared = {name: settings[name] for name in settings if name not in NOT_COMPARED}
+        output = open_output(options.output, compared, standard_output)
+        remaining = rows()
+        done = _skip_done(kind, output, remaining, options.output)
+        first = next(remaining, None)
+        if first is not None:
+            waiting = Windows(kind, chain([first], remaining), done)
+            with tqdm(total=total, initial=done, desc=settings["command"], unit="row", disable=None) as progress:
+                for window, results in compute(kind, (options.model, given, call), waiting, cluster):
+                    output.append(map(partial(_line, kind), window.rows, results))
+                    progress.update(len(window.rows))
 
 
 def compute(
-    kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Iterator[Window], ray: int | None
+    kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Windows, cluster: Cluster | None
 ) -> Iterator[tuple[Window, list[Any]]]:
-    """Yield each window with its results, in order.
+    """Yield each window with its results, in order. The size of windows follows their time.
 
     Args:
         arguments: arguments of `kind`.
         waiting: the windows.
-        ray: number of workers of a Ray cluster, 0 for one on each of its GPUs or CPUs; None is this process.
+        cluster: None is this process.
     """
-    if ray is None:
-        work = kind(*arguments)
-        with work.reranker:
-            for window in waiting:
-                yield window, work.run(window)
-    else:
-        from flagembedding_matryoshka.cli.cluster import compute_on_cluster
+    if cluster is not None:
+        yield from cluster.compute(kind, arguments, waiting)
+        return
+    work = kind(*arguments)
+    with work.reranker:
+        for window in waiting:
+            results, seconds = work.run(window)
+            waiting.adapt(window, seconds)
+            yield window, results
 
-        yield from compute_on_cluster(kind, arguments, waiting, ray)
+
+def _dtype(given: dict[str, Any], cluster: Cluster | None) -> str:
+    """Return the dtype that weights are loaded in. Only if it depends on the device, a worker is asked."""
+    is_named = given.get("dtype", "auto") != "auto" and not any(name in given for name in DTYPE_FLAGS)
+    return resolved_dtype(given) if cluster is None or is_named else cluster.resolved_dtype(given)
+
+
+def _cluster(workers: int | None) -> AbstractContextManager[Cluster | None]:
+    """Return a cluster with this number of workers, or None in place of a cluster."""
+    if workers is None:
+        return nullcontext()
+    from flagembedding_matryoshka.cli.cluster import Cluster  # needs an extra
+
+    return Cluster(workers)
 
 
 def _line(kind: type[Work], row: Row, result: Any) -> str:

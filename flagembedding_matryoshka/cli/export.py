@@ -9,7 +9,6 @@ flagembedding-matryoshka export --model smollm2 --cutoff_layers 9 --format trans
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -17,6 +16,7 @@ from typing import get_args
 from flagembedding_matryoshka.checkpoints.export.formats import PRECISIONS, Format
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.parser import Parser
 
 LOADING = (
     "cutoff_layers",
@@ -33,8 +33,8 @@ LOADING = (
 """Options of `MatryoshkaReranker` that change the checkpoint that is written."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory to write; it must be empty, or not exist")
     parser.add_argument("--dtype", default="float32", help="dtype of the written weights (default: %(default)s)")
     parser.add_argument(

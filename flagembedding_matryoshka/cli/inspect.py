@@ -8,7 +8,6 @@ exit code 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ from collections.abc import Sequence
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint
 from flagembedding_matryoshka.inference.arguments import as_help, explanations
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.parser import Parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     about = {name: as_help(text) for name, text in explanations(MatryoshkaReranker).items()}
     parser.add_argument("path", help=about["model_name_or_path"])
     parser.add_argument("--template", help=about["template"])

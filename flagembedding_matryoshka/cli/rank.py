@@ -26,6 +26,7 @@ from flagembedding_matryoshka.cli.work import Work
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit
+from flagembedding_matryoshka.parser import Parser
 
 FIRST_STAGE_FIELD = "first_stage_field"
 WEIGHTS = ("fusion", "budget", "quality")
@@ -71,8 +72,8 @@ class Rank(Work):
         ]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     add_files(parser)
     add_ranking(parser)
     parser.add_argument(

@@ -19,6 +19,7 @@ from flagembedding_matryoshka.cli.commands import add_files, run
 from flagembedding_matryoshka.cli.rows import PASSAGE, Row, as_pair, name_of
 from flagembedding_matryoshka.cli.work import Work
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 RANKING_OPTIONS = ("fusion", "first_stage", "first_stage_field")
@@ -50,8 +51,8 @@ class Score(Work):
         return [list(of_pair) for of_pair in zip(*scores, strict=True)] if isinstance(scores[0], list) else scores
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     add_files(parser, without=RANKING_OPTIONS)
     for name in RANKING_OPTIONS:
         parser.add_argument(

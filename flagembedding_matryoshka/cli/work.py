@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -11,7 +12,11 @@ from flagembedding_matryoshka.cli.rows import Row
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 PAIRS_PER_WINDOW = 4096
-"""A window ends with the row that brings it to this number of pairs."""
+"""Most pairs of a window, apart from its last row."""
+FIRST_PAIRS = 128
+"""Pairs of the first window. The time that they take is not known yet."""
+SECONDS_PER_WINDOW = 20.0
+"""Time of a window of less than `PAIRS_PER_WINDOW` pairs. A process that is stopped loses at most about this work."""
 
 
 class Window(NamedTuple):
@@ -24,6 +29,18 @@ class Window(NamedTuple):
 
     start: int
     rows: list[Row]
+
+    def __str__(self) -> str:
+        """Return the rows' numbers in the input, from 1."""
+        first, last = self.start + 1, self.start + len(self.rows)
+        return f"row {first}" if first == last else f"rows {first} to {last}"
+
+
+class Results(NamedTuple):
+    """Results of the rows of a window, and the seconds that they took without the loading of the model."""
+
+    of_rows: list[Any]
+    seconds: float
 
 
 class Work(ABC):
@@ -67,34 +84,58 @@ class Work(ABC):
     def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
         """Compute the result of each row."""
 
-    def run(self, window: Window) -> list[Any]:
+    def run(self, window: Window) -> Results:
         """Compute the result of each row of a window.
 
         Raises:
             ValueError: if the re-ranker refuses a row, or a score is not a finite number.
         """
         reranker = self.reranker  # outside of try: errors of its options are not errors of rows
+        start = time.monotonic()
         try:
-            return self.results(reranker, window.rows)
+            return Results(self.results(reranker, window.rows), time.monotonic() - start)
         except (ArithmeticError, TypeError, ValueError) as error:
-            first, last = window.start + 1, window.start + len(window.rows)
-            rows = f"row {first}" if first == last else f"rows {first} to {last}"
-            raise ValueError(f"{rows} of the input, where row {first} is number 0: {error}") from error
+            first = window.start + 1
+            raise ValueError(f"{window} of the input, where row {first} is number 0: {error}") from error
 
 
-def windows(kind: type[Work], rows: Iterable[Row], start: int = 0) -> Iterator[Window]:
-    """Yield rows in windows of about `PAIRS_PER_WINDOW` pairs.
+class Windows(Iterator[Window]):
+    """The rows of an input in windows that end by number of pairs and by time.
+
+    A window has a power of two of pairs, at most `PAIRS_PER_WINDOW` and twice those of the last window that was timed,
+    and it is expected to take at most `SECONDS_PER_WINDOW`.
 
     Args:
+        kind: the work.
+        rows: the rows.
         start: number of rows before the first one.
     """
-    found: list[Row] = []
-    pairs = 0
-    for row in rows:
-        found.append(row)
-        pairs += max(1, kind.pairs(row))
-        if pairs >= PAIRS_PER_WINDOW:
-            yield Window(start, found)
-            start, found, pairs = start + len(found), [], 0
-    if found:
-        yield Window(start, found)
+
+    def __init__(self, kind: type[Work], rows: Iterable[Row], start: int = 0) -> None:
+        self.kind = kind
+        self.pairs = FIRST_PAIRS
+        self._rows = iter(rows)
+        self._start = start
+
+    def __next__(self) -> Window:
+        limit = min(self.pairs, PAIRS_PER_WINDOW)
+        rows: list[Row] = []
+        pairs = 0
+        while pairs < limit and (row := next(self._rows, None)) is not None:
+            rows.append(row)
+            pairs += self._pairs(row)
+        if not rows:
+            raise StopIteration
+        window = Window(self._start, rows)
+        self._start += len(rows)
+        return window
+
+    def adapt(self, window: Window, seconds: float) -> None:
+        """Choose the size of the windows that are read next by the time of one."""
+        pairs = sum(map(self._pairs, window.rows))
+        fitting = int(pairs * SECONDS_PER_WINDOW / max(seconds, 1e-9))
+        self.pairs = max(1, min(fitting, 2 * pairs, PAIRS_PER_WINDOW))
+        self.pairs = 1 << self.pairs.bit_length() - 1
+
+    def _pairs(self, row: Row) -> int:
+        return max(1, self.kind.pairs(row))

@@ -10,6 +10,7 @@ from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
 from flagembedding_matryoshka.inference.arguments import program, stage
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
+from flagembedding_matryoshka.parser import Parser
 
 BM25 = "bm25"
 DESCRIPTION = """Measure quality and cost of a re-ranker's depths, widths and cascades on a collection in BEIR layout.
@@ -19,13 +20,9 @@ python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_la
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `python -m flagembedding_matryoshka.evaluation`."""
-    parser = argparse.ArgumentParser(
-        prog=program("flagembedding_matryoshka.evaluation"),
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=program("flagembedding_matryoshka.evaluation"), description=DESCRIPTION)
     data = parser.add_argument_group("candidates")
     data.add_argument("--data", type=Path, required=True, help="directory with corpus.jsonl, queries.jsonl and qrels/")
     data.add_argument(

@@ -1,7 +1,7 @@
 """Digests of models, by which results of the same weights are found again.
 
 `model_fingerprint` reads all weights of a loaded model, merged and quantized. An evaluation stores its results under
-it. `identity` reads the files of a checkpoint without loading them.
+it. `weights_of` reads the files of a checkpoint without loading them.
 """
 
 from __future__ import annotations
@@ -50,15 +50,11 @@ def model_fingerprint(reranker: MatryoshkaReranker) -> str:
     return digest.hexdigest()
 
 
-def identity(model: str, options: Mapping[str, Any], is_here: bool) -> dict[str, str]:
-    """Return a fingerprint of the weights that `MatryoshkaReranker(model, **options)` would load, and their dtype.
+def weights_of(model: str, options: Mapping[str, Any]) -> str:
+    """Return a fingerprint of the files of the weights that `MatryoshkaReranker(model, **options)` would load.
 
     Args:
         options: the constructor's arguments that were given.
-        is_here: whether the re-ranker would be made in this process, so that its device is known.
-
-    Returns:
-        "weights", the fingerprint of their files, and, if it is known, "resolved_dtype", such as "float32".
 
     Raises:
         FileNotFoundError, ValueError: as the constructor.
@@ -67,15 +63,23 @@ def identity(model: str, options: Mapping[str, Any], is_here: bool) -> dict[str,
     given: Any = {name: options[name] for name in OF_A_CHECKPOINT if name in options}
     adapters = options.get("peft_path") or ()
     adapters = [adapters] if isinstance(adapters, str | PathLike) else adapters
-    found = {"weights": weights_fingerprint(inspect_checkpoint(model, **given, **hub), adapters, **hub)}
-    if is_here:
-        device = MatryoshkaReranker.get_target_devices(options.get("devices"))[0]
-        dtype = resolve_dtype(
-            options.get("dtype", "auto"),
-            options.get("use_fp16", False),
-            options.get("use_bf16", False),
-            device,
-            options.get("quantization"),
-        )
-        found["resolved_dtype"] = str(dtype).removeprefix("torch.")
-    return found
+    return weights_fingerprint(inspect_checkpoint(model, **given, **hub), adapters, **hub)
+
+
+def resolved_dtype(options: Mapping[str, Any]) -> str:
+    """Return the dtype, such as "float32", in which `MatryoshkaReranker(model, **options)` would load weights here.
+
+    Args:
+        options: the constructor's arguments that were given.
+
+    Raises:
+        ValueError: as the constructor.
+    """
+    dtype = resolve_dtype(
+        options.get("dtype", "auto"),
+        options.get("use_fp16", False),
+        options.get("use_bf16", False),
+        MatryoshkaReranker.get_target_devices(options.get("devices"))[0],
+        options.get("quantization"),
+    )
+    return str(dtype).removeprefix("torch.")

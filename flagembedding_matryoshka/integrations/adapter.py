@@ -227,6 +227,11 @@ class RankingAdapter:
             raise type(error)(f"{error} They are {source}.") from None
         return values
 
+    @property
+    def is_from_path(self) -> bool:
+        """Whether the adapter was made from a path, so that it can be saved."""
+        return self._path is not None
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the constructor as JSON values, except the keys of a cascade, which are ints.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from math import inf
 from os import PathLike
@@ -130,6 +131,22 @@ class MatryoshkaRanker:
                 for hit in found
             ]
         }
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        scale_score: bool | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        fusion: float | str | None = None,
+    ) -> dict[str, list[Document]]:
+        """Return as `run`, which is called in a thread, so that the event loop is free."""
+        return await asyncio.to_thread(
+            self.run, query, documents, top_k, scale_score, score_threshold, instruction, fusion
+        )
 
 
 def _retrieved(document: Document) -> float:

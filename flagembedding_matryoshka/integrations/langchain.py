@@ -8,18 +8,22 @@ from typing import Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.load import Serializable
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 
 
-class MatryoshkaCompressor(BaseDocumentCompressor):
+class MatryoshkaCompressor(Serializable, BaseDocumentCompressor):
     """Rank documents, best first, with their score in `metadata["relevance_score"]`.
 
     LangChain has no field for a retriever's scores. `first_stage_key` names the metadata that holds them, such as
     "score". Without it and without `first_stage="order"` nothing is fused. With fusion "relevance_score" is the fused
     score, "reranker_score" the re-ranker's score and "first_stage_score" the retriever's score.
+
+    LangChain's `dumps` writes a compressor that was made from a path, with its token as a secret, HF_TOKEN. `loads`
+    needs `allowed_objects=[MatryoshkaCompressor]` and `valid_namespaces=["flagembedding_matryoshka"]`.
 
     Args:
         reranker: a re-ranker, or the path of one.
@@ -36,6 +40,22 @@ class MatryoshkaCompressor(BaseDocumentCompressor):
         super().__init__(**{"top_n": top_n})
         self._ranking = RankingAdapter(reranker, **options)
         self._ranking.check(top_n, has_scores=False)
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        return self._ranking.arguments()
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        return {"token": "HF_TOKEN"} if isinstance(self._ranking.given.get("token"), str) else {}
+
+    def to_json(self) -> Any:
+        """Return LangChain's form of the constructor's call; of a loaded re-ranker, the form of a thing not saved."""
+        return super().to_json() if self._ranking.is_from_path else self.to_json_not_implemented()
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None

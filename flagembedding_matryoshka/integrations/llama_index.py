@@ -6,12 +6,16 @@ from os import PathLike
 from typing import Any
 
 from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.adapter import RankingAdapter, TextHit
+
+dispatcher = get_dispatcher(__name__)
 
 
 class MatryoshkaRerank(BaseNodePostprocessor):
@@ -22,6 +26,8 @@ class MatryoshkaRerank(BaseNodePostprocessor):
 
     With fusion, the first stage's scores are the nodes' scores. A returned node's score is the fused score, and its
     metadata have "reranker_score" and "first_stage_score". Neither is embedded or shown to a language model.
+
+    A call sends LlamaIndex's `ReRankStartEvent` and `ReRankEndEvent`, and `CBEventType.RERANKING` to callbacks.
 
     Args:
         reranker: a re-ranker, or the path of one.
@@ -68,9 +74,12 @@ class MatryoshkaRerank(BaseNodePostprocessor):
             return []
         query = query_bundle.query_str
         mode = MetadataMode.NONE if self._ranking.meta_fields_to_embed else MetadataMode.EMBED
+        name = self._ranking.load().model_name_or_path
+        top_n = len(nodes) if self.top_n is None else self.top_n
+        dispatcher.event(ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=top_n, model_name=name))
         payload: dict[Any, Any] = {
             EventPayload.NODES: nodes,
-            EventPayload.MODEL_NAME: self._ranking.load().model_name_or_path,
+            EventPayload.MODEL_NAME: name,
             EventPayload.QUERY_STR: query,
             EventPayload.TOP_K: self.top_n,
         }
@@ -79,6 +88,7 @@ class MatryoshkaRerank(BaseNodePostprocessor):
             ranked = self._ranking(query, contents, metadata, self.top_n, scores=[item.score for item in nodes])
             found = [self._scored(nodes[hit.index], hit) for hit in ranked]
             event.on_end(payload={EventPayload.NODES: found})
+        dispatcher.event(ReRankEndEvent(nodes=found))
         return found
 
     def _scored(self, item: NodeWithScore, hit: TextHit) -> NodeWithScore:

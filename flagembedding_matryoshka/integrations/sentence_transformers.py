@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.cross_encoder import CrossEncoderModelCardData
 from sentence_transformers.util import import_from_string
+from sentence_transformers.util.decorators import cross_encoder_predict_rank_args_decorator, deprecated_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -46,8 +47,12 @@ FUSION_ARGUMENTS = ("first_stage_scores", "first_stage", "fusion")
 
 
 class MatryoshkaCrossEncoder(CrossEncoder):
-    """A CrossEncoder whose `predict` and `rank` take depth and width, and `rank` a first stage's scores too."""
+    """A CrossEncoder whose `predict` and `rank` take depth and width, and `rank` a first stage's scores too.
 
+    Arguments that sentence-transformers has deprecated, such as `sentences`, are accepted with its warnings.
+    """
+
+    @deprecated_kwargs(sentences="inputs")
     def predict(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Score any iterable of pairs, as `CrossEncoder.predict`.
 
@@ -62,6 +67,7 @@ class MatryoshkaCrossEncoder(CrossEncoder):
                 )
         return super().predict(list(inputs) if isinstance(inputs, Iterator) else inputs, *args, **kwargs)
 
+    @cross_encoder_predict_rank_args_decorator
     def rank(  # type: ignore[override]
         self,
         query: str,

@@ -5,7 +5,6 @@ flagembedding-matryoshka lists --data DIR --output lists.jsonl
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,6 +19,7 @@ from flagembedding_matryoshka.mining.retrievers import (
     vectors_path,
 )
 from flagembedding_matryoshka.mining.rows import write_rows
+from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.collections import judged_queries, read_texts
 from flagembedding_matryoshka.text.output import remove_output
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None is the process's own.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory with corpus.jsonl and queries.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="the training file to write")
     parser.add_argument(

@@ -5,7 +5,6 @@ flagembedding-matryoshka mine --data DIR --output train.jsonl
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from flagembedding_matryoshka.mining.retrievers import (
     vectors_path,
 )
 from flagembedding_matryoshka.mining.rows import write_rows
+from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.collections import Collection, read_collection
 from flagembedding_matryoshka.text.output import remove_output
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None is the process's own.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="directory with corpus.jsonl, queries.jsonl and qrels/"
     )

@@ -31,6 +31,7 @@ from flagembedding_matryoshka.mining.teachers import (
     cross_encoder_teacher,
     flag_embedding_teacher,
 )
+from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.lines import good_rows
 from flagembedding_matryoshka.text.output import FileOutput
 
@@ -166,7 +167,7 @@ def raise_positives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="a training file")
     parser.add_argument("--output", type=Path, required=True, help="the training file to write, with scores")
     parser.add_argument(

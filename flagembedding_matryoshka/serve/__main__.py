@@ -24,6 +24,7 @@ import uvicorn
 
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options, program
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.logs import log_config
 from flagembedding_matryoshka.serve.model import check_degrade_to
@@ -51,13 +52,9 @@ def read_api_key(path: Path | None) -> str | None:
     return None if key is None else key.strip().decode()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     limits = Limits()
-    parser = argparse.ArgumentParser(
-        prog=program("flagembedding_matryoshka.serve"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=program("flagembedding_matryoshka.serve"), description=__doc__)
     add_reranker(parser, without=WITHOUT, more_names={"max_tokens_per_batch": "max_batch_tokens"})
     server = parser.add_argument_group("the server")
     server.add_argument(

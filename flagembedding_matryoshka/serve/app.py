@@ -19,7 +19,17 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.serve.forms import RERANK, RERANK_SCHEMA, SCORE, SCORE_SCHEMA, RerankAnswer, ScoreAnswer
+from flagembedding_matryoshka.serve.forms import (
+    INFINITY,
+    INFINITY_SCHEMA,
+    RERANK,
+    RERANK_SCHEMA,
+    SCORE,
+    SCORE_SCHEMA,
+    InfinityAnswer,
+    RerankAnswer,
+    ScoreAnswer,
+)
 from flagembedding_matryoshka.serve.limits import Limits
 from flagembedding_matryoshka.serve.logs import RequestIds
 from flagembedding_matryoshka.serve.model import check_degrade_to
@@ -93,6 +103,7 @@ def create_app(
     errors = (*ERRORS_OF_RANKING, 401) if token else ERRORS_OF_RANKING
     for paths, form, schema, answer in (
         (("/rerank", "/v1/rerank", "/v2/rerank"), RERANK, RERANK_SCHEMA, RerankAnswer),
+        (("/infinity/rerank",), INFINITY, INFINITY_SCHEMA, InfinityAnswer),
         (("/score", "/v1/score"), SCORE, SCORE_SCHEMA, ScoreAnswer),
     ):
         for path in paths:

@@ -13,7 +13,7 @@ from typing import Any
 from flagembedding_matryoshka.files import write_text
 
 NOT_ALWAYS = ("weights", "resolved_dtype")
-"""Settings that a run may lack: older versions did not store them, and a cluster does not know its workers' dtype."""
+"""Settings that a run may lack, because older versions did not store them."""
 
 
 class FileOutput:

@@ -1,7 +1,13 @@
+import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from importlib import import_module
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +73,8 @@ def test_the_package_is_the_command(monkeypatch, capsys):
 def test_a_command_calls_itself_as_it_was_typed(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    assert capsys.readouterr().out.startswith(f"usage: flagembedding-matryoshka {name} ")
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: flagembedding-matryoshka {name} ") and "--config FILE.yaml" in said
 
 
 @pytest.mark.parametrize(
@@ -115,3 +122,34 @@ def test_an_interrupted_command_ends_with_130_and_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["rank"])
     assert ended.value.code == 130 and capsys.readouterr().err == "flagembedding-matryoshka rank: interrupted\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_one_line_and_keeps_the_lines_of_json(desk, tmp_path):
+    lists, written = tmp_path / "lists", tmp_path / "out"
+    os.mkfifo(lists)
+    words = ["--model", desk.model, "--devices", "cpu", "cpu", "--input", str(lists)]
+    with (
+        written.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", PACKAGE, "rank", *words],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=Path(__file__).parents[2],
+        ) as process,
+        lists.open("w") as pipe,
+    ):
+        for number in range(300):  # more pairs than a first window has
+            pipe.write(json.dumps({"query": "wing", "documents": ["heat"], "id": number}) + "\n")
+        pipe.flush()
+        while not written.stat().st_size:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+        _, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "flagembedding-matryoshka rank: interrupted"
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(len(rows))) and all(row["ranking"] for row in rows)

@@ -1,16 +1,14 @@
 import os
-import sys
 
 import pytest
 
 from flagembedding_matryoshka.cli.output import StandardOutput
 
 
-def test_where_nobody_reads_on_the_process_ends_without_a_fault(monkeypatch):
+def test_where_nobody_reads_on_the_process_ends_without_a_fault():
     reads, writes = os.pipe()
     os.close(reads)
     with open(writes, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as ended:
-            StandardOutput().append(["x"])
+            StandardOutput(stdout).append(["x"])
         assert ended.value.code == 1

@@ -46,9 +46,25 @@ def test_a_pipe_is_read_from_its_start_and_no_further_than_is_needed(monkeypatch
     monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 3)
     read = []
     rows = (read.append(number) or {"query": "q", "passage": "p"} for number in range(1000))
-    windows = work.windows(Score, rows)
+    windows = work.Windows(Score, rows)
     assert len(next(windows).rows) == 3 and read == [0, 1, 2]
     assert next(windows).start == 3
+
+
+def sizes(pairs_per_second):
+    """Pairs of the windows of 20,000 rows, where they are computed at this rate."""
+    windows = work.Windows(Score, ({"query": "q", "passage": "p"} for _ in range(20_000)))
+    for window in windows:
+        windows.adapt(window, len(window.rows) / pairs_per_second)
+        yield len(window.rows)
+
+
+def test_windows_end_by_time():
+    fast, slow, slowest = (list(sizes(rate)) for rate in (1000, 10, 0.01))
+    assert fast[:6] == [128, 256, 512, 1024, 2048, 4096] and set(fast[6:-1]) == {4096}
+    assert slow[0] == slow[1] == 128 and max(slow) / 10 <= work.SECONDS_PER_WINDOW
+    assert slowest[:3] == [128, 1, 1]
+    assert sum(fast) == sum(slow) == sum(slowest) == 20_000
 
 
 @pytest.fixture

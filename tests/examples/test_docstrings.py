@@ -1,14 +1,5 @@
 import pytest
-from docstrings import (
-    Bm25,
-    Pair,
-    candidates,
-    collect_pairs,
-    parse_pair,
-    required_packages,
-    source_files,
-    split,
-)
+from docstrings import Pair, collect_pairs, parse_pair, required_packages, source_files, split
 
 BODY = "The words of this body are many enough to make a passage of a docstring that a summary line can look for."
 
@@ -60,18 +51,3 @@ def test_the_split_is_disjoint_and_does_not_depend_on_the_rest():
     assert 30 < len(parts.held_out) < 90 and 20 < len(parts.dev) < 60
     few = split(many[::7])
     assert set(few.held_out) <= set(parts.held_out) and set(few.train) <= set(parts.train)
-
-
-def test_bm25_lists_distinct_passages_best_first():
-    texts = [pair.passage for pair in pairs(50)]
-    found, scores = Bm25(texts).top(["item7", "item31"], 20)
-    assert [row[0] for row in found.tolist()] == [7, 31]
-    assert all(len(set(row)) == 20 for row in found.tolist())
-    assert (scores[:, :-1] >= scores[:, 1:]).all()
-
-
-def test_candidates_hold_the_relevant_passage():
-    queries = pairs(50)
-    for item in candidates(queries, [pair.passage for pair in queries], 5):
-        assert len(item.passages) == 5
-        assert item.passages[item.positive] in {pair.passage for pair in queries if pair.query == item.query}

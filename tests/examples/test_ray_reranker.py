@@ -32,14 +32,22 @@ def test_a_batch_job_scores_every_pair(example, reranker, tiny_layerwise_path, t
 
 
 @pytest.mark.slow
-def test_a_deployment_of_two_workers_ranks(example, reranker, tiny_layerwise_path):
+def test_a_cluster_answers_the_servers_clients(example, reranker, tiny_layerwise_path, monkeypatch):
+    cohere = pytest.importorskip("cohere")
+    monkeypatch.setenv("MATRYOSHKA_API_KEY", "key")
     example.start(str(tiny_layerwise_path), workers=2)
+    address, key = "http://127.0.0.1:8000", {"Authorization": "Bearer key"}
     documents = ["heat", "a wing", "the flow"]
-    request = {"query": "wing", "documents": documents, "top_k": 2, "cutoff_layers": 3}
-    for _ in range(4):
-        answer = httpx.post("http://127.0.0.1:8000/rerank", json=request, timeout=60)
-        assert answer.status_code == 200
-        expected = reranker.rank("wing", documents, top_k=2, cutoff_layers=3)
-        assert [hit["corpus_id"] for hit in answer.json()] == [hit["corpus_id"] for hit in expected]
-    refused = httpx.post("http://127.0.0.1:8000/rerank", json=request | {"cutoff_layers": 99}, timeout=60)
+    expected = reranker.rank("wing", documents, top_k=2, cascade={3: 0.7}, normalize=True)
+    body = {"query": "wing", "documents": documents, "top_n": 2, "cascade": {"3": 0.7}}
+    for _ in range(4):  # of both workers
+        answer = httpx.post(f"{address}/rerank", json=body, headers=key, timeout=60)
+        found = [(result["index"], result["relevance_score"]) for result in answer.json()["results"]]
+        assert found == [(hit["corpus_id"], pytest.approx(hit["score"], abs=1e-5)) for hit in expected]
+    answer = cohere.ClientV2("key", base_url=address).rerank(model="m", query="wing", documents=documents)
+    assert [result.index for result in answer.results] == [hit["corpus_id"] for hit in reranker.rank("wing", documents)]
+    refused = httpx.post(f"{address}/rerank", json=body | {"cutoff_layers": 99}, headers=key, timeout=60)
     assert refused.status_code == 422 and "99" in refused.json()["message"]
+    assert httpx.post(f"{address}/rerank", json=body, timeout=60).status_code == 401
+    assert httpx.get(f"{address}/ready", timeout=60).status_code == 200
+    assert "matryoshka_queue_requests" in httpx.get(f"{address}/metrics", timeout=60).text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flagembedding_matryoshka.finetune.__main__ import build_parser, read_config
+from flagembedding_matryoshka.finetune.__main__ import build_parser
 
 # The example of FlagEmbedding's guide for its layer-wise re-ranker, without --deepspeed, which needs that package.
 FLAG_EMBEDDING = """
@@ -63,12 +63,11 @@ def test_arguments_come_from_a_file_and_the_command_line_replaces_them(training_
         "lr_scheduler_kwargs": {"num_cycles": 2},
     }  # fmt: skip
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    words = read_config(["--max_steps", "3", "--config", str(config), "--exits", "6"])
+    words = ["--max_steps", "3", "--config", str(config), "--exits", "6"]
     model, data, training = build_parser().parse_args_into_dataclasses(words)
     assert (model.use_lora, model.exits, model.template, data.train_data) == (False, [6], None, [str(training_file)])
     assert (training.learning_rate, training.max_steps) == (1e-3, 3)
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert read_config(["--max_steps", "3"]) == ["--max_steps", "3"]
 
 
 def test_the_file_on_the_page_is_read(training_file, tmp_path, monkeypatch):
@@ -77,16 +76,7 @@ def test_the_file_on_the_page_is_read(training_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     shutil.copy(training_file, tmp_path / "train.jsonl")
-    words = read_config(["--config", "run.yaml", "--max_steps", "8"])
+    words = ["--config", "run.yaml", "--max_steps", "8"]
     model, data, training = build_parser().parse_args_into_dataclasses(words)
     assert (model.model_name_or_path, data.train_data, data.train_group_size) == ("smollm2", ["train.jsonl"], 3)
     assert (training.train_method, training.compress_layers, training.max_steps) == ("normal", [3, 6], 8)
-
-
-@pytest.mark.parametrize(("text", "fault"), [("a: [", "is not YAML"), ("- a", r"must be a mapping .* got \['a'\]")])
-def test_a_file_without_arguments_is_named(text, fault, tmp_path):
-    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"--config .*run\.yaml {fault}"):
-        read_config(["--config", str(tmp_path / "run.yaml")])
-    with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
-        read_config(["--config", str(tmp_path / "missing.yaml")])

@@ -27,6 +27,7 @@ def test_documents_are_ranked(reranker, options):
     assert scored(found) == expected(reranker, 2, **options)
     assert [document.id for document in found] == [DOCUMENTS[document.meta["source"]].id for document in found]
     assert scored(ranker.run(QUERY, DOCUMENTS, top_k=1)["documents"]) == expected(reranker, 1, **options)
+    assert asyncio.run(ranker.run_async(QUERY, DOCUMENTS)) == {"documents": found}
     assert ranker.run(QUERY, []) == {"documents": []}
     assert {document.score for document in DOCUMENTS} == {0.5}
 

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("langchain_core")
 from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.load import dumpd, dumps, loads
 
 from flagembedding_matryoshka.integrations.langchain import MatryoshkaCompressor
 from tests.integrations.conftest import OPTIONS, QUERY, TEXTS, expected
@@ -67,6 +68,18 @@ def test_a_path_takes_what_the_constructor_takes(other_path):
 def test_a_compressor_of_an_object_is_not_pickled(reranker):
     with pytest.raises(ValueError, match="cannot be saved or pickled: give its path"):
         pickle.dumps(MatryoshkaCompressor(reranker))
+
+
+def test_langchain_saves_a_compressor(tiny_layerwise_path, reranker):
+    options = {"top_n": 3, "cascade": {3: 1.0}, "meta_fields_to_embed": ["title"], "token": "hf_secret"}
+    compressor = MatryoshkaCompressor(str(tiny_layerwise_path), **options)
+    text = dumps(compressor)
+    assert "hf_secret" not in text
+    ours = {"allowed_objects": [MatryoshkaCompressor], "valid_namespaces": ["flagembedding_matryoshka"]}
+    again = loads(text, secrets_map={"HF_TOKEN": "hf_secret"}, **ours)
+    assert again.top_n == 3 and again._ranking.arguments() == compressor._ranking.arguments()
+    assert scored(again.compress_documents(DOCUMENTS, QUERY)) == scored(compressor.compress_documents(DOCUMENTS, QUERY))
+    assert dumpd(MatryoshkaCompressor(reranker))["type"] == "not_implemented"  # as tracers write it
 
 
 def test_metadata_stand_before_the_text(reranker):

@@ -95,3 +95,25 @@ def test_callbacks_hear_of_it(reranker, nodes):
     postprocessor.postprocess_nodes(nodes, query_str=QUERY)
     ((start, end),) = handler.get_event_pairs(CBEventType.RERANKING)
     assert start.payload["query_str"] == QUERY and len(end.payload["nodes"]) == 1
+
+
+def test_events_of_the_instrumentation(reranker, nodes):
+    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+
+    class Listener(BaseEventHandler):
+        heard: list = []
+
+        def handle(self, event, **kwargs):
+            self.heard.append(event)
+
+    root, listener = get_dispatcher(), Listener()
+    root.add_event_handler(listener)
+    try:
+        found = MatryoshkaRerank(reranker, top_n=2).postprocess_nodes(nodes, query_str=QUERY)
+        MatryoshkaRerank(reranker).postprocess_nodes(nodes, query_str=QUERY)
+    finally:
+        root.event_handlers.remove(listener)
+    start, end, start_of_all, _ = (event for event in listener.heard if event.class_name().startswith("ReRank"))
+    assert start.query.query_str == QUERY and start.nodes == nodes and start.model_name == reranker.model_name_or_path
+    assert end.nodes == found and (start.top_n, start_of_all.top_n) == (2, len(nodes))

@@ -106,6 +106,16 @@ def test_prompts_are_instructions_and_are_saved(load, tiny_layerwise_path, tmp_p
     assert same.compute_score(PAIRS) == pytest.approx(expected, abs=1e-5)
 
 
+def test_deprecated_names_are_taken_as_sentence_transformers_takes_them(cross_encoder):
+    assert cross_encoder.predict(sentences=PAIRS).tolist() == cross_encoder.predict(PAIRS).tolist()
+    documents = ["a wing", "the flux of heat, air"]
+    expected = cross_encoder.rank("heat", documents)
+    for name in ("convert_to_tensor", "convert_to_numpy", "apply_softmax"):
+        assert cross_encoder.rank("heat", documents, **{name: True}) == expected
+    sigmoid = cross_encoder.rank("heat", documents, activation_fct=torch.nn.Sigmoid())
+    assert all(0 < hit["score"] < 1 for hit in sigmoid)
+
+
 def test_a_template_without_a_place_refuses_a_prompt(cross_encoder):
     with pytest.raises(ValueError, match=r"no place for the instruction 'Is B about heat\?'.*qwen3-reranker, zerank"):
         cross_encoder.predict(PAIRS, prompt="Is B about heat?")

@@ -64,7 +64,7 @@ PROVIDERS = {
     "cohere": "/v2/rerank",
     "hosted_vllm": "",
     "huggingface": "",
-    "infinity": "",
+    "infinity": "/infinity",
     "jina_ai": "",
     "voyage": "",
 }
@@ -84,6 +84,17 @@ def test_litellm(address, expected, provider, monkeypatch):
         api_key="key",
     )
     assert [(result["index"], result["relevance_score"]) for result in answer.results] == expected
+
+
+def test_infinity_in_litellm_has_documents_by_default(address, expected_texts, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    call = {"query": QUERY, "documents": DOCUMENTS, "top_n": 2, "api_key": "key"}
+    answer = litellm.rerank(model="infinity/tiny", api_base=f"{address}/infinity", **call)
+    # LiteLLM leaves an empty text out.
+    texts = [result.get("document", {"text": ""})["text"] for result in answer.results]
+    assert list(zip(texts, (result["relevance_score"] for result in answer.results), strict=True)) == expected_texts
+    assert any(texts)
 
 
 def test_voyage(address, expected_texts):

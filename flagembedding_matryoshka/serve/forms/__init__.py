@@ -7,7 +7,13 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
-from flagembedding_matryoshka.serve.forms.cohere import CohereAnswer, DocumentsRequest, VoyageAnswer
+from flagembedding_matryoshka.serve.forms.cohere import (
+    CohereAnswer,
+    DocumentsRequest,
+    InfinityAnswer,
+    InfinityRequest,
+    VoyageAnswer,
+)
 from flagembedding_matryoshka.serve.forms.tei import TeiResult, TextsRequest
 from flagembedding_matryoshka.serve.forms.vllm import ScoreAnswer, ScoreRequest
 
@@ -26,10 +32,23 @@ AnyRerank = Annotated[
 RERANK: TypeAdapter[DocumentsRequest | TextsRequest] = TypeAdapter(AnyRerank)
 RERANK_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest)]}
 RerankAnswer = CohereAnswer | VoyageAnswer | list[TeiResult]
+INFINITY: TypeAdapter[InfinityRequest] = TypeAdapter(InfinityRequest)
+INFINITY_SCHEMA = InfinityRequest.model_json_schema()
 SCORE: TypeAdapter[ScoreRequest] = TypeAdapter(ScoreRequest)
 SCORE_SCHEMA = ScoreRequest.model_json_schema()
 
-__all__ = ["RERANK", "RERANK_SCHEMA", "SCORE", "SCORE_SCHEMA", "RerankAnswer", "ScoreAnswer", "parse"]
+__all__ = [
+    "INFINITY",
+    "INFINITY_SCHEMA",
+    "RERANK",
+    "RERANK_SCHEMA",
+    "SCORE",
+    "SCORE_SCHEMA",
+    "InfinityAnswer",
+    "RerankAnswer",
+    "ScoreAnswer",
+    "parse",
+]
 
 
 def parse(body: bytes, form: TypeAdapter[T]) -> T:

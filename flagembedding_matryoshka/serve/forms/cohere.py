@@ -40,6 +40,24 @@ class CohereAnswer(TypedDict):
     usage: Usage
 
 
+class InfinityResult(RankedResult):
+    """A document in Infinity's answer."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[str]
+
+
+class InfinityAnswer(TypedDict):
+    """Infinity's answer, in Cohere's format."""
+
+    id: str
+    model: str
+    results: list[InfinityResult]
+    meta: dict[str, Any]
+    usage: Usage
+
+
 class VoyageResult(RankedResult):
     """A document in Voyage's answer."""
 
@@ -135,8 +153,7 @@ class DocumentsRequest(Request):
         results = scores.best("relevance_score", self.top_n)
         if self.return_documents:
             for result in results:
-                document = self.documents[result["index"]]
-                result["document"] = {"text": document} if isinstance(document, str) else document
+                result["document"] = self._shown(result["index"])
         return {
             "id": str(uuid.uuid4()),
             "model": scores.model,
@@ -145,12 +162,24 @@ class DocumentsRequest(Request):
             "usage": scores.usage,
         }
 
+    def _shown(self, index: int) -> Any:
+        """Return a document as an answer repeats it."""
+        document = self.documents[index]
+        return {"text": document} if isinstance(document, str) else document
+
     def _voyage_answer(self, scores: RequestScores) -> VoyageAnswer:
         data = scores.best("relevance_score", self.top_k)
         if self.return_documents:
             for result in data:
                 result["document"] = self._texts[result["index"]]
         return {"object": "list", "data": data, "model": scores.model, "usage": scores.usage}
+
+
+class InfinityRequest(DocumentsRequest):
+    """Infinity's form: Cohere's, where the document of a result is its text."""
+
+    def _shown(self, index: int) -> str:
+        return self._texts[index]
 
 
 def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:
