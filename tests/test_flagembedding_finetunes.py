@@ -87,7 +87,6 @@ def test_loading_says_nothing(name, kind, path, peft_path):
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # as quiet.py does
             load(path, peft_path=peft_path, **TEMPLATES.get(name, {}))
     finally:
         for logger in loggers:

@@ -23,6 +23,7 @@ from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.quiet import without_deprecation
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 MERGED_TYPES = (
@@ -36,6 +37,10 @@ MERGED_TYPES = (
     PeftType.TRAINABLE_TOKENS,
 )
 """Kinds of adapters that become weights of the model. Merged models were compared with peft's for each of them."""
+PICKLED = (
+    "the weights of {path} are pickled ({file}), and a pickle can run code when it is read. If its source can be "
+    "trusted, give allow_pickle=True (--allow_pickle). Otherwise ask for {instead}."
+)
 PREFIX = "base_model.model."
 VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -138,15 +143,6 @@ def _no_base(adapter: str, base: str, error: OSError | None = None) -> FileNotFo
     )
 
 
-def fetched(adapter: str, **hub: Any) -> str:
-    """The directory of an adapter: peft itself asks the hub for weights, even of those that `local_files_only` forbids.
-
-    Raises:
-        FileNotFoundError: if it has no weights.
-    """
-    return str(adapter_file(adapter, **hub).parent)
-
-
 def adapter_file(adapter: str, **hub: Any) -> Path:
     """Where the weights of an adapter lie.
 
@@ -196,16 +192,18 @@ def refuse_other_head(adapter: Adapter, model: str, after: str | None = None) ->
     )
 
 
-def read_adapter(path: str, **hub: Any) -> Adapter:
+def read_adapter(path: str, allow_pickle: bool = False, **hub: Any) -> Adapter:
     """Read an adapter's files.
 
     Args:
         path: a directory, or a name on the hub.
+        allow_pickle: read weights from adapter_model.bin if there is no adapter_model.safetensors.
         hub: `cache_dir`, `token`, `revision`, … as in transformers.
 
     Raises:
         FileNotFoundError: if it has no weights.
-        ValueError: if adapters of its kind cannot become weights of the model.
+        ValueError: if adapters of its kind cannot become weights of the model, or its weights are pickled and
+            `allow_pickle` is False.
     """
     config = _config(path, **hub)
     for name in ("alora_invocation_tokens", "layer_replication", "arrow_config", "target_parameters"):
@@ -214,15 +212,19 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
                 f"the adapter {path} has {name}={getattr(config, name)!r:.80} in its adapter_config.json, which cannot "
                 "be merged into a re-ranker."
             )
-    stored = load_peft_weights(fetched(path, **hub), device="cpu")
+    file = adapter_file(path, **hub)
+    if file.name == WEIGHTS_NAME and not allow_pickle:
+        raise ValueError(PICKLED.format(path=path, file=file.name, instead=SAFETENSORS_WEIGHTS_NAME))
+    # From the directory: peft asks the hub for weights, even if `local_files_only` forbids it.
+    stored = load_peft_weights(str(file.parent), device="cpu")
     weights = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     of_exits = bool(_noted(path, **hub).get("layer_wise")) or any("linear_head" in name for name in weights)
     return Adapter(path, config, weights, of_exits)
 
 
-def trains_classifier(path: str, **hub: Any) -> bool:
-    """Whether an adapter was trained on a sequence classifier, and brings its head."""
-    return _config(path, **hub).task_type == TaskType.SEQ_CLS and read_adapter(path, **hub).has_score
+def trains_classifier(path: str, allow_pickle: bool = False, **hub: Any) -> bool:
+    """Whether an adapter was trained on a sequence classifier, and brings its head. It may raise as `read_adapter`."""
+    return _config(path, **hub).task_type == TaskType.SEQ_CLS and read_adapter(path, allow_pickle, **hub).has_score
 
 
 def _config(adapter: str, **hub: Any) -> PeftConfig:
@@ -263,7 +265,7 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_t
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
     config.inference_mode = not is_trainable
     try:
-        with _no_warnings_of_ties():
+        with _no_warnings_of_ties(), without_deprecation():
             peft_model = PeftModel(model, config, adapter_name=name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the adapter {adapter.path} does not fit a {kind}: {error}") from error

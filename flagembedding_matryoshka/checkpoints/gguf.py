@@ -117,7 +117,10 @@ def _source_hash(source: Path, root: Path) -> str:
     """The file's hash; gigabytes are not read again for every load, but only when size or time of change differ."""
     name = str(source.resolve())
     note = root / "sources" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
-    known = Fingerprint(**json.loads(note.read_text())["fingerprint"]) if note.exists() else None
+    try:
+        known = Fingerprint(**json.loads(note.read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):  # no note yet, or none that can be read
+        known = None
     fingerprint = Fingerprint.of(source, known)
     if fingerprint is not known:
         try:

@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from flagembedding_matryoshka.checkpoints.adapters import (
+    PICKLED,
     Adapter,
     attach,
     base_of,
@@ -62,6 +71,7 @@ class Checkpoint:
         description: what the checkpoint says of itself, and where.
         from_raw: whether `base` is a raw language model, whose heads are made while loading.
         revisions: of what on the hub which revision is to be read; the newest of anything else.
+        allow_pickle: whether weights may be read from pickled files where there are no safetensors.
     """
 
     path: str
@@ -71,6 +81,7 @@ class Checkpoint:
     from_raw: bool
     adapters: list[str] = field(default_factory=list)
     revisions: dict[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
 
     def hub_of(self, place: str, hub: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `hub` for the base or an adapter: a revision belongs to the one that it was asked for."""
@@ -97,6 +108,7 @@ def inspect_checkpoint(
     exits: Sequence[int] | None = None,
     template: str | PathLike[str] | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     **hub: Any,
 ) -> Checkpoint:
     """Read what lies at `path`, without its weights, and decide how to load it.
@@ -113,6 +125,8 @@ def inspect_checkpoint(
         template: what stands around query and passage, see
             [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
         trust_remote_code: as in transformers, for the tokenizer alone.
+        allow_pickle: weights of the checkpoint and its adapters may be read from pytorch_model.bin and
+            adapter_model.bin where there are no safetensors.
         hub: as of `hub_options`; `revision` is that of `path`. Of a base it is the one that adapters note.
 
     Raises:
@@ -149,7 +163,7 @@ def inspect_checkpoint(
         ) from error
     refuse_other_classifiers(path, stored)
     architecture: Architecture = "layer-wise" if config.layer_wise else "causal language model"
-    if is_classifier(stored) or (adapters and not config.layer_wise and trains_classifier(path, **hub)):
+    if is_classifier(stored) or (adapters and not config.layer_wise and trains_classifier(path, allow_pickle, **hub)):
         architecture = "sequence classification"
         config.become_classifier()
     is_raw = not config.layer_wise
@@ -190,7 +204,7 @@ def inspect_checkpoint(
     description = describe(path, files, stored, config, architecture, template, names, trust_remote_code)
     config.template = description.template.value.to_json()
     pinned = {place: revision for place, revision in revisions.items() if revision is not None}
-    return Checkpoint(path, base, config, description, is_raw, [*config.raw_peft, *adapters], pinned)
+    return Checkpoint(path, base, config, description, is_raw, [*config.raw_peft, *adapters], pinned, allow_pickle)
 
 
 def _refuse_other_exits(path: str, config: CostWiseConfig, start_layer: int | None, layer_sep: int | None) -> None:
@@ -302,8 +316,9 @@ def load_model(
     Raises:
         FileNotFoundError: if an adapter has no adapter_config.json or no weights.
         ValueError: if an adapter cannot be merged, is for another model, for the heads of other exits, or changes the
-            vocabulary head of a model that has none; if two adapters to attach are for the same ratio; or if the
-            tokenizer has tokens that the model has no embedding of.
+            vocabulary head of a model that has none; if two adapters to attach are for the same ratio; if the
+            tokenizer has tokens that the model has no embedding of; or if weights are pickled and the checkpoint does
+            not allow it.
     """
     logger.info(checkpoint.description.summary)
     paths = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
@@ -311,13 +326,15 @@ def load_model(
         if find_adapter_config_file(path, **checkpoint.hub_of(path, hub)) is None:
             raise FileNotFoundError(f"there is no adapter (adapter_config.json) at {path}")
         refuse_other_heads(path, checkpoint.config, **checkpoint.hub_of(path, hub))
-    adapters = [read_adapter(path, **checkpoint.hub_of(path, hub)) for path in paths]
+    adapters = [read_adapter(path, checkpoint.allow_pickle, **checkpoint.hub_of(path, hub)) for path in paths]
     config = checkpoint.config
     if checkpoint.from_raw and config.head_token_id is None:
         config.head_token_id = find_head_token_ids(tokenizer, Template.load(config.template).head_tokens)
     located = locate(checkpoint.base)
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
+    if not checkpoint.allow_pickle:
+        _refuse_pickled(checkpoint.base, Files(base, of_base))
     stored, depth = read_config(base, **of_base), depth_of(checkpoint, **hub)
     _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     self_check(causal_lm_class(config), config)
@@ -339,6 +356,7 @@ def load_model(
         dtype=dtype,
         adapt=adapt,
         as_classifier=bool(checkpoint.adapters) and adapters[0].has_score,
+        use_safetensors=None if checkpoint.allow_pickle else True,
         **of_base,
     )
     # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
@@ -367,6 +385,15 @@ def load_model(
     if attached:
         use_token_adapter(model, 1)
     return model.eval()
+
+
+def _refuse_pickled(base: str, files: Files) -> None:
+    """Raise ValueError if the weights are in pickled files alone."""
+    if any(files.path(name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if files.path(name):
+            raise ValueError(PICKLED.format(path=base, file=name, instead=SAFE_WEIGHTS_NAME))
 
 
 def _refuse_other_vocabulary(

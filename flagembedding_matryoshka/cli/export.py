@@ -56,7 +56,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="export a model that caps its scores to a runtime that does not: the order stays, the values do not",
     )
-    add_reranker(parser, (*LOADING, "cache_dir", "trust_remote_code"))
+    add_reranker(parser, (*LOADING, "cache_dir", "trust_remote_code", "allow_pickle"))
     return parser
 
 

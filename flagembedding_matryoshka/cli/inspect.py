@@ -25,6 +25,7 @@ def build_parser() -> Parser:
     parser.add_argument("--template", help=about["template"])
     parser.add_argument("--json", action="store_true", help="print value and source of each fact as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help=about["trust_remote_code"])
+    parser.add_argument("--allow_pickle", action="store_true", help=about["allow_pickle"])
     parser.add_argument("--cache_dir", help="as in transformers")
     parser.add_argument("--revision", help="as in transformers")
     parser.add_argument("--local_files_only", action="store_true", help="as in transformers")
@@ -37,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hub = hub_options(options.cache_dir, None, options.revision, options.local_files_only)
     try:
         checkpoint = inspect_checkpoint(
-            options.path, template=options.template, trust_remote_code=options.trust_remote_code, **hub
+            options.path,
+            template=options.template,
+            trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
+            **hub,
         )
     except (OSError, ImportError, TypeError, ValueError) as error:
         print(f"{options.path} cannot be loaded: {error}", file=sys.stderr)

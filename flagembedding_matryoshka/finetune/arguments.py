@@ -122,6 +122,13 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     save_merged_lora_model: bool = field(
         default=False, metadata={"help": "Also write output_dir/merged_model, with the adapters merged."}
     )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={
+            "help": "Read weights from pytorch_model.bin and adapter_model.bin if there are no safetensors. A pickle "
+            "can run code when it is read: allow it only if its source can be trusted."
+        },
+    )
     use_flash_attn: bool = field(
         default=False,
         metadata={

@@ -312,7 +312,7 @@ class PackedPairs:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedPairs:
         """Return the pairs with token ids on `device`. `packed` creates its index tensors there, too."""
         token_ids = self.token_ids.to(device, non_blocking=non_blocking)
-        return PackedPairs(token_ids, replace(self.packed, device=token_ids.device))
+        return PackedPairs(token_ids, self.packed.to(token_ids.device))
 
     def pin_memory(self) -> PackedPairs:
         """Return the pairs with token ids in pinned memory, so that a copy to a GPU does not block."""

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
@@ -80,6 +81,7 @@ def load_rows(
         min_negatives: as in `row_fault`.
 
     Raises:
+        OSError: if nothing can be written to the cache.
         ValueError: on the first bad line; names file, line and fault.
     """
     columns = {"query": Value("string"), **COLUMNS[kind], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
@@ -96,6 +98,11 @@ def load_rows(
         )
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
+    except OSError as error:
+        raise OSError(
+            f"{path} is parsed once, into {cache_dir or HF_DATASETS_CACHE}, where nothing can be written ({error}). "
+            "Name a directory that can be written by --cache_path or the variable HF_DATASETS_CACHE."
+        ) from error
     faults = rows.data.column("fault")
     if faults[0].as_py() == NO_ROW:
         return rows.select([]).select_columns(list(columns))

@@ -58,6 +58,7 @@ from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer, ranking
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.quantization import use_nf4
+from flagembedding_matryoshka.quiet import without_deprecation
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
@@ -141,6 +142,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             args.max_layer,
             args.exits,
             args.template,
+            allow_pickle=args.allow_pickle,
             **self._hub,
         )
         # Layers above the deepest exit have no gradient.
@@ -228,7 +230,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def _add_adapters(self, model: CostWiseForCausalLM, depth: int) -> PeftModel:
         args = self.model_args
         if args.from_peft is not None:
-            adapter = read_adapter(locate(args.from_peft), **self._hub)
+            adapter = read_adapter(locate(args.from_peft), args.allow_pickle, **self._hub)
             refuse_other_heads(adapter.path, model.config, **self._hub)
             refuse_other_head(adapter, "the model that learns")
             return attach(model, adapter, depth, is_trainable=True)
@@ -240,7 +242,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             target_modules=convert_target_modules(args.target_modules) or model.linear_names,
             modules_to_save=args.modules_to_save,
         )
-        return get_peft_model(model, config)
+        with without_deprecation():
+            return get_peft_model(model, config)
 
     @property
     def _dataset_class(self) -> type[MatryoshkaTrainDataset]:
@@ -306,7 +309,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
             merged = Path(self.training_args.output_dir) / MERGED
-            checkpoint = inspect_checkpoint(self.training_args.output_dir, **self._hub)
+            pickled = self.model_args.allow_pickle
+            checkpoint = inspect_checkpoint(self.training_args.output_dir, allow_pickle=pickled, **self._hub)
             with unsharded_loading(self.training_args):
                 model = load_model(checkpoint, self.tokenizer, self._weights_dtype(), **self._hub)
             model.config.raw_peft, model.config.base_exits = [], None

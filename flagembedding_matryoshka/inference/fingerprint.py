@@ -23,7 +23,7 @@ from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 HUB = ("cache_dir", "token", "revision", "local_files_only")
-OF_A_CHECKPOINT = ("from_raw", "start_layer", "layer_sep", "max_layer", "template", "trust_remote_code")
+OF_A_CHECKPOINT = ("from_raw", "start_layer", "layer_sep", "max_layer", "template", "trust_remote_code", "allow_pickle")
 
 
 def model_fingerprint(reranker: MatryoshkaReranker) -> str:

@@ -108,6 +108,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             differ by rounding, in float32 by up to 1e-6. Costs 10 to 24 % of the speed.
         cache_dir, token, revision, local_files_only: as in transformers; the revision is of `model_name_or_path` only.
         trust_remote_code: as in transformers, for the tokenizer only: the model's code is this package's.
+        allow_pickle: read weights from `pytorch_model.bin` and `adapter_model.bin` if there are no safetensors. A
+            pickle can run code when it is read: allow it only if its source can be trusted.
 
     Raises:
         FileNotFoundError: if a checkpoint or an adapter is missing, or a plan that an argument needs.
@@ -174,6 +176,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         token: bool | str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         hub = hub_options(cache_dir, token, revision, local_files_only)
@@ -185,6 +188,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             max_layer,
             template=template,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             **hub,
         )
         self.description = checkpoint.description
@@ -538,12 +542,15 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """Pickle and copy by the constructor's arguments and the current defaults.
 
         The copy loads the checkpoint again, from the same path. Weights changed in memory are not in it. The pickle
-        holds all arguments, also `token`.
+        holds all arguments but a `token` that is a string, which is a secret: the copy asks the hub with the token of
+        its own environment (HF_TOKEN).
         """
         defaults = {
             name: getattr(self, name) for name in (*DEPTH_AND_WIDTH, *(one.name for one in fields(ScoringOptions)))
         }
-        return partial(type(self), **self._arguments), (), defaults
+        secret = {"token"} if isinstance(self._arguments["token"], str) else set()
+        arguments = {name: value for name, value in self._arguments.items() if name not in secret}
+        return partial(type(self), **arguments), (), defaults
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # When the interpreter ends, modules are gone, and multiprocessing has ended the workers.

@@ -393,7 +393,8 @@ class MatryoshkaModule(InputModule):
             trust_remote_code: as in transformers, for the tokenizer only.
             backend: "torch".
             kwargs: arguments that CrossEncoder gives to all modules: in `model_kwargs` "dtype" (or "torch_dtype";
-                "auto" is the checkpoint's), in `processor_kwargs` "model_max_length", CrossEncoder's `max_length`, and
+                "auto" is the checkpoint's) and "use_safetensors" (False reads pickled weights if there are no
+                safetensors), in `processor_kwargs` "model_max_length", CrossEncoder's `max_length`, and
                 in `config_kwargs` "num_labels".
 
         Raises:
@@ -402,9 +403,12 @@ class MatryoshkaModule(InputModule):
         """
         if backend != "torch":
             raise ValueError(f"backend={backend!r}, but a MatryoshkaModule has the backend 'torch' only.")
-        dtype, max_length = _options_of_loading(subfolder, **{name: kwargs.get(name) for name in KWARGS})
+        given = {name: kwargs.get(name) for name in KWARGS}
+        dtype, max_length, allow_pickle = _options_of_loading(subfolder, **given)
         hub = hub_options(cache_folder, token, revision, local_files_only)
-        checkpoint = inspect_checkpoint(model_name_or_path, trust_remote_code=trust_remote_code, **hub)
+        checkpoint = inspect_checkpoint(
+            model_name_or_path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, **hub
+        )
         checkpoint.description.check_scoring()
         for adapter in checkpoint.adapters:
             ratio = token_adapter_ratio(adapter, **checkpoint.hub_of(adapter, hub))
@@ -451,25 +455,26 @@ def _options_of_loading(
     model_kwargs: dict[str, Any] | None,
     processor_kwargs: dict[str, Any] | None,
     config_kwargs: dict[str, Any] | None,
-) -> tuple[torch.dtype | None, int | None]:
-    """Return the dtype, None for the checkpoint's, and the maximal length, from CrossEncoder's arguments.
+) -> tuple[torch.dtype | None, int | None, bool]:
+    """Return dtype, None for the checkpoint's, maximal length and `allow_pickle` from CrossEncoder's arguments.
 
     Raises:
         ValueError: if another argument is given.
     """
     model, processor, config = dict(model_kwargs or {}), dict(processor_kwargs or {}), dict(config_kwargs or {})
     dtype = model.pop("dtype", None) or model.pop("torch_dtype", None) or torch.float32
+    allow_pickle = model.pop("use_safetensors", None) is False
     max_length, labels = processor.pop("model_max_length", None), config.pop("num_labels", 1)
     if labels != 1:
         raise ValueError(f"num_labels={labels}, but a re-ranker has one score for a pair.")
     if subfolder or model or processor or config:
         raise ValueError(
             f"subfolder={subfolder!r}, model_kwargs={model}, processor_kwargs={processor}, config_kwargs={config} have "
-            "no effect here: a MatryoshkaModule takes dtype, model_max_length and num_labels=1."
+            "no effect here: a MatryoshkaModule takes dtype, use_safetensors, model_max_length and num_labels=1."
         )
     if dtype == "auto":
-        return None, max_length
-    return resolve_dtype(dtype, use_fp16=False, use_bf16=False, device="cpu"), max_length
+        return None, max_length, allow_pickle
+    return resolve_dtype(dtype, use_fp16=False, use_bf16=False, device="cpu"), max_length, allow_pickle
 
 
 INSTALL = """The model's code is in this package:

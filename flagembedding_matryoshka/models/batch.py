@@ -21,7 +21,6 @@ theirs and which they attend to. The first and the last of these have a query of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -32,20 +31,24 @@ BLOCK = 128
 """Tokens of a block of `PackedBatch.context_blocks`."""
 
 
-@dataclass(frozen=True)
 class PackedBatch:
     """Where the segments, and their parts, lie in a packed row of hidden states (1, total_tokens, hidden).
 
     A segment is a whole sequence, the query part that several sequences share, or the rest of such a sequence. The
     lengths and `prefixes` are (segments,) int64 tensors on the CPU, where shapes are decided without waiting for a
-    device.
+    device. A batch does not change.
 
-    Attributes:
+    It is no dataclass: FSDP2 rebuilds these before each layer when it casts arguments, and each copy would compute and
+    copy all indices again.
+
+    Args:
         query_lengths: tokens up to and with the separator after the query.
         passage_lengths: tokens that compression may merge.
         prompt_lengths: tokens after the passage.
         device: the device of the index tensors below.
         prefixes: the segment that each one continues, -1 for segments that continue none; None if no query is shared.
+
+    Attributes:
         lengths: (segments,) int64, CPU: tokens of each segment.
         prefix_lengths: (segments,) int64, CPU: tokens of the segment that each one continues, or 0.
         context_lengths: (segments,) int64, CPU: tokens that the last token of each segment attends to.
@@ -54,36 +57,34 @@ class PackedBatch:
         sequence_lengths: (sequences,) int64, CPU: tokens of each sequence, including a shared segment.
     """
 
-    query_lengths: Tensor
-    passage_lengths: Tensor
-    prompt_lengths: Tensor
-    device: torch.device
-    prefixes: Tensor | None = None
-    lengths: Tensor = field(init=False)
-    prefix_lengths: Tensor = field(init=False)
-    context_lengths: Tensor = field(init=False)
-    cu_seqlens: Tensor = field(init=False)
-    sequences: Tensor = field(init=False)
-    sequence_lengths: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        lengths = self.query_lengths + self.passage_lengths + self.prompt_lengths
-        prefix_lengths = torch.zeros_like(lengths)
+    def __init__(
+        self,
+        query_lengths: Tensor,
+        passage_lengths: Tensor,
+        prompt_lengths: Tensor,
+        device: torch.device,
+        prefixes: Tensor | None = None,
+    ) -> None:
+        self.query_lengths, self.passage_lengths, self.prompt_lengths = query_lengths, passage_lengths, prompt_lengths
+        self.device, self.prefixes = device, prefixes
+        self.lengths = lengths = query_lengths + passage_lengths + prompt_lengths
+        self.prefix_lengths = torch.zeros_like(lengths)
         continued = torch.zeros(len(lengths), dtype=torch.bool)
-        if self.prefixes is not None:
-            prefix_lengths = torch.where(self.prefixes < 0, 0, lengths[self.prefixes])
-            continued[self.prefixes[self.prefixes >= 0]] = True
-        sequences = torch.nonzero(~continued)[:, 0]
-        values = {
-            "lengths": lengths,
-            "prefix_lengths": prefix_lengths,
-            "context_lengths": prefix_lengths + lengths,
-            "cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            "sequences": sequences,
-            "sequence_lengths": (prefix_lengths + lengths)[sequences],
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        if prefixes is not None:
+            self.prefix_lengths = torch.where(prefixes < 0, 0, lengths[prefixes])
+            continued[prefixes[prefixes >= 0]] = True
+        self.context_lengths = self.prefix_lengths + lengths
+        self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        self.sequences = torch.nonzero(~continued)[:, 0]
+        self.sequence_lengths = self.context_lengths[self.sequences]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch with its index tensors on `device`."""
+        return PackedBatch(self.query_lengths, self.passage_lengths, self.prompt_lengths, device, self.prefixes)
+
+    def with_passages(self, lengths: Tensor) -> PackedBatch:
+        """Return the batch with passages of these (segments,) int64 lengths."""
+        return PackedBatch(self.query_lengths, lengths, self.prompt_lengths, self.device, self.prefixes)
 
     @cached_property
     def segments(self) -> list[tuple[int, int]]:

@@ -125,6 +125,7 @@ class CostWiseForCausalLM(PreTrainedModel):
         config: CostWiseConfig | None = None,
         adapt: Callable[[Any], Any] | None = None,
         as_classifier: bool = False,
+        use_safetensors: bool | None = True,
         **kwargs: Any,
     ) -> Any:
         """As in transformers; a layer-wise `config` also turns a raw checkpoint into a re-ranker.
@@ -135,6 +136,8 @@ class CostWiseForCausalLM(PreTrainedModel):
             adapt: A callable that gets a raw checkpoint while it has the head and the module names of transformers'
                 own language model (`lm_head`) or sequence classifier (`score`), and returns the model to go on with.
                 It is not called for a layer-wise checkpoint.
+            use_safetensors: As in transformers, but True by default: pytorch_model.bin is not read. None reads it if
+                there is no model.safetensors.
             as_classifier: Read the decoder of a raw language model as that of a sequence classifier. Its `score` head
                 starts at random, so `adapt` must set it.
 
@@ -180,7 +183,12 @@ class CostWiseForCausalLM(PreTrainedModel):
             )
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=use_safetensors,
+            **kwargs,
         )
         model, info = loaded
         if is_classifier and not has_score:

@@ -14,8 +14,6 @@ and weigh the same; the last group may be short:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -52,7 +50,7 @@ def compress(
     Returns:
         (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.
     """
-    compressed = replace(packed, passage_lengths=compressed_lengths(packed.passage_lengths, ratio))
+    compressed = packed.with_passages(compressed_lengths(packed.passage_lengths, ratio))
     slots, in_passage = _slots(packed, compressed, ratio)
     total = int(compressed.cu_seqlens[-1])
 

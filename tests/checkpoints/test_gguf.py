@@ -105,6 +105,11 @@ def test_a_note_that_cannot_be_written_stops_nothing(gguf_path, converted, tmp_p
     shutil.rmtree(notes)
     notes.write_text("a file where notes would be")
     assert Path(resolve(str(gguf_path), tmp_path / "cache")).name == converted[1].name
+    notes.unlink()
+    resolve(str(gguf_path), tmp_path / "cache")
+    (note,) = notes.iterdir()
+    note.write_text("damaged")
+    assert Path(resolve(str(gguf_path), tmp_path / "cache")).name == converted[1].name
 
 
 def vocabulary(path):

@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralForCau
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model
+from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.text.pairs import find_head_token_id
 from tests.backbones import write_raw
 from tests.batches import random_sequences
@@ -57,6 +60,75 @@ def test_missing_files_are_named(tiny_layerwise_path, tmp_path):
         MatryoshkaReranker(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match=r"no adapter \(adapter_config.json\) at"):
         MatryoshkaReranker(str(tiny_layerwise_path), peft_path=str(tmp_path))
+
+
+class Trap:
+    """An object whose pickle makes a directory when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def pickled(path, copy, extra=None):
+    """A copy of a checkpoint or an adapter whose weights are pickled."""
+    shutil.copytree(path, copy)
+    (safe,) = copy.glob("*model.safetensors")
+    name = {"model": "pytorch_model", "adapter_model": "adapter_model"}[safe.stem]
+    torch.save(load_file(safe) | (extra or {}), copy / f"{name}.bin")
+    safe.unlink()
+    return copy
+
+
+@pytest.mark.parametrize("base", ["tiny_raw_model_path", "tiny_layerwise_path"])
+def test_pickled_weights_are_read_only_if_the_caller_allows_it(base, request, tmp_path):
+    expected = scores(request.getfixturevalue(base))
+    path = pickled(request.getfixturevalue(base), tmp_path / "model")
+    message = (
+        rf"the weights of {path} are pickled \(pytorch_model.bin\), and a pickle can run code .* give "
+        r"allow_pickle=True \(--allow_pickle\)\. Otherwise ask for model.safetensors\."
+    )
+    with pytest.raises(ValueError, match=message):
+        scores(path)
+    with pytest.raises(ValueError, match=message):
+        load_cross_encoder(path, device="cpu")
+    config = inspect_checkpoint(path).config
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        CostWiseMistralForCausalLM.from_pretrained(path, config=config)
+    torch.testing.assert_close(scores(path, allow_pickle=True), expected, atol=0, rtol=0)
+    model = load_cross_encoder(path, device="cpu", model_kwargs={"use_safetensors": False})
+    torch.testing.assert_close(torch.tensor(model.predict(PAIRS)), expected[-1], atol=1e-5, rtol=0)
+
+
+def test_pickled_adapters_are_read_only_if_the_caller_allows_it(tiny_layerwise_path, adapters, tmp_path):
+    expected = scores(tiny_layerwise_path, peft_path=adapters[0])
+    path = pickled(Path(adapters[0]), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"pickled \(adapter_model.bin\), .* for adapter_model.safetensors"):
+        scores(tiny_layerwise_path, peft_path=path)
+    found = scores(tiny_layerwise_path, peft_path=path, allow_pickle=True)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_safetensors_come_first_and_shards_are_refused_too(tiny_layerwise_path, tmp_path):
+    both = shutil.copytree(tiny_layerwise_path, tmp_path / "both")
+    (both / "pytorch_model.bin").write_text("not read")
+    assert torch.equal(scores(both), scores(tiny_layerwise_path))
+    (both / "model.safetensors").unlink()
+    (both / "pytorch_model.bin").rename(both / "pytorch_model.bin.index.json")
+    with pytest.raises(ValueError, match=r"pickled \(pytorch_model.bin.index.json\)"):
+        scores(both)
+
+
+def test_code_in_a_pickle_does_not_run_even_if_it_is_allowed(tiny_layerwise_path, tmp_path):
+    path = pickled(tiny_layerwise_path, tmp_path / "model", {"trap": Trap(str(tmp_path / "sprung"))})
+    torch.load(path / "pytorch_model.bin", weights_only=False)
+    (tmp_path / "sprung").rmdir()  # the trap works
+    for options in ({}, {"allow_pickle": True}):
+        with pytest.raises((ValueError, pickle.UnpicklingError), match=r"pickle|weights_only"):
+            scores(path, **options)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_another_architecture_is_refused(tmp_path):

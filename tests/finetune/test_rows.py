@@ -138,6 +138,13 @@ def test_a_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
     assert load(path)["query"][:] == ["a", "b"]
 
 
+def test_a_cache_that_cannot_be_written_to_is_named_with_what_to_do(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROW)
+    (tmp_path / "cache").write_text("a file where no directory can be made")
+    with pytest.raises(OSError, match=r"rows.jsonl is parsed once, into .*cache, where nothing .* by --cache_path or"):
+        load(path)
+
+
 def test_the_cache_of_one_file_is_not_taken_for_that_of_another(tmp_path):
     first, second = (write(tmp_path / f"{name}.jsonl", {**ROW, "query": name}) for name in "ab")
     os.utime(second, ns=(os.stat(first).st_atime_ns, os.stat(first).st_mtime_ns))

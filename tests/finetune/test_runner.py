@@ -98,6 +98,22 @@ def test_modules_that_are_not_there_are_named_before_weights_are_read(
         runner(no_weights, training_file, tmp_path / "out", arguments)
 
 
+@pytest.mark.parametrize("given", ["model_name_or_path", "raw_peft", "from_peft"])
+def test_training_reads_pickled_weights_only_if_it_is_told_to(given, tiny_raw_model_path, training_file, tmp_path):
+    base, options = shutil.copytree(tiny_raw_model_path, tmp_path / "base"), {}
+    place, weights, file = base, "model.safetensors", "pytorch_model.bin"
+    if given != "model_name_or_path":
+        config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        place, weights, file = tmp_path / "adapter", "adapter_model.safetensors", "adapter_model.bin"
+        get_peft_model(MistralForCausalLM.from_pretrained(base), config).save_pretrained(place)
+        options = {given: str(place) if given == "from_peft" else [str(place)]}
+    torch.save(load_file(place / weights), place / file)
+    (place / weights).unlink()
+    with pytest.raises(ValueError, match=rf"pickled \({file}\), .* allow_pickle=True \(--allow_pickle\)"):
+        runner(base, training_file, tmp_path / "out", options)
+    runner(base, training_file, tmp_path / "out", {**options, "allow_pickle": True})
+
+
 def test_split_names_of_a_fused_model_are_refused(tiny_tokenizer, training_file, tmp_path):
     base = write_raw("phi3", tiny_tokenizer, tmp_path / "phi3")
     known = "down_proj, embed_tokens, gate_up_proj, linear_head, o_proj, qkv_proj"

@@ -113,6 +113,15 @@ def test_a_copy_scores_with_the_arguments_and_the_current_defaults(tiny_layerwis
     assert found.model is not reranker.model
 
 
+def test_a_pickle_does_not_hold_the_hubs_token(tiny_layerwise_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", token="hf_secret")
+    pickled = pickle.dumps(reranker)
+    assert b"hf_secret" not in pickled and b"dtype" in pickled
+    assert pickle.loads(pickled).compute_score(PAIRS[:2]) == reranker.compute_score(PAIRS[:2])
+    public = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", token=False)
+    assert pickle.loads(pickle.dumps(public))._arguments["token"] is False
+
+
 AT_EXIT = """
 import builtins, sys
 from flagembedding_matryoshka import MatryoshkaReranker

@@ -1,6 +1,7 @@
 import hypothesis.strategies as st
 import torch
 from hypothesis import given
+from torch.distributed.utils import _apply_to_tensors
 
 from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
 from flagembedding_matryoshka.models.packing import pack
@@ -23,6 +24,16 @@ def test_every_index_names_its_place_in_the_row(lengths):
     assert [places[token] for token in packed.last_tokens] == [
         (row, sum(parts) - 1) for row, parts in enumerate(lengths)
     ]
+
+
+def test_a_cast_of_a_layers_arguments_leaves_a_batch_and_its_indices_as_they_are():
+    """FSDP2 casts them with this function before each layer, in mixed precision."""
+    lengths = torch.tensor([3, 2])
+    packed = PackedBatch(lengths, lengths, lengths, torch.device("cpu"))
+    arguments = {"packed": packed, "hidden_states": torch.ones(1, 15, 4), "last_row": False}
+    cast = _apply_to_tensors(lambda tensor: tensor.bfloat16(), arguments)
+    assert cast["hidden_states"].dtype == torch.bfloat16
+    assert cast["packed"] is packed and packed.position_ids.dtype == torch.int64
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=6))
