@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from numbers import Real
 from typing import Any, Protocol
 
@@ -141,7 +142,7 @@ class Setting:
                 )
             before = share
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Number of decoder layers that run: the deepest cutoff layer."""
         return max(self.cutoff_layers)

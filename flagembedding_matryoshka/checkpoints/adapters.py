@@ -23,6 +23,7 @@ from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.private import adapters_of, find_file
 from flagembedding_matryoshka.quiet import without_deprecation
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
@@ -150,7 +151,7 @@ def adapter_file(adapter: str, **hub: Any) -> Path:
         FileNotFoundError: if it has none.
     """
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        file = cached_file(adapter, name, _raise_exceptions_for_missing_entries=False, **hub)
+        file = find_file(adapter, name, **hub)
         if file is not None:
             return Path(file)
     raise FileNotFoundError(
@@ -358,7 +359,7 @@ def token_adapter_ratio(path: str, **hub: Any) -> int | None:
 
 def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
     """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
-    file = cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    file = find_file(adapter, CONFIG_NAME, **hub)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
@@ -369,7 +370,7 @@ def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
         for ratio in COMPRESS_RATIOS
-        if token_adapter_name(ratio) in layer._get_available_adapters()
+        if token_adapter_name(ratio) in adapters_of(layer)
     }
 
 
@@ -378,7 +379,7 @@ def use_token_adapter(model: CostWiseForCausalLM, ratio: int) -> None:
     name = token_adapter_name(ratio)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            present = name in layer._get_available_adapters()
+            present = name in adapters_of(layer)
             layer.enable_adapters(present)
             if present:
                 layer.set_adapter(name, inference_mode=True)

@@ -20,10 +20,10 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from flagembedding_matryoshka.checkpoints.chat_templates import template_from_chat, template_of_pairs
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import TEMPLATES, Template, of_head
 
@@ -203,7 +203,7 @@ class Files:
 
     def path(self, name: str) -> Path | None:
         """Where a file lies; None if the checkpoint has none of that name."""
-        found = cached_file(self.place, name, _raise_exceptions_for_missing_entries=False, **self._hub)
+        found = find_file(self.place, name, **self._hub)
         return None if found is None else Path(found)
 
     def text(self, name: str) -> str | None:

@@ -17,7 +17,6 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
     logging,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -53,6 +52,7 @@ from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.minicpm import MINICPM
 from flagembedding_matryoshka.models.self_check import self_check
+from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.text.pairs import find_head_token_ids
 from flagembedding_matryoshka.text.templates import Template
 
@@ -250,7 +250,7 @@ def load_tokenizer(
     readable = resolve(locate(checked(path)), hub.get("cache_dir"))
     if (
         find_adapter_config_file(readable, **hub) is not None
-        and cached_file(readable, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None
+        and find_file(readable, "tokenizer_config.json", **hub) is None
     ):
         base, revision = base_of(readable, **hub)
         return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
@@ -282,16 +282,13 @@ def _is_llama_sentencepiece(path: str, **hub: Any) -> bool:
     AutoTokenizer of transformers 5 converts them by other rules than the class that the checkpoint names: no space is
     put in front of a text, so that texts have other tokens.
     """
-    file = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    file = find_file(path, "tokenizer_config.json", **hub)
     if file is None:
         return False
     declared = json.loads(Path(file).read_text(encoding="utf-8")).get("tokenizer_class") or ""
     if declared.removesuffix("Fast") != "LlamaTokenizer":
         return False
-    found = [
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) is not None
-        for name in ("tokenizer.json", "tokenizer.model")
-    ]
+    found = [find_file(path, name, **hub) is not None for name in ("tokenizer.json", "tokenizer.model")]
     return found == [False, True]
 
 

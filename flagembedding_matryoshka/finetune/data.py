@@ -95,7 +95,7 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
             pairs,
             self.args.query_max_len,
             self.args.passage_max_len + self.args.query_max_len // 2,
-            self.max_length - len(self.pair_tokenizer.prompt_ids(template)),
+            self.max_length - len(self.pair_tokenizer.ids_of(template).closing),
             template,
         )
 

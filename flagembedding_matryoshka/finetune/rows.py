@@ -21,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind, row_fault
+from flagembedding_matryoshka.private import selected_rows
 from flagembedding_matryoshka.text.lines import read_rows
 from flagembedding_matryoshka.text.templates import Template
 
@@ -163,10 +164,10 @@ def count_instructions(files: Iterable[Dataset]) -> InstructionCounts:
     """Count the rows of each value in the columns of `INSTRUCTIONS`. No other column is read."""
     found: dict[str, Counter[str]] = {column: Counter() for column in INSTRUCTIONS}
     for rows in files:
-        indices = rows._indices  # of selected rows; `Dataset` takes 100 times as long to read them
+        selected = selected_rows(rows)
         for column, counts in found.items():
             values = rows.data.column(column)
-            for item in pc.value_counts(values if indices is None else values.take(indices.column(0))).to_pylist():
+            for item in pc.value_counts(values if selected is None else values.take(selected)).to_pylist():
                 counts[item["values"] or ""] += item["counts"]
     return found
 

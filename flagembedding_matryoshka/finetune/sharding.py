@@ -13,6 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from flagembedding_matryoshka.private import get_whole_modules
+
 
 class Shardable:
     """First base of a model that FSDP2 shards, before FlagEmbedding's class.
@@ -26,7 +28,7 @@ class Shardable:
     @property
     def _no_split_modules(self) -> set[str]:
         """Names of the module classes that are sharded and gathered one by one: the decoder's layers."""
-        return self.model._no_split_modules
+        return get_whole_modules(self.model)
 
 
 def keep_loss_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:

@@ -36,8 +36,8 @@ def add_reranker(
 
     Args:
         names: the options to add; None adds all but `without`.
-        without: options to leave out; read only if `names` is None.
-        more_names: a second name of options, by the first.
+        without: options to leave out if `names` is None.
+        more_names: {name: second name} of options.
     """
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
     about = explanations(MatryoshkaReranker)

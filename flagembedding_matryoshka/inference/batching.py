@@ -10,13 +10,11 @@ from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 def by_prefix(pairs: Sequence[TokenizedPair]) -> list[int]:
     """Return the indices of all pairs, pairs with one prefix together, the longest pairs and prefixes first."""
+    lengths = list(map(len, pairs))
     groups: dict[Prefix, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(pair.prefix, []).append(index)
-    for group in groups.values():
-        group.sort(key=lambda index: -len(pairs[index]))
-    longest_first = sorted(groups.values(), key=lambda group: -len(pairs[group[0]]))
-    return list(chain.from_iterable(longest_first))
+    for index in sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True):
+        groups.setdefault(pairs[index].prefix, []).append(index)
+    return list(chain.from_iterable(groups.values()))
 
 
 def _new_tokens(pair: TokenizedPair, before: TokenizedPair | None) -> int:
@@ -53,6 +51,10 @@ def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: int
 
 
 def count_input_tokens(pairs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
-    """Return the tokens before the passages of one query's pairs, which a batch holds once, and each pair's others."""
+    """Count the tokens of one query's pairs.
+
+    Returns:
+        the number of tokens before the passages, which a batch holds once, and the number of each pair's other tokens.
+    """
     shared = pairs[0].query_length if pairs else 0
     return shared, [len(pair) - pair.query_length for pair in pairs]

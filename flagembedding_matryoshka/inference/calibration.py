@@ -24,7 +24,7 @@ class Isotonic:
 
     Raises:
         TypeError: if a value is not a number.
-        ValueError: if the points are none, or no such points.
+        ValueError: if there is no point, scores do not ascend, or probabilities fall or are not in [0, 1].
     """
 
     method: ClassVar[str] = "isotonic"

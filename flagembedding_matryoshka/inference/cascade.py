@@ -40,14 +40,17 @@ def run_cascade(
     sizes = [len(numbers) for numbers in queries]
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
     owner = torch.tensor([number for numbers in queries for number in numbers])
+    _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
     scores, exits = torch.zeros(len(owner)), torch.zeros(len(owner), dtype=torch.long)
     fused = scores if fusion is None else torch.zeros(len(owner), dtype=torch.float64)
     running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     largest = max(sizes), max(states.hidden.shape[1] for states in batches)
     for layer, share in (*setting.cascade, (setting.depth, None)):
-        if share is not None and _all_go_on(running, owner, share):
-            continue
+        if share is not None:
+            kept = torch.tensor([share_of(share, count) for count in candidates.tolist()])
+            if bool((owner[running].bincount(minlength=len(kept)) <= kept).all()):
+                continue  # no candidate stops here, so no score is needed
         going = list(chain(*alive))
         scores[going] = torch.cat([score(states, layer) for states in batches]).cpu()
         exits[going] = layer
@@ -57,7 +60,7 @@ def run_cascade(
                 fused[places] = fusion.fuse(scores, places)
         if share is None:
             break
-        running = _best_of_each_query(fused, scores, running, owner, share)
+        running = _best_of_each_query(fused, scores, running, owner, kept)
         alive = _keep(batches, alive, running.tolist(), *largest)
     return scores, exits, fused
 
@@ -100,23 +103,22 @@ def _keep(
     return kept
 
 
-def _all_go_on(running: Tensor, owner: Tensor, share: float) -> bool:
-    """Return whether each query has at most `share` of its candidates left. Then none stops, and no score is needed."""
-    _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
-    left = owner[running].bincount(minlength=len(candidates)).tolist()
-    return all(here <= share_of(share, count) for here, count in zip(left, candidates.tolist(), strict=True))
+def _best_of_each_query(fused: Tensor, scores: Tensor, running: Tensor, owner: Tensor, kept: Tensor) -> Tensor:
+    """Choose the best running sequences of each query.
 
+    Args:
+        owner: (sequences,) int64, the query of each sequence: 0, 1, 2, …
+        kept: (queries,) int64, the number of sequences to choose of each query, at most.
 
-def _best_of_each_query(fused: Tensor, scores: Tensor, running: Tensor, owner: Tensor, share: float) -> Tensor:
-    """Return (sequences,) bool: True for running sequences among the best `share` of all candidates of their query."""
-    _, owner, candidates = owner.unique(return_inverse=True, return_counts=True)
-    going_on = torch.tensor([share_of(share, count) for count in candidates.tolist()])
+    Returns:
+        (sequences,) bool.
+    """
     places = running.nonzero()[:, 0]
     places = places[best_first(fused[places], scores[places])]
     places = places[owner[places].argsort(stable=True)]
     mine = owner[places]
-    left = mine.bincount(minlength=len(candidates))
+    left = mine.bincount(minlength=len(kept))
     rank = torch.arange(len(places)) - (left.cumsum(0) - left)[mine]
     chosen = torch.zeros(len(scores), dtype=torch.bool)
-    chosen[places[rank < going_on[mine]]] = True
+    chosen[places[rank < kept[mine]]] = True
     return chosen

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flagembedding_matryoshka.inference.inputs import Pairs
-from flagembedding_matryoshka.inference.options import ScoringOptions
+from flagembedding_matryoshka.inference.options import Call
 from flagembedding_matryoshka.text.encoding import CHARACTERS, MARGIN, whole_characters
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 NO_SPACE = re.compile(r"\S")
@@ -27,7 +27,12 @@ class Chunk(NamedTuple):
 
 
 class CutDocument(NamedTuple):
-    """The chunks of a document, at least one, and whether a part of the document or of the query is in none of them."""
+    """A document in chunks.
+
+    Attributes:
+        chunks: at least one chunk.
+        is_truncated: whether a part of the document or of the query is in no chunk.
+    """
 
     chunks: Sequence[Chunk]
     is_truncated: bool
@@ -42,16 +47,14 @@ class Chunking:
         overlap: number of tokens that a chunk has in common with the previous one.
     """
 
-    options: ScoringOptions
-    tokenizer: PairTokenizer
+    call: Call
     most: int | None = None
     overlap: int = 0
 
     @classmethod
     def of(
         cls,
-        options: ScoringOptions,
-        tokenizer: PairTokenizer,
+        call: Call,
         chunk: bool,
         max_chunks_per_doc: int | None,
         overlap: int | None,
@@ -73,7 +76,7 @@ class Chunking:
             raise ValueError(f"overlap is {overlap}, but must be at least 0.")
         if not chunk and (most is not None or overlap):
             raise ValueError(f"max_chunks_per_doc={most} and overlap={overlap} need chunk=True.")
-        return cls(options, tokenizer, most, overlap) if chunk else None
+        return cls(call, most, overlap) if chunk else None
 
     def cut(self, query: str, documents: Sequence[str]) -> list[CutDocument]:
         """Return the chunks of each document. A document that fits is one chunk.
@@ -83,7 +86,7 @@ class Chunking:
                 the offsets of its tokens.
         """
         texts = list(map(whole_characters, documents))
-        wholes = self.options.tokenize([(query, text) for text in texts], self.tokenizer)
+        wholes = self.call.tokenize([(query, text) for text in texts])
         found: list[CutDocument] = []
         for document, text, whole in zip(documents, texts, wholes, strict=True):
             if not whole.passage_is_cut:
@@ -109,14 +112,14 @@ class Chunking:
         return found
 
     def _chunks(self, query: str, text: str, room: int) -> Iterator[Chunk]:
-        """Yield the chunks of a text, of which one chunk's length is tokenised at a time."""
-        template = self.options.template(self.tokenizer)
+        """Yield the chunks of a text. One chunk's length of the text is tokenised at a time."""
+        template, tokenizer = self.call.template, self.call.tokenizer
         start = 0
         while True:
             window = text[start : start + (room + MARGIN) * CHARACTERS]
-            offsets = self.tokenizer.passage_offsets(window, template)
+            offsets = tokenizer.passage_offsets(window, template)
             instruction = int((offsets[:, 1] == 0).sum())
-            own = room - instruction - len(self.tokenizer.plain(template.passage_end))
+            own = room - instruction - len(tokenizer.ids_of(template).passage_end)
             if own < 1:
                 raise ValueError(f"the query {query!r:.60} leaves no room for a chunk of a document beside it.")
             if 2 * self.overlap > own:
@@ -129,7 +132,7 @@ class Chunking:
                 length = len(window) if kept == len(offsets) else int(offsets[max(kept, 1) - 1, 1])
                 # A part of a text can have more tokens alone than inside the text.
                 end = start + max(1, length)
-                (pair,) = self.options.tokenize([(query, text[start:end])], self.tokenizer)
+                (pair,) = self.call.tokenize([(query, text[start:end])])
                 if not pair.passage_is_cut or length <= 1:
                     break
                 kept -= 1
@@ -168,11 +171,3 @@ class Candidates:
             for document, score in zip(self.cut, self.first_stage, strict=True)
             for _ in range(len(document.chunks))
         ]
-
-    @classmethod
-    def of(cls, query: str, documents: Sequence[str], chunking: Chunking | None) -> Candidates:
-        """Return the candidates of a query, in chunks if `chunking` is given; errors as in `Chunking.cut`."""
-        if chunking is None:
-            return cls(documents, [(query, document) for document in documents])
-        cut = chunking.cut(query, documents)
-        return cls(documents, [chunk.pair for document in cut for chunk in document.chunks], cut)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
+from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.cascade import run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
@@ -149,7 +149,7 @@ class Engine:
         (pairs,), (places,) = task.batches, task.places
         scores, start = [], 0
         while start < len(pairs):
-            part = pairs[self._that_fits(pairs, start)]
+            part = self._limit.take(pairs[start:])
             try:
                 with self._adapted(task.setting.compress_ratio):
                     scores.append(computed(partial(self._forward, part, task.setting)))
@@ -182,7 +182,7 @@ class Engine:
             for number, pairs in enumerate(task.batches):
                 start = 0
                 while start < len(pairs):
-                    parts.append((number, self._that_fits(pairs, start)))
+                    parts.append((number, slice(start, start + len(self._limit.take(pairs[start:])))))
                     start = parts[-1][1].stop
             packs = [task.batches[number][part] for number, part in parts]
             of_packs = [owners[number][part] for number, part in parts]
@@ -201,10 +201,6 @@ class Engine:
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
             self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*task.places)))
             return Scored([scores.tolist()], exits.tolist(), fused.tolist())
-
-    def _that_fits(self, pairs: Sequence[TokenizedPair], start: int) -> slice:
-        """Return the pairs of a batch from `start` on that fit into memory, as far as is known."""
-        return slice(start, start + len(next_batch(pairs, range(start, len(pairs)), self._limit.tokens)))
 
     @torch.inference_mode()
     def _run_stages(

@@ -1,4 +1,4 @@
-"""Digests of models, by which results of the same weights are found again.
+"""Fingerprints of models. Results of equal weights are stored under one fingerprint.
 
 `model_fingerprint` reads all weights of a loaded model, merged and quantized. An evaluation stores its results under
 it. `weights_of` reads the files of a checkpoint without loading them.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.inference.inputs import MISSING, as_iterable, as_list, excerpt
+from flagembedding_matryoshka.inference.inputs import MISSING, as_iterable, excerpt
 
 T = TypeVar("T")
 ORDER = "order"
@@ -143,7 +143,7 @@ def _read_scores(
         values = next(scores, MISSING)
         if values is MISSING:
             raise ValueError(f"each query needs a list of first_stage_scores, but list {number} is missing.")
-        values = as_list(f"first_stage_scores of query {number}", values)
+        values = list(as_iterable(f"first_stage_scores of query {number}", values))
         yield query, documents, as_first_stage(number, values, len(documents))
     if next(scores, MISSING) is not MISSING:
         raise ValueError(f"each list of first_stage_scores needs a query, but query {number + 1} is missing.")

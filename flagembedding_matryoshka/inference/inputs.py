@@ -1,4 +1,4 @@
-"""Checks of a call's texts, before anything is computed."""
+"""Checks of the arguments of a call, before anything is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
     Raises:
         TypeError: if a value is not a pair of strings; the error names its index.
     """
-    pairs = as_list("pairs of query and passage", sentence_pairs)
+    pairs = list(as_iterable("pairs of query and passage", sentence_pairs))
     if len(pairs) == 2 and isinstance(pairs[0], str):
         pairs = [pairs]
     if pairs and all(isinstance(pair, TokenizedPair) for pair in pairs):
@@ -36,7 +36,7 @@ def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) ->
     found = []
     for index, pair in enumerate(pairs):
         try:
-            query, passage = as_list(f"pair {index}", pair)
+            query, passage = list(as_iterable(f"pair {index}", pair))
         except (TypeError, ValueError) as error:
             raise TypeError(f"pair {index} must be a query and a passage, got {excerpt(pair)}.") from error
         for name, text in (("query", query), ("passage", passage)):
@@ -52,7 +52,7 @@ def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[Tokenize
     Raises:
         TypeError: if a value is not a tokenised pair; the error names its list and index.
     """
-    found = [as_list(f"list {number}", pairs) for number, pairs in enumerate(as_iterable("lists", lists))]
+    found = [list(as_iterable(f"list {number}", pairs)) for number, pairs in enumerate(as_iterable("lists", lists))]
     for number, values in enumerate(found):
         for place, value in enumerate(values):
             if not isinstance(value, TokenizedPair):
@@ -67,8 +67,8 @@ def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tup
         TypeError: if a query is not a string or its documents are not a list of strings; the error names the query.
         ValueError: if the number of lists is not the number of queries.
     """
-    queries = as_list("queries", queries)
-    lists = as_list("candidates", candidates)
+    queries = list(as_iterable("queries", queries))
+    lists = list(as_iterable("candidates", candidates))
     if len(queries) != len(lists):
         raise ValueError(f"{len(lists)} lists of candidates need a list of as many queries, got {len(queries)}.")
     return queries, [
@@ -137,18 +137,13 @@ def excerpt(value: object) -> str:
 
 def _as_documents(number: int, query: Any, documents: Any) -> list[str]:
     """Check a query and its documents, and return the documents."""
-    documents = as_list(f"the documents of query {number}", documents)
+    documents = list(as_iterable(f"the documents of query {number}", documents))
     if not isinstance(query, str):
         raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
     for index, document in enumerate(documents):
         if not isinstance(document, str):
             raise TypeError(f"document {index} of query {number} must be a string, got {excerpt(document)}.")
     return documents
-
-
-def as_list(name: str, values: Any) -> list[Any]:
-    """Return the values of an iterable. Raises TypeError as `as_iterable`."""
-    return list(as_iterable(name, values))
 
 
 def as_iterable(name: str, values: Any) -> Iterable[Any]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from flagembedding_matryoshka.inference.batching import count_tokens
+from flagembedding_matryoshka.inference.batching import count_tokens, next_batch
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,12 @@ class TokenLimit:
         self._fitted = 0
         self._has_grown = False
 
+    def take(self, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+        """Return the first pairs of a batch, at least one, that fit as far as is known."""
+        if self.tokens == math.inf:
+            return pairs
+        return pairs[: len(next_batch(pairs, range(len(pairs)), self.tokens))]
+
     def fitted(self) -> None:
         """Note that a batch fitted. After enough of them a larger limit is tried, since memory may be free again."""
         with self._lock:
@@ -64,7 +70,7 @@ class TokenLimit:
 
         Args:
             name: number of the first pair, for the error.
-            held: what else was in memory, for the error and the warning.
+            held: other content of the memory, for the error and the warning.
 
         Raises:
             torch.OutOfMemoryError: if `part` is a single pair.

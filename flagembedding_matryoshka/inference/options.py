@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fusion import as_fusion
-from flagembedding_matryoshka.inference.inputs import Pairs, are_tokenized, as_count
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized, as_count
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting, resolve_alias
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template
 
 CALIBRATED = "calibrated"
@@ -78,21 +78,16 @@ class ScoringOptions:
             chosen["fusion"] = as_fusion(chosen["fusion"], lambda: defaults.plan.fusion_weight())
         return cls(**chosen)
 
-    def template(self, tokenizer: PairTokenizer) -> Template:
-        """Return the template of the call, with its words and instruction.
+    def saved_template(self, template: Template) -> Template:
+        """Return the template to save with a checkpoint, so that it is scored with these words; the instruction is its
+        `instruction`.
+
+        Args:
+            template: the template of the re-ranker.
 
         Raises:
             TypeError: if the instruction is not text.
             ValueError: if the template has no place for it.
-        """
-        return self.saved_template(tokenizer).with_instruction(None)
-
-    def saved_template(self, tokenizer: PairTokenizer) -> Template:
-        """The template to save with a checkpoint, so that it is scored with these words; the instruction is its
-        `instruction`.
-
-        Raises:
-            TypeError, ValueError: as `template`.
         """
         given: dict[str, Any] = {
             "query_instruction": self.query_instruction_for_rerank,
@@ -101,33 +96,77 @@ class ScoringOptions:
             "passage_format": self.passage_instruction_format,
             "prompt": self.prompt,
         }
-        words = tokenizer.template
-        changed: dict[str, Any] = {name: value for name, value in given.items() if value != getattr(words, name)}
+        changed: dict[str, Any] = {name: value for name, value in given.items() if value != getattr(template, name)}
         if changed:
-            words = replace(words, **changed)
+            template = replace(template, **changed)
         if self.instruction is None:
-            return words
-        words.with_instruction(self.instruction)  # refuses one that it has no place for
-        return replace(words, instruction=self.instruction)
+            return template
+        template.with_instruction(self.instruction)  # refuses one that it has no place for
+        return replace(template, instruction=self.instruction)
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]], tokenizer: PairTokenizer) -> list[TokenizedPair]:
-        """Tokenise pairs of query and passage.
+
+@dataclass(frozen=True)
+class Call:
+    """The options of a call, for all of its pairs.
+
+    Attributes:
+        shares: number of devices that the work is split among.
+        is_cascade: whether a cascade or a deadline chooses the candidates that go deeper.
+        deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
+        fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
+        max_tokens: tokens of a pair, at most, that the model has positions for; None is no limit.
+        template: the template of the call, with its words and its instruction.
+
+    Raises:
+        TypeError, ValueError: as `ScoringOptions.saved_template`.
+    """
+
+    tokenizer: PairTokenizer
+    options: ScoringOptions
+    setting: Setting
+    shares: int = 1
+    is_cascade: bool = False
+    deadline: Deadline | None = None
+    fusion: float | None = None
+    max_tokens: int | None = None
+    template: Template = field(init=False)
+
+    def __post_init__(self) -> None:
+        template = self.options.saved_template(self.tokenizer.template).with_instruction(None)
+        object.__setattr__(self, "template", template)
+
+    def tokenize(self, pairs: Pairs, first: int = 0) -> Inputs:
+        """Tokenise pairs. Pairs that are tokenised already stay as they are.
+
+        Args:
+            first: number of the first pair in the call, for the error.
 
         Raises:
-            ValueError: if a query leaves no room for its passage.
+            ValueError: if a query leaves no room for its passage, or a pair has more than `max_tokens`.
         """
-        return tokenizer.build_within(pairs, self.query_max_length, self.max_length, self.template(tokenizer))
+        if are_tokenized(pairs):
+            inputs: Inputs = pairs
+        else:
+            lengths = self.options.query_max_length, self.options.max_length
+            inputs = self.tokenizer.build_within(pairs, *lengths, self.template)
+        if self.max_tokens is not None:
+            for number, pair in enumerate(inputs, start=first):
+                if len(pair) > self.max_tokens:
+                    raise ValueError(
+                        f"pair {number} has {len(pair)} tokens, the template's words among them, and the model has "
+                        f"{self.max_tokens} positions. Use a smaller max_length."
+                    )
+        return inputs
 
 
 @dataclass(frozen=True)
 class RankingOptions:
-    """Arguments of `MatryoshkaReranker.rank` for all queries of a call, apart from texts and first-stage scores.
+    """Arguments of `MatryoshkaReranker.rank` for all queries of a call, without the texts and first-stage scores.
 
     Attributes:
         top_k, return_documents, cascade, chunk, max_chunks_per_doc, overlap, min_score: as in `rank`.
-        deadline: deadline of each query; None is no deadline.
         has_first_stage: whether the call gives first-stage scores or an order.
-        overrides: the other arguments, as in `compute_score`, without a list of instructions.
+        overrides: the other arguments, as in `compute_score`.
     """
 
     top_k: int | None
@@ -136,14 +175,27 @@ class RankingOptions:
     chunk: bool
     max_chunks_per_doc: int | None
     overlap: int
-    deadline: Deadline | None
     min_score: float | None
     has_first_stage: bool
     overrides: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> RankingOptions:
+        """Return the options among the arguments of `rank_batch` or `rank_iter`, by name.
+
+        Raises:
+            TypeError: if `top_k` is not an int.
+            ValueError: if it is less than 1.
+        """
+        chosen = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
+        if chosen["top_k"] is not None:
+            chosen["top_k"] = as_count("top_k", chosen["top_k"], ", or None for all documents")
+        given = (arguments["first_stage_scores"], arguments["first_stage"])
+        return cls(**chosen, has_first_stage=any(one is not None for one in given))
+
 
 def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:
-    """Raise TypeError if a call says how texts become tokens and gives no texts."""
+    """Raise TypeError if a call gives options of tokenisation together with tokenised pairs."""
     given = {name: overrides[name] for name in OF_TEXTS if overrides.get(name) is not None}
     if given and are_tokenized(pairs):
         raise TypeError(f"the pairs are tokenised already; {given} goes to tokenize.")
@@ -190,70 +242,58 @@ def refuse_beside_plan(given: Any) -> None:
         raise ValueError(f"budget and quality choose depth and width themselves; leave out {values}.")
 
 
-def resolve_call(defaults: Any, overrides: Mapping[str, Any]) -> tuple[ScoringOptions, Setting]:
-    """Return the options and the setting of a call that does not rank.
+def resolve_call(
+    defaults: Any,
+    overrides: Mapping[str, Any],
+    cascade: Mapping[int, float] | None = None,
+    is_ranking: bool = False,
+) -> tuple[ScoringOptions, Setting]:
+    """Return the options and the setting of a call.
 
     Args:
         defaults: a re-ranker.
         overrides: None keeps its default; `compress_layer` is the reference's spelling of `compress_layers`.
+        is_ranking: whether the call ranks. It then uses the setting of the re-ranker's plan, unless it names a depth,
+            width or cascade of its own.
 
     Raises:
-        TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`, TypeError if `fusion` is given, and
-            ValueError if the two spellings contradict each other.
+        FileNotFoundError: as `ScoringOptions.resolve`.
+        TypeError, ValueError: as `ScoringOptions.resolve` and `Setting.resolve`. ValueError if the two spellings
+            contradict each other, or a ranking has several cutoff layers. TypeError if `fusion` is given without a
+            ranking.
     """
-    if overrides.get("fusion") is not None:
+    if not is_ranking and overrides.get("fusion") is not None:
         raise TypeError(
             f"fusion={overrides['fusion']!r} is an argument of rankings, which fuse a query's scores with those of the "
             "first stage: leave it out here."
         )
-    return _resolve(defaults, overrides, None)
-
-
-def _resolve(
-    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None
-) -> tuple[ScoringOptions, Setting]:
-    """Return the options and the setting of any call, as `resolve_call`."""
-    of_text = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
+    own = any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
+    if is_ranking and defaults.planned is not None and cascade is None and not own:
+        overrides, cascade = {**overrides, **defaults.planned.arguments}, dict(defaults.planned.cascade)
+    others = {name: value for name, value in overrides.items() if name not in DEPTH_AND_WIDTH}
     depth_and_width = {name: overrides.get(name) for name in DEPTH_AND_WIDTH}
-    alias = of_text.pop("compress_layer", None)
+    alias = others.pop("compress_layer", None)
     if alias is not None:
         depth_and_width["compress_layers"] = resolve_alias(alias, depth_and_width["compress_layers"])
     for name, value in depth_and_width.items():
         depth_and_width[name] = getattr(defaults, name) if value is None else value
-    options = ScoringOptions.resolve(defaults, of_text)
+    options = ScoringOptions.resolve(defaults, others)
     if overrides.get("max_length") is not None:
         refuse_beyond_positions(defaults.config, options.max_length)
     try:
         setting = Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
-        is_given = alias is not None or overrides.get("compress_layers") is not None
-        if is_given and setting.compress_ratio > 1 and setting.compress_layers[0] >= setting.depth:
-            warnings.warn(
-                f"compress_ratio={setting.compress_ratio} compresses nothing: compress_layers="
-                f"{list(setting.compress_layers)} lie at or above the deepest cutoff, layer {setting.depth}.",
-                UserWarning,
-                stacklevel=4,
-            )
-        return options, setting
     except ValueError as error:
         if defaults.max_layer is None:
             raise
         raise ValueError(f"{error} Layers above max_layer={defaults.max_layer} were not loaded.") from error
-
-
-def resolve_ranking(
-    defaults: Any, overrides: Mapping[str, Any], cascade: Mapping[int, float] | None = None
-) -> tuple[ScoringOptions, Setting]:
-    """As `resolve_call`, for a ranking: by the plan, unless the call names a depth, width or cascade of its own.
-
-    Raises:
-        FileNotFoundError: as `ScoringOptions.resolve`.
-        TypeError, ValueError: as `resolve_call`, except that `fusion` is allowed; ValueError if several cutoff layers
-            are given.
-    """
-    own = any(overrides.get(name) is not None for name in (*DEPTH_AND_WIDTH, "compress_layer"))
-    if defaults.planned is not None and cascade is None and not own:
-        overrides, cascade = {**overrides, **defaults.planned.arguments}, dict(defaults.planned.cascade)
-    options, setting = _resolve(defaults, overrides, cascade)
-    if len(setting.cutoff_layers) > 1:
+    is_given = alias is not None or overrides.get("compress_layers") is not None
+    if is_given and setting.compress_ratio > 1 and setting.compress_layers[0] >= setting.depth:
+        warnings.warn(
+            f"compress_ratio={setting.compress_ratio} compresses nothing: compress_layers="
+            f"{list(setting.compress_layers)} lie at or above the deepest cutoff, layer {setting.depth}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if is_ranking and len(setting.cutoff_layers) > 1:
         raise ValueError(f"a ranking is made at one cutoff layer, got cutoff_layers={list(setting.cutoff_layers)}.")
     return options, setting

@@ -1,4 +1,4 @@
-"""Choice of a setting within a budget or for a wanted quality, among the settings that an evaluation measured."""
+"""Plans: the settings that an evaluation measured, and the choice of one by a budget or a quality."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
@@ -19,6 +17,7 @@ from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import Setting
 
 PLAN_NAME = "matryoshka_plan.json"
@@ -31,8 +30,8 @@ class Measured:
 
     Attributes:
         flops_share: fraction of the full network's operations.
-        ndcg_share: fraction of its nDCG@10, on the queries that choose.
-        held_out_ndcg_share: the same on the held-out queries; None if that was not measured.
+        ndcg_share: fraction of the full network's nDCG@10, on the queries that choose.
+        held_out_ndcg_share: the same fraction on the held-out queries; None if it was not measured.
         calibration: map from scores of the setting to probabilities of relevance; None if none was fitted.
 
     Raises:
@@ -59,7 +58,7 @@ class Plan:
     Attributes:
         exit_layers: all exits of the model.
         adapters: names of the adapters that were merged or attached, in order, apart from the model's own.
-        data, queries, candidates: the collection, the number of queries that choose, and the source of the lists.
+        data, queries, candidates: name of the collection, number of queries that choose, and first stage of the lists.
         settings: all measured settings.
         held_out_queries: number of queries that `held_out_ndcg_share` was measured on.
         scored_with: words around the texts, dtype and quantization, which calibrations depend on; see
@@ -73,8 +72,8 @@ class Plan:
         TypeError: if the weight is not a number.
         ValueError: if the weight is negative or not finite.
 
-    Which setting is best hardly depends on rounding: a plan chooses settings in any dtype. A calibration maps scores
-    themselves, and is used in the dtype that it was fitted in alone.
+    Rounding hardly changes which setting is best, so a plan chooses settings for any dtype. A calibration maps scores,
+    so it is used only in the dtype that it was fitted in.
     """
 
     exit_layers: tuple[int, ...]
@@ -93,16 +92,16 @@ class Plan:
             as_weight(self.fusion)
 
     def choose(self, budget: float | None = None, quality: float | None = None, cascades: bool = True) -> Setting:
-        """The best setting within `budget`, or the cheapest that reaches `quality`; give one of them.
+        """Return the best setting within `budget`, or the cheapest setting that reaches `quality`. Give one of them.
 
         Args:
-            budget: share of the full network's floating-point operations, in (0, 1].
-            quality: share of the full network's nDCG@10, above 0.
-            cascades: whether one may be chosen that drops candidates on the way.
+            budget: fraction of the full network's floating-point operations, in (0, 1].
+            quality: fraction of the full network's nDCG@10, above 0.
+            cascades: whether a setting with a cascade may be chosen.
 
         Raises:
-            ValueError: if both or neither are given, one is out of its range, or no setting fits; the error names the
-                one that comes nearest.
+            ValueError: if both or neither are given, the value is out of its range, or no setting fits; the error names
+                the nearest setting.
         """
         settings = [item for item in self.settings if cascades or not item.setting.cascade]
         among = "measured setting" if cascades else "measured setting without a cascade"
@@ -115,7 +114,7 @@ class Plan:
         raise ValueError(f"budget={budget} and quality={quality}: give one of them.")
 
     def check(self, config: CostWiseConfig, adapters: Sequence[str]) -> None:
-        """Raise ValueError unless a model of this configuration, with these adapters, may be what was measured."""
+        """Raise ValueError if this plan is not of a model with this configuration and these adapters."""
         if list(self.exit_layers) != config.exit_layers:
             raise ValueError(f"it measured exits {list(self.exit_layers)}, and this model has {config.exit_layers}")
         names = adapter_names(adapters)
@@ -125,10 +124,10 @@ class Plan:
             item.setting.check(config)
 
     def calibration(self, setting: Setting, layer: int) -> Calibration:
-        """From scores that `setting` reads at exit `layer` to the probability of relevance.
+        """Return the map from scores that `setting` reads at exit `layer` to probabilities of relevance.
 
         Raises:
-            ValueError: if none was fitted; the error names those that were.
+            ValueError: if no such map was fitted; the error lists the settings that have one.
         """
         wanted = _as_read(setting, layer)
         fitted = {
@@ -154,7 +153,7 @@ class Plan:
         return self.fusion
 
     def check_conditions(self, scored_with: Mapping[str, Any]) -> None:
-        """Raise ValueError unless scores come about as those did that the calibrations were fitted to."""
+        """Raise ValueError if the conditions of scores differ from those that the calibrations were fitted in."""
         others = {
             name: (value, scored_with.get(name))
             for name, value in self.scored_with.items()
@@ -165,14 +164,14 @@ class Plan:
             raise ValueError(f"normalize='calibrated': the plan of {self.data} was measured with {said}.")
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the plan as a JSON file. The file is replaced in one step."""
         settings = [asdict(item) | {"calibration": to_json(item.calibration)} for item in self.settings]
         stored = asdict(self) | {"settings": settings}
         write_text(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 def _as_read(setting: Setting, layer: int) -> Setting:
-    """What a score read at an exit depends on: of the layers that compress, those before it."""
+    """Return the part of a setting that a score at an exit depends on. Only compress layers before the exit count."""
     before = tuple(after for after in setting.compress_layers if after < layer)
     return Setting((layer,), before or setting.compress_layers, setting.compress_ratio)
 
@@ -204,7 +203,7 @@ def _cheapest_reaching(quality: float, settings: Sequence[Measured], among: str)
 
 
 def adapter_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """What a plan keeps of adapters' paths, so that a model can move."""
+    """Return the names of adapters that a plan stores. Paths are left out, so that a model can be moved."""
     return tuple(Path(path).name for path in paths)
 
 
@@ -215,22 +214,23 @@ def load_plan(
     weights: Callable[[], str] | None = None,
     **hub: Any,
 ) -> Plan:
-    """The plan beside a model, a local directory or a name as `inspect_checkpoint` takes it.
+    """Load the plan beside a model.
 
     Args:
-        config: the model's.
-        adapters: paths of the adapters that are merged into it or attached.
+        model: a local directory or a name, as in `inspect_checkpoint`.
+        config: the model's configuration.
+        adapters: paths of the adapters that are merged into the model or attached to it.
         weights: returns the fingerprint of the weights; None computes it.
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
-        FileNotFoundError: if there is none, with the command that writes it.
-        ValueError: if the file is no plan, another model's, or was measured with other weights.
+        FileNotFoundError: if there is no plan; the error names the command that writes one.
+        ValueError: if the file is no plan, is the plan of another model, or was measured with other weights.
     """
-    # A GGUF file has none: it is no directory, and no name on the hub.
+    # A GGUF file has no plan: it is neither a directory nor a name on the hub.
     located = locate(model)
     is_file = Path(located).expanduser().is_file()
-    path = None if is_file else cached_file(located, PLAN_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    path = None if is_file else find_file(located, PLAN_NAME, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{model} has no {PLAN_NAME}, which budget, quality, fusion='auto' and normalize='calibrated' need. This "
@@ -247,8 +247,8 @@ def load_plan(
         raise ValueError(f"{path} is the plan of another model: {error}. {COMMAND.format(model)} makes one.") from error
     if plan.weights is None:
         warnings.warn(
-            f"{path} names no weights: a version wrote it that did not note them. Whether it was measured with those "
-            f"of {model} is not known. {COMMAND.format(model)} makes one that does.",
+            f"{path} names no weights: an older version wrote it. It is not known whether it was measured with the "
+            f"weights of {model}. {COMMAND.format(model)} writes a plan that names them.",
             UserWarning,
             stacklevel=2,
         )
@@ -256,8 +256,8 @@ def load_plan(
     found = weights_fingerprint(inspect_checkpoint(model, **hub), adapters, **hub) if weights is None else weights()
     if found != plan.weights:
         raise ValueError(
-            f"{path} was measured with other weights, whose fingerprint is {plan.weights:.12}…; that of {model} is "
-            f"{found:.12}…. {COMMAND.format(model)} measures these."
+            f"{path} was measured with other weights, whose fingerprint is {plan.weights:.12}…. The fingerprint of "
+            f"{model} is {found:.12}…. {COMMAND.format(model)} measures these weights."
         )
     return plan
 

@@ -14,17 +14,16 @@ from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, Cu
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
-from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_tokenized, excerpt, read_lists
+from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, excerpt, read_lists
 from flagembedding_matryoshka.inference.options import (
+    Call,
     RankingOptions,
     ranking_weight,
     refuse_beside_tokens,
     resolve_call,
-    resolve_ranking,
 )
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.scoring import (
-    Call,
     Hit,
     ReadAhead,
     rank_lists,
@@ -167,27 +166,13 @@ class RankingMixin:
         Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
             first-stage scores is not the number of queries.
         """
+        options = RankingOptions.of(locals())
         deadline = Deadline.of(deadline_ms, self._clock)
         queries, lists = as_lists(queries, candidates)
         if deadline is not None and len(lists) == 1:
             deadline = deadline.start()
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        instructions, overrides = _instructions(overrides)
-        if instructions is not None and len(instructions) != len(rows):
-            raise ValueError(f"{len(instructions)} instructions need as many queries, got {len(rows)}.")
-        options = RankingOptions(
-            top_k,
-            return_documents,
-            cascade,
-            chunk,
-            max_chunks_per_doc,
-            overlap,
-            deadline,
-            min_score,
-            first_stage_scores is not None or first_stage is not None,
-            overrides,
-        )
-        return list(self._rank(rows, sum(map(len, lists)), instructions, options))
+        return list(self._rank(rows, sum(map(len, lists)), deadline, options))
 
     def rank_iter(
         self,
@@ -223,22 +208,9 @@ class RankingMixin:
         Raises:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
+        options = RankingOptions.of(locals())
         lists = ReadAhead(read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage))
-        deadline = Deadline.of(deadline_ms, self._clock)
-        instructions, overrides = _instructions(overrides)
-        options = RankingOptions(
-            top_k,
-            return_documents,
-            cascade,
-            chunk,
-            max_chunks_per_doc,
-            overlap,
-            deadline,
-            min_score,
-            first_stage_scores is not None or first_stage is not None,
-            overrides,
-        )
-        rankings = self._rank(lists, None, instructions, options)
+        rankings = self._rank(lists, None, Deadline.of(deadline_ms, self._clock), options)
 
         def until_closed() -> Generator[list[Hit], None, None]:
             with closing(rankings):
@@ -253,7 +225,7 @@ class RankingMixin:
         self,
         lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None] | None],
         total: int | None,
-        instructions: Sequence[str | None] | None,
+        deadline: Deadline | None,
         options: RankingOptions,
     ) -> Generator[list[Hit], None, None]:
         """Rank lists. Wrong options raise at once.
@@ -262,27 +234,29 @@ class RankingMixin:
             lists: each query with its documents and their first-stage scores, or None without such scores. None
                 instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
-            instructions: one for each list, or None for a list without an own one; None if no list has one.
+            deadline: deadline of each query; None is no deadline.
         """
-        top_k, min_score = options.top_k, options.min_score
-        if top_k is not None:
-            top_k = as_count("top_k", top_k, ", or None for all documents")
-        call, show_progress_bar = self._call(options.cascade, options.deadline, options.overrides)
-        call = replace(call, fusion=ranking_weight(call.options, options.overrides, options.has_first_stage))
-        normalize = self._normalizer_of(call, min_score)
-        own = None
+        top_k = options.top_k
+        instructions, overrides = _instructions(options.overrides)
+        call = self._call(options.cascade, deadline, overrides)
+        call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
+        normalize = self._normalizer_of(call, options.min_score)
+        own: list[Call] | None = None
         if instructions is not None:
-            own = [call.options if text is None else replace(call.options, instruction=text) for text in instructions]
-            for one in {one.instruction: one for one in own}.values():
-                self._normalizer_of(replace(call, options=one), min_score)
-        chunking = Chunking.of(
-            call.options, self._pair_tokenizer, options.chunk, options.max_chunks_per_doc, options.overlap
-        )
-        if top_k is not None and options.cascade is not None and chunking is None and isinstance(lists, Sequence):
-            known = [row for row in lists if row is not None]
-            for number, (_, documents, _) in enumerate(known):  # before the first pair is computed
-                refuse_too_short(call.setting, number, len(documents), min(top_k, len(documents)))
-        total = total if chunking is None else None
+            if isinstance(lists, Sequence) and len(instructions) != len(lists):
+                raise ValueError(f"{len(instructions)} instructions need as many queries, got {len(lists)}.")
+            of_text = {
+                text: call if text is None else replace(call, options=replace(call.options, instruction=text))
+                for text in instructions
+            }
+            for one in of_text.values():
+                self._normalizer_of(one, options.min_score)
+            own = [of_text[text] for text in instructions]
+        chunking = Chunking.of(call, options.chunk, options.max_chunks_per_doc, options.overlap)
+        must_keep = 0 if top_k is None or options.cascade is None else top_k
+        if must_keep and chunking is None and isinstance(lists, Sequence):
+            for number, (_, documents, _) in enumerate(filter(None, lists)):  # before the first pair is computed
+                refuse_too_short(call.setting, number, len(documents), min(must_keep, len(documents)))
 
         def checked() -> Generator[Candidates | None, None, None]:
             number = -1
@@ -292,24 +266,24 @@ class RankingMixin:
                     continue
                 number += 1
                 query, documents, of_first_stage = row
-                if own is None:
-                    candidates = Candidates.of(query, documents, chunking)
-                elif number >= len(own):
+                if own is not None and number >= len(own):
                     raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
-                elif chunking is not None:
-                    candidates = Candidates.of(query, documents, replace(chunking, options=own[number]))
-                else:
+                cut: Sequence[CutDocument] | None = None
+                if chunking is None:
                     texts = [(query, document) for document in documents]
-                    candidates = Candidates(documents, own[number].tokenize(texts, self._pair_tokenizer))
-                if top_k is not None and options.cascade is not None:
-                    refuse_too_short(call.setting, number, len(candidates.pairs), min(top_k, len(documents)))
-                yield replace(candidates, first_stage=of_first_stage)
+                    pairs: Pairs = texts if own is None else own[number].tokenize(texts)
+                else:
+                    cut = (chunking if own is None else replace(chunking, call=own[number])).cut(query, documents)
+                    pairs = [chunk.pair for document in cut for chunk in document.chunks]
+                if must_keep:
+                    refuse_too_short(call.setting, number, len(pairs), min(must_keep, len(documents)))
+                yield Candidates(documents, pairs, cut, of_first_stage)
             if own is not None and number + 1 < len(own):
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 
-        options = replace(options, top_k=top_k)
-        run = partial(self._engine.run, between_batches=options.overrides.get("between_batches"))
-        return rank_lists(run, checked(), call, options, normalize, total, show_progress_bar)
+        run = partial(self._engine.run, between_batches=overrides.get("between_batches"))
+        total = total if chunking is None else None
+        return rank_lists(run, checked(), call, options, normalize, total, overrides.get("show_progress_bar"))
 
     def cut_chunks(
         self,
@@ -319,10 +293,9 @@ class RankingMixin:
         overlap: int = 0,
         **overrides: Any,
     ) -> list[CutDocument]:
-        """The chunks of each document, tokenised beside the query, that `rank` scores with these arguments; errors as
-        there."""
-        options, _ = resolve_call(self, overrides)
-        chunking = Chunking.of(options, self._pair_tokenizer, True, max_chunks_per_doc, overlap)
+        """Return the chunks of each document that `rank` scores with these arguments. Raises the same errors."""
+        call = Call(self._pair_tokenizer, *resolve_call(self, overrides))
+        chunking = Chunking.of(call, True, max_chunks_per_doc, overlap)
         assert chunking is not None
         return chunking.cut(query, documents)
 
@@ -349,7 +322,7 @@ class RankingMixin:
         Raises:
             FileNotFoundError, TypeError, ValueError: as in `rank`, and TypeError if a pair is not tokenised.
         """
-        call, show_progress_bar = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
+        call = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, first_stage_scores is not None))
         pairs = as_tokenized(lists)
         for values in pairs:
@@ -358,24 +331,28 @@ class RankingMixin:
         candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
         call.tokenize([pair for values in pairs for pair in values])  # refuses pairs that are too long
         run = partial(self._engine.run, between_batches=overrides.get("between_batches"))
-        return list(score_lists(run, candidates, call, sum(map(len, pairs)), show_progress_bar))
+        return list(score_lists(run, candidates, call, sum(map(len, pairs)), overrides.get("show_progress_bar")))
 
     def _call(
         self, cascade: Mapping[int, float] | None, deadline: Deadline | None, overrides: Mapping[str, Any]
-    ) -> tuple[Call, bool | None]:
-        """What a ranking with these arguments does, and whether it shows how far it is."""
+    ) -> Call:
+        """Return the call of a ranking with these arguments, without fusion."""
         of_run = ("show_progress_bar", "between_batches")
         of_call = {name: value for name, value in overrides.items() if name not in of_run}
-        options, setting = resolve_ranking(self, of_call, cascade)
-        is_cascade = bool(setting.cascade) or cascade is not None or deadline is not None
-        limit = self.model.model.max_positions
-        devices = len(self.target_devices)
-        call = Call(self._pair_tokenizer, options, setting, devices, is_cascade, deadline, max_tokens=limit)
-        return call, overrides.get("show_progress_bar")
+        options, setting = resolve_call(self, of_call, cascade, is_ranking=True)
+        return Call(
+            self._pair_tokenizer,
+            options,
+            setting,
+            shares=len(self.target_devices),
+            is_cascade=bool(setting.cascade) or cascade is not None or deadline is not None,
+            deadline=deadline,
+            max_tokens=self.model.model.max_positions,
+        )
 
     def setting(self, cascade: Mapping[int, float] | None = None, **overrides: Any) -> Setting:
-        """What `rank` runs with these arguments of it; errors as there."""
-        return resolve_ranking(self, overrides, cascade)[1]
+        """Return the setting that `rank` uses with these arguments. Raises the same errors."""
+        return resolve_call(self, overrides, cascade, is_ranking=True)[1]
 
     def normalizer(
         self,
@@ -388,27 +365,29 @@ class RankingMixin:
 
         Raises: as `rank`.
         """
-        return self._normalizer_of(self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)[0], min_score)
+        return self._normalizer_of(self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides), min_score)
 
     def _normalizer_of(self, call: Call, min_score: float | None) -> Normalizer | None:
         """Return the normalizer of a ranking.
 
-        Raises ValueError without a place for the instruction, without a calibration of an exit, or if scores cannot be
-        compared with `min_score`.
+        Raises:
+            ValueError: if there is no calibration of an exit, or scores cannot be compared with `min_score`.
         """
         if min_score is not None:
             refuse_min_score(min_score, call)
-        call.options.template(self._pair_tokenizer)
         layers, depth = self.config.exit_layers, call.setting.depth
         exits = [] if call.deadline is None else [layer for layer in layers if layer <= depth]
         return self._normalizer(call.options, call.setting, exits)
 
 
 def _instructions(overrides: Mapping[str, Any]) -> tuple[Sequence[str | None] | None, dict[str, Any]]:
-    """The instructions of a call that gives one for each query, and its other arguments.
+    """Separate a list of instructions, one for each query, from the other arguments of a call.
+
+    Returns:
+        the instructions, or None if the call gives at most one; and the other arguments.
 
     Raises:
-        TypeError: if one is neither text nor None, or they are not in a list.
+        TypeError: if an instruction is neither a string nor None, or the instructions are not in a list.
     """
     given, others = overrides.get("instruction"), dict(overrides)
     if given is None or isinstance(given, str):

@@ -35,6 +35,7 @@ from flagembedding_matryoshka.inference.inputs import Pair, are_tokenized, as_li
 from flagembedding_matryoshka.inference.options import (
     CALIBRATED,
     DEPTH_AND_WIDTH,
+    Call,
     ScoringOptions,
     refuse_beside_plan,
     refuse_beside_tokens,
@@ -44,7 +45,7 @@ from flagembedding_matryoshka.inference.options import (
 from flagembedding_matryoshka.inference.plan import Plan, load_plan
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.ranking import RankingMixin
-from flagembedding_matryoshka.inference.scoring import Call, score_pairs
+from flagembedding_matryoshka.inference.scoring import score_pairs
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
@@ -268,7 +269,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """Score pairs of query and passage.
 
         Args:
-            sentence_pairs: (query, passage) pairs, or a single pair; or what `tokenize` made of them.
+            sentence_pairs: (query, passage) pairs, or a single pair; or the result of `tokenize`.
             device: one of the re-ranker's `devices`; None spreads the work over all of them.
             show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
@@ -281,8 +282,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
 
         Raises:
             ArithmeticError: if a score is not a finite number.
-            TypeError: if a text is not a string, a pair is not a pair, a keyword is unknown, or one that says how texts
-                become tokens is given beside pairs that are tokenised.
+            TypeError: if a text is not a string, a pair is not a pair, a keyword is unknown, or an option of
+                tokenisation is given together with tokenised pairs.
             ValueError: if the layers, ratio or lengths asked for do not fit the model, or there is no such device.
             torch.OutOfMemoryError: if a single pair does not fit; larger batches are halved until they do.
         """
@@ -366,7 +367,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
         options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
-        template, activation = options.saved_template(self._pair_tokenizer), self.description.activation.value
+        template, activation = options.saved_template(self.words), self.description.activation.value
         if format != "layerwise":
             source, weights = self.description.path, self._weights_fingerprint()
             exits = [
@@ -398,24 +399,28 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         return {"method": fitted.method, **asdict(fitted), "data": plan.data, "scored_with": dict(plan.scored_with)}
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
-        """Pairs as `compute_score`, `score_lists` and `estimate_flops` take them at any depth and width, so that texts
-        are tokenised once for all of these. Tokens are held as arrays, 4 bytes each.
+        """Tokenise pairs once for `compute_score`, `score_lists` and `estimate_flops`, at any depth and width.
 
         Args:
-            overrides: of `compute_score`, those that say how texts become tokens: `prompt`, `query_max_length`,
-                `max_length` and instructions.
+            overrides: arguments of `compute_score` that tokens depend on: `prompt`, `query_max_length`, `max_length`
+                and instructions.
 
         Returns:
-            a value for each pair; its `is_cut` says whether a text was longer than is allowed.
+            A `TokenizedPair` for each pair, with 4 bytes per token. Its `is_cut` is True if a text was truncated.
 
         Raises:
             TypeError, ValueError: as in `compute_score`.
         """
-        call = Call(self._pair_tokenizer, *resolve_call(self, overrides), shares=1)
+        call = Call(self._pair_tokenizer, *resolve_call(self, overrides))
         return list(call.tokenize(as_pairs(sentence_pairs)))
 
     def count_tokens(self, query: str, documents: Iterable[str], **overrides: Any) -> tuple[int, list[int]]:
-        """Tokens that scoring reads: the query part's, which a batch holds once, and each document's and prompt's."""
+        """Count the tokens that scoring reads.
+
+        Returns:
+            the number of tokens of the query part, which a batch holds once, and for each document the number of tokens
+            of passage and prompt.
+        """
         (query,), (documents,) = as_lists([query], [documents])
         return count_input_tokens(self.tokenize([(query, document) for document in documents], **overrides))
 
@@ -437,7 +442,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         refuse_beside_tokens(pairs, overrides)
-        inputs = Call(self._pair_tokenizer, options, setting, shares=1).tokenize(pairs)
+        inputs = Call(self._pair_tokenizer, options, setting).tokenize(pairs)
         if depths is not None:
             depths = as_layer_tuple("depths", depths) or ()
             if len(depths) != len(inputs) or not set(depths) <= set(setting.cutoff_layers):

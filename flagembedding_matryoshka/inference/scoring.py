@@ -26,13 +26,11 @@ from typing_extensions import Required, TypedDict
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
-from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Scored, Task
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
-from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized
-from flagembedding_matryoshka.inference.options import CALIBRATED, RankingOptions, ScoringOptions
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
+from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 T = TypeVar("T")
 Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
@@ -73,56 +71,15 @@ PAIRS_TOKENIZED_FIRST = 256
 """Pairs tokenised before the first batch, while devices wait. The number doubles each time, up to:"""
 PAIRS_TOKENIZED_AHEAD = 8192
 BATCHES_AT_ONCE = 16
-"""Batches of a cascade's task, whose candidates wait for each other."""
+"""Batches of a cascade's task. Their states are in memory at the same time."""
 BATCHES_TOKENIZED_AHEAD = 64
 """Batches of lists in a window, for each device. The first ranking waits for a window, and devices wait at its end."""
 ROWS_READ_AHEAD = 2
 """Lists of `rank_iter` that are read before a window takes them."""
 SECONDS_WITHOUT_INPUT = 0.05
-"""After so long without another list a window is computed with the lists that it has."""
+"""If the source yields no list for this long, the lists that have been read are ranked."""
 TOKENS_OF_A_PAIR = 256
 """Assumed length of a pair before it is tokenised."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """Options of a call, for all of its pairs.
-
-    Attributes:
-        shares: number of devices that the work is split among.
-        is_cascade: whether candidates of a list wait for each other.
-        deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
-        fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
-        max_tokens: tokens of a pair, at most, that the model has positions for; None is no limit.
-    """
-
-    tokenizer: PairTokenizer
-    options: ScoringOptions
-    setting: Setting
-    shares: int
-    is_cascade: bool = False
-    deadline: Deadline | None = None
-    fusion: float | None = None
-    max_tokens: int | None = None
-
-    def tokenize(self, pairs: Pairs, first: int = 0) -> Inputs:
-        """Tokenise pairs. Pairs that are tokenised already stay as they are.
-
-        Args:
-            first: number of the first pair in the call, for the error.
-
-        Raises:
-            ValueError: if a query leaves no room for its passage, or a pair has more than `max_tokens`.
-        """
-        inputs = pairs if are_tokenized(pairs) else self.options.tokenize(pairs, self.tokenizer)
-        lengths = list(map(len, inputs))
-        if self.max_tokens is not None and max(lengths, default=0) > self.max_tokens:
-            place = next(place for place, length in enumerate(lengths) if length > self.max_tokens)
-            raise ValueError(
-                f"pair {first + place} has {lengths[place]} tokens, the template's words among them, and the model has "
-                f"{self.max_tokens} positions. Use a smaller max_length."
-            )
-        return inputs
 
 
 @dataclass(frozen=True)
@@ -164,44 +121,16 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
         (cutoff layers, pairs) float32, the layers in the order asked for.
     """
     scores = torch.empty(len(call.setting.cutoff_layers), len(pairs))
-    with _progress(len(pairs), show_progress_bar) as progress, closing(run(batches_of(pairs, call))) as results:
+    windows = windows_of([Candidates((), pairs)], call, PAIRS_TOKENIZED_AHEAD)
+    if len(pairs) > PAIRS_TOKENIZED_FIRST:
+        windows = _one_ahead(windows)
+    tasks = chain.from_iterable(tasks_of(window, call) for window in windows)
+    with _progress(len(pairs), show_progress_bar) as progress, closing(windows), closing(run(tasks)) as results:
         for task, scored in results:
             (places,) = task.places
             scores[:, places] = torch.tensor(scored.scores)
             progress.update(len(places))
     return scores
-
-
-def batches_of(pairs: Pairs, call: Call) -> Iterator[Task]:
-    """Yield a task for each batch, at least one for each share, of about equal size.
-
-    Pairs are tokenised while earlier ones are computed, unless they are few.
-    """
-
-    def tokenized() -> Iterator[tuple[int, Inputs]]:
-        start, sizes = 0, _growing(PAIRS_TOKENIZED_AHEAD)
-        while start < len(pairs):
-            part = pairs[start : start + next(sizes)]
-            yield start, call.tokenize(part, start)
-            start += len(part)
-
-    for first, inputs in tokenized() if len(pairs) <= PAIRS_TOKENIZED_FIRST else _one_ahead(tokenized()):
-        yield from _independent(inputs, first, call)
-
-
-def _independent(inputs: Inputs, first: int, call: Call) -> Iterator[Task]:
-    """Yield a task for each batch, at least one for each share, of pairs that do not wait for each other.
-
-    Args:
-        first: number of the first pair in the call.
-    """
-    max_tokens = call.options.max_tokens_per_batch
-    if call.shares > 1:
-        together = count_tokens([inputs[place] for place in by_prefix(inputs)])
-        max_tokens = min(max_tokens, math.ceil(together / call.shares))
-    for batch in cut_batches(inputs, call.options.batch_size, max_tokens):
-        pairs, places = [inputs[place] for place in batch], [first + place for place in batch]
-        yield Task([pairs], [places], call.setting)
 
 
 def score_lists(
@@ -232,7 +161,8 @@ def _scored(
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
     """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score"."""
     hits: list[Hit] = []
-    windows = windows_of(lists, call)
+    tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
+    windows = windows_of(lists, call, min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
     if total is None or total > PAIRS_TOKENIZED_FIRST:
         windows = _one_ahead(windows)
     with _progress(total, show_progress_bar) as progress, closing(windows):
@@ -267,36 +197,39 @@ def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
     return hits
 
 
-def windows_of(lists: Iterable[Candidates | None], call: Call) -> Generator[Window, None, None]:
+def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Generator[Window, None, None]:
     """Read lists, and yield windows of neighbouring ones, tokenised, the lists of a window to be scored together.
 
     A list longer than a window has several windows, unless it is a cascade's. A window ends where there is no other
     list yet; it may then have no list.
+
+    Args:
+        most: pairs of a window, at most. The first window has at most `PAIRS_TOKENIZED_FIRST`; the size doubles with
+            each window.
     """
-    tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
-    sizes = _growing(min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
 
     def window() -> Window:
         pairs: Any = [pair for portion in portions for pair in portion.pairs]
         return Window(portions, first, call.tokenize(pairs, first))
 
     portions: list[Portion] = []
-    number, first, count, size = 0, 0, 0, next(sizes)
+    number, first, count, size = 0, 0, 0, min(PAIRS_TOKENIZED_FIRST, most)
     for candidates in lists:
         if candidates is None:
             yield window()
             portions, first, count = [], first + count, 0
             continue
-        pairs, end, is_last = candidates.pairs, 0, False
+        start, is_last = 0, False
         while not is_last:
-            start, end = end, len(pairs) if call.is_cascade else end + size
-            is_last = end >= len(pairs)
-            portion = Portion(number, candidates, pairs[start:end], is_last)
-            if portions and count + len(portion.pairs) > size:
+            left = len(candidates.pairs) - start
+            taken = left if call.is_cascade else min(left, size)
+            if portions and count + taken > size:
                 yield window()
-                portions, first, count, size = [], first + count, 0, next(sizes)
-            portions.append(portion)
-            count += len(portion.pairs)
+                portions, first, count, size = [], first + count, 0, min(2 * size, most)
+                continue
+            is_last = taken == left
+            portions.append(Portion(number, candidates, candidates.pairs[start : start + taken], is_last))
+            start, count = start + taken, count + taken
         number += 1
     if portions:
         yield window()
@@ -305,36 +238,38 @@ def windows_of(lists: Iterable[Candidates | None], call: Call) -> Generator[Wind
 def tasks_of(window: Window, call: Call) -> Iterator[Task]:
     """Yield the tasks that compute all pairs of a window.
 
-    A cascade's task holds the states of all its queries in memory. Its queries fill up to BATCHES_AT_ONCE batches, at
-    least one query. The window has at least `call.shares` tasks if it has that many queries. With a deadline each query
-    is a task.
+    Without a cascade each batch is a task, and the window has at least a batch for each share. A cascade's task holds
+    the states of all its queries in memory. Its queries fill up to BATCHES_AT_ONCE batches, at least one query. The
+    window has at least `call.shares` tasks if it has that many queries. With a deadline each query is a task.
     """
-    inputs = window.inputs
+    inputs, first = window.inputs, window.first
+    batch_size, max_tokens = call.options.batch_size, call.options.max_tokens_per_batch
     if not call.is_cascade:
-        yield from _independent(inputs, window.first, call)
+        if call.shares > 1:
+            together = count_tokens([inputs[place] for place in by_prefix(inputs)])
+            max_tokens = min(max_tokens, math.ceil(together / call.shares))
+        for batch in cut_batches(inputs, batch_size, max_tokens):
+            yield Task([[inputs[place] for place in batch]], [[first + place for place in batch]], call.setting)
         return
     owner = [portion.number for portion in window.portions for _ in portion.pairs]
     first_stage: list[float] = []
     if call.fusion is not None:  # a portion is then a whole list
         for portion in window.portions:
             first_stage += portion.candidates.first_stage_of_pairs or ()
-    max_tokens = BATCHES_AT_ONCE * call.options.max_tokens_per_batch
+    limit = BATCHES_AT_ONCE * max_tokens
     if call.deadline is not None:
-        max_tokens = 0
+        limit = 0
     elif call.shares > 1:
-        max_tokens = min(max_tokens, math.ceil(count_tokens(inputs) / call.shares))
-    for part in whole_queries(owner, list(map(len, inputs)), max_tokens):
+        limit = min(limit, math.ceil(count_tokens(inputs) / call.shares))
+    for part in whole_queries(owner, list(map(len, inputs)), limit):
         own = inputs[part.start : part.stop]
-        batches = [
-            [part[place] for place in batch]
-            for batch in cut_batches(own, call.options.batch_size, call.options.max_tokens_per_batch)
-        ]
+        batches = [[part[place] for place in batch] for batch in cut_batches(own, batch_size, max_tokens)]
         fusion = None
         if call.fusion is not None:
             fusion = Fusion(call.fusion, [first_stage[place] for place in chain(*batches)])
         yield Task(
             [[inputs[place] for place in batch] for batch in batches],
-            [[window.first + place for place in batch] for batch in batches],
+            [[first + place for place in batch] for batch in batches],
             call.setting,
             [[owner[place] for place in batch] for batch in batches],
             call.deadline,
@@ -343,34 +278,23 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
 
 
 def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:
-    """Ranges of neighbours whose sizes sum to at most `limit`, unless a single query's do, and which cut no query.
+    """Yield ranges of neighbouring pairs that hold whole queries.
+
+    The sizes in a range sum to at most `limit`, unless it holds a single query.
 
     >>> list(whole_queries([0, 0, 1, 2, 2], [4, 4, 1, 9, 9], limit=10))
     [range(0, 3), range(3, 5)]
     """
     start = end = total = 0
     for _, group in groupby(owner):
-        behind = end + sum(1 for _ in group)
-        size = sum(sizes[end:behind])
+        following = end + sum(1 for _ in group)
+        size = sum(sizes[end:following])
         if end > start and total + size > limit:
             yield range(start, end)
             start, total = end, 0
-        end, total = behind, total + size
+        end, total = following, total + size
     if end > start:
         yield range(start, end)
-
-
-def _growing(limit: int) -> Iterator[int]:
-    """How many pairs are tokenised in one go, time after time.
-
-    >>> from itertools import islice
-    >>> list(islice(_growing(500), 4))
-    [256, 500, 500, 500]
-    """
-    size = min(PAIRS_TOKENIZED_FIRST, limit)
-    while True:
-        yield size
-        size = min(2 * size, limit)
 
 
 def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
@@ -428,7 +352,7 @@ class ReadAhead(Iterable["T | None"]):
 
 
 def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
-    """A bar; of None one that shows itself on work of more than a second."""
+    """Return a progress bar. None shows it after a second."""
     return tqdm(
         total=total,
         desc="scoring",
@@ -477,11 +401,8 @@ def best_first(hits: Sequence[Hit]) -> list[int]:
     Hits without an exit or without a fused score are compared by the rest.
     """
 
-    def key(place: int) -> tuple[float, ...]:
-        hit = hits[place]
-        return -hit.get("cutoff_layer", 0), -hit.get("fused_score", 0.0), -hit["score"]
-
-    return sorted(range(len(hits)), key=key)
+    keys = [(-hit.get("cutoff_layer", 0), -hit.get("fused_score", 0.0), -hit["score"]) for hit in hits]
+    return sorted(range(len(hits)), key=keys.__getitem__)
 
 
 def fuse_hits(hits: Sequence[Hit], first_stage: Sequence[float], weight: float) -> list[Hit]:
@@ -501,11 +422,10 @@ def fuse_hits(hits: Sequence[Hit], first_stage: Sequence[float], weight: float) 
 
 
 def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[Hit]:
-    """For each document the hit of its best chunk, with "chunk", where that stands, and "is_truncated" as `CutDocument`
-    says it.
+    """Return for each document the hit of its best chunk, with "chunk" and, if it is true, "is_truncated".
 
     Args:
-        hits: of all chunks of all documents, in their order.
+        hits: hits of all chunks of all documents, in order.
     """
     left = iter(hits)
     found: list[Hit] = []
@@ -521,8 +441,7 @@ def best_chunks(hits: Sequence[Hit], documents: Sequence[CutDocument]) -> list[H
 
 
 def refuse_min_score(min_score: Any, call: Call) -> None:
-    """Raise ValueError if `min_score` is no number, or would be compared with scores of several exits that are not
-    calibrated."""
+    """Raise ValueError if `min_score` is not a number, or scores of several exits are not calibrated."""
     if not isinstance(min_score, Real) or isinstance(min_score, bool) or math.isnan(min_score):
         raise ValueError(f"min_score is {min_score!r}, but must be a number.")
     if call.is_cascade and not math.isinf(min_score) and call.options.normalize != CALIBRATED:
@@ -548,8 +467,9 @@ def ranking_of(
         documents: texts to include in the hits.
         top_k: number of hits to return at most; None is all hits. Hits that `min_score` leaves out do not count.
         min_score: hits with a lower normalised score are left out; None leaves out none.
-        normalize: applied to what is returned: it makes scores equal that are not.
-        depth: where scores were read that do not say so themselves.
+        normalize: function of the returned scores; None returns raw scores. Hits are ordered by raw scores, because
+            normalised ones may be equal by rounding.
+        depth: the exit of hits without "cutoff_layer".
     """
     ranking: list[Hit] = []
     for place in best_first(hits):

@@ -25,7 +25,7 @@ from mteb.types import (
 
 from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.inference.fusion import ORDER
-from flagembedding_matryoshka.inference.options import ranking_weight, resolve_ranking
+from flagembedding_matryoshka.inference.options import ranking_weight, resolve_call
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 from flagembedding_matryoshka.text.templates import Template
@@ -337,7 +337,7 @@ def _model_meta(ranking: RankingAdapter, name: str | None, revision: str | None,
     of_first_stage: dict[str, Any] = {"first_stage": ORDER} if has_first_stage else {}
     reranker.rank("", [], **of_first_stage, **options)
     cascade = options.pop("cascade", None)
-    chosen, setting = resolve_ranking(reranker, options, cascade)
+    chosen, setting = resolve_call(reranker, options, cascade, is_ranking=True)
     weight = ranking_weight(chosen, {"fusion": ranking.given.get("fusion")}, has_first_stage)
     fused = {} if weight is None else {"fusion": weight, "first_stage": first_stage}
     own = asdict(Template.load(reranker.config.template))

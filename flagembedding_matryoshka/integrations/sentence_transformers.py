@@ -17,7 +17,6 @@ from sentence_transformers.util import import_from_string
 from sentence_transformers.util.decorators import cross_encoder_predict_rank_args_decorator, deprecated_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratio
 from flagembedding_matryoshka.checkpoints.export import SENTENCE_TRANSFORMERS_FILE, remove_written
@@ -29,6 +28,7 @@ from flagembedding_matryoshka.inference.fusion import AUTO, as_weight, best_firs
 from flagembedding_matryoshka.inference.inputs import are_tokenized, as_count, as_lists, as_pairs, excerpt
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS, Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 from flagembedding_matryoshka.text.templates import Template
@@ -253,7 +253,7 @@ def _saved_config(path: str, of_loading: dict[str, Any]) -> dict[str, Any]:
     hub = hub_options(of_loading["cache_folder"], **given)  # type: ignore[arg-type]
     place = resolve(locate(path), of_loading["cache_folder"])
     name = "config_sentence_transformers.json"
-    file = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **hub)
+    file = find_file(place, name, **hub)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 

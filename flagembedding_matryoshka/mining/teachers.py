@@ -12,7 +12,7 @@ import torch
 from sentence_transformers.util import get_device_name
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
@@ -20,6 +20,7 @@ from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, loa
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.mining.retrievers import BiEncoder, bm25_scorer
 from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
@@ -173,7 +174,7 @@ def bm25_teacher(texts: Sequence[str], scale: float) -> Scorer:
 def is_layer_wise(model: str) -> bool:
     """Return whether a checkpoint has exits: "smollm2", or one whose config.json says layer_wise."""
     place = locate(model)
-    if cached_file(place, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+    if find_file(place, CONFIG_NAME) is None:
         return False
     config, _ = PreTrainedConfig.get_config_dict(place)
     return bool(config.get("layer_wise"))

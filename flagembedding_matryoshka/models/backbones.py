@@ -1,9 +1,9 @@
-"""The decoders that can be run at any depth and width, each with what is different about it.
+"""Backbones: the decoders of transformers that run at any depth and width.
 
-A further one is a paragraph like these: its configuration, decoder layer, model and causal language model from
-transformers, each behind ours, and a line in `BACKBONES`, or a call of `register_backbone` by whoever adds one from
-outside. Its layers must take attention from `transformers.AttentionInterface`; what they hand to it that is not
-understood there is refused when it first runs.
+A backbone has four classes: configuration, decoder layer, model and causal language model. Each one inherits from a
+class of this package first, and then from the class of transformers. `BACKBONES` lists the backbones of this package,
+and `register_backbone` adds one from outside. The layers must take attention from `transformers.AttentionInterface`.
+Attention refuses a keyword that it does not know, in the first pass.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.minicpm import MINICPM, granite_from_minicpm
 from flagembedding_matryoshka.models.refusals import refuse_model_type, refuse_not_causal
 from flagembedding_matryoshka.models.self_check import self_check
+from flagembedding_matryoshka.private import ignore_on_load
 
 
 @strict
@@ -211,7 +212,7 @@ class CostWiseGemma2ForCausalLM(CostWiseForCausalLM, Gemma2ForCausalLM):
 
 @strict
 class CostWiseGemmaConfig(CostWiseGemma2Config):
-    """Of FlagEmbedding's published lightweight re-ranker (BAAI/bge-reranker-v2.5-gemma2-lightweight), a Gemma-2."""
+    """Configuration of FlagEmbedding's lightweight re-ranker (BAAI/bge-reranker-v2.5-gemma2-lightweight), a Gemma-2."""
 
     model_type = "cost_wise_gemma"
     made_from: ClassVar[tuple[str, ...]] = ()
@@ -236,7 +237,7 @@ class CostWiseGraniteConfig(CostWiseConfig, GraniteConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Also of a MiniCPM, a Granite with other names for its multipliers.
+        """As in transformers. A MiniCPM's configuration is read too: it is a Granite with other names of multipliers.
 
         Raises:
             ValueError: if its heads are of another kind than one linear map per exit.
@@ -267,8 +268,7 @@ class CostWiseGraniteForCausalLM(CostWiseForCausalLM, GraniteForCausalLM):
         if config.layer_wise:
             # A MiniCPM that FlagEmbedding's runner trained without LoRA holds a copy of the embedding under this name.
             # The heads do not read it.
-            ignored = self._keys_to_ignore_on_load_unexpected or ()
-            self._keys_to_ignore_on_load_unexpected = {*ignored, r"^lm_head\.weight$"}
+            ignore_on_load(self, [r"^lm_head\.weight$"])
 
     def finish(self, scores: Tensor) -> Tensor:
         return scores / self.config.logits_scaling
@@ -296,7 +296,7 @@ class CostWisePhi3ForCausalLM(CostWiseForCausalLM, Phi3ForCausalLM):
 
 @strict
 class CostWiseGemma1Config(CostWiseConfig, GemmaConfig):
-    """Of a Gemma of the first generation; "cost_wise_gemma" is a Gemma-2, see `CostWiseGemmaConfig`."""
+    """Configuration of a Gemma of the first generation. "cost_wise_gemma" is a Gemma-2, see `CostWiseGemmaConfig`."""
 
     model_type = "cost_wise_gemma1"
     made_from: ClassVar[tuple[str, ...]] = ("gemma",)
@@ -590,13 +590,13 @@ def _register(model: type[CostWiseForCausalLM]) -> None:
 
 
 def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
-    """The configuration of any checkpoint that a re-ranker can be loaded or made from.
+    """Read the configuration of a checkpoint that a re-ranker can be loaded or made from.
 
     Args:
         hub: `cache_dir`, `token`, … as in transformers.
 
     Raises:
-        ValueError: if there is no backbone of its model type, or its configuration says that it is no causal decoder.
+        ValueError: if no backbone has its model type, or the model is not a causal decoder.
     """
     stored, _ = PreTrainedConfig.get_config_dict(path, **hub)
     model_type = stored.get("model_type", "")
@@ -606,9 +606,9 @@ def read_config(path: str | PathLike[str], **hub: Any) -> CostWiseConfig:
 
 
 def causal_lm_class(config: Any) -> type[CostWiseForCausalLM]:
-    """The re-ranker that a configuration, or a class of them, describes."""
+    """Return the class of the re-rankers with a configuration, or with a class of configurations."""
     return _BY_MODEL_TYPE[config.model_type]
 
 
 for _model in BACKBONES:
-    _register(_model)  # checked when one is first loaded: importing the package must be quick
+    _register(_model)  # The first load checks it, so that importing the package is quick.

@@ -17,6 +17,14 @@ from transformers.utils.generic import maybe_autocast
 from flagembedding_matryoshka.models.attention import PACKED_ATTENTION
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.decoder import CostWiseModel, Lengths, PackedStates
+from flagembedding_matryoshka.private import (
+    get_whole_modules,
+    ignore_on_load,
+    keeps_in_float32,
+    save_under_own_names,
+    set_whole_modules,
+    untie_weights,
+)
 from flagembedding_matryoshka.setting import Layers, Setting, resolve_alias
 
 logger = logging.get_logger(__name__)
@@ -85,6 +93,7 @@ class _Classifier(nn.Module):
         return self.model.resize_token_embeddings(*args, **kwargs)
 
 
+@keeps_in_float32("linear_head")
 class CostWiseForCausalLM(PreTrainedModel):
     """Base class before a causal language model, which becomes a re-ranker with scores at its exits (arXiv 2501.16302).
 
@@ -98,7 +107,6 @@ class CostWiseForCausalLM(PreTrainedModel):
     config: Any
     model: Any
     lm_head: Any
-    _keep_in_fp32_modules_strict = {"linear_head"}
 
     def __init__(self, config: CostWiseConfig) -> None:
         config = copy.deepcopy(config)  # the constructor changes it
@@ -110,11 +118,8 @@ class CostWiseForCausalLM(PreTrainedModel):
         # A configuration with fewer layers than the checkpoint asks for its lower layers.
         kept = "|".join(map(str, range(config.num_hidden_layers)))
         heads = "|".join(map(str, range(len(config.exit_layers)))) if config.layer_wise else ""
-        self._keys_to_ignore_on_load_unexpected = {
-            rf"^model\.layers\.(?!({kept})\.)\d+\.",
-            rf"^lm_head\.(?!({heads})\.)\d+\.",
-        }
-        self._no_split_modules = set(self.model._no_split_modules or ())
+        ignore_on_load(self, [rf"^model\.layers\.(?!({kept})\.)\d+\.", rf"^lm_head\.(?!({heads})\.)\d+\."])
+        set_whole_modules(self, get_whole_modules(self.model))
         self.post_init()
 
     @classmethod
@@ -195,7 +200,7 @@ class CostWiseForCausalLM(PreTrainedModel):
             info["unexpected_keys"].discard("lm_head.weight")
             info["missing_keys"].discard("lm_head.0.linear_head.weight")
         if "key_mapping" in kwargs:
-            model._weight_conversions = []  # transformers would save the head under its former name
+            save_under_own_names(model)
         if is_classifier:  # by the names that they have in the checkpoint
             for keys in ("unexpected_keys", "missing_keys"):
                 info[keys] = {name.replace("lm_head.0.linear_head.", "score.") for name in info[keys]}
@@ -254,8 +259,7 @@ class CostWiseForCausalLM(PreTrainedModel):
     def _use_heads(self, heads: Sequence[CostWiseHead]) -> None:
         self.lm_head = nn.ModuleList(heads)
         self.config.tie_word_embeddings = False
-        self._tied_weights_keys = {}
-        self.all_tied_weights_keys = {}
+        untie_weights(self)
 
     @property
     def linear_names(self) -> list[str]:
@@ -281,7 +285,11 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         exits = cutoff_layers or setting.cutoff_layers
         # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
-        found = {layer: self.score(layer, self.model.states_at(states, setting, layer)) for layer in sorted(exits)}
+        found: dict[int, Tensor] = {}
+        for layer in sorted(exits):
+            for _ in self.model.run(states, setting, layer - 1):
+                pass
+            found[layer] = self.score(layer, self.model.read(states))
         return torch.stack([found[layer] for layer in exits])
 
     def forward(

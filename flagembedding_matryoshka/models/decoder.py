@@ -25,6 +25,7 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.packing import pack, share_queries
+from flagembedding_matryoshka.private import BackboneAttention, set_whole_modules, takes_attention_from_interface
 from flagembedding_matryoshka.setting import Layers, Setting
 
 Lengths = Sequence[int] | Tensor | None
@@ -81,7 +82,7 @@ class CostWiseModelOutputWithPast(ModelOutput):
     full_width_states: tuple[Tensor | None, ...] | None = None
 
 
-class CostWiseModel(PreTrainedModel):
+class CostWiseModel(BackboneAttention, PreTrainedModel):
     """Base class before a decoder of transformers, which then computes states at any depth and width.
 
     Attributes:
@@ -104,26 +105,20 @@ class CostWiseModel(PreTrainedModel):
         super().__init__(copy.deepcopy(config))  # the constructor changes it
         self.become_layer_wise()
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks into the source of a class's module, which a class from a notebook does not have.
-        bases: Any = cls.__mro__
-        return bases[bases.index(CostWiseModel) + 1]._can_set_attn_implementation()
-
     def become_layer_wise(self) -> None:
         """Turn the layers of transformers' decoder, with their weights, into layers that run on a packed row.
 
         Raises:
             ValueError: if they do not take attention from `transformers.AttentionInterface`.
         """
-        if not self._can_set_attn_implementation():
+        if not takes_attention_from_interface(self):
             raise ValueError(
                 f"{type(self).__name__} cannot run on a packed row: in transformers, its layers do not take attention "
                 "from AttentionInterface."
             )
         for layer in self.layers:
             layer.__class__ = self.layer_class
-        self._no_split_modules = {self.layer_class.__name__}
+        set_whole_modules(self, [self.layer_class.__name__])
         self.set_attn_implementation(PACKED_ATTENTION)
 
     def become_batch_invariant(self) -> None:
@@ -186,17 +181,12 @@ class CostWiseModel(PreTrainedModel):
     @property
     def max_positions(self) -> int:
         """Number of tokens of a sequence, at most."""
-        longrope = [rope for rope in self._rope_parameters() if rope.get("rope_type") == "longrope"]
-        # Beyond these, frequencies depend on the longest sequence of a batch, and so would scores.
-        original = [rope["original_max_position_embeddings"] for rope in longrope]
-        return min([self.config.max_position_embeddings, *original])
-
-    def _rope_parameters(self) -> list[dict[str, Any]]:
-        """Return the parameters of the rotary embedding, one dict for each layer type if they differ."""
         rope = self.config.rope_parameters or {}
-        if not self.rotary_by_layer_type:
-            return [rope]
-        return [rope[layer_type] for layer_type in sorted(set(self.config.layer_types))]
+        of_types = [rope[name] for name in set(self.config.layer_types)] if self.rotary_by_layer_type else [rope]
+        longrope = [one for one in of_types if one.get("rope_type") == "longrope"]
+        # Beyond these, frequencies depend on the longest sequence of a batch, and so would scores.
+        original = [one["original_max_position_embeddings"] for one in longrope]
+        return min([self.config.max_position_embeddings, *original])
 
     def rotary_embeddings(self, hidden: Tensor, packed: PackedBatch) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines for each layer, (1, total_tokens, rotary_dim) each."""
@@ -250,12 +240,6 @@ class CostWiseModel(PreTrainedModel):
         )
         last = ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
         return self.norm(last.float())  # in float32, so that heads do not see rounded states
-
-    def states_at(self, states: PackedStates, setting: Setting, layer: int) -> Tensor:
-        """Return the (sequences, hidden) normalised states after `layer`; brings `states` to the layer before it."""
-        for _ in self.run(states, setting, layer - 1):
-            pass
-        return self.read(states)
 
     def forward_packed(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
+from flagembedding_matryoshka.private import compiler_options
 
 LEAST_HEAD = 16
 GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
@@ -83,7 +84,7 @@ def flex_attention(
         seq_lengths=(tokens, tokens),
         compute_q_blocks=False,
     )
-    with _graphs_lock, torch._dynamo.config.patch(GRAPHS):
+    with _graphs_lock, compiler_options(GRAPHS):
         attended = flex(
             query,
             key,

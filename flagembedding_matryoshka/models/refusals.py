@@ -1,4 +1,4 @@
-"""Refuse checkpoints whose configuration says that they are no causal decoder of a known kind."""
+"""Refuse checkpoints that are no causal decoder of a known model type, by their configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
 
-ENCODER = "it is an encoder, whose attention is not causal: its score is read at the first token. Use FlagEmbedding"
+ENCODER = "it is an encoder, whose attention is not causal. Its score is read at the first token. Use FlagEmbedding"
 LINEAR_ATTENTION = "its linear attention keeps a state of each sequence instead of keys and values of each token"
 MULTIMODAL = "it is a multimodal model around a decoder. Save the decoder as a checkpoint of its own"
 REASONS = {
@@ -14,7 +14,7 @@ REASONS = {
     "cohere2": "its model multiplies logits by logit_scale, so that a backbone of it needs a `finish` of its own",
     "deberta-v2": ENCODER,
     "gemma3": f"{MULTIMODAL}, of type 'gemma3_text'",
-    "gpt_oss": "its attention has sinks, a logit more in each softmax",
+    "gpt_oss": "its attention has sinks, which add a logit to each softmax",
     "llama_bidirec": "its attention is bidirectional and its score is read from the mean over all tokens",
     "mistral3": f"{MULTIMODAL}, of type 'ministral3' or 'mistral'",
     "modernbert": ENCODER,
@@ -36,21 +36,21 @@ REASONS = {
     "t5gemma2": "it is an encoder with a decoder",
     "xlm-roberta": ENCODER,
 }
-"""Model types that are met among re-rankers to why no backbone runs them."""
+"""For each unsupported model type of published re-rankers, the reason why no backbone runs it."""
 JINA = "JinaForRanking"
-"""Architecture of jina-reranker-v3 and later, which call themselves a Qwen3."""
+"""Beginning of the architecture of jina-reranker-v3 and later. Their model type is that of Qwen3."""
 
 
 def refuse_not_causal(path: str | PathLike[str], stored: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a known type that is not run as a causal decoder.
+    """Refuse a checkpoint of a supported model type that is not a causal decoder.
 
     Args:
-        path: named in errors.
-        stored: its config.json.
+        path: path of the checkpoint, for errors.
+        stored: content of its config.json.
 
     Raises:
-        ValueError: if attention is not causal in all layers, the model has an encoder beside its decoder, or it ranks
-            lists of passages.
+        ValueError: if attention is not causal in all layers, the model has an encoder and a decoder, or it ranks lists
+            of passages.
     """
     for name, value in stored.items():
         if name in ("is_causal", "causal") and value is not None and not value:
@@ -67,12 +67,12 @@ def refuse_not_causal(path: str | PathLike[str], stored: Mapping[str, Any]) -> N
         if architecture.startswith(JINA):
             raise ValueError(
                 f"{path}: its architecture is {architecture!r}, which ranks a list of passages in one sequence and "
-                "reads scores behind a projector. A re-ranker here scores pairs of query and passage."
+                "reads scores after a projector. A re-ranker here scores pairs of query and passage."
             )
 
 
 def refuse_model_type(path: str | PathLike[str], model_type: Any, supported: Collection[str]) -> None:
-    """Refuse a checkpoint of a type that no backbone runs, with the reason where it is known.
+    """Refuse a checkpoint of a model type that no backbone runs. The error gives the reason if it is known.
 
     Raises:
         ValueError: if `model_type` is not among `supported`.

@@ -1,8 +1,7 @@
 """Compare a backbone with transformers' own model, on a tiny copy with random weights.
 
-A backbone takes its layers, norm and embeddings from transformers. What the model does around them (a multiplier of
-the embeddings, a further norm, a cap of the logits) it must repeat, and would score wrongly without a word if it did
-not.
+A backbone takes its layers, norm and embeddings from transformers. It must repeat what the model does around them, such
+as a multiplier of the embeddings, another norm or a cap of the logits. Without it, scores would be wrong silently.
 """
 
 from __future__ import annotations
@@ -31,10 +30,11 @@ VOCABULARY = 64
 HEAD_TOKEN = 3
 WINDOW = 5
 LENGTHS = (19, 11, 1)
-"""Tokens of the sequences that are scored: longer than a window, and a single token."""
+"""Tokens of the sequences that are scored: two are longer than a window, and one has a single token."""
 MOST_KINDS = 4
+"""Layers of the copy, at most, if each is of a different kind."""
 _passed: set[tuple[Any, str]] = set()
-"""Classes with the structures that they have passed with."""
+"""The class and the configuration, as JSON, of each comparison that passed in this process."""
 FAILURES = (
     AttributeError,
     LookupError,
@@ -43,20 +43,20 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What building or running a model raises that does not fit its configuration."""
+"""Errors of building or running a model that does not fit its configuration."""
 
 
 def self_check(model_class: type[CostWiseForCausalLM], config: CostWiseConfig | None = None) -> None:
-    """Refuse a backbone that does not score as transformers' own model does.
+    """Refuse a backbone whose scores differ from those of transformers' own model.
 
-    A copy with a layer of each kind, two at least, and random weights scores three short sequences on the CPU in
-    float32, at full depth and width. Each structure is checked once in a process. The random state and the defaults of
-    torch stay as they are.
+    A small copy with random weights scores three short sequences on the CPU in float32, at full depth and width. It has
+    one layer of each kind, at least two layers. Each structure is checked once in a process. The random state and the
+    defaults of torch stay the same.
 
     Args:
         model_class: the backbone.
-        config: a checkpoint's, whose kinds of layers, windows, caps, multipliers and rotary embedding the copy gets;
-            None is `config_class()` of the backbone.
+        config: configuration of a checkpoint. The copy has its kinds of layers, windows, caps, multipliers and rotary
+            embedding. None is `config_class()` of the backbone.
 
     Raises:
         ValueError: if a score differs by more than `TOLERANCE` times the largest, or the backbone cannot score the
@@ -68,27 +68,28 @@ def self_check(model_class: type[CostWiseForCausalLM], config: CostWiseConfig | 
             return
         except _NoCopy as error:
             logger.warning(
-                f"{model_class.__name__} is compared with transformers' model by its default configuration: no small "
-                f"copy of the checkpoint's can be made. ({error})"
+                f"{model_class.__name__} is compared with transformers' model by its default configuration: the "
+                f"checkpoint's configuration allows no small copy. ({error})"
             )
     try:
         _check_once(model_class, model_class.config_class())
     except _NoCopy as error:
         raise ValueError(
-            f"{model_class.__name__} cannot be compared with transformers' model: no small copy of its default "
-            f"configuration can be made. ({error})"
+            f"{model_class.__name__} cannot be compared with transformers' model: its default configuration allows no "
+            f"small copy. ({error})"
         ) from error
 
 
 class _NoCopy(Exception):
-    """transformers' own model cannot be made of the shrunk configuration, or cannot score."""
+    """transformers' own model cannot be built from the small configuration, or cannot score."""
 
 
 def shrink(config: CostWiseConfig) -> dict[str, Any]:
-    """The values of a small configuration with the structure of `config`.
+    """Return the values of a small configuration with the structure of `config`.
 
-    Layers are one of each kind, at least two, where a kind is what lists with a value per layer say of it. The width of
-    a head stays, since a rotary embedding may hold values for each of its dimensions.
+    It has one layer of each kind, at least two layers. Two layers are of one kind if all lists with a value for each
+    layer have equal values for them. The width of a head stays, because a rotary embedding may hold values for each of
+    its dimensions.
     """
     values = config.to_dict()
     for name in ("_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version"):
@@ -125,7 +126,7 @@ def shrink(config: CostWiseConfig) -> dict[str, Any]:
 
 
 def _layers(values: dict[str, Any], count_name: str) -> dict[str, Any]:
-    """Number of layers and, of lists with a value per layer, those of the layers that are kept."""
+    """Return the number of kept layers, and the lists with a value for each layer, cut to the kept layers."""
     count = values[count_name]
     lists = {
         name: value
@@ -156,7 +157,7 @@ def _check_once(model_class: type[CostWiseForCausalLM], config: CostWiseConfig) 
 
 
 def _check(model_class: type[CostWiseForCausalLM], values: dict[str, Any]) -> None:
-    """Compare copies whose configuration has `values`, see `shrink`."""
+    """Compare two models of a configuration with the `values` of `shrink`."""
     bases = model_class.__mro__
     stock_class: Any = bases[bases.index(CostWiseForCausalLM) + 1]
     with _plain_torch():
@@ -184,15 +185,15 @@ def _check(model_class: type[CostWiseForCausalLM], values: dict[str, Any]) -> No
             f"{model_class.__name__} does not compute what {stock_class.__name__} does: on a small copy with random "
             f"weights scores differ by {difference:.2g} where they are at most {largest:.2g} ({TOLERANCE:g} of that is "
             "allowed). The model does more than run its layers one after another. Write the rest in the backbone: "
-            "`embeddings` for what happens before the first layer, `finish` for what happens to the logits, or a "
-            "decoder layer of its own."
+            "`embeddings` changes the input of the first layer, `finish` the logits, and a decoder layer of its own "
+            "changes the layers."
         )
 
 
 def _own_scores(
     model_class: type[CostWiseForCausalLM], config: CostWiseConfig, stock: PreTrainedModel, sequences: list[Tensor]
 ) -> Tensor:
-    """(sequences,) float32: what the backbone makes of them with the weights of `stock`."""
+    """Return the (sequences,) float32 scores of the backbone with the weights of `stock`."""
     depth = config.num_hidden_layers
     config.layer_wise, config.exits = True, [depth]
     own = model_class(config).eval()
@@ -207,7 +208,7 @@ def _own_scores(
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Make weights such that each matters: outputs of a matrix are about 2, norms and biases differ from 1 and 0."""
+    """Draw weights that all change the scores: a matrix multiplies values by about 2, norms are not 1, biases not 0."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=2 * parameter.shape[-1] ** -0.5, generator=generator)
@@ -220,7 +221,7 @@ def _plain_torch() -> Iterator[None]:
     """Compute on the CPU in float32 without gradients, and leave the random state and the defaults as they were."""
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
-    # "medium" lets a CPU multiply float32 in bfloat16
+    # With "medium" a CPU may multiply float32 in bfloat16.
     torch.set_float32_matmul_precision("highest")
     try:
         with (

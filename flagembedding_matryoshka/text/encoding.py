@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -25,7 +25,7 @@ CHARACTERS = 8
 MARK = "\ue000"
 """A character of the private use area, which no vocabulary merges with the next character."""
 NEIGHBOURS = 32
-"""More than the characters of a piece, of which SentencePiece allows 16."""
+"""More characters than a piece has: SentencePiece allows 16."""
 
 
 def whole_characters(text: str) -> str:
@@ -58,16 +58,21 @@ class TextEncoder:
     def whole(self, texts: Sequence[str]) -> list[Ids]:
         """Encode each text as (tokens,) int32."""
         found: list[Ids] = []
-        for batch in _batches(texts):
+        start = 0
+        while start < len(texts):
+            end, characters = start + 1, len(texts[start])
+            while end < len(texts) and (characters := characters + len(texts[end])) <= CHARACTERS_AT_ONCE:
+                end += 1
             # verbose=False: its warning of long input does not matter here.
             encoded = self._tokenizer(
-                [self._mark + whole_characters(text) for text in batch],
+                [self._mark + whole_characters(text) for text in texts[start:end]],
                 add_special_tokens=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,
             )
             found += [np.array(ids[self._mark_tokens :], dtype=np.int32) for ids in encoded["input_ids"]]
+            start = end
         return found
 
     def offsets(self, text: str) -> NDArray[np.int64]:
@@ -96,9 +101,10 @@ class TextEncoder:
         found: dict[int, Ids] = {}
         size = (tokens + MARGIN) * CHARACTERS
         while missing := [index for index in range(len(texts)) if index not in found]:
-            ends = {index: _ends(texts[index], size) for index in missing}
+            # The beginnings have more than `size` characters together.
+            ends = {index: _ends(texts[index], size) for index in missing if len(texts[index]) > 2 * size}
             # Only of texts twice as long: all attempts, which grow by 4, then tokenise less than the whole text.
-            cut = [index for index in missing if len(texts[index]) > 2 * sum(ends[index])]
+            cut = [index for index, own in ends.items() if len(texts[index]) > 2 * sum(own)]
             whole = [index for index in missing if index not in cut]
             found |= zip(whole, self.whole([texts[index] for index in whole]), strict=True)
             rest = iter(self.whole([texts[index][:end] for index in cut for end in ends[index]]))
@@ -162,16 +168,3 @@ def _ends(text: str, size: int) -> list[int]:
     if size // 2 <= word_ends[0] < word_ends[1]:
         return word_ends
     return list(range(size - NEIGHBOURS + 1, size + 1))
-
-
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield consecutive texts with at most CHARACTERS_AT_ONCE together, or one text with more."""
-    start = 0
-    ends = list(accumulate(map(len, texts)))
-    while start < len(texts):
-        used = ends[start - 1] if start else 0
-        end = start + 1
-        while end < len(texts) and ends[end] - used <= CHARACTERS_AT_ONCE:
-            end += 1
-        yield texts[start:end]
-        start = end

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from flagembedding_matryoshka.text.encoding import Ids, TextEncoder, whole_characters
 from flagembedding_matryoshka.text.templates import Template, Words
 
-WORDS_REMEMBERED = 256
-"""Different words of templates, and different prompts, whose tokens are kept."""
+TEMPLATES_REMEMBERED = 256
+"""Different templates, and templates with different instructions, whose token ids are kept."""
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """Ids of a text, (tokens,) int32, and whether the text is truncated."""
 
     ids: Ids
@@ -46,9 +46,6 @@ class Prefix:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_key", self.ids.tobytes())
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPair:
@@ -59,6 +56,10 @@ class TokenizedPair:
         passage_ids, prompt_ids: tokens of the passage and tokens after it, (tokens,) int32.
         query_is_cut, passage_is_cut: whether the text is truncated.
         passage_first: whether the query is in the prompt part, so that sequences may share their passage.
+        is_cut: whether query or passage is truncated.
+        prefix: tokens that sequences of a batch may share: the lead, and with `passage_first` the passage.
+        query_length, passage_length, prompt_length: number of tokens before the passage, in it and after it.
+        own_length: number of tokens after the prefix.
     """
 
     lead: Prefix
@@ -67,44 +68,34 @@ class TokenizedPair:
     query_is_cut: bool = False
     passage_is_cut: bool = False
     passage_first: bool = False
+    is_cut: bool = field(init=False)
+    prefix: Prefix = field(init=False)
+    query_length: int = field(init=False)
+    passage_length: int = field(init=False)
+    prompt_length: int = field(init=False)
+    own_length: int = field(init=False)
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether query or passage is truncated."""
-        return self.passage_is_cut or self.query_is_cut
+    def __post_init__(self) -> None:
+        lead, passage, prompt = self.lead.ids, self.passage_ids, self.prompt_ids
+        prefix = Prefix(np.concatenate([lead, passage])) if self.passage_first else self.lead
+        values = {
+            "is_cut": self.passage_is_cut or self.query_is_cut,
+            "prefix": prefix,
+            "query_length": len(lead),
+            "passage_length": len(passage),
+            "prompt_length": len(prompt),
+            "own_length": len(lead) + len(passage) + len(prompt) - len(prefix.ids),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def input_ids(self) -> Ids:
         """The whole sequence, (tokens,) int32."""
         return np.concatenate([self.lead.ids, self.passage_ids, self.prompt_ids])
 
-    @cached_property
-    def prefix(self) -> Prefix:
-        """The tokens that sequences of a batch may share: the lead, and with `passage_first` the passage."""
-        return Prefix(np.concatenate([self.lead.ids, self.passage_ids])) if self.passage_first else self.lead
-
-    @property
-    def query_length(self) -> int:
-        """Number of tokens before the passage, under the model's name."""
-        return len(self.lead)
-
-    @property
-    def passage_length(self) -> int:
-        """Number of tokens of the passage."""
-        return len(self.passage_ids)
-
-    @property
-    def prompt_length(self) -> int:
-        """Number of tokens after the passage, under the model's name."""
-        return len(self.prompt_ids)
-
-    @property
-    def own_length(self) -> int:
-        """Number of tokens after the prefix."""
-        return len(self) - len(self.prefix)
-
     def __len__(self) -> int:
-        return len(self.lead) + len(self.passage_ids) + len(self.prompt_ids)
+        return self.query_length + self.passage_length + self.prompt_length
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenizedPair):
@@ -136,12 +127,24 @@ def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequenc
     return found
 
 
-def _remember(known: dict[Any, Ids], words: Any, ids: Ids) -> Ids:
-    """Store the ids of words and return them. Of more than `WORDS_REMEMBERED` the oldest are forgotten."""
-    known[words] = ids
-    for oldest in list(known)[:-WORDS_REMEMBERED]:
-        known.pop(oldest, None)
-    return ids
+class TemplateIds(NamedTuple):
+    """Token ids of a template's words, (tokens,) int32 each.
+
+    Attributes:
+        opening: the begin-of-sequence token, if the template's rule has one, and the words before the first text.
+        between: words between the texts.
+        closing: words after the second text, and the prompt. Sequences of one template hold the same array.
+        query_end, passage_end: words of the formats after query and passage, which truncation keeps.
+        query_words, passage_words: all words of the formats, with their instructions.
+    """
+
+    opening: Ids
+    between: Ids
+    closing: Ids
+    query_end: Ids
+    passage_end: Ids
+    query_words: Ids
+    passage_words: Ids
 
 
 class PairTokenizer:
@@ -156,8 +159,7 @@ class PairTokenizer:
         self.template = Template() if template is None else template
         self.tokenizer = tokenizer
         self._encoder = TextEncoder(tokenizer)
-        self._fixed: dict[Words, Ids] = {}
-        self._prompts: dict[tuple[Words, str], Ids] = {}
+        self._known: dict[Template, TemplateIds] = {}
 
     @cached_property
     def _within(self) -> TextEncoder:
@@ -175,11 +177,6 @@ class PairTokenizer:
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple(token.content for token in added if token.special)
 
-    @property
-    def bos_ids(self) -> Ids:
-        """Begin-of-sequence token of the default template, (0 or 1,) int32."""
-        return self.opening(self.template)
-
     def opening(self, template: Template) -> Ids:
         """Return the begin-of-sequence token before the template's words, (0 or 1,) int32, see `Template.bos`."""
         bos, token = self.tokenizer.bos_token_id, self.tokenizer.bos_token
@@ -194,51 +191,55 @@ class PairTokenizer:
         return _as_ids([bos] if has_bos else [])
 
     def encode(
-        self, texts: Sequence[str], max_length: int, end: str = "", continues: bool = False
-    ) -> dict[str, Encoded]:
+        self, texts: Sequence[str], max_length: int, end: Ids | None = None, continues: bool = False
+    ) -> dict[str, EncodedText]:
         """Encode each different text once.
 
         Args:
             max_length: most tokens of a text, its end included.
-            end: words at the end of all texts, which truncation keeps.
+            end: token ids at the end of all texts, which truncation keeps; None is none.
             continues: whether the texts follow other words in the sequence, see `TextEncoder`.
         """
         different = list(dict.fromkeys(texts))
         encoder = self._within if continues else self._encoder
-        end_ids = self.plain(end)
-        kept = max(0, max_length - len(end_ids))
+        end = _as_ids([]) if end is None else end
+        kept = max(0, max_length - len(end))
         found = encoder.beginnings(different, max_length + 1)
         return {
-            text: Encoded(ids) if len(ids) <= max_length else Encoded(np.concatenate([ids[:kept], end_ids]), True)
+            text: EncodedText(ids) if len(ids) <= max_length else EncodedText(np.concatenate([ids[:kept], end]), True)
             for text, ids in zip(different, found, strict=True)
         }
 
     def fixed(self, words: Words) -> Ids:
         """Encode a template's words, (tokens,) int32. Control tokens are control tokens; in a tuple only in its first,
         third, … text."""
-        if not isinstance(words, str):  # not stored, because it holds a user's text
+        if not isinstance(words, str):
             parts = [self.plain(part) if place % 2 else self.fixed(part) for place, part in enumerate(words)]
             return np.concatenate(parts)
-        known = self._fixed.get(words)
-        if known is not None:
-            return known
         text = whole_characters(words)
-        ids = _as_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [])
-        return _remember(self._fixed, words, ids)
+        return _as_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [])
 
     def plain(self, text: str) -> Ids:
         """Encode words in which control tokens are text, (tokens,) int32."""
         return self._encoder.whole([text])[0] if text else _as_ids([])
 
-    def prompt_ids(self, template: Template) -> Ids:
-        """Return the words at the end of every sequence, (tokens,) int32; pairs of one template hold the same array."""
-        words = (template.behind, template.prompt)
-        if not isinstance(template.behind, str):
-            return np.concatenate(list(map(self.fixed, words)))
-        known = self._prompts.get(words)
-        if known is not None:
-            return known
-        return _remember(self._prompts, words, np.concatenate(list(map(self.fixed, words))))
+    def ids_of(self, template: Template) -> TemplateIds:
+        """Return the token ids of a template's words. Those of the last `TEMPLATES_REMEMBERED` templates are stored."""
+        found = self._known.get(template)
+        if found is None:
+            found = TemplateIds(
+                np.concatenate([self.opening(template), self.fixed(template.before)]),
+                self.fixed(template.between),
+                np.concatenate([self.fixed(template.behind), self.fixed(template.prompt)]),
+                self.plain(template.query_end),
+                self.plain(template.passage_end),
+                self.plain(template.query("")),
+                self.plain(template.passage("")),
+            )
+            self._known[template] = found
+            for oldest in list(self._known)[:-TEMPLATES_REMEMBERED]:
+                self._known.pop(oldest, None)
+        return found
 
     def passage_offsets(self, passage: str, template: Template) -> NDArray[np.int64]:
         """Return first and last character in `passage` of each token of `template.passage(passage)`, (tokens, 2) int64.
@@ -249,7 +250,7 @@ class PairTokenizer:
         lead = len(template.passage("")) - len(template.passage_end)
         if "passage" in template.strip:
             lead -= len(passage) - len(passage.lstrip())
-        encoder = self._within if _continues(template) else self._encoder
+        encoder = self._within if template.is_continuous else self._encoder
         offsets = encoder.offsets(template.passage(passage)) - lead
         return np.maximum.accumulate(offsets.clip(0, len(passage)), axis=0)
 
@@ -272,15 +273,16 @@ class PairTokenizer:
             ValueError: if a query leaves no room for its passage.
         """
         template = self.template if template is None else template
+        words = self.ids_of(template)
         queries = [template.query(query) for query, _ in pairs]
         passages = [template.passage(passage) for _, passage in pairs]
-        continues = _continues(template)
-        encoded_queries = self.encode(queries, query_max_length, template.query_end, continues)
-        encoded = self.encode(passages, passage_max_length, template.passage_end, continues)
-        parts = {text: self._query_parts(query, template) for text, query in encoded_queries.items()}
-        end = self.plain(template.passage_end)
+        encoded = self.encode(passages, passage_max_length, words.passage_end, template.is_continuous)
+        parts = {
+            text: _query_parts(query, words, template.passage_first)
+            for text, query in self.encode(queries, query_max_length, words.query_end, template.is_continuous).items()
+        }
         return [
-            self._join(parts[query], encoded[passage], end, max_length, template)
+            _join(parts[query], encoded[passage], words, max_length)
             for query, passage in zip(queries, passages, strict=True)
         ]
 
@@ -305,7 +307,7 @@ class PairTokenizer:
                 f"max_length={max_length} leaves no token of a query, which gets three quarters: give at least 2."
             )
         if template.has_reference_lengths:
-            beside = len(self.prompt_ids(template))
+            beside = len(self.ids_of(template).closing)
             return self.build(pairs, query_max_length, max_length, max_length + beside, template)
         of_query, of_passage, beside = self._own_words(template)
         lengths = query_max_length + of_query, max_length + of_passage
@@ -313,9 +315,8 @@ class PairTokenizer:
 
     def _own_words(self, template: Template) -> tuple[int, int, int]:
         """Return the number of the template's tokens with a query, with a passage, and elsewhere before `behind`."""
-        of_query, of_passage = (len(self.plain(text)) for text in (template.query(""), template.passage("")))
-        words = self.opening(template), self.fixed(template.before), self.fixed(template.between)
-        return of_query, of_passage, sum(map(len, words))
+        words = self.ids_of(template)
+        return len(words.query_words), len(words.passage_words), len(words.opening) + len(words.between)
 
     def build_texts(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int, passage_max_length: int, template: Template
@@ -329,55 +330,46 @@ class PairTokenizer:
         lengths = query_max_length + of_query, passage_max_length + of_passage
         return self.build(pairs, *lengths, sum(lengths) + beside, template)
 
-    def _query_parts(self, query: Encoded, template: Template) -> QueryParts:
-        opening = np.concatenate([self.opening(template), self.fixed(template.before)])
-        between, behind = self.fixed(template.between), self.prompt_ids(template)
-        if template.passage_first:
-            return QueryParts(Prefix(opening), np.concatenate([between, query.ids, behind]), len(behind), query)
-        return QueryParts(Prefix(np.concatenate([opening, query.ids, between])), behind, len(behind), query)
-
-    def _join(
-        self, parts: QueryParts, passage: Encoded, end: Ids, max_length: int, template: Template
-    ) -> TokenizedPair:
-        """Build a sequence. The passage is truncated before its `end`, so that the tokens without `behind` and `prompt`
-        are at most `max_length`.
-
-        Raises:
-            ValueError: if the query leaves no room for its passage.
-        """
-        ids, is_cut = passage
-        used = len(parts.lead) + len(parts.prompt_ids) - parts.closing
-        room = max_length - used
-        if room < max(len(end), min(1, len(ids))):
-            beside = used - len(parts.query.ids)
-            raise ValueError(
-                f"a query of {len(parts.query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
-                f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
-            )
-        if len(ids) > room:
-            ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
-        return TokenizedPair(parts.lead, ids, parts.prompt_ids, parts.query.is_cut, is_cut, template.passage_first)
-
 
 class QueryParts(NamedTuple):
     """The parts of a sequence that do not depend on its passage.
 
     Attributes:
-        lead, prompt_ids: as in `TokenizedPair`.
-        closing: number of tokens of `behind` and `prompt` in `prompt_ids`.
+        lead, prompt_ids, passage_first: as in `TokenizedPair`.
         query: the encoded query.
     """
 
     lead: Prefix
     prompt_ids: Ids
-    closing: int
-    query: Encoded
+    passage_first: bool
+    query: EncodedText
 
 
-def _continues(template: Template) -> bool:
-    """Return whether query and passage are tokenised as a continuation of the words before them. The reference
-    tokenises each by itself."""
-    return template.bos != "reference"
+def _query_parts(query: EncodedText, words: TemplateIds, passage_first: bool) -> QueryParts:
+    if passage_first:
+        behind = np.concatenate([words.between, query.ids, words.closing])
+        return QueryParts(Prefix(words.opening), behind, True, query)
+    return QueryParts(Prefix(np.concatenate([words.opening, query.ids, words.between])), words.closing, False, query)
+
+
+def _join(parts: QueryParts, passage: EncodedText, words: TemplateIds, max_length: int) -> TokenizedPair:
+    """Build a sequence. The passage is truncated before its end, so that the tokens without `behind` and `prompt` are
+    at most `max_length`.
+
+    Raises:
+        ValueError: if the query leaves no room for its passage.
+    """
+    (ids, is_cut), end, query = passage, words.passage_end, parts.query
+    beside = len(words.opening) + len(words.between)
+    room = max_length - beside - len(query.ids)
+    if room < max(len(end), min(1, len(ids))):
+        raise ValueError(
+            f"a query of {len(query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
+            f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
+        )
+    if len(ids) > room:
+        ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
+    return TokenizedPair(parts.lead, ids, parts.prompt_ids, query.is_cut, is_cut, parts.passage_first)
 
 
 def _as_ids(values: Sequence[int]) -> Ids:

@@ -17,7 +17,8 @@ import json
 import os.path
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -73,7 +74,7 @@ class Template:
     prompt: str = "Predict whether passage B contains an answer to query A."
     head_tokens: tuple[str | int, ...] = ("Yes",)
     instruction: str = ""
-    instructed: Mapping[str, Any] | None = None
+    instructed: Mapping[str, Any] | None = field(default=None, hash=False)
     passage_first: bool = False
     bos: Bos = "reference"
     strip: tuple[Text, ...] = ()
@@ -101,9 +102,6 @@ class Template:
         is_number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not is_number or not 0 < self.temperature < float("inf"):
             raise ValueError(f"a template's temperature must be a number above 0, got {self.temperature!r}.")
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.to_json(), sort_keys=True))
 
     def replaced(self, **given: str | None) -> Template:
         """Replace fields. None, or FlagEmbedding's default of a format, keeps a field.
@@ -168,22 +166,28 @@ class Template:
         texts = [own.query("{query}"), own.between, own.passage("{passage}")]
         return "".join([before, *(texts[::-1] if own.passage_first else texts), behind, own.prompt])
 
-    @property
+    @cached_property
     def query_end(self) -> str:
         """The words of `query_format` after the query, which truncation keeps."""
         return _end(self.query_format, self.query_instruction)
 
-    @property
+    @cached_property
     def passage_end(self) -> str:
         """The words of `passage_format` after the passage, which truncation keeps."""
         return _end(self.passage_format, self.passage_instruction)
 
-    @property
+    @cached_property
     def has_reference_lengths(self) -> bool:
         """Whether lengths count as in the reference, whose sequences are [bos] query sep passage sep prompt. With other
         templates, lengths in training count only the user's texts."""
         is_flat = (self.before, self.between, self.behind, self.query_format, self.passage_format)
         return is_flat == ("", "\n", "\n", FLAT, FLAT) and not self.passage_first and self.bos == "reference"
+
+    @cached_property
+    def is_continuous(self) -> bool:
+        """Whether query and passage are tokenised as a continuation of the words before them. The reference tokenises
+        each by itself."""
+        return self.bos != "reference"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `Template.load` reads them."""

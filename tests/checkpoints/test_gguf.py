@@ -27,7 +27,6 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, SMOLLM2_INSTALL, resolve, smollm2_base
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from flagembedding_matryoshka.inference.options import ScoringOptions
 from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,7 +158,7 @@ def test_scores_are_those_of_the_llama(llama, gguf_path, converted):
     assert by_directory.compute_score(PAIRS, cutoff_layers=[2, 4]) == scores
     row = llama.lm_head.weight[reranker.tokenizer("Yes", add_special_tokens=False)["input_ids"][0]]
     with torch.no_grad():
-        for number, pair in enumerate(ScoringOptions.resolve(reranker, {}).tokenize(PAIRS, reranker._pair_tokenizer)):
+        for number, pair in enumerate(reranker.tokenize(PAIRS)):
             states = llama.model(torch.tensor(pair.input_ids)[None], output_hidden_states=True).hidden_states
             # The last of them is normalised already.
             expected = torch.stack([llama.model.norm(states[2][0, -1]), states[4][0, -1]]) @ row

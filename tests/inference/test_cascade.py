@@ -15,7 +15,7 @@ from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.decoder import PackedStates
-from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.setting import Setting, share_of
 from tests.batches import close, out_of_memory_above
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +109,9 @@ def test_the_best_of_each_query_are_those_that_a_sort_finds(candidates, share):
         mine = [place for place, candidate in enumerate(candidates) if candidate[0] == query]
         count = math.ceil(round(share * len(mine), 9))
         expected |= set(sorted((place for place in mine if running[place]), key=lambda place: -scores[place])[:count])
-    found = _best_of_each_query(scores.double(), scores.float(), running, owner, share)
+    _, owner, counts = owner.unique(return_inverse=True, return_counts=True)
+    kept = torch.tensor([share_of(share, count) for count in counts.tolist()])
+    found = _best_of_each_query(scores.double(), scores.float(), running, owner, kept)
     assert set(found.nonzero()[:, 0].tolist()) == expected
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import chunking, scoring
 from flagembedding_matryoshka.inference.chunking import Chunking
-from flagembedding_matryoshka.inference.options import resolve_call
+from flagembedding_matryoshka.inference.options import Call, resolve_call
 from flagembedding_matryoshka.text.encoding import whole_characters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,8 +27,8 @@ def reranker(tiny_layerwise_path):
 
 
 def chunks_of(reranker, query, documents, most=None, overlap=0, **overrides):
-    options, _ = resolve_call(reranker, overrides)
-    return Chunking(options, reranker._pair_tokenizer, most, overlap).cut(query, documents)
+    call = Call(reranker._pair_tokenizer, *resolve_call(reranker, overrides))
+    return Chunking(call, most, overlap).cut(query, documents)
 
 
 @given(st.lists(texts, max_size=3), st.integers(0, 3), st.sampled_from(["{}{}", "{} {}</passage>"]))

@@ -22,8 +22,6 @@ from flagembedding_matryoshka.inference import scoring
 from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.inputs import as_pairs
 from flagembedding_matryoshka.inference.memory import TokenLimit
-from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.text.pairs import PairTokenizer
 from tests.batches import out_of_memory_above
 from tests.tiny_base import TINY_BASE
 
@@ -219,7 +217,7 @@ def test_tokens_of_a_query_and_of_each_document(reranker):
     query, documents = PAIRS[0][0], [passage for _, passage in PAIRS]
     shared, tokens = reranker.count_tokens(query, documents)
     pairs = [(query, document) for document in documents]
-    inputs = ScoringOptions.resolve(reranker, {}).tokenize(pairs, PairTokenizer(reranker.tokenizer))
+    inputs = reranker.tokenize(pairs)
     lengths = [len(pair) for pair in inputs]
     assert reranker.count_tokens(query, iter(documents)) == (shared, tokens)
     with pytest.raises(TypeError, match="documents of query 0 must be a list, got the dict"):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from transformers import AutoTokenizer
 
-from flagembedding_matryoshka.text.pairs import Encoded, PairTokenizer, find_head_token_id, find_head_token_ids
+from flagembedding_matryoshka.text.pairs import (
+    EncodedText,
+    PairTokenizer,
+    _join,
+    _query_parts,
+    find_head_token_id,
+    find_head_token_ids,
+)
 from flagembedding_matryoshka.text.templates import Template
 
 IDS = st.lists(st.integers(10, 99), max_size=8)
@@ -32,16 +39,15 @@ def test_pairs_become_the_ids_of_the_reference(shared_parity):
 
 
 def join(pair_tokenizer, query, passage, max_length):
-    query, passage = (Encoded(np.array(ids, dtype=np.int32)) for ids in (query, passage))
-    template = pair_tokenizer.template
-    parts, end = pair_tokenizer._query_parts(query, template), pair_tokenizer.plain(template.passage_end)
-    return pair_tokenizer._join(parts, passage, end, max_length, template)
+    query, passage = (EncodedText(np.array(ids, dtype=np.int32)) for ids in (query, passage))
+    words = pair_tokenizer.ids_of(pair_tokenizer.template)
+    return _join(_query_parts(query, words, passage_first=False), passage, words, max_length)
 
 
 @given(query=IDS, passage=IDS, spare=st.integers(0, 12))
 def test_the_passage_alone_is_cut(pair_tokenizer, query, passage, spare):
     between, behind, prompt = (pair_tokenizer.fixed(text).tolist() for text in ("\n", "\n", Template().prompt))
-    head = [*pair_tokenizer.bos_ids.tolist(), *query, *between]
+    head = [*pair_tokenizer.opening(Template()).tolist(), *query, *between]
     if spare == 0 and passage:
         with pytest.raises(ValueError, match=f"query of {len(query)} tokens leaves no room.* fit into {len(head)}"):
             join(pair_tokenizer, query, passage, len(head))
@@ -106,17 +112,27 @@ def test_cutting_leaves_the_tokenizer_as_it_was(pair_tokenizer, tiny_tokenizer):
     assert tiny_tokenizer.backend_tokenizer.padding is None
 
 
-def test_only_the_last_prompts_are_kept(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("flagembedding_matryoshka.text.pairs.WORDS_REMEMBERED", 8)
+def test_only_the_ids_of_the_last_templates_are_kept(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("flagembedding_matryoshka.text.pairs.TEMPLATES_REMEMBERED", 8)
     tokenizer = PairTokenizer(tiny_tokenizer)
     for _ in range(2):
         for number in range(30):
             template = Template(prompt=f"prompt {number}")
-            found = tokenizer.prompt_ids(template)
-            assert found is tokenizer.prompt_ids(template)
+            found = tokenizer.ids_of(template).closing
+            assert found is tokenizer.ids_of(Template(prompt=f"prompt {number}")).closing
             expected = tiny_tokenizer(f"prompt {number}", add_special_tokens=False)["input_ids"]
             assert found.tolist()[-len(expected) :] == expected
-    assert len(tokenizer._prompts) == len(tokenizer._fixed) == 8
+    assert len(tokenizer._known) == 8
+
+
+def test_templates_that_differ_in_how_they_take_an_instruction_have_ids_of_their_own(tiny_tokenizer):
+    tokenizer = PairTokenizer(tiny_tokenizer)
+    first, second = (Template(instructed={"query_instruction": "{instruction}"}) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+    other = Template(instructed={"query_instruction": "task: {instruction}"})
+    assert other != first
+    ids = [tokenizer.ids_of(template.with_instruction("wings")).query_words.tolist() for template in (first, other)]
+    assert ids[0] != ids[1] and tiny_tokenizer.decode(ids[1]).startswith("task: wings")
 
 
 def test_another_separator(tiny_tokenizer):

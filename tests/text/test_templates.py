@@ -35,7 +35,7 @@ def test_a_file_says_what_differs(tmp_path):
 def test_truncation_leaves_all_of_the_templates_words(name, lengths, tiny_tokenizer):
     template = TEMPLATES[name]
     tokenizer = PairTokenizer(tiny_tokenizer, template)
-    bos = tokenizer.bos_ids.tolist()
+    bos = tokenizer.opening(template).tolist()
     ends = {end: tokenizer.plain(end).tolist() for end in (template.query_end, template.passage_end)}
     before, between, behind, prompt = (
         tokenizer.fixed(text).tolist() for text in (template.before, template.between, template.behind, template.prompt)
