@@ -296,6 +296,23 @@ def test_formats_and_precisions_are_named(qwen3, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("format", "precision", "package"),
+    [
+        ("onnx", None, "onnxscript"),
+        ("openvino", "f32", "openvino"),
+        ("openvino", "int8", "nncf"),
+        ("gguf", None, "gguf"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(format, precision, package, qwen3, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"format='{format}' needs the package {package}: pip install 'flagembedding_matryoshka\[{format}\]'"
+    with pytest.raises(ImportError, match=message):
+        load(qwen3).export(str(tmp_path / "out"), 3, format=format, precision=precision)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_in_bfloat16_keeps_its_format_and_a_float32_head(qwen3, tmp_path):
     from safetensors.torch import load_file
 
