@@ -11,6 +11,7 @@ BIN := .venv/bin
 DEMO := .venv/.installed-demo
 INSTALLED := .venv/.installed
 COHERE5 := .venv-cohere5/.installed
+VLLM := .venv-vllm/.installed
 NODE := tests/serve/node/node_modules/.installed
 # Tests of clients need environments of their own.
 CLIENTS := $(COHERE5) $(if $(shell command -v npm),$(NODE))
@@ -39,6 +40,13 @@ $(INSTALLED): $(DEMO)
 $(COHERE5): tests/serve/cohere5.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install $(PIP_FLAGS) -r $<
+	@touch $@
+
+# By hand: 3.5 GB. PyPI's torchvision is for CUDA, and vLLM reads texts without it.
+$(VLLM): tests/checkpoints/export/vllm.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(PIP_FLAGS) -r $<
+	$(@D)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(NODE): tests/serve/node/package.json

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from flagembedding_matryoshka.checkpoints.export.formats import PRECISIONS, Format
+from flagembedding_matryoshka.cli.rows import PASSAGE, as_pair, name_of, read
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.parser import Parser
@@ -52,6 +53,12 @@ def build_parser() -> Parser:
         + " (default: the first)",
     )
     parser.add_argument(
+        "--sample",
+        type=Path,
+        metavar="FILE",
+        help="pairs that int8 measures ranges on, in a file that `score` reads (default: built-in ones)",
+    )
+    parser.add_argument(
         "--allow_uncapped",
         action="store_true",
         help="export a model that caps its scores to a runtime that does not: the order stays, the values do not",
@@ -66,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         parser.error(f"--output {options.output} exists and is not an empty directory: name another one")
+    rows = None if options.sample is None else list(read(options.sample, as_pair))
     MatryoshkaReranker(options.model, devices="cpu", **given_options(options)).export(
         str(options.output),
         format=options.format,
         precision=options.precision,
+        sample=None if rows is None else [(row["query"], row[name_of(row, PASSAGE)]) for row in rows],
         allow_uncapped=options.allow_uncapped,
     )
     print(f"Wrote {options.output}.")

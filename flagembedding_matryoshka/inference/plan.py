@@ -129,12 +129,7 @@ class Plan:
         Raises:
             ValueError: if no such map was fitted; the error lists the settings that have one.
         """
-        wanted = _as_read(setting, layer)
-        fitted = {
-            _as_read(item.setting, item.setting.depth): item.calibration
-            for item in self.settings
-            if item.calibration is not None and not item.setting.cascade
-        }
+        wanted, fitted = _as_read(setting, layer), self.calibrations()
         if wanted not in fitted:
             raise ValueError(
                 f"normalize='calibrated': the plan of {self.data} has no calibration of {wanted}; it has "
@@ -142,6 +137,14 @@ class Plan:
                 "for each setting that it measures."
             )
         return fitted[wanted]
+
+    def calibrations(self) -> dict[Setting, Calibration]:
+        """The calibrations of scores, under the depth and width that these scores are read at."""
+        return {
+            _as_read(item.setting, item.setting.depth): item.calibration
+            for item in self.settings
+            if item.calibration is not None and not item.setting.cascade
+        }
 
     def fusion_weight(self) -> float:
         """Return the weight of the first stage's scores. Raises ValueError if the plan has no weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property, partial
@@ -342,6 +343,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         cutoff_layers: Layers = None,
         format: Format = "layerwise",
         precision: str | None = None,
+        sample: Sequence[tuple[str, str]] | None = None,
         allow_uncapped: bool = False,
     ) -> None:
         """Write a checkpoint, tokenizer included, of these exits (None: the re-ranker's own) and the layers below.
@@ -354,8 +356,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             format: "layerwise" is a checkpoint of this package with all these exits. Any other is one sequence
                 classifier for each exit: "transformers" (also for sentence-transformers and vLLM), "onnx", "openvino"
                 or "gguf" (llama.cpp). Several exits are written to the folders `exit-9`, `exit-12`, … of `output_dir`.
-            precision: of the matrices in a file of "gguf": "f32", "f16" or "q8_0". None is "f32". ONNX and OpenVINO
-                files are in float32.
+            precision: of the matrices in a file of "openvino", "f32", "bf16" or "int8", or of "gguf", "f32", "f16" or
+                "q8_0". None is "f32". ONNX files are in float32, the other formats in the re-ranker's dtype.
+            sample: pairs of query and document that "int8" measures ranges on. None is a built-in sample.
             allow_uncapped: export a model that caps its scores to another runtime, which does not cap them. The order
                 stays, the values do not.
 
@@ -370,6 +373,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         template, activation = options.saved_template(self.words), self.description.activation.value
         if format != "layerwise":
             source, weights = self.description.path, self._weights_fingerprint()
+            calibrations = self._exported_calibrations()
             exits = [
                 Exit(
                     self.model,
@@ -380,23 +384,37 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
                     options.max_length,
                     source,
                     weights,
-                    self._exported_calibration(layer),
+                    calibrations.get(layer),
                 )
                 for layer in setting.cutoff_layers
             ]
-            return export_formats(exits, output_dir, format, precision, allow_uncapped)
+            return export_formats(exits, output_dir, format, precision, sample, allow_uncapped)
+        others = {"precision": precision, "sample": sample, "allow_uncapped": allow_uncapped or None}
+        if given := [f"{name}={excerpt(value)}" for name, value in others.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} given, but format='layerwise' takes none of {', '.join(others)}: it has the dtype "
+                "of the re-ranker and its cap on scores."
+            )
         export_exits(self.model, setting.cutoff_layers, output_dir, template, activation)
         self.tokenizer.save_pretrained(output_dir)
         write_lengths(output_dir, options.query_max_length, options.max_length)
 
-    def _exported_calibration(self, layer: int) -> dict[str, Any] | None:
-        """The plan's calibration of an exit at full width, with the conditions that it was fitted in; None without."""
+    def _exported_calibrations(self) -> dict[int, dict[str, Any]]:
+        """The plan's calibrations of exits at full width, with the conditions that they were fitted in; none without a
+        plan. A plan that does not fit the model is warned about, and not used."""
         try:
             plan = self.plan
-            fitted = plan.calibration(Setting((layer,)), layer)
-        except (FileNotFoundError, ValueError):  # no plan beside the model, or one without this exit
-            return None
-        return {"method": fitted.method, **asdict(fitted), "data": plan.data, "scored_with": dict(plan.scored_with)}
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            warnings.warn(f"the export has no calibration: {error}", UserWarning, stacklevel=3)
+            return {}
+        about = {"data": plan.data, "scored_with": dict(plan.scored_with)}
+        return {
+            setting.depth: {"method": fitted.method, **asdict(fitted), **about}
+            for setting, fitted in plan.calibrations().items()
+            if setting == Setting(setting.depth)
+        }
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:
         """Tokenise pairs once for `compute_score`, `score_lists` and `estimate_flops`, at any depth and width.

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -42,3 +44,11 @@ def test_a_precision_belongs_to_its_format(tiny_layerwise_path, tmp_path):
     options = ["--format", "transformers", "--precision", "q8_0", "--output", str(tmp_path / "cut")]
     with pytest.raises(ValueError, match="precision='q8_0', but format='transformers' takes none"):
         main(["--model", str(tiny_layerwise_path), *options])
+
+
+def test_the_pairs_of_a_sample_are_read_and_belong_to_int8(tiny_layerwise_path, tmp_path):
+    rows = [{"query": f"wing {number}", "passage": "a wing and a lift"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--format", "openvino", "--precision", "bf16", "--sample", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(ValueError, match="sample=3 pairs, but precision='bf16': only 'int8'"):
+        main(["--model", str(tiny_layerwise_path), *options, "--output", str(tmp_path / "cut")])

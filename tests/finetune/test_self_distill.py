@@ -159,3 +159,25 @@ def test_a_sequence_classifier_gets_other_exits(use_lora, lists, tiny_tokenizer,
     assert scores.isfinite().all() and (scores[0] - scores[2]).abs().max() > 1e-3
     classifier = MatryoshkaReranker(str(path), template="question-passage", dtype="float32", devices="cpu")
     assert (scores[-1] - scores_of(classifier)).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_an_exported_classifier_becomes_elastic(tiny_layerwise_path, lists, tmp_path):
+    source = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
+    source.export(str(tmp_path / "classifier"), cutoff_layers=6, format="transformers")
+    assert inspect_checkpoint(str(tmp_path / "classifier")).config.exit_layers == [6]
+    options = {"compress_layers": [2], "compress_ratios": [1, 2], "learning_rate": 1e-2}
+    exits = {"exits": [2, 4, 6], "save_merged_lora_model": True}
+    run = distil(tmp_path / "classifier", lists, tmp_path / "out", exits, max_steps=40, **options)
+    run.run()
+    history = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    for layer in (2, 4):
+        losses = [entry[f"loss_layer_{layer}_original"] for entry in history]
+        assert sum(losses[-8:]) < sum(losses[:8])
+    elastic = MatryoshkaReranker(str(tmp_path / "out" / "merged_model"), dtype="float32", devices="cpu")
+    assert elastic.config.exit_layers == [2, 4, 6]
+    pairs = [("wing", "a wing and a lift"), ("heat", "a wing"), ("heat", "a plate and its heat")]
+    scores = torch.tensor(elastic.compute_score(pairs, cutoff_layers=[2, 4, 6]))
+    narrow = torch.tensor(elastic.compute_score(pairs, cutoff_layers=4, compress_layers=2, compress_ratio=2))
+    assert scores.shape == (3, 3) and scores.isfinite().all() and narrow.isfinite().all()
+    assert (narrow - scores[1]).abs().max() > 0  # the passage was compressed

@@ -49,7 +49,8 @@ curl localhost:8000/rerank -H "Content-Type: application/json" \\
   -d '{{"model": "{name}", "query": "how does a wing lift", "documents": ["air flows"]}}'
 ```
 
-vLLM applies the activation of `config.json`. Texts that are too long are refused; `truncate_prompt_tokens` would cut
+vLLM applies the activation of `config.json`. Keep `--chat-template`: older versions join the texts without it, and a
+model with a default instruction does not start. Texts that are too long are refused; `truncate_prompt_tokens` would cut
 the words behind the document.
 
 ## infinity
@@ -79,6 +80,8 @@ messages = [{{"role": "query", "content": "how does a wing lift"}}, {{"role": "d
 batch = tokenizer.apply_chat_template([messages], padding=True, return_tensors="np", return_dict=True)
 (scores,) = session.run(["logits"], {{name: batch[name] for name in ("input_ids", "attention_mask")}})
 ```
+
+sentence-transformers' `backend="onnx"` needs a version of optimum-onnx for the transformers that is installed.
 """
 OPENVINO = """
 ## OpenVINO
@@ -94,7 +97,8 @@ batch = tokenizer.apply_chat_template([messages], padding=True, return_tensors="
 scores = model({{name: batch[name] for name in ("input_ids", "attention_mask")}})["logits"]
 ```
 
-Without the hint a CPU with bfloat16 computes in it, and scores differ.
+With "bf16" a CPU that multiplies bfloat16 computes in it, and scores differ. Without the hint such a CPU does so, too.
+sentence-transformers' `backend="openvino"` needs a version of optimum-intel for the transformers that is installed.
 """
 GGUF = """
 ## llama.cpp

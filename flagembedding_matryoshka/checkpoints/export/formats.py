@@ -9,20 +9,25 @@ from typing import Literal, get_args
 
 from flagembedding_matryoshka.checkpoints.export.gguf import GGUF_PRECISIONS, export_gguf
 from flagembedding_matryoshka.checkpoints.export.onnx import export_onnx
-from flagembedding_matryoshka.checkpoints.export.openvino import export_openvino
+from flagembedding_matryoshka.checkpoints.export.openvino import OPENVINO_PRECISIONS, export_openvino
 from flagembedding_matryoshka.checkpoints.export.plain import Exit, export_transformers
 
 Format = Literal["layerwise", "transformers", "onnx", "openvino", "gguf"]
-PRECISIONS = {"gguf": GGUF_PRECISIONS}
+PRECISIONS = {"openvino": OPENVINO_PRECISIONS, "gguf": GGUF_PRECISIONS}
 
 
 def export_formats(
-    exits: Sequence[Exit], output_dir: str | Path, format: Format, precision: str | None, allow_uncapped: bool
+    exits: Sequence[Exit],
+    output_dir: str | Path,
+    format: Format,
+    precision: str | None,
+    sample: Sequence[tuple[str, str]] | None,
+    allow_uncapped: bool,
 ) -> None:
     """Write exits for another runtime: one to `output_dir`, several to its folders `exit-9`, `exit-12`, ….
 
     Args:
-        format, precision, allow_uncapped: as of `MatryoshkaReranker.export`.
+        format, precision, sample, allow_uncapped: as of `MatryoshkaReranker.export`.
 
     Raises:
         ImportError: if a package is missing that the format needs, with the line that installs it.
@@ -33,11 +38,13 @@ def export_formats(
     allowed: tuple[str, ...] = PRECISIONS.get(format, ())
     if precision is not None and precision not in allowed:
         raise ValueError(f"precision={precision!r}, but format={format!r} takes {', '.join(allowed) or 'none'}.")
+    if sample is not None and precision != "int8":
+        raise ValueError(f"sample={len(sample)} pairs, but precision={precision!r}: only 'int8' measures ranges.")
     chosen = precision or next(iter(allowed), "")
     writers: dict[str, Callable[..., None]] = {
         "transformers": export_transformers,
         "onnx": export_onnx,
-        "openvino": export_openvino,
+        "openvino": partial(export_openvino, precision=chosen, sample=sample),
         "gguf": partial(export_gguf, precision=chosen),
     }
     for exit in exits:

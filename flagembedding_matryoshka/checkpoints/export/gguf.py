@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.export.chat_template import rendered_pieces
 from flagembedding_matryoshka.checkpoints.export.layerwise import remove_written
-from flagembedding_matryoshka.checkpoints.export.plain import HEAD, Classifier, Exit, classifier_of, write_card
+from flagembedding_matryoshka.checkpoints.export.plain import (
+    HEAD,
+    Classifier,
+    Exit,
+    classifier_of,
+    package_of,
+    write_card,
+)
 from flagembedding_matryoshka.text.pairs import PairTokenizer
 
 ARCHITECTURE = "qwen3"
@@ -58,12 +65,8 @@ def export_gguf(exit: Exit, directory: str | Path, precision: str = "f32", allow
         ImportError: if the package `gguf` is missing.
         ValueError: as `classifier_of`, or if llama.cpp has no place for the model or its template.
     """
-    try:
+    with package_of("gguf"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "format='gguf' needs the package gguf: pip install 'flagembedding_matryoshka[gguf]'"
-        ) from error
     classifier = classifier_of(exit, allow_uncapped)
     _refuse_other_models(classifier)
     words = rendered_words(exit)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def exportable_backbones() -> list[str]:
     return sorted(config.model_type for config in configs if config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
 
 
+@contextmanager
+def package_of(format: str) -> Iterator[None]:
+    """Say how the packages of a format are installed, if one that is imported here is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"format={format!r} needs the package {error.name}: pip install 'flagembedding_matryoshka[{format}]'"
+        ) from error
+
+
 def export_transformers(exit: Exit, directory: str | Path, allow_uncapped: bool = False) -> None:
     """Write an exit as a sequence classifier of transformers.
 
@@ -177,8 +189,11 @@ def write_files(classifier: Classifier, directory: str | Path, format: str) -> N
         "modality_config": {"text": FORWARD, "message": {**FORWARD, "format": "flat"}},
         "module_output_name": "scores",
     }
-    if instruction:  # without a prompt, as for an empty one, sentence-transformers sends no system message
-        transformer["processing_kwargs"] = {"chat_template": {"instruction": ""}}
+    if instruction:
+        # For an empty prompt sentence-transformers sends no system message, which then stands for no instruction. vLLM
+        # (0.33.0) sends none ever and would take this variable, too. It starts without --chat-template only if
+        # `tools` is not among these; for sentence-transformers None is the default.
+        transformer["processing_kwargs"] = {"chat_template": {"instruction": "", "tools": None}}
     contents: dict[str, Any] = {
         MODULES_FILE: [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}

@@ -1,26 +1,32 @@
 """Scores exported directories with transformers and sentence-transformers alone.
 
-python stock.py PAIRS.json SCORES.json DIRECTORY…
+python -I -S stock.py SITE_PACKAGES JOBS.json SCORES.json
+
+A job is a directory, its pairs and its instructions.
+
+With -I and -S Python has no packages beside its own: neither the working directory, nor PYTHONPATH, nor site-packages,
+whose .pth file makes an editable install importable. Then site-packages alone is added.
 """
 
+import importlib.util
 import json
 import sys
 
-sys.modules["flagembedding_matryoshka"] = None  # an import of it raises
-
 
 def main():
+    site_packages, given, output = sys.argv[1:]
+    sys.path.append(site_packages)
+    assert importlib.util.find_spec("flagembedding_matryoshka") is None
+
     import torch
     from sentence_transformers import CrossEncoder
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.set_num_threads(1)
-    given, output, *directories = sys.argv[1:]
     with open(given) as file:
-        read = json.load(file)
-    pairs, instructions = read["pairs"], read["instructions"]
+        jobs = json.load(file)
     found = {}
-    for directory in directories:
+    for directory, pairs, instructions in jobs:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
         assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from scipy.stats import kendalltau
 
 from tests.exports import EXITS, load, mixed_pairs, write_reranker
 
@@ -36,6 +35,18 @@ def logits(path):
     return torch.logit(torch.tensor(found, dtype=torch.float64))
 
 
+def agreement(found, expected):
+    """Kendall's tau over scores that are further apart than a tenth of their standard deviation.
+
+    q8_0 rounds weights and activations. In random models with rows of 32 to 128 values this moves scores by .04 to .07
+    of their standard deviation, whatever the width. Scores that lie closer come in any order: over all, tau is .95 to
+    .97, and over these at least .986.
+    """
+    distances, ours = found[:, None] - found, expected[:, None] - expected
+    apart = ours.abs() > 0.1 * expected.std()
+    return (distances[apart].sign() * ours[apart].sign()).mean()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
 def test_llama_cpp_gives_the_scores_of_the_exit(precision, qwen3, tmp_path):
@@ -46,7 +57,7 @@ def test_llama_cpp_gives_the_scores_of_the_exit(precision, qwen3, tmp_path):
         expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=layer), dtype=torch.float64)
         if precision == "f32":
             assert (found - expected).abs().max() < 1e-3
-        assert kendalltau(found, expected).statistic > (0.95 if precision == "q8_0" else 0.98)  # of 32 values a row
+        assert agreement(found, expected) > 0.98
 
 
 def test_the_head_has_a_second_row_of_zeros(qwen3, tmp_path):

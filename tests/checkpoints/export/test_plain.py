@@ -1,58 +1,98 @@
 """An exit as a sequence classifier that transformers and sentence-transformers load without this package."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.checkpoints.export import plain
-from flagembedding_matryoshka.checkpoints.export.chat_template import SEAM
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
-from tests.backbones import BACKBONES, FIRST
+from tests.backbones import BACKBONES
 from tests.batches import close
 from tests.exports import CAPPED, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
 from tests.leftovers import OWN, files, leave
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+FIRST = ("mistral", "gemma2")  # with a window, and with a cap
 BACKBONE = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CLASSIFIERS]
 )
 PAIRS = mixed_pairs()
 TASK = "Judge the Document"
+SIGMOID = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
 
 
-def stock_scores(directories, folder, instructions=(None,), pairs=PAIRS):
-    """Scores of stock.py, which runs without this package."""
-    (folder / "pairs.json").write_text(json.dumps({"pairs": pairs, "instructions": instructions}))
-    script = Path(__file__).with_name("stock.py")
-    command = [sys.executable, script, folder / "pairs.json", folder / "scores.json", *directories]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=folder)
-    return json.loads((folder / "scores.json").read_text())
+@dataclass(frozen=True)
+class Case:
+    """A re-ranker whose exits are exported and scored by stock.py.
+
+    Attributes:
+        exits: those that stock.py scores. All of `EXITS` are exported.
+        settings: its config_sentence_transformers.json.
+        options: it is loaded with.
+    """
+
+    backbone: str = "qwen3"
+    template: Any = "mxbai-v2"
+    pairs: Sequence[tuple[str, str]] = tuple(PAIRS)
+    instructions: Sequence[str | None] = (None,)
+    exits: Sequence[int] = (3,)
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+WORDS = {
+    "seams": Case(
+        template="cost_wise",  # its tokenizer joins "?" and a line break
+        pairs=[("what is it?", "it is.\n"), ("a\n", "\n\nb"), ("x ", "  y\n"), ("", "")],
+    ),
+    "instruction": Case(instructions=(None, "", "no"), options={"instruction": TASK}),
+    "long": Case(pairs=[("a wing", "lift air " * 40), ("heat", "air")], options={"max_length": 40}),
+    "sigmoid": Case(template="zerank", settings=SIGMOID),
+}
+EACH = {name: Case(name, SHORT, instructions=(None, TASK), exits=EXITS) for name in CLASSIFIERS}
+QUICK = {name: case for name, case in EACH.items() if name in FIRST} | WORDS
+SLOW = {name: case for name, case in EACH.items() if name not in FIRST}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For a backbone: its folder, its re-ranker, and the scores of stock libraries for each exit and instruction."""
-    groups = [[name for name in CLASSIFIERS if name in FIRST], [name for name in CLASSIFIERS if name not in FIRST]]
+    """For the name of a case: its folder of exits, its re-ranker, and for each exit and instruction the scores of
+    libraries to which this package is not importable."""
     found = {}
 
     def of(name):
         if name not in found:
-            (group,) = (names for names in groups if name in names)
+            cases = QUICK if name in QUICK else SLOW
             root = tmp_path_factory.mktemp("exported")
-            rerankers = {one: load(write_reranker(one, root / one, SHORT)) for one in group}
-            for one, reranker in rerankers.items():
+            jobs, rerankers = [], {}
+            for one, case in cases.items():
+                path = write_reranker(case.backbone, root / one, case.template)
+                if case.settings:
+                    (path / "config_sentence_transformers.json").write_text(json.dumps(case.settings))
+                rerankers[one] = load(path, **case.options)
                 options = {"format": "transformers", "allow_uncapped": one in CAPPED}
-                reranker.export(str(root / one / "out"), list(EXITS), **options)
-            directories = [root / one / "out" / f"exit-{layer}" for one in group for layer in EXITS]
-            stock = stock_scores(directories, root, (None, TASK))
-            found.update({one: (root / one / "out", rerankers[one], stock) for one in group})
+                rerankers[one].export(str(root / one / "out"), list(EXITS), **options)
+                for layer in case.exits:
+                    jobs.append([str(root / one / "out" / f"exit-{layer}"), case.pairs, case.instructions])
+            (root / "jobs.json").write_text(json.dumps(jobs))
+            script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
+            arguments = [script, packages, root / "jobs.json", root / "scores.json"]
+            run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            stock = json.loads((root / "scores.json").read_text())
+            found.update({one: (root / one / "out", rerankers[one], stock) for one in cases})
         return found[name]
 
     return of
@@ -112,14 +152,11 @@ def test_the_base_chat_template_and_our_fields_do_not_travel(qwen3, tmp_path):
     assert "m.content" not in (tmp_path / "chat_template.jinja").read_text()
 
 
-def test_texts_that_a_tokenizer_would_join_with_the_words_keep_their_scores(qwen3, tmp_path):
-    reranker = load(qwen3)
-    reranker.export(str(tmp_path / "out"), 6, format="transformers")
-    assert "ue010" in (tmp_path / "out" / "chat_template.jinja").read_text()
-    pairs = [("what is it?", "it is.\n"), ("a\n", "\n\nb"), ("x ", "  y\n"), ("", ""), ("a", f"b{SEAM}")]
-    (found,) = stock_scores([tmp_path / "out"], tmp_path, pairs=pairs[:-1]).values()
-    expected = torch.tensor(reranker.compute_score(pairs[:-1]))
-    for scores in found.values():
+def test_texts_that_a_tokenizer_would_join_with_the_words_keep_their_scores(exported):
+    root, reranker, stock = exported("seams")
+    assert "ue010" in (root / "exit-3" / "chat_template.jinja").read_text()
+    expected = torch.tensor(reranker.compute_score(WORDS["seams"].pairs, cutoff_layers=3))
+    for scores in stock[f"{root / 'exit-3'} None"].values():
         close(torch.tensor(scores), expected, 1e-5)
 
 
@@ -145,50 +182,48 @@ def test_a_begin_of_sequence_token_is_written_by_the_template_alone(parity, shar
     assert built.input_ids[0] == source.tokenizer.bos_token_id
 
 
-def test_an_instruction_of_the_checkpoint_is_the_default_of_both_libraries(tmp_path):
-    reranker = load(write_reranker("qwen3", tmp_path, "mxbai-v2"), instruction=TASK)
-    reranker.export(str(tmp_path / "out"), 3, format="transformers")
-    found = stock_scores([tmp_path / "out"], tmp_path, (None, "", "no"))
-    back = load(tmp_path / "out")
+def test_an_instruction_of_the_checkpoint_is_the_default_of_both_libraries(exported):
+    root, reranker, stock = exported("instruction")
+    back = load(root / "exit-3")
     for instruction in (None, "", "no"):
         expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3, instruction=instruction))
-        close(torch.tensor(found[f"{tmp_path / 'out'} {instruction}"]["CrossEncoder"]), expected, 1e-5)
+        close(torch.tensor(stock[f"{root / 'exit-3'} {instruction}"]["CrossEncoder"]), expected, 1e-5)
         close(torch.tensor(back.compute_score(PAIRS, instruction=instruction)), expected, 1e-5)
     assert back.description.instruction.value == TASK
-    close(
-        torch.tensor(found[f"{tmp_path / 'out'} None"]["transformers"]),
-        torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3)),
-        1e-5,
-    )
+    expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3))
+    close(torch.tensor(stock[f"{root / 'exit-3'} None"]["transformers"]), expected, 1e-5)
 
 
-def test_long_documents_are_cut_where_this_package_cuts_them(tmp_path):
-    reranker = load(write_reranker("qwen3", tmp_path, "mxbai-v2"), max_length=40)
-    reranker.export(str(tmp_path / "out"), 3, format="transformers")
-    pairs = [("a wing", "lift air " * 40), ("heat", "air")]
-    (found,) = stock_scores([tmp_path / "out"], tmp_path, pairs=pairs).values()
-    close(torch.tensor(found["CrossEncoder"]), torch.tensor(reranker.compute_score(pairs, cutoff_layers=3)), 1e-5)
-    assert load(tmp_path / "out").max_length == 40
+def test_long_documents_are_cut_where_this_package_cuts_them(exported):
+    root, reranker, stock = exported("long")
+    expected = torch.tensor(reranker.compute_score(WORDS["long"].pairs, cutoff_layers=3))
+    close(torch.tensor(stock[f"{root / 'exit-3'} None"]["CrossEncoder"]), expected, 1e-5)
+    assert load(root / "exit-3").max_length == 40
 
 
-def test_a_sigmoid_divides_by_the_temperature(tmp_path):
-    path = write_reranker("qwen3", tmp_path, "zerank")
-    name = path / "config_sentence_transformers.json"
-    reranker = load(path)
+def test_a_sigmoid_divides_by_the_temperature(exported):
+    root, reranker, stock = exported("sigmoid")
     expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3, normalize=True))
-    reranker.export(str(tmp_path / "raw-zerank"), 3, format="transformers")
-    back = load(tmp_path / "raw-zerank")
-    close(torch.tensor(back.compute_score(PAIRS, normalize=True)), expected, 1e-5)
-    assert back.temperature == 5
-    name.write_text(json.dumps({"activation_fn": "torch.nn.modules.activation.Sigmoid"}))
-    load(path).export(str(tmp_path / "zerank"), 3, format="transformers")
-    (found,) = stock_scores([tmp_path / "zerank"], tmp_path).values()
-    close(torch.tensor(found["CrossEncoder"]), expected, 1e-5)
-    config = json.loads((tmp_path / "zerank" / "config.json").read_text())
-    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
-    back = load(tmp_path / "zerank")
+    close(torch.tensor(stock[f"{root / 'exit-3'} None"]["CrossEncoder"]), expected, 1e-5)
+    config = json.loads((root / "exit-3" / "config.json").read_text())
+    assert config["sentence_transformers"] == SIGMOID
+    back = load(root / "exit-3")
     assert back.temperature == 1
     close(torch.tensor(back.compute_score(PAIRS, normalize=True)), expected, 1e-5)
+
+
+def test_without_an_activation_the_temperature_is_kept(tmp_path):
+    reranker = load(write_reranker("qwen3", tmp_path, "zerank"))
+    reranker.export(str(tmp_path / "out"), 3, format="transformers")
+    back = load(tmp_path / "out")
+    expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=3, normalize=True))
+    close(torch.tensor(back.compute_score(PAIRS, normalize=True)), expected, 1e-5)
+    assert back.temperature == 5
+
+
+def calibrations(folder):
+    files = [folder / f"exit-{layer}" / "matryoshka_export.json" for layer in EXITS]
+    return [json.loads(file.read_text())["calibration"] for file in files]
 
 
 def test_the_calibration_and_the_fingerprint_of_the_source_are_written(qwen3, tmp_path):
@@ -209,16 +244,14 @@ def test_the_calibration_and_the_fingerprint_of_the_source_are_written(qwen3, tm
         "scored_with": {"dtype": "float32"},
         "weights": written["fingerprint"],
     }
-    (qwen3 / PLAN_NAME).write_text(json.dumps(plan))
-    try:
-        load(qwen3).export(str(tmp_path), [3, 6], format="transformers")
-    finally:
-        (qwen3 / PLAN_NAME).unlink()
-    calibrations = [
-        json.loads((tmp_path / f"exit-{layer}" / "matryoshka_export.json").read_text())["calibration"]
-        for layer in (3, 6)
-    ]
-    assert calibrations == [platt | {"data": "wings", "scored_with": {"dtype": "float32"}}, None]
+    beside = shutil.copytree(qwen3, tmp_path / "planned")
+    (beside / PLAN_NAME).write_text(json.dumps(plan))
+    load(beside).export(str(tmp_path), [3, 6], format="transformers")
+    assert calibrations(tmp_path) == [platt | {"data": "wings", "scored_with": {"dtype": "float32"}}, None]
+    (beside / PLAN_NAME).write_text(json.dumps(plan | {"weights": "0" * 64}))
+    with pytest.warns(UserWarning, match="the export has no calibration: .* was measured with other weights"):
+        load(beside).export(str(tmp_path), [3, 6], format="transformers")
+    assert calibrations(tmp_path) == [None, None]
 
 
 def test_it_replaces_an_earlier_checkpoint_but_not_a_card_of_the_user(
@@ -255,6 +288,29 @@ def test_formats_and_precisions_are_named(qwen3, tmp_path):
         reranker.export(str(tmp_path / "out"), format="transformers", precision="q8_0")
     with pytest.raises(ValueError, match="precision='q4_0', but format='gguf' takes f32, f16, q8_0"):
         reranker.export(str(tmp_path / "out"), format="gguf", precision="q4_0")
+    for given in ({"precision": "f32"}, {"sample": [("a", "b")]}, {"allow_uncapped": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))}=.* given, but format='layerwise' takes none of"):
+            reranker.export(str(tmp_path / "out"), **given)
+    with pytest.raises(ValueError, match="sample=1 pairs, but precision='bf16': only 'int8' measures ranges"):
+        reranker.export(str(tmp_path / "out"), format="openvino", precision="bf16", sample=[("a", "b")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "package"),
+    [
+        ("onnx", None, "onnxscript"),
+        ("openvino", "f32", "openvino"),
+        ("openvino", "int8", "nncf"),
+        ("gguf", None, "gguf"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(format, precision, package, qwen3, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"format='{format}' needs the package {package}: pip install 'flagembedding_matryoshka\[{format}\]'"
+    with pytest.raises(ImportError, match=message):
+        load(qwen3).export(str(tmp_path / "out"), 3, format=format, precision=precision)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_in_bfloat16_keeps_its_format_and_a_float32_head(qwen3, tmp_path):
