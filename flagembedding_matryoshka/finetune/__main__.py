@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from flagembedding_matryoshka.finetune import check
 from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
@@ -63,7 +64,10 @@ def read_config(words: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Parse the command line and fine-tune."""
+    """Parse the command line and fine-tune, or with the first word `check` check training data."""
+    if sys.argv[1:2] == ["check"]:
+        check.main(sys.argv[2:])
+        return
     model_args, data_args, training_args = build_parser().parse_args_into_dataclasses(read_config(sys.argv[1:]))
     MatryoshkaRunner(model_args=model_args, data_args=data_args, training_args=training_args).run()
 
