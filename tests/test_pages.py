@@ -99,6 +99,8 @@ def check_command(words, monkeypatch):
             setup.read(ROOT / "setup.cfg", encoding="utf-8")
             for extra in re.findall(PACKAGE + r"\S*\[(\w+)\]", " ".join(wanted)):
                 assert extra in setup["options.extras_require"]
+        case "flagembedding-matryoshka", ["finetune", "check", *arguments]:
+            check_arguments(f"{PACKAGE}.finetune.check", arguments, monkeypatch)
         case "flagembedding-matryoshka", [command, *arguments]:
             check_arguments(f"{PACKAGE}.{COMMANDS[command][0]}".removesuffix(".__main__"), arguments, monkeypatch)
         case "python", ["-m", module, *arguments] if module.startswith((PACKAGE, "benchmarks")):

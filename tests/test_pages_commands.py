@@ -90,7 +90,7 @@ def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     page = "docs/training.md"
     Path("train.jsonl").write_text(blocks(page, "json")[0])
-    (command,) = commands_of("flagembedding-matryoshka finetune ", 1)
+    command, check = commands_of("flagembedding-matryoshka finetune ", 2)
     shown = [re.findall(r"'(\w+)': '([^']*)'", line) for line in blocks(page, "text")[0].splitlines()]
     run(f"{command} --use_cpu")
     printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
@@ -98,6 +98,8 @@ def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch, ca
         assert found.keys() > dict(fields).keys()
         counted = ("learning_rate", "lists", "tokens", "operations", "epoch")
         assert {name: found[name] for name in counted} == {name: dict(fields)[name] for name in counted}
+    shutil.copy("train.jsonl", "dev.jsonl")
+    assert "a query of the evaluation data: 4 of 4 rows" in run(check).stdout.splitlines()
     with MatryoshkaReranker("tuned", devices="cpu") as reranker:
         assert len(reranker.rank("join paths", ["Join path segments.", "Sort the list."])) == 2
 

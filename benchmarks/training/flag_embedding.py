@@ -52,6 +52,6 @@ def collate(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> dict
     """The groups left-padded, as its runner pads them."""
     features = [
         ([{"input_ids": pair.input_ids.tolist(), "attention_mask": [1] * len(pair)} for pair in pairs], scores)
-        for pairs, scores in groups
+        for pairs, scores, _ in groups
     ]
     return AbsLLMRerankerCollator(tokenizer)(features)

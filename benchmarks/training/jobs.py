@@ -67,10 +67,10 @@ def make_groups(job: Job) -> list[Group]:
         query = Prefix(tokens(QUERY_LENGTH))
         lengths = torch.randint(shortest, longest + 1, (job.group,), generator=generator).tolist()
         pairs = [TokenizedPair(query, tokens(length), tokens(PROMPT_LENGTH)) for length in lengths]
-        groups.append((pairs, torch.randn(job.group, generator=generator).tolist()))
+        groups.append(Group(pairs, torch.randn(job.group, generator=generator).tolist()))
     return groups
 
 
 def pair_lengths(job: Job) -> list[int]:
     """Tokens of each pair, with its query."""
-    return [len(pair) for pairs, _ in make_groups(job) for pair in pairs]
+    return [len(pair) for group in make_groups(job) for pair in group.pairs]

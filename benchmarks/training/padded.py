@@ -129,7 +129,7 @@ def compress_padded(
 
 def collate(groups: Sequence[Group]) -> dict[str, Any]:
     """The pairs of all groups right-padded, with their part lengths."""
-    pairs = [pair for group, _ in groups for pair in group]
+    pairs = [pair for group in groups for pair in group.pairs]
     ids = [torch.tensor(pair.input_ids).long() for pair in pairs]
     return {
         "pair": {
@@ -138,7 +138,7 @@ def collate(groups: Sequence[Group]) -> dict[str, Any]:
             "query_lengths": torch.tensor([pair.query_length for pair in pairs]),
             "prompt_lengths": torch.tensor([pair.prompt_length for pair in pairs]),
         },
-        "teacher_scores": [score for _, scores in groups for score in scores or ()],
+        "teacher_scores": [score for group in groups for score in group.scores or ()],
     }
 
 

@@ -1,9 +1,11 @@
 """Command line of fine-tuning."""
 
+import sys
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from flagembedding_matryoshka.finetune import check
 from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
@@ -24,7 +26,10 @@ def build_parser() -> HfArgumentParser:
 
 
 def main() -> None:
-    """Parse the command line and fine-tune."""
+    """Parse the command line and fine-tune, or with the first word `check` check training data."""
+    if sys.argv[1:2] == ["check"]:
+        check.main(sys.argv[2:])
+        return
     model_args, data_args, training_args = build_parser().parse_args_into_dataclasses()
     MatryoshkaRunner(model_args=model_args, data_args=data_args, training_args=training_args).run()
 

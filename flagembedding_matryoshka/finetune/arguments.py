@@ -2,20 +2,34 @@
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the fields.
 
+import json
 import logging
+import math
 from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
+import torch
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
     AbsRerankerModelArguments,
     AbsRerankerTrainingArguments,
 )
+from peft import LoraConfig
 
 from flagembedding_matryoshka.finetune.data import RANDOM_MARGIN
-from flagembedding_matryoshka.finetune.losses import DISTILL_LOSSES, TRAIN_METHODS, DistillLoss, TrainMethodName
-from flagembedding_matryoshka.finetune.rows import training_files
+from flagembedding_matryoshka.finetune.losses import (
+    DEFAULT_TERMS,
+    DISTILL_LOSSES,
+    GRADED_LOSSES,
+    TRAIN_METHODS,
+    DistillLoss,
+    LabelLoss,
+    LossTerms,
+    TrainMethodName,
+)
+from flagembedding_matryoshka.finetune.sources import DATASET, parse_columns, source_files
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 logger = logging.getLogger(__name__)
@@ -30,8 +44,15 @@ LORA_OPTIONS = {
     "lora_dropout": 0.0,
     "target_modules": None,
     "modules_to_save": None,
+    "lora_options": None,
 }
 """Options of a new adapter, with their defaults. They contradict `from_peft`."""
+OWN_LORA_OPTIONS = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type", "peft_type"),
+    *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+}
+"""Fields of LoraConfig that are arguments of their own, or that the runner sets."""
+SECRETS = ("token", "hub_token", "push_to_hub_token")
 Arguments = TypeVar("Arguments")
 
 
@@ -113,6 +134,13 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules whose weights are trained and saved as a whole. Default: none."}
     )
+    lora_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further options of peft's LoraConfig in JSON, such as '{\"use_dora\": true}' or "
+            "'{\"use_rslora\": true}'. Default: none."
+        },
+    )
     from_peft: str | None = field(
         default=None, metadata={"help": "Adapter to continue training. Default: a new adapter."}
     )
@@ -186,6 +214,8 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
             raise ValueError(
                 f"head_scale is {self.head_scale}, but must be above 0: a head of zeros has no gradient for the layers."
             )
+        if isinstance(self.lora_options, str):
+            self.lora_options = _parse_lora_options(self.lora_options)
         if self.from_peft is not None:
             own = {name: getattr(self, name) for name in LORA_OPTIONS if getattr(self, name) is not None}
             if own:
@@ -196,8 +226,31 @@ class MatryoshkaModelArguments(AbsRerankerModelArguments):
         for name, default in LORA_OPTIONS.items():
             if self.from_peft is None and getattr(self, name) is None:
                 setattr(self, name, default)
+        if not self.use_lora and self.lora_options:
+            raise ValueError(f"use_lora=False contradicts lora_options={self.lora_options}: there is no adapter.")
         if not self.use_lora and (self.from_peft is not None or self.save_merged_lora_model):
             raise ValueError("use_lora=False contradicts from_peft and save_merged_lora_model: there is no adapter.")
+
+
+def _parse_lora_options(text: str) -> dict[str, Any]:
+    """Parse `lora_options`.
+
+    Raises:
+        ValueError: if the text is not a JSON object, or names an option that peft does not have, or that is an argument
+            of its own.
+    """
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"lora_options is not JSON ({error}): {text!r:.80}") from error
+    allowed = {item.name for item in fields(LoraConfig) if item.init} - OWN_LORA_OPTIONS
+    unknown = sorted(set(options) - allowed) if isinstance(options, dict) else [text]
+    if unknown:
+        raise ValueError(
+            f"lora_options: {', '.join(unknown)} is not among peft's options, or is an argument of its own. Allowed: a "
+            f"JSON object with {', '.join(sorted(allowed))}."
+        )
+    return options
 
 
 @dataclass
@@ -250,6 +303,28 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
             "and nDCG@10 are logged, and the best checkpoint is kept. Default: no evaluation."
         },
     )
+    eval_beir: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Directories in BEIR's layout. At each checkpoint BM25's candidates of their judged queries are "
+            "ranked at eval_settings, and nDCG@10 is logged. Needs the extra mining. Default: none."
+        },
+    )
+    eval_settings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": 'Depths, widths and cascades of eval_beir, each a JSON object: \'{"cutoff_layers": 9, '
+            '"compress_layers": [3], "compress_ratio": 2}\', \'{"cascade": {"9": 0.3}}\'. Default: every exit at '
+            "full width."
+        },
+    )
+    eval_split: str = field(
+        default="test", metadata={"help": "The judgements of eval_beir are qrels/{eval_split}.tsv."}
+    )
+    eval_top_k: int = field(default=100, metadata={"help": "Number of BM25's candidates of each query of eval_beir."})
+    eval_queries: int | None = field(
+        default=None, metadata={"help": "Size of a random sample of the queries of each eval_beir. Default: all."}
+    )
     random_negatives: float = field(
         default=0.0,
         metadata={
@@ -259,18 +334,50 @@ class MatryoshkaDataArguments(AbsRerankerDataArguments):
             "model stays at chance because all mined negatives are too hard."
         },
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the files that have another name there, as NAME=THEIRS: query=question pos=positive. "
+            "Several for a list are joined: neg=negative_1 neg=negative_2. A text becomes a list of one."
+        },
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "A weight for each file of train_data: the rows of an epoch are in this proportion, and as many as "
+            "all files have. Default: each row once."
+        },
+    )
+    one_source_per_batch: bool = field(
+        default=False,
+        metadata={"help": "Fill each pass of all processes with rows of one file; what is left at the end is mixed."},
+    )
     skip_bad_lines: bool = field(
         default=False, metadata={"help": "Leave out lines with a fault and log their number, instead of stopping."}
     )
 
     def __post_init__(self) -> None:
         if not self.train_data:
-            raise ValueError("train_data is empty: name one or more JSON Lines files, or directories of them.")
+            raise ValueError("train_data is empty: name one or more files, directories of them, or data sets.")
         paths: str | list[str] = self.train_data
-        self.train_data: list[str] = training_files([paths] if isinstance(paths, str) else paths)
+        found = source_files([paths] if isinstance(paths, str) else paths)
         if self.eval_data is not None:
-            self.eval_data = training_files(self.eval_data)
-        super().__post_init__()
+            self.eval_data = source_files(self.eval_data)
+        self.train_data: list[str] = [path for path in found if not path.startswith(DATASET)]
+        super().__post_init__()  # checks that the files exist
+        self.train_data = found
+        if self.eval_beir is None and self.eval_settings is not None:
+            raise ValueError(f"eval_settings={self.eval_settings} needs eval_beir, directories in BEIR's layout.")
+        for name in ("eval_top_k", "eval_queries"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} is {count}, but must be at least 1.")
+        self.column_mapping = parse_columns(self.columns or [])
+        if self.data_weights is not None and (
+            len(self.data_weights) != len(found) or not all(0 < weight < math.inf for weight in self.data_weights)
+        ):
+            raise ValueError(
+                f"data_weights are {self.data_weights}, but must be one number above 0 for each of {', '.join(found)}."
+            )
         if self.max_len != AbsRerankerDataArguments.max_len:
             raise ValueError(f"max_len={self.max_len} has no effect: use query_max_len and passage_max_len.")
         if self.train_group_size < 2:
@@ -306,6 +413,25 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "help": "Loss between an exit's scores and its teacher's: of the softmax over the group (ce, kl), or of "
             "raw scores (mse, margin_mse)."
         },
+    )
+    label_loss: LabelLoss = field(
+        default="contrastive",
+        metadata={
+            "help": "Loss between an exit's scores and the labels. contrastive has one positive in a group. The others "
+            "have several, with grades: pairwise (ranknet, lambda), listwise (listnet, plistmle, adr_mse) or pointwise "
+            "(bce). At most half of a group are positives, more if a row has too few negatives."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Divisor of the scores of exit and teacher in the distill_loss ce and kl."},
+    )
+    label_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of the labels."})
+    distill_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss of the teacher: the data's scores, or the loaded model."}
+    )
+    deeper_exit_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss of the deeper exit that teaches."}
     )
     exit_weights: list[float] | None = field(
         default=None,
@@ -361,6 +487,22 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "finite, or the gradients explode. Without it a warning is logged."
         },
     )
+    dataloader_num_workers: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Processes that tokenise and pack batches ahead of a step. Default: 2 on a GPU, otherwise 0."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this number of evaluations in a row without a better metric_for_best_model, and write "
+            "the best checkpoint. Needs eval_data. Default: train all steps."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "Least improvement of the metric that counts for early_stopping_patience."}
+    )
     average_last: int = field(
         default=1,
         metadata={
@@ -385,8 +527,21 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
                 )
             # transformers 5 has no warmup_ratio and reads a fraction in warmup_steps as the ratio.
             self.warmup_steps: float = self.warmup_ratio
+        # transformers 5.23 deprecates the name gradient_checkpointing, which FlagEmbedding's command lines have.
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}", False) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if torch.accelerator.is_available() and not self.use_cpu else 0
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ImportError(f"deepspeed={self.deepspeed} needs the package deepspeed: pip install deepspeed")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(f"early_stopping_patience is {self.early_stopping_patience}, but must be at least 1.")
+            self.load_best_model_at_end = True
+            self.restore_callback_states_from_checkpoint = True  # a resumed run continues to count
+        elif self.early_stopping_threshold:
+            raise ValueError(f"early_stopping_threshold={self.early_stopping_threshold} needs early_stopping_patience.")
         if self.load_best_model_at_end:
             evaluate_checkpoints(self)
         compensates = self.finetune_type is not None
@@ -404,6 +559,7 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             raise ValueError(f"train_method is {self.train_method!r}, but must be one of {list(TRAIN_METHODS)}.")
         if self.distill_loss not in DISTILL_LOSSES:
             raise ValueError(f"distill_loss is {self.distill_loss!r}, but must be one of {list(DISTILL_LOSSES)}.")
+        self._check_losses()
         if self.finetune_type not in (None, "layer", "token"):
             raise ValueError(f"finetune_type is {self.finetune_type!r}, but must be layer or token, or left out.")
         if self.exit_weights is not None and not all(weight >= 0 for weight in self.exit_weights):
@@ -448,6 +604,45 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
                 f"compress_ratios {self.compress_ratios} need compress_layers, the layers after which to compress."
             )
 
+    @property
+    def loss_terms(self) -> LossTerms:
+        """The losses of all terms and their weights."""
+        return LossTerms(**{item.name: getattr(self, item.name) for item in fields(LossTerms)})
+
+    def _check_losses(self) -> None:
+        """Raise ValueError if a loss or weight is out of range, or has no effect with `train_method`."""
+        if self.label_loss != "contrastive" and self.label_loss not in GRADED_LOSSES:
+            allowed = ["contrastive", *GRADED_LOSSES]
+            raise ValueError(f"label_loss is {self.label_loss!r}, but must be one of {allowed}.")
+        if not self.distill_temperature > 0:
+            raise ValueError(f"distill_temperature is {self.distill_temperature}, but must be above 0.")
+        if self.distill_temperature != 1 and self.distill_loss not in ("ce", "kl"):
+            raise ValueError(
+                f"distill_temperature={self.distill_temperature} needs distill_loss ce or kl: {self.distill_loss} "
+                "compares raw scores."
+            )
+        method = TRAIN_METHODS[self.train_method]
+        has_teacher = method.original or method.data_scores != "none"
+        has_deeper = method.deeper_exit != "none"
+        used = {
+            "label_loss": not method.original,
+            "label_weight": not method.original,
+            "distill_weight": has_teacher,
+            "deeper_exit_weight": has_deeper,
+            "distill_loss": has_teacher or has_deeper,
+            "distill_temperature": has_teacher or has_deeper,
+        }
+        weights = {name: getattr(self, name) for name in used if name.endswith("_weight")}
+        if not all(0 <= weight < math.inf for weight in weights.values()):
+            raise ValueError(f"the weights are {weights}, but must be at least 0.")
+        for name, is_used in used.items():
+            if not is_used and getattr(self, name) != getattr(DEFAULT_TERMS, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect: train_method {self.train_method} has no such term."
+                )
+        if not any(weight for name, weight in weights.items() if used[name]):
+            raise ValueError(f"the weights of all terms are 0: {weights}.")
+
 
 def evaluate_checkpoints(args: Any) -> None:
     """Set `TrainingArguments` to evaluate at every checkpoint and to keep the best one by nDCG@10.
@@ -458,6 +653,31 @@ def evaluate_checkpoints(args: Any) -> None:
         args.metric_for_best_model, args.greater_is_better = BEST_METRIC, True
     if args.eval_strategy == "no":
         args.eval_strategy, args.eval_steps = args.save_strategy, args.save_steps
+
+
+def describe_run(*arguments: Any) -> dict[str, Any]:
+    """Return the arguments of a run by name, as `--config` reads them.
+
+    Values that equal the default are left out, and so are tokens and the checkpoint that was resumed. Values that
+    depend on other arguments are the resolved ones.
+
+    Args:
+        arguments: argument objects of model, data and training.
+    """
+    values: dict[str, Any] = {}
+    for given in arguments:
+        for item in fields(given):
+            value = getattr(given, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.init and value != default and item.name not in (*SECRETS, "resume_from_checkpoint"):
+                values[item.name] = value
+    # `warmup_steps` is derived from `warmup_ratio`, and the new name of checkpointing from the old one.
+    if "warmup_ratio" in values:
+        del values["warmup_steps"]
+    for name in ("checkpointing", "checkpointing_kwargs"):
+        values.pop(f"activation_{name}", None)
+    as_json = json.dumps(values, default=lambda value: value.value if isinstance(value, Enum) else value.to_dict())
+    return json.loads(as_json)
 
 
 def convert_arguments(ours: type[Arguments], given: Any) -> Arguments:

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: the order of the training data, and the steps of the saved checkpoints."""
+"""Callbacks of the trainer: the order of the training data, early stopping, and the steps of the saved checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,6 +72,16 @@ class DataOrder(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kwargs["train_dataloader"].dataset.start_epoch(int(state.epoch or 0))
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, for resumed runs too: a run that it has stopped trains no further step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SavedSteps(TrainerCallback, ExportableState):

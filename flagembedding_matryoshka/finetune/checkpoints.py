@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """File in output_dir that is locked while a run trains."""
@@ -50,14 +53,31 @@ def is_complete(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
-def newest_complete(output_dir: Path) -> Path | None:
-    """Return the complete checkpoint of the latest step in `output_dir`, None without one."""
-    found = {
+def is_resumable(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is complete and has more than weights.
+
+    With `save_only_model` there is no optimizer, no scheduler and no state of the random generators. transformers would
+    start them anew without an error. The random states are files of this name with FSDP and DeepSpeed, too.
+    """
+    return is_complete(checkpoint) and any(checkpoint.glob("rng_state*.pth"))
+
+
+def newest_resumable(output_dir: Path) -> Path | None:
+    """Return the resumable checkpoint of the latest step in `output_dir`, None without one.
+
+    A warning names later checkpoints that have weights only.
+    """
+    complete = {
         int(step): path
         for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (step := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and is_complete(path)
     }
-    return found[max(found)] if found else None
+    newest = max((step for step, path in complete.items() if is_resumable(path)), default=None)
+    if weights_only := [complete[step].name for step in sorted(complete) if newest is None or step > newest]:
+        logger.warning(
+            "%s: %s were written with save_only_model=True and cannot be resumed.", output_dir, ", ".join(weights_only)
+        )
+    return None if newest is None else complete[newest]
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> str | None:
@@ -69,18 +89,23 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> str | None:
         output_dir: output directory of the run.
 
     Raises:
-        ValueError: if the named checkpoint is not complete.
+        ValueError: if the named checkpoint is not complete, or has weights only.
     """
     if resume_from is None or resume_from.lower() == "false":
         return None
     if resume_from.lower() in ("true", "last"):
-        newest = newest_complete(output_dir)
+        newest = newest_resumable(output_dir)
         return None if newest is None else str(newest)
     if not is_complete(Path(resume_from)):
-        newest = newest_complete(Path(resume_from).parent)
+        newest = newest_resumable(Path(resume_from).parent)
         raise ValueError(
             f"{resume_from} is not a complete checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing "
             f"or truncated. The newest complete checkpoint in {Path(resume_from).parent}: {newest}."
+        )
+    if not is_resumable(Path(resume_from)):
+        raise ValueError(
+            f"{resume_from} was written with save_only_model=True: it has no optimizer and no random states to resume. "
+            "Start a new run from its weights (--from_peft, or --model_name_or_path with use_lora=False)."
         )
     return resume_from
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
-from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset, AbsRerankerDataArguments
+from datasets import Dataset, concatenate_datasets
+from FlagEmbedding.abc.finetune.reranker import AbsLLMRerankerTrainDataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from flagembedding_matryoshka.finetune.rows import COLUMNS, load_files, load_rows, sample_rows
+from flagembedding_matryoshka.finetune.rows import COLUMNS, TEXTS, load_files, mix_rows, sample_rows
 from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.packing import pack_pairs
@@ -33,8 +32,20 @@ SAMPLED_ROWS, SAMPLED_PASSAGES = 1000, 8
 """Number of rows, and of passages of each row, that `MatryoshkaTrainDataset.truncated_shares` tokenises."""
 PADDING = -100
 """Value after the end of a list in scores and labels, as `Trainer` pads them."""
-Group = tuple[Sequence[TokenizedPair], Sequence[float] | None]
-"""The pairs of a query, and a teacher score or label for each; None without them."""
+
+
+class Group(NamedTuple):
+    """The pairs of a query.
+
+    Attributes:
+        pairs: the pairs.
+        scores: the teacher's score of each, None without a teacher.
+        grades: the grade of each, at least 0; None if the first pair is the only positive, or there are no labels.
+    """
+
+    pairs: Sequence[TokenizedPair]
+    scores: Sequence[float] | None = None
+    grades: Sequence[float] | None = None
 
 
 class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
@@ -44,10 +55,14 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
     in the reference. With any other template they count the user's text, and the template comes on top.
 
     Args:
-        args: files and lengths. With `args.knowledge_distillation` the rows need teacher scores.
+        args: `MatryoshkaDataArguments`, files and lengths. With `args.knowledge_distillation` the rows need teacher
+            scores.
         tokenizer: the tokenizer.
         seed: seed of all draws.
         template: text around query and passage. A row may have its own prompt, instructions and `instruction`.
+
+    Attributes:
+        files: the first item of each file, and its number of items.
 
     Raises:
         ValueError: if a row has a fault, or no file has a row; names file and line.
@@ -55,35 +70,43 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 
     def __init__(
         self,
-        args: AbsRerankerDataArguments,
+        args: Any,
         tokenizer: PreTrainedTokenizerBase,
         seed: int = 42,
         template: Template | None = None,
     ) -> None:
         self.seed = seed
-        self._file_sizes: list[int] = []
         self.pair_tokenizer = PairTokenizer(tokenizer, template)
-        args = copy.copy(args)
-        args.sep_token = self.pair_tokenizer.template.between  # FlagEmbedding's dataset tokenises it
-        load_files(args.train_data, self.row_kind(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
-        super().__init__(args, tokenizer)
+        # FlagEmbedding's constructor reads JSON alone.
+        self.args, self.tokenizer = args, tokenizer
+        self.max_length = args.query_max_len + args.passage_max_len
+        files = self.load_sources(args, seed)
+        starts = accumulate(map(len, files), initial=0)
+        self.files = [(start, len(rows)) for start, rows in zip(starts, files, strict=False)]
+        self.dataset = concatenate_datasets([rows for rows in files if len(rows)])
 
     @classmethod
-    def row_kind(cls, args: AbsRerankerDataArguments) -> RowKind:
+    def row_kind(cls, args: Any) -> RowKind:
         """Return the kind of row that is needed."""
         return "scores" if args.knowledge_distillation else "labels"
 
     @classmethod
-    def min_negatives(cls, args: AbsRerankerDataArguments) -> int:
+    def min_negatives(cls, args: Any) -> int:
         """Return the least length of a row's `neg`, see `row_fault`."""
         return 1
 
-    def _load_dataset(self, file_path: str) -> Dataset:
-        args = self.args
-        rows = load_rows(file_path, self.row_kind(args), args.cache_path, args.skip_bad_lines, self.min_negatives(args))
-        rows = sample_rows(rows, file_path, self.args.max_example_num_per_dataset, self.seed)
-        self._file_sizes.append(len(rows))
-        return rows
+    @classmethod
+    def load_sources(cls, args: Any, seed: int) -> list[Dataset]:
+        """Return the rows of each file that are used: at most `max_example_num_per_dataset`, by `data_weights`.
+
+        Raises:
+            ValueError: if a row has a fault, or no file has a row; names file and line.
+        """
+        options = args.cache_path, args.skip_bad_lines, cls.min_negatives(args), args.column_mapping
+        files = load_files(args.train_data, cls.row_kind(args), *options)
+        limit = args.max_example_num_per_dataset
+        files = [sample_rows(rows, path, limit, seed) for path, rows in zip(args.train_data, files, strict=True)]
+        return files if args.data_weights is None else mix_rows(files, args.data_weights, seed)
 
     def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[TokenizedPair]:
         own = {name: row[column] for column, name in INSTRUCTIONS.items() if row.get(column)}
@@ -101,9 +124,14 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
 
 
 class MatryoshkaTrainDataset(MatryoshkaDataset):
-    """Groups of a query with one positive, first, and `train_group_size - 1` negatives.
+    """Groups of a query with `train_group_size` passages: one positive, first, and negatives.
 
     A draw is a function of (seed, epoch, item). So a resumed run draws the same, and so does any number of processes.
+
+    Args:
+        args, tokenizer, seed, template: as in `MatryoshkaDataset`.
+        has_grades: draw several positives into a group, first, with their grades. At most half of a group are
+            positives, more if the row has too few negatives.
 
     Attributes:
         others: column of other rows that random negatives are drawn from.
@@ -116,34 +144,31 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
 
     def __init__(
         self,
-        args: AbsRerankerDataArguments,
+        args: Any,
         tokenizer: PreTrainedTokenizerBase,
         seed: int = 42,
         template: Template | None = None,
+        has_grades: bool = False,
     ) -> None:
         super().__init__(args, tokenizer, seed, template)
-        starts = accumulate(self._file_sizes, initial=0)
-        self._files = [(start, size) for start, size in zip(starts, self._file_sizes, strict=False) if size]
+        self.has_grades = has_grades
+        if args.random_negatives:
+            for (start, size), path in zip(self.files, args.train_data, strict=True):
+                self._refuse_few_texts(self.dataset.select(range(start, start + size)), path)
         self._texts_of_files: dict[int, dict[str, str]] = {}
         # Shared memory: workers of a data loader may live longer than an epoch.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     @classmethod
-    def min_negatives(cls, args: AbsRerankerDataArguments) -> int:
+    def min_negatives(cls, args: Any) -> int:
         """Return 0 if all negatives of a group are passages of other rows."""
         return int(_count_random_negatives(args) < args.train_group_size - 1)
-
-    def _load_dataset(self, file_path: str) -> Dataset:
-        rows = super()._load_dataset(file_path)
-        if self.args.random_negatives:
-            self._refuse_few_texts(rows, file_path)
-        return rows
 
     def _refuse_few_texts(self, rows: Dataset, path: str) -> None:
         """Raise ValueError if the file has too few texts for the random negatives of one of its rows."""
         wanted = _count_random_negatives(self.args)
         own_columns = [
-            rows.data.column(name) for name in COLUMNS[self.row_kind(self.args)] if not name.endswith("_scores")
+            rows.data.column(name) for name, kind in COLUMNS[self.row_kind(self.args)].items() if kind == TEXTS
         ]
         longest = 1 + sum(pc.max(pc.list_value_length(column)).as_py() or 0 for column in own_columns)
         texts: set[str] = set()
@@ -190,24 +215,33 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         """
         self.epoch.fill_(epoch)
 
-    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
-        """Return the pairs of a group, and their teacher scores, None without `knowledge_distillation`."""
+    def __getitem__(self, item: int) -> Group:
+        """Return a group, with teacher scores if `knowledge_distillation` is set."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
-        positive = draw.randrange(len(row["pos"]))
+        positives = [draw.randrange(len(row["pos"]))]
         others = self._passages_of_others(item, row, draw)
-        negatives = _sample(len(row["neg"]), args.train_group_size - 1 - len(others), draw)
+        if self.has_grades:
+            own = args.train_group_size - len(others)
+            most = max(args.train_group_size // 2, own - len(row["neg"]))
+            rest = [index for index in range(len(row["pos"])) if index != positives[0]]
+            positives += draw.sample(rest, min(len(rest), most - 1, max(own - 2, 0)))
+        negatives = _sample(len(row["neg"]), args.train_group_size - len(positives) - len(others), draw)
         passages = [
-            self._shuffle_thirds(row["pos"][positive], draw),
+            *(self._shuffle_thirds(row["pos"][index], draw) for index in positives),
             *(row["neg"][index] for index in negatives),
             *others,
         ]
-        scores = None
+        scores = grades = None
         if args.knowledge_distillation:
-            scores = [row["pos_scores"][positive], *(row["neg_scores"][index] for index in negatives)]
+            scores = [*(row["pos_scores"][index] for index in positives)]
+            scores += [row["neg_scores"][index] for index in negatives]
             lowest = min([*row["pos_scores"], *row["neg_scores"]])
             scores += [lowest - RANDOM_MARGIN] * len(others)
-        return self._sequences(row, passages), scores
+        if self.has_grades:
+            grades = [row["pos_labels"][index] for index in positives]
+            grades += [0.0] * (len(negatives) + len(others))
+        return Group(self._sequences(row, passages), scores, grades)
 
     def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
         """Draw the random negatives of a group from other rows of the same file.
@@ -215,7 +249,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         They differ from each other, from all passages of the row and from its query. The comparison ignores white space
         and case.
         """
-        first, size = next((first, size) for first, size in self._files if item < first + size)
+        first, size = next((first, size) for first, size in self.files if item < first + size)
         taken = self._own_texts(row)
         others: list[str] = []
         while len(others) < _count_random_negatives(self.args):
@@ -253,7 +287,7 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
     others = "passages"
 
     @classmethod
-    def row_kind(cls, args: AbsRerankerDataArguments) -> RowKind:
+    def row_kind(cls, args: Any) -> RowKind:
         """Return the kind of row that is needed."""
         return "passages"
 
@@ -261,17 +295,17 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
         """Return all passages of the row."""
         return row["passages"]
 
-    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], None]:
-        """Return the pairs of a group, and None in place of teacher scores."""
+    def __getitem__(self, item: int) -> Group:
+        """Return a group without teacher scores and grades."""
         row, args = self.dataset[item], self.args
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         own = self.passages_of(row)
         others = self._passages_of_others(item, row, draw)
         drawn = _sample(len(own), args.train_group_size - len(others), draw)
-        return self._sequences(row, [*(own[index] for index in drawn), *others]), None
+        return Group(self._sequences(row, [*(own[index] for index in drawn), *others]))
 
 
-def _count_random_negatives(args: AbsRerankerDataArguments) -> int:
+def _count_random_negatives(args: Any) -> int:
     """Return the number of random negatives in a group."""
     return round(args.random_negatives * (args.train_group_size - 1))
 
@@ -291,10 +325,11 @@ def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
 class MatryoshkaEvalDataset(MatryoshkaDataset):
     """Lists to rank: a query with all its positives and negatives."""
 
-    def __getitem__(self, item: int) -> tuple[list[TokenizedPair], list[float] | None]:
-        """Return the pairs of the list, and their labels, 1 for positives and 0 for negatives."""
+    def __getitem__(self, item: int) -> Group:
+        """Return the pairs of the list, and their grades, 0 for negatives."""
         row = self.dataset[item]
-        return self._sequences(row, [*row["pos"], *row["neg"]]), [1.0] * len(row["pos"]) + [0.0] * len(row["neg"])
+        pairs = self._sequences(row, [*row["pos"], *row["neg"]])
+        return Group(pairs, grades=row["pos_labels"] + [0.0] * len(row["neg"]))
 
 
 @dataclass(frozen=True)
@@ -321,19 +356,25 @@ class PackedPairs:
 
 def pack_groups(groups: Sequence[Group]) -> PackedPairs:
     """Pack the pairs of all groups into one row, on the CPU."""
-    return PackedPairs(*pack_pairs(list(chain.from_iterable(pairs for pairs, _ in groups)), torch.device("cpu")))
+    return PackedPairs(*pack_pairs(list(chain.from_iterable(group.pairs for group in groups)), torch.device("cpu")))
 
 
 class MatryoshkaCollator:
     """Packs groups for a training pass."""
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Return `pair`, a `PackedPairs`, and `teacher_scores`, (pairs,) float32 or None."""
-        scores = [scores for _, scores in groups if scores is not None]
+        """Return `pair`, a `PackedPairs`, and `teacher_scores` and `grades`, each (pairs,) float32 or None."""
         return {
             "pair": pack_groups(groups),
-            "teacher_scores": torch.tensor(list(chain.from_iterable(scores))) if scores else None,
+            "teacher_scores": _joined([group.scores for group in groups]),
+            "grades": _joined([group.grades for group in groups]),
         }
+
+
+def _joined(lists: Sequence[Sequence[float] | None]) -> Tensor | None:
+    """Return the numbers of all groups in one tensor, None if the groups have none."""
+    numbers = [numbers for numbers in lists if numbers is not None]
+    return torch.tensor(list(chain.from_iterable(numbers))) if numbers else None
 
 
 class MatryoshkaEvalCollator:
@@ -341,7 +382,7 @@ class MatryoshkaEvalCollator:
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Return `pair` as in training, and `labels`, (lists, longest list), with PADDING after the end of a list."""
-        labels = [torch.tensor(labels) for _, labels in groups]
+        labels = [torch.tensor(group.grades) for group in groups]
         return {
             "pair": pack_groups(groups),
             "labels": pad_sequence(labels, batch_first=True, padding_value=PADDING),

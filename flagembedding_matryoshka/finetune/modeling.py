@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.data import PackedPairs
-from flagembedding_matryoshka.finetune.losses import DistillLoss, TrainMethod, layer_wise_losses
+from flagembedding_matryoshka.finetune.losses import DEFAULT_TERMS, LossTerms, TrainMethod, layer_wise_losses
 from flagembedding_matryoshka.finetune.sharding import Shardable
 from flagembedding_matryoshka.models.backbones import causal_lm_class
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -47,8 +47,8 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         tokenizer: the tokenizer.
         method: the teachers.
         train_batch_size: queries in a pass.
-        train_group_size: pairs per query, the positive first.
-        distill_loss: loss between an exit's scores and its teacher's.
+        train_group_size: pairs per query, a positive first.
+        loss_terms: losses and weights of the terms.
         exit_weights: weights of the exits' losses, from the shallowest exit; None is 1 for each.
 
     Raises:
@@ -63,13 +63,13 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         method: TrainMethod,
         train_batch_size: int,
         train_group_size: int,
-        distill_loss: DistillLoss = "ce",
+        loss_terms: LossTerms = DEFAULT_TERMS,
         exit_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(base_model, tokenizer=tokenizer, train_batch_size=train_batch_size)
         self.method = method
         self.train_group_size = train_group_size
-        self.distill_loss = distill_loss
+        self.loss_terms = loss_terms
         self.full_width = Setting.resolve(self.config, self.config.exit_layers)
         exits = self.full_width.cutoff_layers
         self.exit_weights = [1.0] * len(exits) if exit_weights is None else list(exit_weights)
@@ -79,6 +79,10 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             raise ValueError(
                 "self_distill needs adapters: without them training changes the weights of the teacher. Use LoRA."
             )
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the activations of each layer in the backward pass. transformers calls it from 5.23 on."""
+        self.model.activation_checkpointing_enable(**kwargs)
 
     def encode(
         self, features: PackedPairs, setting: Setting | None = None, return_full_width: bool = False
@@ -113,6 +117,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         self,
         pair: PackedPairs,
         teacher_scores: Tensor | None = None,
+        grades: Tensor | None = None,
         setting: Setting | None = None,
     ) -> MatryoshkaOutput:
         """Return the scores of a batch, (exits, pairs), and, when training, the loss.
@@ -120,6 +125,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         Args:
             pair: queries · group pairs. When not training, groups may have any size.
             teacher_scores: (queries · group,) float; needed by methods that learn from the scores in the data.
+            grades: (queries · group,) float; needed by losses with several positives in a group.
             setting: the setting of the trained pass; None is the full width at every exit. Exits before the first
                 compression have the trained pass as their teacher, with the same dropout.
         """
@@ -137,8 +143,9 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             scores.view(groups),
             None if full_width is None else full_width.view(groups),
             data_scores,
-            self.distill_loss,
+            self.loss_terms,
             None if original is None else original.view(groups[1:]),
+            None if grades is None else grades.view(groups[1:]),
         )
         terms = {
             f"layer_{layer}_{name}": term
@@ -146,7 +153,7 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             for name, term in losses.items()
         }
         per_exit = [
-            weight * torch.stack(list(losses.values())).sum()
+            weight * self.loss_terms.weighted_sum(losses)
             for weight, losses in zip(self.exit_weights, exits, strict=True)
         ]
         return MatryoshkaOutput(

@@ -1,10 +1,9 @@
-"""Files of training rows: how they are found, loaded and cached, and the instructions in them."""
+"""Training rows: how they are loaded, cached, sampled and mixed, and the instructions in them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,66 +19,44 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind, row_fault
+from flagembedding_matryoshka.finetune.sources import Columns, place_of, read_source, source_key
+from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind, row_fault, split_by_label
 from flagembedding_matryoshka.private import selected_rows
-from flagembedding_matryoshka.text.lines import read_rows
 from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.get_logger(__name__)
 
-SUFFIXES = (".json", ".jsonl")
 TEXTS, NUMBERS = ListOf(Value("string")), ListOf(Value("float64"))
-LABELS = {"pos": TEXTS, "neg": TEXTS}
+LABELS = {"pos": TEXTS, "neg": TEXTS, "pos_labels": NUMBERS}
 COLUMNS: dict[RowKind, dict[str, Any]] = {
     "labels": LABELS,
     "scores": {**LABELS, "pos_scores": NUMBERS, "neg_scores": NUMBERS},
     "passages": {"passages": TEXTS},
 }
 NO_ROW = "no row"
-LAYOUT = 3
+LAYOUT = 4
 """Version of the cache's layout and of the row checks. Caches of other versions are ignored."""
 InstructionCounts = Mapping[str, Mapping[str, int]]
 """{column of `INSTRUCTIONS`: {value: number of rows that have it}}; a row without a value counts under ""."""
 
 
-def training_files(paths: Sequence[str]) -> list[str]:
-    """Return the training files of `paths`, files or directories. Files of a directory are in the order of their names,
-    without hidden files.
-
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ValueError: if a file's name does not end with .json or .jsonl, or a directory has no such file.
-    """
-    files: list[str] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"there is no training data at {path}")
-        if path.is_dir():
-            visible = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-            found = sorted(str(file) for file in visible if file.suffix in SUFFIXES)
-            if not found:
-                raise ValueError(f"the directory {path} has no {' or '.join(SUFFIXES)} file.")
-            files.extend(found)
-        elif path.suffix in SUFFIXES:
-            files.append(str(path))
-        else:
-            raise ValueError(
-                f"the name of {path} does not end with {' or '.join(SUFFIXES)}: training data is JSON Lines."
-            )
-    return files
-
-
 def load_rows(
-    path: str, kind: RowKind, cache_dir: str | None, skip_bad_lines: bool = False, min_negatives: int = 1
+    path: str,
+    kind: RowKind,
+    cache_dir: str | None,
+    skip_bad_lines: bool = False,
+    min_negatives: int = 1,
+    mapping: Columns | None = None,
 ) -> Dataset:
     """Load the rows of a file, memory-mapped, with the columns of a kind. A file is parsed once and then cached.
 
     Args:
-        path: the file.
+        path: the file, or a data set, see `source_files`.
         kind: the kind of row that training needs.
         cache_dir: cache directory of `datasets`; None is its default.
         skip_bad_lines: leave out bad lines, and warn of their number and the first one, instead of raising.
         min_negatives: as in `row_fault`.
+        mapping: columns of the file that are read under another name; None is none.
 
     Raises:
         OSError: if nothing can be written to the cache.
@@ -87,14 +64,14 @@ def load_rows(
     """
     columns = {"query": Value("string"), **COLUMNS[kind], **dict.fromkeys(INSTRUCTIONS, Value("string"))}
     features = Features({**columns, "fault": Value("string")})
-    stat = os.stat(path)
-    key = [LAYOUT, kind, min_negatives, os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+    mapping = mapping or {}
+    key = [LAYOUT, kind, min_negatives, sorted(mapping.items()), *source_key(path)]
     try:
         rows = Dataset.from_generator(
             _arrow_rows,
             features=features,
             cache_dir=cache_dir,
-            gen_kwargs={"path": path, "kind": kind, "min_negatives": min_negatives},
+            gen_kwargs={"path": path, "kind": kind, "min_negatives": min_negatives, "mapping": mapping},
             fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
         )
     except DatasetGenerationError as error:
@@ -119,14 +96,19 @@ def load_rows(
 
 
 def load_files(
-    paths: Sequence[str], kind: RowKind, cache_dir: str | None, skip_bad_lines: bool = False, min_negatives: int = 1
+    paths: Sequence[str],
+    kind: RowKind,
+    cache_dir: str | None,
+    skip_bad_lines: bool = False,
+    min_negatives: int = 1,
+    mapping: Columns | None = None,
 ) -> list[Dataset]:
     """`load_rows` of several files.
 
     Raises:
         ValueError: as `load_rows`, and if no file has a row.
     """
-    files = [load_rows(path, kind, cache_dir, skip_bad_lines, min_negatives) for path in paths]
+    files = [load_rows(path, kind, cache_dir, skip_bad_lines, min_negatives, mapping) for path in paths]
     if not any(map(len, files)):
         raise ValueError(f"there is no row in {', '.join(paths)}")
     return files
@@ -139,7 +121,26 @@ def sample_rows(rows: Dataset, path: str, limit: int, seed: int) -> Dataset:
     return rows.select(random.Random(f"{seed}-{Path(path).name}").sample(range(len(rows)), limit))
 
 
-def _arrow_rows(path: str, kind: RowKind, min_negatives: int) -> Iterator[dict[str, Any]]:
+def mix_rows(files: Sequence[Dataset], weights: Sequence[float], seed: int) -> list[Dataset]:
+    """Draw rows of each file so that their numbers are in the proportion of the weights.
+
+    The sum of all numbers stays. A row is drawn again only after all rows of its file have been drawn.
+
+    Raises:
+        ValueError: if a file has no row.
+    """
+    total, mixed = sum(map(len, files)), []
+    for place, (rows, weight) in enumerate(zip(files, weights, strict=True)):
+        if not len(rows):
+            raise ValueError(f"the file at place {place} of the training data (counted from 0) has a weight and no row")
+        count = max(1, round(total * weight / sum(weights)))
+        whole, rest = divmod(count, len(rows))
+        drawn = random.Random(f"{seed}-{place}").sample(range(len(rows)), rest)
+        mixed.append(rows.select([*range(len(rows))] * whole + drawn))
+    return mixed
+
+
+def _arrow_rows(path: str, kind: RowKind, min_negatives: int, mapping: Columns) -> Iterator[dict[str, Any]]:
     """Yield every row, with its fault under `fault`.
 
     `datasets` cannot cache a file without rows, so such a file yields one row with the fault `NO_ROW`.
@@ -147,13 +148,17 @@ def _arrow_rows(path: str, kind: RowKind, min_negatives: int) -> Iterator[dict[s
     names = ("query", *COLUMNS[kind], *INSTRUCTIONS)
     number = 0
     check = partial(row_fault, kind=kind, min_negatives=min_negatives)
-    for number, row, fault in read_rows(Path(path), check):
+    for number, row, fault in read_source(path, mapping, check):
         if row is None:
-            yield {**dict.fromkeys(names), "fault": f"line {number}: {fault}"}
+            yield {**dict.fromkeys(names), "fault": f"{place_of(path, number)}: {fault}"}
             continue
         if kind == "passages":
             row.setdefault("passages", [*row.get("pos", ()), *row.get("neg", ())])
-        elif kind == "scores":
+        else:
+            row = split_by_label(row)
+            if row.get("pos_labels") is None:
+                row["pos_labels"] = [1.0] * len(row["pos"])
+        if kind == "scores":
             row["neg_scores"] = row.get("neg_scores") or []  # missing only where `neg` is empty
         yield {**{name: row.get(name) for name in names}, "fault": None}
     if number == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
     AbsRerankerModelArguments,
@@ -24,13 +25,25 @@ from flagembedding_matryoshka.checkpoints.adapters import attach, read_adapter, 
 from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.finetune.arguments import (
+    BEST_METRIC,
     MatryoshkaDataArguments,
     MatryoshkaModelArguments,
     MatryoshkaTrainingArguments,
     convert_arguments,
+    describe_run,
     evaluate_checkpoints,
 )
+from flagembedding_matryoshka.finetune.beir import (
+    BEIR_METRIC,
+    BeirEvaluation,
+    parse_settings,
+    read_candidates,
+    resolve_settings,
+)
+from flagembedding_matryoshka.finetune.callbacks import EarlyStopping
 from flagembedding_matryoshka.finetune.checkpoints import find_checkpoint, locked, refuse_impossible_average
 from flagembedding_matryoshka.finetune.data import (
     MatryoshkaCollator,
@@ -50,7 +63,6 @@ from flagembedding_matryoshka.finetune.rows import (
     count_instructions,
     load_files,
     refuse_instructions,
-    sample_rows,
     template_of_rows,
 )
 from flagembedding_matryoshka.finetune.sharding import unsharded_loading
@@ -63,6 +75,9 @@ from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "run.yaml"
+"""File in output_dir with the arguments of the run."""
 
 
 class MatryoshkaRunner(AbsRerankerRunner):
@@ -96,8 +111,15 @@ class MatryoshkaRunner(AbsRerankerRunner):
         data_args.knowledge_distillation = self.method.row_kind == "scores"
         with training_args.main_process_first(desc="reading the training files"):
             self._instructions, self._eval_instructions = self._read_instructions(data_args, training_args.seed)
-        if data_args.eval_data is not None:
+        self._candidates: dict[str, Candidates] | None = None
+        self._eval_settings = parse_settings(data_args.eval_settings)
+        if data_args.eval_beir is not None:
+            limits = data_args.eval_split, data_args.eval_top_k, data_args.eval_queries
+            self._candidates = read_candidates(data_args.eval_beir, *limits)
+        if data_args.eval_data is not None or data_args.eval_beir is not None:
             evaluate_checkpoints(training_args)
+        if data_args.eval_data is None and training_args.metric_for_best_model == BEST_METRIC:
+            training_args.metric_for_best_model = BEIR_METRIC
         _refuse_missing_evaluation(data_args, training_args)
         refuse_impossible_average(training_args)
         output_dir = Path(training_args.output_dir)
@@ -112,14 +134,11 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
         All files are parsed, so that a row with a fault is found before the model is loaded.
         """
-        options = args.cache_path, args.skip_bad_lines
-        files = load_files(args.train_data, self.method.row_kind, *options, self._dataset_class.min_negatives(args))
-        limit = args.max_example_num_per_dataset
-        used = (sample_rows(rows, path, limit, seed) for path, rows in zip(args.train_data, files, strict=True))
-        counts = count_instructions(used)
+        counts = count_instructions(self._dataset_class.load_sources(args, seed))
         if args.eval_data is None:
             return counts, None
-        return counts, count_instructions(load_files(args.eval_data, "labels", *options))
+        options = args.cache_path, args.skip_bad_lines
+        return counts, count_instructions(load_files(args.eval_data, "labels", *options, mapping=args.column_mapping))
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, MatryoshkaRerankerModel]:
         """Return the tokenizer, with a pad token, and the model to train."""
@@ -164,7 +183,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if args.load_in_4bit:
             use_nf4(model)
             model.to(self.training_args.device)
-            model = prepare_model_for_kbit_training(model, self.training_args.gradient_checkpointing)
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer enables it
         if args.use_lora:
             model.config.raw_peft = [*checkpoint.adapters, *raw_peft]
             model.config.base_exits = checkpoint.config.base_exits
@@ -175,7 +194,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             self.method,
             self.training_args.per_device_train_batch_size,
             self.data_args.train_group_size,
-            self.training_args.distill_loss,
+            self.training_args.loss_terms,
             self.training_args.exit_weights,
         )
         if self.training_args.gradient_checkpointing and args.use_lora:
@@ -234,6 +253,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             refuse_other_heads(adapter.path, model.config, **self._hub)
             refuse_other_head(adapter, "the model that learns")
             return attach(model, adapter, depth, is_trainable=True)
+        more: Any = args.lora_options or {}
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=args.lora_rank,
@@ -241,6 +261,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             lora_dropout=args.lora_dropout,
             target_modules=convert_target_modules(args.target_modules) or model.linear_names,
             modules_to_save=args.modules_to_save,
+            **more,
         )
         with without_deprecation():
             return get_peft_model(model, config)
@@ -252,14 +273,21 @@ class MatryoshkaRunner(AbsRerankerRunner):
     def load_train_dataset(self) -> MatryoshkaTrainDataset:
         """Return the groups to train on."""
         template = Template.load(self.model.config.template)
-        return self._dataset_class(self.data_args, self.tokenizer, self.training_args.seed, template)
+        has_grades = self.training_args.label_loss != "contrastive"
+        return self._dataset_class(self.data_args, self.tokenizer, self.training_args.seed, template, has_grades)
 
     def _load_eval_dataset(self) -> MatryoshkaEvalDataset | None:
         if self.data_args.eval_data is None:
             return None
         args = copy.copy(self.data_args)
         args.train_data, args.knowledge_distillation = self.data_args.eval_data, False
+        args.data_weights = None
         return MatryoshkaEvalDataset(args, self.tokenizer, template=Template.load(self.model.config.template))
+
+    def _load_beir_evaluation(self) -> BeirEvaluation | None:
+        if self._candidates is None:
+            return None
+        return BeirEvaluation(self._candidates, resolve_settings(self._eval_settings, self.model.config))
 
     def load_data_collator(self) -> MatryoshkaCollator:
         """Return the collator, which packs groups."""
@@ -267,35 +295,42 @@ class MatryoshkaRunner(AbsRerankerRunner):
 
     def load_trainer(self) -> MatryoshkaTrainer:
         """Return the trainer."""
+        args, patience = self.training_args, self.training_args.early_stopping_patience
+        stops = [] if patience is None else [EarlyStopping(patience, args.early_stopping_threshold)]
         return MatryoshkaTrainer(
             model=self.model,
-            args=self.training_args,
+            args=args,
+            callbacks=stops,
             train_dataset=self.train_dataset,
             data_collator=self.data_collator,
             processing_class=self.tokenizer,
             eval_dataset=self._load_eval_dataset(),
             eval_collator=MatryoshkaEvalCollator(),
             compute_metrics=partial(ranking_metrics, exits=self.model.config.exit_layers),
-            compress_layers=self.training_args.compress_layers,
-            compress_ratios=self.training_args.compress_ratios,
+            compress_layers=args.compress_layers,
+            compress_ratios=args.compress_ratios,
+            one_source_per_batch=self.data_args.one_source_per_batch,
+            beir=self._load_beir_evaluation(),
+            lengths=(self.data_args.query_max_len, self.data_args.passage_max_len),
         )
 
-    def _log_lengths(self) -> None:
+    def _log_lengths(self) -> str:
+        """Log the shares of truncated texts in a sample of rows, and return them in words."""
         queries, passages, rows = self.train_dataset.truncated_shares()
+        truncated = f"{100 * queries:.1f} % of queries and {100 * passages:.1f} % of passages are truncated"
         is_reference = self.train_dataset.pair_tokenizer.template.has_reference_lengths
         logger.info(
-            "%.1f %% of queries and %.1f %% of passages are truncated (in %d rows): query_max_len=%d, "
-            "passage_max_len=%d, %s.",
-            100 * queries,
-            100 * passages,
+            "%s (in %d rows): query_max_len=%d, passage_max_len=%d, %s.",
+            truncated,
             rows,
             self.data_args.query_max_len,
             self.data_args.passage_max_len,
             "which include the template, as in the reference" if is_reference else "without the template",
         )
+        return truncated
 
     def run(self) -> None:
-        """Train, and save the model to output_dir.
+        """Train, and save the model and the arguments to output_dir.
 
         Raises:
             ValueError: if another run writes to output_dir.
@@ -303,8 +338,14 @@ class MatryoshkaRunner(AbsRerankerRunner):
         is_first = self.training_args.process_index == 0
         with locked(Path(self.training_args.output_dir)) if is_first else nullcontext():
             if is_first:
-                self._log_lengths()
+                truncated = self._log_lengths()
+                config = describe_run(self.model_args, self.data_args, self.training_args)
+                text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+                write_text(Path(self.training_args.output_dir) / CONFIG_NAME, text)
             super().run()
+            speed = self.trainer.describe_speed()
+            if is_first:
+                logger.info("%s %s.", speed, truncated)
         if self.training_args.process_index == 0:
             write_sentence_transformers_files(self.training_args.output_dir)
         if self.model_args.save_merged_lora_model and self.training_args.process_index == 0:
@@ -362,14 +403,16 @@ def _refuse_contradictions(
 def _refuse_missing_evaluation(data_args: MatryoshkaDataArguments, training_args: MatryoshkaTrainingArguments) -> None:
     """Raise ValueError if there is evaluation data without an evaluation, or an evaluation without data."""
     evaluates = training_args.eval_strategy != "no"
-    if data_args.eval_data is not None and not evaluates:
+    given = [name for name in ("eval_data", "eval_beir") if getattr(data_args, name) is not None]
+    if given and not evaluates:
         raise ValueError(
-            "eval_data is given, but save_strategy and eval_strategy are 'no': set one of them, or leave eval_data out."
+            f"{given[0]} is given, but save_strategy and eval_strategy are 'no': set one of them, or leave {given[0]} "
+            "out."
         )
-    if data_args.eval_data is None and evaluates:
+    if not given and evaluates:
         raise ValueError(
             f"eval_strategy={training_args.eval_strategy.value} and load_best_model_at_end="
-            f"{training_args.load_best_model_at_end} need eval_data, lists to rank."
+            f"{training_args.load_best_model_at_end} need eval_data, lists to rank, or eval_beir."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
@@ -45,25 +45,65 @@ def sample_setting(
     return Setting.resolve(config, config.exit_layers, layers, ratio if layers else 1)
 
 
+class OneSourceSampler(Sampler[int]):
+    """A random order in which rows that lie in one batch are of one file, as far as the file fills it.
+
+    The order is a function of (seed, epoch). Rows that fill no batch of their own file come at the end, mixed.
+
+    Args:
+        files: the first row of each file, and its number of rows.
+        batch_size: rows of a pass of all processes.
+        seed: the seed.
+    """
+
+    def __init__(self, files: Sequence[tuple[int, int]], batch_size: int, seed: int) -> None:
+        self.files, self.batch_size, self.seed, self.epoch = files, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return sum(size for _, size in self.files)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed}-{self.epoch}")
+        batches: list[list[int]] = []
+        rest: list[int] = []
+        for start, size in self.files:
+            rows = draw.sample(range(start, start + size), size)
+            whole = size // self.batch_size * self.batch_size
+            batches += [rows[place : place + self.batch_size] for place in range(0, whole, self.batch_size)]
+            rest += rows[whole:]
+        draw.shuffle(batches)
+        draw.shuffle(rest)
+        yield from chain.from_iterable([*batches, rest])
+
+
 class BalancedSampler(Sampler[int]):
     """A random order of rows that gives each process about the same number of tokens in a step.
 
-    The order is a function of (seed, epoch). A step has the same rows as in accelerate's order. They are sorted by
-    length and split into passes, and the rows of a pass are distributed to the processes.
+    A step has the same rows as in the given order. They are sorted by length and split into passes, and the rows of a
+    pass are distributed to the processes.
 
     Args:
         dataset: the rows.
-        seed: seed of accelerate's order.
+        order: the random order, a function of the epoch.
         batch_size: rows of a process in a pass.
         processes: number of processes.
         passes: passes in a step.
     """
 
     def __init__(
-        self, dataset: MatryoshkaTrainDataset, seed: int, batch_size: int, processes: int, passes: int = 1
+        self,
+        dataset: MatryoshkaTrainDataset,
+        order: SeedableRandomSampler | OneSourceSampler,
+        batch_size: int,
+        processes: int,
+        passes: int = 1,
     ) -> None:
         self.dataset = dataset
-        self.order = SeedableRandomSampler(dataset, data_seed=seed)
+        self.order = order
         self.batch_size, self.processes, self.passes = batch_size, processes, passes
 
     def __len__(self) -> int:

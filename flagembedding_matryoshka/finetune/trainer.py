@@ -10,26 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
 from FlagEmbedding.abc.finetune.reranker import AbsRerankerTrainer
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import EvalPrediction
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from flagembedding_matryoshka.checkpoints.export import remove_written
+from flagembedding_matryoshka.finetune.beir import BeirEvaluation, TrainedReranker
 from flagembedding_matryoshka.finetune.callbacks import DataOrder, SavedSteps
 from flagembedding_matryoshka.finetune.checkpoints import average_weights
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.data import PADDING, MatryoshkaEvalCollator
-from flagembedding_matryoshka.finetune.sampling import BalancedSampler, sample_setting
+from flagembedding_matryoshka.finetune.sampling import BalancedSampler, OneSourceSampler, sample_setting
 from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
 from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.templates import Template
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,9 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         args, kwargs: as in transformers' `Trainer`.
         compress_layers, compress_ratios: layers and ratios that the settings are drawn from.
         eval_collator: packs lists in evaluation.
+        one_source_per_batch: fill each pass of all processes with rows of one file.
+        beir: collections to rank at each evaluation; None is none.
+        lengths: tokens of a query and of a passage in these collections.
     """
 
     data_collator: Any
@@ -56,8 +63,13 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         compress_layers: Sequence[int] = (),
         compress_ratios: Sequence[int] = (1,),
         eval_collator: MatryoshkaEvalCollator | None = None,
+        one_source_per_batch: bool = False,
+        beir: BeirEvaluation | None = None,
+        lengths: tuple[int, int] = (32, 192),
         **kwargs: Any,
     ) -> None:
+        if beir is not None and kwargs.get("eval_dataset") is None:
+            kwargs["eval_dataset"] = []
         super().__init__(*args, **kwargs)
         if self.accelerator.is_fsdp2:
             keep_loss_in_float32(self.accelerator.state.fsdp_plugin)
@@ -68,7 +80,11 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
                 f"average_last={self.args.average_last} does not work with FSDP and DeepSpeed, whose checkpoints are "
                 "sharded: leave it out."
             )
+        if beir is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("eval_beir does not work with FSDP and DeepSpeed, which shard the model: leave it out.")
+        self.beir, self.lengths = beir, lengths
         self.eval_collator = eval_collator
+        self.one_source_per_batch = one_source_per_batch
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
         self._passes = (-1, 0)
@@ -92,12 +108,17 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         # pass, which share a setting, are then the same for any number of processes.
         sampler = super()._get_train_sampler(train_dataset)
         args = self.args
-        if args.world_size * args.gradient_accumulation_steps == 1 or not isinstance(sampler, RandomSampler):
+        is_one_pass = args.world_size * args.gradient_accumulation_steps == 1
+        if not isinstance(sampler, RandomSampler) or (is_one_pass and not self.one_source_per_batch):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed
         batch_size, passes = args.train_batch_size, args.gradient_accumulation_steps
         rows: Any = sampler.data_source
-        return BalancedSampler(rows, seed, batch_size, args.world_size, passes)
+        if self.one_source_per_batch:
+            order = OneSourceSampler(rows.files, batch_size * args.world_size, seed)
+            return BalancedSampler(rows, order, batch_size, args.world_size)
+        order = SeedableRandomSampler(rows, data_seed=seed)
+        return BalancedSampler(rows, order, batch_size, args.world_size, passes)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return transformers' loader, with a separate random generator for the seeds of its workers."""
@@ -118,9 +139,26 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
                 self.evaluate(metric_key_prefix="average")
         return output
 
+    def describe_speed(self) -> str:
+        """Return a sentence on the speed of the run since it was started or resumed, of all processes together.
+
+        Every process must call this. The peak is that of a matrix product on each process's device, measured now.
+        """
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        seconds = time.monotonic() - self._cost.started
+        measured = [*self._cost.counts(self.args.device).tolist(), product_peak(self.args.device, dtype)]
+        spent = torch.tensor(measured, dtype=torch.float64, device=self.args.device)
+        _, tokens, operations, peak = self.accelerator.reduce(spent, reduction="sum").tolist()
+        name = str(dtype).removeprefix("torch.")
+        return (
+            f"{tokens / seconds:,.0f} tokens/s in {seconds:.0f} s, {operations / seconds:.3g} operations/s: "
+            f"{100 * operations / seconds / peak:.0f} % of the peak of a matrix product in {name}. "
+            f"Queries that pairs share save {100 * self._cost.shared_share:.0f} % of the tokens."
+        )
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers would train one more step if a checkpoint of the last step, within an epoch, is resumed.
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -179,7 +217,11 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self._guard = CollapseGuard(self.model.train_group_size, warmup, self.args.stop_on_collapse)
         # Only these terms compare the softmax over the group: for equal scores they are ln(group).
         softmax_term = "contrastive" if not self.model.method.original else "original"
-        has_softmax = not self.model.method.original or self.model.distill_loss == "ce"
+        losses = self.model.loss_terms
+        if self.model.method.original:
+            has_softmax = losses.distill_loss == "ce" and losses.distill_temperature == 1
+        else:
+            has_softmax = losses.label_loss == "contrastive"
         exits = {}
         for layer in self.model.config.exit_layers:
             terms = [value for name, value in means.items() if name.startswith(f"loss_layer_{layer}_")]
@@ -200,6 +242,29 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             return seed_workers_apart(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator, self.args.dataloader_drop_last = training
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Rank the lists of `eval_dataset`, if there are any, and the collections of `beir`."""
+        output = EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics={}, num_samples=0)
+        if len(self.eval_dataset):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.beir is not None and output.metrics is not None:
+            measured = [self._rank_collections(self.beir)] if self.is_world_process_zero() else [{}]
+            measured = broadcast_object_list(measured)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured[0].items()})
+        return output
+
+    def _rank_collections(self, beir: BeirEvaluation) -> dict[str, float]:
+        model: Any = self.model.model.get_base_model() if isinstance(self.model.model, PeftModel) else self.model.model
+        template = Template.load(self.model.config.template)
+        reranker = TrainedReranker(model, self.processing_class, template, *self.lengths)
+        is_training = self.model.training
+        self.model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                return beir.measure(reranker)
+        finally:
+            self.model.train(is_training)
 
     def prediction_step(
         self,
@@ -274,7 +339,7 @@ class TrainingCost:
         self.full_width_teacher = full_width_teacher
         self.original_teacher = original_teacher
         self.started = time.monotonic()
-        self.lists = self.tokens = self.operations = 0
+        self.lists = self.tokens = self.operations = self.packed_tokens = 0
 
     def add(self, packed: PackedBatch, group: int, setting: Setting) -> None:
         """Count a forward and backward pass over groups of `group` pairs. Adapters are small and left out."""
@@ -286,6 +351,7 @@ class TrainingCost:
         deepest = (setting.depth,)
         self.lists += len(query) // group
         self.tokens += int(packed.sequence_lengths.sum())
+        self.packed_tokens += int(packed.cu_seqlens[-1])
         self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_prefix, read_alone=deepest)
         if self.original_teacher:
             self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_prefix)
@@ -308,9 +374,26 @@ class TrainingCost:
         spent = [*counts.tolist(), time.monotonic() - self.started]
         return {name: float(before.get(name, 0)) + value for name, value in zip(COSTS, spent, strict=True)}
 
+    @property
+    def shared_share(self) -> float:
+        """The fraction of the tokens that are not computed, because pairs share a query."""
+        return 1 - self.packed_tokens / max(1, self.tokens)
+
     def counts(self, device: torch.device) -> Tensor:
         """Return lists, tokens and operations of this process since the run was started or resumed, (3,) float64."""
         return torch.tensor([self.lists, self.tokens, self.operations], dtype=torch.float64, device=device)
+
+
+def product_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a large matrix product, the best of three."""
+    size = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def ranking_metrics(prediction: EvalPrediction, exits: Sequence[int]) -> dict[str, float]:

@@ -23,6 +23,9 @@ INSTRUCTIONS = {
 text. `instruction` is inserted at the template's place for an instruction."""
 
 
+_HOW_TO_TEACH = "`flagembedding-matryoshka teach` adds scores, and --train_method normal trains without them"
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write rows as JSON Lines, all of them or no file, and return their number. A missing directory is created.
 
@@ -53,6 +56,8 @@ def row_fault(row: dict[str, Any], kind: RowKind, min_negatives: int = 1) -> str
             return f"{name} must be a string where it is given, got {row[name]!r:.200}"
     if kind == "passages" and "passages" in row:
         return _texts_fault(row, "passages", 1 + min_negatives)
+    if kind != "passages" and row.get("labels") is not None:
+        return _graded_fault(row, kind, min_negatives)
     for name, least in (("pos", 1), ("neg", min_negatives)):
         if fault := _texts_fault(row, name, least):
             return (
@@ -62,7 +67,52 @@ def row_fault(row: dict[str, Any], kind: RowKind, min_negatives: int = 1) -> str
             )
         if kind != "passages" and (fault := _scores_fault(row, name, kind)):
             return fault
+    labels = row.get("pos_labels")
+    if kind != "passages" and labels is not None and not (_are_numbers(labels, len(row["pos"])) and min(labels) > 0):
+        return (
+            f"pos_labels must be a list of {len(row['pos'])} numbers above 0, one for each of pos, got {labels!r:.200}"
+        )
     return None
+
+
+def split_by_label(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a valid row of `passages` and `labels` as one of `pos`, `pos_labels` and `neg`. Other rows stay.
+
+    Labels above 0 are the grades of positives. Passages with other labels are negatives. `scores`, the teacher's,
+    become `pos_scores` and `neg_scores`.
+    """
+    labels = row.get("labels")
+    if labels is None:
+        return row
+    places = {"pos": [i for i, label in enumerate(labels) if label > 0]}
+    places["neg"] = [i for i, label in enumerate(labels) if label <= 0]
+    split = {name: value for name, value in row.items() if name not in ("passages", "labels", "scores")}
+    for name, indices in places.items():
+        split[name] = [row["passages"][i] for i in indices]
+        if row.get("scores") is not None:
+            split[f"{name}_scores"] = [row["scores"][i] for i in indices]
+    return split | {"pos_labels": [labels[i] for i in places["pos"]]}
+
+
+def _graded_fault(row: dict[str, Any], kind: RowKind, min_negatives: int) -> str | None:
+    if both := [name for name in ("pos", "neg") if name in row]:
+        return f"a row with labels has passages, and no {' and '.join(both)}"
+    if fault := _texts_fault(row, "passages", 1 + min_negatives):
+        return fault
+    labels, scores, wanted = row["labels"], row.get("scores"), len(row["passages"])
+    if not _are_numbers(labels, wanted):
+        return f"labels must be a list of {wanted} numbers, one for each of passages, got {labels!r:.200}"
+    if max(labels) <= 0 or (min_negatives and min(labels) > 0):
+        return f"labels must have a value above 0, and one of 0 or below for a negative, got {labels!r:.200}"
+    if scores is None and kind == "scores":
+        return f"scores is missing. {_HOW_TO_TEACH}"
+    if scores is not None and not _are_numbers(scores, wanted):
+        return f"scores must be a list of {wanted} numbers, one for each of passages, got {scores!r:.200}"
+    return None
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(_is_finite, values))
 
 
 def _texts_fault(row: dict[str, Any], name: str, least: int) -> str | None:
@@ -78,10 +128,7 @@ def _scores_fault(row: dict[str, Any], name: str, kind: RowKind) -> str | None:
     if scores is None:
         if kind == "labels" or not wanted:
             return None
-        return (
-            f"{name}_scores is missing. `flagembedding-matryoshka teach` adds scores, and --train_method normal trains "
-            "without them"
-        )
+        return f"{name}_scores is missing. {_HOW_TO_TEACH}"
     if not isinstance(scores, list) or len(scores) != wanted:
         return f"{name}_scores must be a list of {wanted} numbers, one for each of {name}, got {scores!r:.200}"
     if not all(map(_is_finite, scores)):

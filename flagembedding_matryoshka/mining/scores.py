@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flagembedding_matryoshka.mining.digests import digest_files, digest_model
-from flagembedding_matryoshka.mining.rows import row_fault, write_rows
+from flagembedding_matryoshka.mining.rows import row_fault, split_by_label, write_rows
 from flagembedding_matryoshka.mining.teachers import (
     Scorer,
     bi_encoder_teacher,
@@ -118,7 +118,8 @@ def join_scores(path: Path, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _rows(path: Path, add: bool = False) -> Iterator[Row]:
-    return good_rows(path, partial(row_fault, kind="scores" if add else "labels", min_negatives=0))
+    check = partial(row_fault, kind="scores" if add else "labels", min_negatives=0)
+    return map(split_by_label, good_rows(path, check))
 
 
 def _conditions_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_fil
     trained = run.model.eval()
     groups = [run.train_dataset[item] for item in range(4)]
     padded = collate(
-        [TokenSequence(p.input_ids.tolist(), p.query_length, p.prompt_length) for pairs, _ in groups for p in pairs]
+        [TokenSequence(p.input_ids.tolist(), p.query_length, p.prompt_length) for group in groups for p in group.pairs]
     )
     with torch.no_grad():
         expected = trained(pair=run.data_collator(groups)["pair"]).scores

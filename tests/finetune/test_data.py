@@ -10,8 +10,10 @@ from flagembedding_matryoshka import Setting
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.data import (
     PADDING,
+    Group,
     MatryoshkaCollator,
     MatryoshkaEvalCollator,
+    MatryoshkaEvalDataset,
     MatryoshkaTrainDataset,
     UnlabelledTrainDataset,
 )
@@ -39,7 +41,7 @@ def test_files_with_other_columns_and_number_types_are_joined(tmp_path, tiny_tok
 
 def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny_tokenizer):
     rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=3, knowledge_distillation=True)
-    sequences, scores = rows[0]
+    sequences, scores, _ = rows[0]
     texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
     assert f"A: q\nB: p\n{Template().prompt}" in texts[0]
     assert scores[0] == 1.0
@@ -50,9 +52,47 @@ def test_a_group_is_the_positive_then_negatives_with_their_scores(tmp_path, tiny
     }
 
 
+GRADED = {"query": "q", "passages": ["a", "b", "c", "d", "e"], "labels": [0, 3, -1, 1, 2]}
+
+
+def test_a_group_has_several_positives_with_their_grades(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.jsonl", {**GRADED, "scores": [0.1, 0.9, 0.2, 0.5, 0.7]})
+    grades_of = dict(zip(GRADED["passages"], (0.0, 3.0, 0.0, 1.0, 2.0), strict=True))
+    scores_of = dict(zip(GRADED["passages"], (0.1, 0.9, 0.2, 0.5, 0.7), strict=True))
+    # Half of a group of 4; 6 have all passages and one negative again; 5 random negatives leave place for one positive.
+    for size, positives in ((2, 1), (4, 2), (5, 3), (6, 3)):
+        args = dataset(path, tiny_tokenizer, train_group_size=size, knowledge_distillation=True).args
+        rows = MatryoshkaTrainDataset(args, tiny_tokenizer, has_grades=True)
+        for epoch in range(3):
+            rows.start_epoch(epoch)
+            texts, _ = passage_texts(rows, 0)
+            group = rows[0]
+            assert group.grades == [grades_of[text] for text in texts]
+            assert group.scores == [scores_of[text] for text in texts]
+            assert [grade > 0 for grade in group.grades] == [True] * positives + [False] * (size - positives)
+            assert len(set(texts)) == min(size, 5)
+    assert MatryoshkaTrainDataset(args, tiny_tokenizer)[0].grades is None
+
+
+def test_random_negatives_have_the_grade_0_and_leave_place_for_a_positive(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.jsonl", *({**GRADED, "query": f"q {number}"} for number in range(2)),
+                 {"query": "q", "pos": ["w", "x", "y", "z"], "neg": ["n"], "pos_labels": [2, 1, 1, 1]},
+                 {"query": "r", "pos": ["u"], "neg": ["n"]})  # fmt: skip
+    for share, grades in ((1.0, 1), (0.5, 2)):
+        args = dataset(path, tiny_tokenizer, train_group_size=5, random_negatives=share).args
+        group = MatryoshkaTrainDataset(args, tiny_tokenizer, has_grades=True)[0]
+        assert [grade > 0 for grade in group.grades] == [True] * grades + [False] * (5 - grades)
+
+
+def test_evaluation_has_the_grades(tmp_path, tiny_tokenizer):
+    args = dataset(write(tmp_path / "a.jsonl", GRADED, ROW), tiny_tokenizer).args
+    lists = MatryoshkaEvalDataset(args, tiny_tokenizer)
+    assert [lists[item].grades for item in (0, 1)] == [[3.0, 1.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
 def test_fewer_negatives_than_wanted_are_drawn_again(tmp_path, tiny_tokenizer):
     rows = dataset(write(tmp_path / "a.jsonl", ROW), tiny_tokenizer, train_group_size=8)
-    sequences, scores = rows[0]
+    sequences, scores, _ = rows[0]
     assert len(sequences) == 8 and scores is None
 
 
@@ -104,7 +144,7 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
         write(tmp_path / f"{name}.jsonl", *rows)
     rows = dataset(tmp_path, tiny_tokenizer, train_group_size=5, random_negatives=0.5, knowledge_distillation=True)
     for item, (name, number) in enumerate((name, number) for name in "ab" for number in range(6)):
-        sequences, scores = rows[item]
+        sequences, scores, _ = rows[item]
         texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
         drawn = [text[text.index("B: ") + 3 : text.index(f"\n{Template().prompt}")] for text in texts]
         assert drawn[0] == f"pos {name} {number}"
@@ -121,7 +161,7 @@ def passage_texts(rows, item):
     """The drawn passages of a group, in order."""
     drawn, build = [], rows._sequences
     rows._sequences = lambda row, passages: drawn.extend(passages) or build(row, passages)
-    _, scores = rows[item]
+    _, scores, _ = rows[item]
     rows._sequences = build
     return drawn, scores
 
@@ -195,7 +235,7 @@ def test_rows_without_labels_give_any_of_their_passages_and_rows_with_labels_all
     args = MatryoshkaDataArguments(train_data=[str(path)], cache_path=str(tmp_path / "cache"), train_group_size=3)
     rows = UnlabelledTrainDataset(args, tiny_tokenizer)
     for item in (0, 1):
-        sequences, scores = rows[item]
+        sequences, scores, _ = rows[item]
         texts = [tiny_tokenizer.decode(sequence.input_ids) for sequence in sequences]
         assert sorted(text[text.index("B: ") + 3] for text in texts) == ["a", "b", "c"] and scores is None
     assert rows[0] == UnlabelledTrainDataset(args, tiny_tokenizer)[0]
@@ -225,22 +265,24 @@ def pairs(query, passages, seed):
     return [tokenized_pair(own + sequence.ids, query, 3) for sequence in sequences]
 
 
-GROUPS = [(pairs(5, (4, 17, 1), 0), [1.0, 0.5, 0.0]), (pairs(9, (30, 2, 8), 2), [2.0, 0.0, 1.0])]
+GROUPS = [Group(pairs(5, (4, 17, 1), 0), [1.0, 0.5, 0.0]), Group(pairs(9, (30, 2, 8), 2), [2.0, 0.0, 1.0])]
 
 
 def test_a_group_shares_its_query_and_nothing_is_padded():
     batch = MatryoshkaCollator()(GROUPS)
     packed = batch["pair"].packed
-    everything = [pair for group, _ in GROUPS for pair in group]
+    everything = [pair for group in GROUPS for pair in group.pairs]
     assert batch["pair"].token_ids.shape == (1, sum(len(pair) for pair in everything) - 2 * 5 - 2 * 9)
     assert packed.sequence_lengths.tolist() == [len(pair) for pair in everything]
     assert packed.passage_lengths[packed.sequences].tolist() == [pair.passage_length for pair in everything]
     assert batch["teacher_scores"].tolist() == [1.0, 0.5, 0.0, 2.0, 0.0, 1.0]
-    assert MatryoshkaCollator()([(group, None) for group, _ in GROUPS])["teacher_scores"] is None
+    assert MatryoshkaCollator()([Group(group.pairs) for group in GROUPS])["teacher_scores"] is None
 
 
 def test_lists_of_different_lengths_are_joined_for_evaluation():
-    batch = MatryoshkaEvalCollator()([(GROUPS[0][0][:2], [1.0, 0.0]), (GROUPS[1][0], [1.0, 0.0, 0.0])])
+    batch = MatryoshkaEvalCollator()(
+        [Group(GROUPS[0].pairs[:2], grades=[1.0, 0.0]), Group(GROUPS[1].pairs, grades=[1.0, 0.0, 0.0])]
+    )
     assert len(batch["pair"].packed.sequences) == 5
     assert batch["labels"].tolist() == [[1.0, 0.0, PADDING], [1.0, 0.0, 0.0]]
 
@@ -257,7 +299,7 @@ def learner(model: CostWiseForCausalLM, tokenizer, method="distill_fix_layer_tea
 
 @pytest.mark.parametrize("setting", WIDTHS)
 def test_scores_are_those_of_the_padded_batch(setting, layerwise_model, tiny_tokenizer):
-    sequences = [pair for group, _ in GROUPS for pair in group]
+    sequences = [pair for group in GROUPS for pair in group.pairs]
     padded = collate(
         [TokenSequence(pair.input_ids.tolist(), pair.query_length, pair.prompt_length) for pair in sequences]
     )

@@ -2,12 +2,17 @@ import json
 
 import pytest
 import torch
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import losses as cross_encoder_losses
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM
 from flagembedding_matryoshka.finetune.losses import (
     DISTILL_LOSSES,
+    GRADED_LOSSES,
     TRAIN_METHODS,
+    LossTerms,
     contrastive_loss,
     layer_wise_losses,
     teaching_exit,
@@ -109,8 +114,101 @@ def test_distill_losses_against_their_formulas(scores):
 
 def test_the_loss_is_a_choice(scores):
     method = TRAIN_METHODS["distill_last_layer"]
-    terms = layer_wise_losses(method, *scores, distill_loss="mse")[0]
+    terms = layer_wise_losses(method, *scores, loss_terms=LossTerms(distill_loss="mse"))[0]
     assert terms["deeper_exit"] == pytest.approx(((scores[0][0] - scores[1][1]) ** 2).mean().item())
+
+
+class GivenScores(CrossEncoder):
+    """A CrossEncoder without a network, whose scores are given."""
+
+    num_labels = 1
+    device = torch.device("cpu")
+
+    def __init__(self, scores):
+        nn.Module.__init__(self)
+        self.scores = scores.flatten()
+
+    def preprocess(self, pairs, **options):
+        return {"number": torch.tensor([number for _, number in pairs])}
+
+    def forward(self, features):
+        return {"scores": self.scores[features["number"]]}
+
+
+THEIRS = {
+    "ranknet": cross_encoder_losses.RankNetLoss,
+    "lambda": cross_encoder_losses.LambdaLoss,
+    "listnet": cross_encoder_losses.ListNetLoss,
+    "plistmle": lambda model: cross_encoder_losses.PListMLELoss(model, respect_input_order=False),
+    "adr_mse": cross_encoder_losses.ADRMSELoss,
+    "bce": cross_encoder_losses.BinaryCrossEntropyLoss,
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("name", GRADED_LOSSES)
+def test_losses_of_grades_equal_those_of_sentence_transformers(name, scale):
+    generator = torch.Generator().manual_seed(1)
+    shape = (5, 7)
+    scores = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).float().requires_grad_()
+    grades = torch.randint(0, 4, shape, generator=generator).float()
+    if name == "bce":
+        grades = grades.clamp(max=1)
+    elif name == "plistmle":  # their order of equal grades is arbitrary
+        grades = torch.rand(shape, generator=generator).argsort(-1).float()
+    theirs_of = scores.detach().clone().requires_grad_()
+    queries, numbers = ["q"] * len(scores), torch.arange(scores.numel()).view(shape)
+    if name == "bce":
+        inputs = [["q"] * scores.numel(), numbers.flatten().tolist()], grades.flatten()
+    else:
+        inputs = [queries, numbers.tolist()], list(grades)
+    theirs = THEIRS[name](GivenScores(theirs_of))(*inputs)
+    ours = GRADED_LOSSES[name](scores, grades)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(scores.grad, theirs_of.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_group_without_a_better_passage_adds_nothing_to_pairwise_losses(scores):
+    student, grades = scores[0][0].requires_grad_(), torch.ones(QUERIES, GROUP)
+    for name in ("ranknet", "lambda"):
+        loss = GRADED_LOSSES[name](student, grades)
+        loss.backward()
+        assert loss == 0 and student.grad.abs().max() == 0
+
+
+def test_position_aware_weights_are_finite_in_a_long_list():
+    scores = torch.zeros(1, 300, requires_grad=True)
+    loss = GRADED_LOSSES["plistmle"](scores, torch.arange(300.0)[None])
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+
+
+def test_grades_teach_every_exit_in_place_of_the_first_positive(scores):
+    grades = torch.tensor([[2.0, 1, 0, 0], [1, 0, 0, 0], [3, 1, 1, 0]])
+    terms = LossTerms(label_loss="listnet")
+    exits = layer_wise_losses(TRAIN_METHODS["distill_last_layer"], *scores, terms, grades=grades)
+    assert [sorted(losses) for losses in exits] == [["deeper_exit", "listnet"]] * 9 + [["data_scores", "listnet"]]
+    for losses, student in zip(exits, scores[0], strict=True):
+        assert losses["listnet"] == GRADED_LOSSES["listnet"](student, grades)
+    with pytest.raises(ValueError, match=r"grades must have the shape \(3, 4\), got none"):
+        layer_wise_losses(TRAIN_METHODS["normal"], *scores, terms)
+
+
+def test_each_term_has_a_weight(scores):
+    terms = LossTerms(label_weight=0.5, distill_weight=2.0, deeper_exit_weight=3.0)
+    exits = layer_wise_losses(TRAIN_METHODS["distill_fix_layer_teacher"], *scores, terms)
+    shallow = exits[0]
+    expected = 0.5 * shallow["contrastive"] + 2 * shallow["data_scores"] + 3 * shallow["deeper_exit"]
+    torch.testing.assert_close(terms.weighted_sum(shallow), expected)
+
+
+@pytest.mark.parametrize("name", ["ce", "kl"])
+def test_a_temperature_softens_both_sides_and_keeps_the_size_of_gradients(name, scores):
+    student, teacher = scores[0][0], scores[2]
+    softened = LossTerms(distill_loss=name, distill_temperature=4.0).distillation(student, teacher)
+    torch.testing.assert_close(softened, 16 * DISTILL_LOSSES[name](student / 4, teacher / 4))
 
 
 @pytest.mark.parametrize(

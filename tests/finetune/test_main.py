@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flagembedding_matryoshka.finetune import MatryoshkaModelArguments, MatryoshkaTrainingArguments
 from flagembedding_matryoshka.finetune.__main__ import build_parser
+from flagembedding_matryoshka.finetune.arguments import describe_run
 
 # The example of FlagEmbedding's guide for its layer-wise re-ranker, without --deepspeed, which needs that package.
 FLAG_EMBEDDING = """
@@ -28,6 +30,14 @@ def test_flag_embeddings_layer_wise_command_line_is_understood(training_file, tm
     assert (model.start_layer, model.head_multi, model.head_type) == (8, True, "simple")
     assert data.query_instruction_for_rerank == "A: "
     assert training.train_method == "distill_fix_layer_teacher"
+
+
+@pytest.mark.parametrize(("has_gpu", "workers"), [(True, 2), (False, 0)])
+def test_two_processes_load_data_for_a_gpu(has_gpu, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_gpu)
+    assert MatryoshkaTrainingArguments(str(tmp_path)).dataloader_num_workers == workers
+    assert MatryoshkaTrainingArguments(str(tmp_path), use_cpu=True).dataloader_num_workers == 0
+    assert MatryoshkaTrainingArguments(str(tmp_path), dataloader_num_workers=1).dataloader_num_workers == 1
 
 
 def test_every_argument_of_ours_is_explained(capsys):
@@ -80,3 +90,43 @@ def test_the_file_on_the_page_is_read(training_file, tmp_path, monkeypatch):
     model, data, training = build_parser().parse_args_into_dataclasses(words)
     assert (model.model_name_or_path, data.train_data, data.train_group_size) == ("smollm2", ["train.jsonl"], 3)
     assert (training.train_method, training.compress_layers, training.max_steps) == ("normal", [3, 6], 8)
+
+
+def test_the_arguments_of_a_run_are_written_as_a_file_that_gives_the_same_arguments(training_file, tmp_path):
+    words = ["--model_name_or_path", "m", "--train_data", str(training_file), "--output_dir", str(tmp_path)]
+    words += ["--token", "hf_secret", "--exits", "2", "4", "--lora_options", '{"use_dora": true}']
+    words += [
+        "--warmup_ratio",
+        "0.1",
+        "--eval_strategy",
+        "steps",
+        "--lr_scheduler_kwargs",
+        '{"num_cycles": 2}',
+        "--gradient_checkpointing",
+    ]
+    words += ["--use_cpu", "--resume_from_checkpoint", "--compress_layers", "2", "--finetune_type", "token"]
+    first = build_parser().parse_args_into_dataclasses(words)
+    values = describe_run(*first)
+    text = yaml.safe_dump(values)
+    assert "hf_secret" not in text and "resume_from_checkpoint" not in values
+    assert (values["train_method"], values["learning_rate"], values["compress_ratios"]) == ("normal", 2e-5, [2])
+    assert values["lora_options"] == {"use_dora": True}
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    again = build_parser().parse_args_into_dataclasses(["--config", str(tmp_path / "run.yaml")])
+    assert describe_run(*again) == values
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("{", "lora_options is not JSON"),
+        ('["use_dora"]', "not among peft's options"),
+        ('{"r": 8}', "lora_options: r is not among peft's options, or is an argument of its own"),
+        ('{"use_dorra": true}', "lora_options: use_dorra is not among peft's options.*use_dora"),
+    ],
+)
+def test_options_that_peft_does_not_have_are_named(options, fault):
+    with pytest.raises(ValueError, match=fault):
+        MatryoshkaModelArguments(model_name_or_path="m", lora_options=options)
+    with pytest.raises(ValueError, match=r"continues an adapter with its own configuration, but .*lora_options"):
+        MatryoshkaModelArguments(model_name_or_path="m", from_peft="a", lora_options='{"use_dora": true}')

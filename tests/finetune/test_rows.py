@@ -1,10 +1,12 @@
 import json
 import os
+from collections import Counter
 
 import pytest
 
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
-from flagembedding_matryoshka.finetune.rows import load_files, load_rows, sample_rows, training_files
+from flagembedding_matryoshka.finetune.rows import load_files, load_rows, mix_rows, sample_rows
+from flagembedding_matryoshka.finetune.sources import source_files
 from tests.lines import ROW, write
 
 
@@ -43,6 +45,39 @@ def test_scores_may_be_missing_only_where_no_method_needs_them(tmp_path):
         load(path, "scores")
 
 
+GRADED = {"query": "q", "passages": ["a", "b", "c"], "labels": [0, 2, 1]}
+
+
+def test_rows_with_labels_are_split_into_positives_with_grades_and_negatives(tmp_path):
+    plain = {"query": "q", "pos": ["p"], "neg": ["n"], "pos_labels": [2]}
+    path = write(tmp_path / "rows.jsonl", {**GRADED, "scores": [0.1, 0.2, 0.3]}, {**ROW, "pos_labels": None})
+    rows = load(path, "scores")
+    assert (rows["pos"][0], rows["neg"][0], rows["pos_labels"][:]) == (["b", "c"], ["a"], [[2.0, 1.0], [1.0]])
+    assert (rows["pos_scores"][0], rows["neg_scores"][0]) == ([0.2, 0.3], [0.1])
+    assert load(write(tmp_path / "plain.jsonl", plain))["pos_labels"][:] == [[2.0]]
+    assert load(write(tmp_path / "lists.jsonl", GRADED), "passages")["passages"][:] == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "fault"),
+    [
+        ({**GRADED, "pos": ["a"]}, "labels", "a row with labels has passages, and no pos"),
+        ({"query": "q", "labels": [1]}, "labels", "passages must be a list of at least two strings, got None"),
+        ({**GRADED, "labels": [1, 0]}, "labels", r"labels must be a list of 3 numbers, one for each of passages, got"),
+        ({**GRADED, "labels": [1, 0, None]}, "labels", "labels must be a list of 3 numbers"),
+        ({**GRADED, "labels": [0, -1, 0]}, "labels", "labels must have a value above 0, and one of 0 or below"),
+        ({**GRADED, "labels": [1, 2, 1]}, "labels", "labels must have a value above 0, and one of 0 or below"),
+        (GRADED, "scores", "scores is missing. `flagembedding-matryoshka teach` adds scores"),
+        ({**GRADED, "scores": [1, 2]}, "labels", r"scores must be a list of 3 numbers, one for each of passages"),
+        ({**ROW, "pos_labels": [0]}, "labels", r"pos_labels must be a list of 1 numbers above 0, one for each of pos"),
+        ({**ROW, "pos_labels": [1, 1]}, "labels", r"pos_labels must be a list of 1 numbers above 0"),
+    ],
+)
+def test_faults_of_labels_are_named(row, kind, fault, tmp_path):
+    with pytest.raises(ValueError, match=f"line 1: {fault}"):
+        load(write(tmp_path / "bad.jsonl", row), kind)
+
+
 def test_rows_without_labels(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"query": "q", "passages": ["a", "b"]}, ROW)
     assert load(path, "passages")["passages"][:] == [["a", "b"], ["p", "n", "m"]]
@@ -76,18 +111,19 @@ def test_negatives_may_be_missing_where_all_are_drawn_from_other_rows(tmp_path):
 
 
 def test_files_and_directories(tmp_path):
-    for name in ("b.jsonl", "a.json", "readme.txt", ".hidden.jsonl"):
+    for name in ("b.jsonl", "a.json", "c.jsonl.gz", "readme.txt", ".hidden.jsonl", "d.gz", "e.parquet"):
         write(tmp_path / name, ROW)
     (tmp_path / "folder.jsonl").mkdir()
-    assert training_files([str(tmp_path)]) == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
-    assert training_files([str(tmp_path / ".hidden.jsonl")]) == [str(tmp_path / ".hidden.jsonl")]
+    found = [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.jsonl.gz", "e.parquet")]
+    assert source_files([str(tmp_path), "dataset:a/b:test"]) == [*found, "dataset:a/b:test"]
+    assert source_files([str(tmp_path / ".hidden.jsonl")]) == [str(tmp_path / ".hidden.jsonl")]
     with pytest.raises(FileNotFoundError, match=r"no training data at .*missing"):
-        training_files([str(tmp_path / "missing")])
-    with pytest.raises(ValueError, match=r"the name of .*readme\.txt does not end with \.json or \.jsonl"):
-        training_files([str(tmp_path / "readme.txt")])
+        source_files([str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match=r"the name of .*readme\.txt does not end with \.json, \.jsonl or \.parquet"):
+        source_files([str(tmp_path / "readme.txt")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no"):
-        training_files([str(tmp_path / "empty")])
+        source_files([str(tmp_path / "empty")])
     with pytest.raises(ValueError, match="train_data is empty"):
         MatryoshkaDataArguments(train_data=[])
 
@@ -158,6 +194,20 @@ def test_files_without_a_row(tmp_path):
     assert [len(rows) for rows in load_files([str(empty), str(full)], "labels", str(tmp_path))] == [0, 1]
     with pytest.raises(ValueError, match=r"there is no row in .*a\.jsonl"):
         load_files([str(empty)], "labels", str(tmp_path))
+
+
+def test_rows_are_mixed_in_the_proportion_of_weights(tmp_path):
+    files = [
+        load(write(tmp_path / f"{name}.jsonl", *({**ROW, "query": f"{name} {number}"} for number in range(size))))
+        for name, size in (("a", 30), ("b", 10))
+    ]
+    few, many = (rows["query"][:] for rows in mix_rows(files, [1.0, 3.0], seed=1))
+    assert (len(few), len(set(few)), len(many)) == (10, 10, 30)
+    assert Counter(many) == {f"b {number}": 3 for number in range(10)}
+    assert mix_rows(files, [1.0, 3.0], seed=1)[0]["query"][:] == few
+    assert mix_rows(files, [1.0, 3.0], seed=2)[0]["query"][:] != few
+    with pytest.raises(ValueError, match=r"file at place 1 .* has a weight and no row"):
+        mix_rows([files[0], files[1].select([])], [1.0, 1.0], seed=1)
 
 
 def test_drawn_rows_do_not_depend_on_the_directory(tmp_path):

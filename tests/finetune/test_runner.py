@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import psutil
 import pytest
 import torch
+import yaml
 from FlagEmbedding.abc.finetune.reranker import (
     AbsRerankerDataArguments,
     AbsRerankerModelArguments,
@@ -393,7 +394,8 @@ def test_the_loss_goes_down_at_every_width(method, tiny_raw_model_path, training
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_file, tmp_path):
+def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_file, tmp_path, recwarn):
+    """Its name in FlagEmbedding's command lines is accepted without a warning."""
     losses = []
     for checkpointing in (False, True):
         run = runner(
@@ -410,7 +412,11 @@ def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_fi
         )
         run.run()
         losses.append([entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry])
+        layers = run.model.model.get_base_model().model.layers
+        assert {layer.gradient_checkpointing for layer in layers} == {checkpointing}
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    dropped = [str(warning.message) for warning in recwarn if "v6" in str(warning.message)]
+    assert not [message for message in dropped if "`is_gradient_checkpointing`" not in message]  # peft's, see quiet.py
 
 
 @pytest.mark.parametrize("use_lora", [True, False])
@@ -457,6 +463,64 @@ def test_the_history_has_every_term_of_the_loss(tiny_raw_model_path, training_fi
             "loss_layer_6_contrastive", "loss_layer_6_data_scores",
         }  # fmt: skip
         assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_grades_train_every_exit(tiny_raw_model_path, tmp_path):
+    row = {"passages": ["air", "flow", "heat", "drag"], "labels": [2, 0, 1, 0], "scores": [0.5, 0.1, 0.4, 0.2]}
+    data = tmp_path / "graded.jsonl"
+    data.write_text("".join(json.dumps({"query": f"wing {name}", **row}) + "\n" for name in "abcd"))
+    losses = {"label_loss": "ranknet", "label_weight": 0.5, "distill_weight": 3.0, "deeper_exit_weight": 2.0}
+    arguments = tiny_raw_model_path, data, tmp_path / "out", {"start_layer": 5}
+    run = runner(*arguments, train_method="distill_last_layer", logging_steps=1, max_steps=1, **losses)
+    run.run()
+    entry = run.trainer.state.log_history[0]
+    terms = {"5_ranknet": 0.5, "6_ranknet": 0.5, "5_deeper_exit": 2.0, "6_data_scores": 3.0}
+    assert {name for name in entry if name.startswith("loss_")} == {f"loss_layer_{name}" for name in terms}
+    expected = sum(weight * entry[f"loss_layer_{name}"] for name, weight in terms.items())
+    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", ['{"use_dora": true}', '{"use_rslora": true}'])
+def test_options_of_peft_are_trained_written_and_loaded(options, tiny_raw_model_path, training_file, tmp_path, caplog):
+    out = tmp_path / "out"
+    run = runner(tiny_raw_model_path, training_file, out, {"start_layer": 5, "lora_options": options})
+    before = trained_parameters(run)
+    with caplog.at_level("INFO", "flagembedding_matryoshka.finetune.runner"):
+        run.run()
+    changed = [name for name, value in trained_parameters(run).items() if not torch.equal(value, before[name])]
+    assert any(("magnitude" if "dora" in options else "lora_B") in name for name in changed)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert all(config[name] is True for name in json.loads(options))
+    loaded = MatryoshkaReranker(str(out), dtype="float32", devices="cpu")
+    scores = scores_of(loaded)
+    loaded._engine = Engine(run.model.model.get_base_model().eval())
+    close(scores, scores_of(loaded))
+    (line,) = [message for message in caplog.messages if "tokens/s" in message]
+    assert re.search(r"\d % of the peak of a matrix product in float32\. .* save \d+ % .* are truncated\.$", line)
+    written = yaml.safe_load((out / "run.yaml").read_text())
+    assert written["lora_options"] == json.loads(options) and written["max_steps"] == 2
+
+
+def trained_parameters(run):
+    return {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
+
+
+def test_a_run_stops_when_it_gets_no_better_resumed_or_not(tiny_raw_model_path, training_file, tmp_path):
+    def run(**more):
+        options = {"early_stopping_patience": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 9} | more
+        data_args = {"eval_data": [str(training_file)]}
+        found = runner(tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 5}, data_args, **options)
+        found.run()
+        return found.trainer.state
+
+    state = run(learning_rate=1e-12)
+    assert (state.global_step, state.best_global_step) == (3, 1)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+    for _ in ("killed before its end", "stopped"):
+        assert run(learning_rate=1e-12, resume_from_checkpoint="last").global_step == 3
+    with pytest.raises(ValueError, match=r"eval_strategy=.* need eval_data"):
+        options = {"early_stopping_patience": 2, "save_strategy": "steps"}
+        runner(tiny_raw_model_path, training_file, tmp_path / "other", **options)
 
 
 def test_only_the_latest_entries_of_the_history_keep_the_terms(
@@ -661,6 +725,21 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
         ),
         ({"finetune_type": "token"}, r"compress_ratios \[2\] need compress_layers"),
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0, but must be at least 1"),
+        ({"early_stopping_threshold": 0.1}, "early_stopping_threshold=0.1 needs early_stopping_patience"),
+        ({"label_loss": "hinge"}, "label_loss is 'hinge', but must be one of"),
+        ({"distill_temperature": 2.0}, "distill_temperature=2.0 has no effect: train_method normal has no such term"),
+        ({"train_method": "distill", "distill_loss": "mse", "distill_temperature": 2.0}, "=2.0 needs distill_loss ce"),
+        (
+            {"train_method": "distill", "deeper_exit_weight": 2.0},
+            "deeper_exit_weight=2.0 has no effect: train_method d",
+        ),
+        (
+            {"train_method": "self_distill", "label_loss": "bce"},
+            "label_loss=bce has no effect: train_method self_disti",
+        ),
+        ({"label_weight": -1.0}, "the weights are .*-1.0.*, but must be at least 0"),
+        ({"label_weight": 0.0}, "the weights of all terms are 0"),
         ({"finetune_type": "width"}, "finetune_type is 'width'"),
         ({"sub_batch_size": 2}, "sub_batch_size=2"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),

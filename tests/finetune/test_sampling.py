@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler
 from flagembedding_matryoshka import CostWiseMistralConfig
 from flagembedding_matryoshka.finetune import MatryoshkaDataArguments
 from flagembedding_matryoshka.finetune.data import MatryoshkaTrainDataset
-from flagembedding_matryoshka.finetune.sampling import BalancedSampler, distribute, sample_setting
+from flagembedding_matryoshka.finetune.sampling import BalancedSampler, OneSourceSampler, distribute, sample_setting
 
 CONFIG = CostWiseMistralConfig(num_hidden_layers=8, layer_wise=True, start_layer=2)
 LAYERS, RATIOS, STEPS = [2, 4, 6], [1, 2, 4, 8], 4000
@@ -83,7 +83,7 @@ def imbalance(shares, dataset):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_step_has_the_rows_it_would_have_and_processes_get_as_much_of_them(dataset, processes, passes):
-    sampler = BalancedSampler(dataset, 7, BATCH, processes, passes)
+    sampler = BalancedSampler(dataset, SeedableRandomSampler(dataset, data_seed=7), BATCH, processes, passes)
     plain = SeedableRandomSampler(dataset, data_seed=7)
     assert len(sampler) == ROWS
     step = processes * BATCH * passes
@@ -97,14 +97,15 @@ def test_a_step_has_the_rows_it_would_have_and_processes_get_as_much_of_them(dat
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(dataset):
-    first, again = (BalancedSampler(dataset, 7, BATCH, 2) for _ in range(2))
+    orders = [SeedableRandomSampler(dataset, data_seed=seed) for seed in (7, 7, 8)]
+    first, again, other = (BalancedSampler(dataset, order, BATCH, 2) for order in orders)
     orders = []
     for epoch in (0, 1, 0):
         dataset.start_epoch(epoch)
         orders.append(list(first))
         assert list(again) == orders[-1]
     assert orders[0] == orders[2] != orders[1]
-    assert list(BalancedSampler(dataset, 8, BATCH, 2)) != orders[0]
+    assert list(other) != orders[0]
 
 
 def test_every_share_is_as_long():
@@ -114,3 +115,16 @@ def test_every_share_is_as_long():
         dealt = distribute(weights, shares)
         assert [len(share) for share in dealt] == [4] * shares
         assert sorted(place for share in dealt for place in share) == list(range(len(weights)))
+
+
+def test_batches_are_of_one_file_and_the_rest_comes_last():
+    files = [(0, 10), (10, 7), (17, 1)]
+    sampler = OneSourceSampler(files, 3, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(18)) and list(sampler) == order
+    batches = [order[start : start + 3] for start in range(0, 15, 3)]
+    sources = [{next(place for place, (start, size) in enumerate(files) if row < start + size) for row in batch}
+               for batch in batches]  # fmt: skip
+    assert all(len(found) == 1 for found in sources) and set().union(*sources) == {0, 1}
+    sampler.set_epoch(1)
+    assert list(sampler) != order
