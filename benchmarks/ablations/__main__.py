@@ -1,9 +1,9 @@
-"""Put one claim to the test, and write a table of it: in Markdown, and in JSON beside it.
+"""Test a claim, and write its tables in Markdown and in JSON.
 
 python -m benchmarks.ablations precision --model DIR --data COLLECTION COLLECTION --output docs/ablations
 
-What stands behind `--` goes to the fine-tuning command as it is. A command that was stopped goes on where it was when
-it is called again: what `--work` holds is neither trained nor measured again.
+Arguments after `--` are arguments of the fine-tuning command. If a command is stopped, the same command resumes:
+trainings and measurements in `--work` are not repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     own, passed = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = build_parser()

@@ -1,4 +1,4 @@
-"""How far two rankings of the same candidates agree."""
+"""Measures of agreement between two rankings of the same candidates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from flagembedding_matryoshka.evaluation.runs import Run, ranking
 
 
 def kendall_tau(run: Run, reference: Run) -> list[float]:
-    """Kendall's tau of two orders of a query's candidates, for each query that has two: 1 is the same order, −1 the
-    reverse. Ties are broken as in all measures."""
+    """Return Kendall's tau of two orders of each query's candidates: 1 is the same order, −1 the reverse.
+
+    Queries with a single candidate are left out. Ties are broken as in all measures.
+    """
     taus = []
     for query, scores in reference.items():
         if len(scores) > 1:
@@ -25,7 +27,7 @@ def kendall_tau(run: Run, reference: Run) -> list[float]:
 
 
 def overlap(run: Run, reference: Run, top: int) -> list[float]:
-    """Share of a query's first `top` candidates, or of all where there are fewer, that two orders have in common."""
+    """Return the fraction of each query's first `top` candidates that two orders have in common."""
     shares = []
     for query, scores in reference.items():
         first = set(ranking(scores)[:top])
@@ -43,10 +45,10 @@ MEASURES: dict[str, Callable[[Run, Run], list[float]]] = {
 def agreement(
     measure: str, ranked: Mapping[str, Ranked], reference: Mapping[str, Ranked], scope: Sequence[str]
 ) -> float:
-    """The mean over all queries of the collections in `scope`.
+    """Return the mean over all queries of the collections in `scope`.
 
     Raises:
-        ValueError: if no query has candidates enough to compare.
+        ValueError: if no query has two candidates.
     """
     values = [value for name in scope for value in MEASURES[measure](ranked[name].run, reference[name].run)]
     if not values:

@@ -1,6 +1,6 @@
-"""How much of the full ranking is left when most candidates stop early?
+"""How much of the full ranking remains if most candidates stop early?
 
-Cascades of one model, compared with all candidates going all the way.
+Cascades of a model are compared with its full depth for all candidates.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ AGREEMENT = ("first the same", "first ten in common")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this claim."""
+    """Add the options of this comparison."""
     parser.add_argument("--model", required=True, help="a layer-wise checkpoint, or what fine-tuning wrote")
     add_dtype(parser)
     add_cascades(parser, required=True)
 
 
 def run(options: argparse.Namespace, collections: Collections) -> None:
-    """Measure, report."""
+    """Measure and write the report."""
     config = inspect_checkpoint(options.model, from_raw=False).config
     full = full_network(config)
     cascades = [Setting(full.cutoff_layers, cascade=tuple(stages.items())) for stages in options.cascade]
@@ -54,13 +54,14 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
 
     Report(
         name="cascade",
-        title="How much of the full ranking is left when most candidates stop early?",
-        compared="Cascades, in which after some exits only a share of all candidates goes deeper (6:0.5 is half of "
-        "them after exit 6) and the others rank behind, are compared with all candidates going all the way.",
+        title="How much of the full ranking remains if most candidates stop early?",
+        compared="In a cascade some candidates stop at an exit. After exit 9 of `9:0.3`, 30 % of all candidates go "
+        "deeper; the others rank after them. The reference runs all candidates through all layers.",
         reading={
-            "first the same": "share of queries whose first candidate is that of the full ranking.",
-            "first ten in common": "share of a query's first ten that are among the full ranking's first ten.",
-            "operations": "floating-point operations as a share of the full ranking's.",
+            "first the same": "fraction of queries whose first candidate is that of the full ranking.",
+            "first ten in common": "fraction of a query's first ten candidates that are among the full ranking's first "
+            "ten.",
+            "operations": "floating-point operations relative to the full ranking.",
         },
         about={"model": Path(options.model).name} | machine,
     ).write(options.output, collections, arms)

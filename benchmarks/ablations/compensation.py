@@ -1,4 +1,4 @@
-"""Does a token adapter make up for what compression costs?
+"""Does a token adapter compensate for the cost of compression?
 
 A model is measured at full width, and at a ratio without and with a token adapter that was trained on top of it.
 """
@@ -20,7 +20,7 @@ from flagembedding_matryoshka.setting import Setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this claim."""
+    """Add the options of this comparison."""
     parser.add_argument("--model", required=True, help="a layer-wise checkpoint, or what fine-tuning wrote")
     parser.add_argument("--ratio", type=int, choices=[2, 4, 8], default=2, help="default: %(default)s")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, collections: Collections) -> None:
-    """Train, measure, report."""
+    """Train, measure and write the report."""
     config = inspect_checkpoint(options.model, from_raw=False).config
     settings = grid(config, None, options.compress_layers, [options.ratio])
     compressed = [setting for setting in settings if setting.compress_ratio > 1]
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     after = " and ".join(map(str, compressed[0].compress_layers))
     Report(
         name="compensation",
-        title="Does a token adapter make up for what compression costs?",
-        compared=f"Exit by exit, the model that merges {options.ratio} passage tokens into one after layer {after} is "
-        f"compared with the same model under a token adapter that was trained for {options.steps} steps on top of it, "
-        "and with the model at full width.",
+        title="Does a token adapter compensate for the cost of compression?",
+        compared=f"The model merges {options.ratio} passage tokens into one after layer {after}. At each exit it is "
+        "compared with two others: the same model with a token adapter that was trained on top of it for "
+        f"{options.steps} steps, and the model at full width.",
         reading={},
         about=about_training(options, options.model) | machine,
     ).write(options.output, collections, arms)

@@ -1,6 +1,6 @@
-"""Does it help an exit to learn from a teacher's scores, and from deeper exits?
+"""Does an exit gain from a teacher's scores and from deeper exits?
 
-The same base, rows, steps and seeds, trained by three methods; every exit of what comes out ranks the same candidates.
+A base is trained by three methods on the same rows, with the same steps and seeds. All exits rank the same candidates.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "d
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this claim."""
-    parser.add_argument("--base", required=True, help="what is trained: a checkpoint's name or path, or a GGUF file")
+    """Add the options of this comparison."""
+    parser.add_argument("--base", required=True, help="the model to train: a checkpoint's name or path, or a GGUF file")
     add_dtype(parser)
     add_training(parser)
 
 
 def run(options: argparse.Namespace, collections: Collections) -> None:
-    """Train, measure, report."""
+    """Train, measure and write the report."""
     folder = options.work / "distillation"
     found = {}
     for seed in options.seeds:
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
 
     Report(
         name="distillation",
-        title="Does an exit gain by learning from a teacher's scores, and from deeper exits?",
-        compared="Exit by exit, models that learnt from labels alone are compared with models that learnt from the "
-        "same rows, as long and from the same seeds, of the teacher scores in the data too, and of these and the "
+        title="Does an exit gain from a teacher's scores and from deeper exits?",
+        compared="Three ways to train are compared at each exit, on the same rows, with the same number of steps and "
+        "the same seeds: from labels alone, from labels and the data's teacher scores, and from these and the "
         "scores of deeper exits (self-distillation).",
         reading={
-            "method": f"{LABELS} learns from labels alone, {TEACHER} at every exit also from the teacher scores in the "
-            f"data, {DEEPER} moreover from deeper exits.",
-            "compared with": "the method that change and p are against, at the same exit.",
+            "method": f"with {LABELS} every exit learns from labels alone, with {TEACHER} also from the data's teacher "
+            f"scores, with {DEEPER} from both and from deeper exits.",
+            "compared with": "the reference method of change and p, at the same exit.",
         },
         about=about_training(options, options.base) | machine,
     ).write(options.output, collections, arms)

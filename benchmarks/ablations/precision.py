@@ -30,7 +30,7 @@ AGREEMENT = ("Kendall's tau", "first ten in common")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this claim."""
+    """Add the options of this comparison."""
     parser.add_argument("--model", required=True, help="a layer-wise checkpoint, or what fine-tuning wrote")
     parser.add_argument("--cutoff_layers", type=int, nargs="+", help="exits to measure (default: the deepest)")
     others = [name for name in PRECISIONS if name != REFERENCE]
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, collections: Collections) -> None:
-    """Measure, report."""
+    """Measure and write the report."""
     config = inspect_checkpoint(options.model, from_raw=False).config
     settings = [Setting((layer,)) for layer in options.cutoff_layers or full_network(config).cutoff_layers]
     for setting in settings:
@@ -78,12 +78,15 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     Report(
         name="precision",
         title="What do fewer bits cost, and what do they save?",
-        compared="The same model, with its weights in each format, ranks the same candidates and is compared with "
-        f"itself in {REFERENCE}; int8 and nf4 compute all that is not theirs in float32.",
+        compared="The same model ranks the same candidates with its weights in each format, and is compared with "
+        f"itself in {REFERENCE}. With int8 and nf4 all other computations are in float32.",
         reading={
-            "Kendall's tau": f"how far the whole order agrees with that of {REFERENCE}: 1 is the same order, 0 chance.",
-            "first ten in common": f"share of a query's first ten that are among the first ten of {REFERENCE}.",
-            "pairs/s": f"query and passage pairs scored in a second, over {options.timed_pairs} of each collection.",
+            "Kendall's tau": f"agreement of the whole order with that of {REFERENCE}: 1 is the same order, 0 is "
+            "chance.",
+            "first ten in common": "fraction of a query's first ten candidates that are among the first ten of "
+            f"{REFERENCE}.",
+            "pairs/s": f"pairs of query and passage per second, measured on {options.timed_pairs} pairs of each "
+            "collection.",
         },
         about={"model": Path(options.model).name} | machine,
     ).write(options.output, collections, arms)

@@ -1,4 +1,4 @@
-"""What re-rankers make of collections, by evaluation's own functions."""
+"""Rankings of collections by re-rankers, with the functions of the evaluation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from flagembedding_matryoshka.text.collections import read_collection
 
 RECALL_AT = 10
 Collections = Mapping[str, Candidates]
-"""A collection's name to what is re-ranked of it."""
+"""Candidates by the name of their collection."""
 
 
 class Ranked(NamedTuple):
-    """What a setting made of a collection."""
+    """Result and run of a setting on a collection."""
 
     result: Result
     run: Run
 
 
 def read_candidates(options: argparse.Namespace) -> dict[str, Candidates]:
-    """BM25's candidates of every collection, by the collection's name."""
+    """Return BM25's candidates of every collection."""
     found = {}
     for directory in options.data:
         collection = sample_queries(read_collection(directory, options.split), options.queries, options.query_seed)
@@ -38,7 +38,7 @@ def read_candidates(options: argparse.Namespace) -> dict[str, Candidates]:
 
 
 def load(options: argparse.Namespace, model: str, **more: Any) -> MatryoshkaReranker:
-    """The re-ranker that scores as the options say."""
+    """Load a re-ranker with the options of scoring."""
     return MatryoshkaReranker(
         model,
         devices=options.devices,
@@ -56,10 +56,10 @@ def measure(
     folder: Path,
     timed_pairs: int = 1,
 ) -> dict[Setting, dict[str, Ranked]]:
-    """For every setting what it made of each collection; what `folder` holds already is not measured again.
+    """Return result and run of every setting on each collection. Results in `folder` are not measured again.
 
     Args:
-        timed_pairs: as in evaluation; 1 where speed is not in question.
+        timed_pairs: number of pairs whose time is measured; 1 if speed does not matter.
     """
     found: dict[Setting, dict[str, Ranked]] = {setting: {} for setting in settings}
     for name, candidates in collections.items():
@@ -70,12 +70,12 @@ def measure(
 
 
 def quality(ranked: Mapping[str, Ranked], scope: Sequence[str]) -> list[float]:
-    """nDCG@10 of each query of the collections in `scope`."""
+    """Return nDCG@10 of each query of the collections in `scope`."""
     return [value for name in scope for value in ranked[name].result.per_query[QUALITY]]
 
 
 def given_quality(collections: Collections, scope: Sequence[str]) -> list[float]:
-    """nDCG@10 of each query in the candidates' own order."""
+    """Return nDCG@10 of each query in the candidates' own order."""
     return [
         value
         for name in scope

@@ -1,4 +1,4 @@
-"""A claim's tables, in Markdown and in JSON."""
+"""Reports of comparisons: tables in Markdown and in JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.ablations.ranking import Collections, given_quality
-from benchmarks.ablations.statistics import Arm, Compared, compare
+from benchmarks.ablations.statistics import Arm, Comparison, compare
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.report.tables import markdown_table
 from flagembedding_matryoshka.evaluation.results import machine_of
@@ -19,27 +19,28 @@ from flagembedding_matryoshka.files import write_text
 
 DEVIATION = "± seeds"
 READING = {
-    QUALITY: "the mean over queries, and over seeds where there are several; higher is better.",
-    DEVIATION: "standard deviation of the seeds' means: p speaks of other queries, ± of other seeds.",
-    "change": "difference to the row that the others are compared with, which has none.",
+    QUALITY: "mean over queries and seeds; higher is better.",
+    DEVIATION: "standard deviation of the seeds' means. p is about other queries, ± about other seeds.",
+    "change": "difference to the reference row, which has none.",
     "p": (
-        "how often, if both were equally good, chance alone would bring a difference as large (two-sided paired "
-        "randomisation test over queries, of each query's mean over seeds; after Holm's correction for all rows of the "
-        "table). Below 0.05 the difference is commonly taken to hold for other queries of the kind."
+        "p-value of the change: two-sided paired randomisation test over queries, on each query's mean over seeds, "
+        "with Holm's correction over all rows of the table. Below 0.05 a difference is commonly taken to hold for "
+        "other queries of the kind."
     ),
 }
+"""Explanations of the columns that all tables share."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What stands around the tables.
+    """The text around the tables of a comparison.
 
     Attributes:
-        name: of the files.
-        title: the claim, as a question.
-        compared: what is compared, in a sentence.
-        reading: further column to how it is read.
-        about: what the numbers depend on, by name.
+        name: name of the files.
+        title: the question that the comparison answers.
+        compared: description of the sides.
+        reading: explanations of further columns, by name.
+        about: the conditions of the measurement, by name.
     """
 
     name: str
@@ -52,7 +53,9 @@ class Report:
         """Write NAME.md and NAME.json.
 
         Args:
-            arms: the rows over all queries of some collections.
+            output: directory of the files.
+            collections: the candidates that were ranked, by collection.
+            arms: returns the rows over all queries of some collections.
         """
         names = list(collections)
         scopes = [names, *([name] for name in names)] if len(names) > 1 else [names]
@@ -64,8 +67,8 @@ class Report:
             queries = sum(len(collections[name].passages) for name in scope)
             pairs = sum(len(collections[name]) for name in scope)
             title = scope[0] if len(scope) == 1 else f"All {len(scope)} collections together"
-            lines += [f"## {title}", "", f"{queries} queries, {pairs} pairs: {source}, in whose own order {QUALITY} is"]
-            lines[-1] += f" {given:.4f}."
+            lines += [f"## {title}", "", f"{queries} queries, {pairs} pairs: {source}. {QUALITY} of their own order: "]
+            lines[-1] += f"{given:.4f}."
             lines += ["", markdown_table(cells(rows))]
             about = {"collections": scope, "queries": queries, "pairs": pairs, "candidates": source}
             stored.append(about | {f"{QUALITY} of the candidates' order": given, "rows": list(map(as_json, rows))})
@@ -81,16 +84,16 @@ class Report:
 
 
 def about_machine(reranker: MatryoshkaReranker) -> dict[str, Any]:
-    """On what it was computed, and where texts were cut."""
+    """Return the machine of a re-ranker, and the lengths that texts are truncated to."""
     found = machine_of(reranker)
     if reranker.query_max_length is not None:
-        found["queries are cut to"] = f"{reranker.query_max_length} tokens"
-    found["pairs are cut to"] = f"{reranker.max_length} tokens"
+        found["queries are truncated to"] = f"{reranker.query_max_length} tokens"
+    found["pairs are truncated to"] = f"{reranker.max_length} tokens"
     return found
 
 
-def cells(rows: Sequence[Compared]) -> list[list[str]]:
-    """Header and rows of a table; a column of seeds where any row has several."""
+def cells(rows: Sequence[Comparison]) -> list[list[str]]:
+    """Return header and rows of a table. It has a column of seeds if a row has several seeds."""
     with_seeds = any(row.deviation is not None for row in rows)
     seeds = [DEVIATION] if with_seeds else []
     header = [*rows[0].arm.names, QUALITY, *seeds, "change", "p", *rows[0].arm.further]
@@ -110,8 +113,8 @@ def cells(rows: Sequence[Compared]) -> list[list[str]]:
     ]
 
 
-def as_json(row: Compared) -> dict[str, Any]:
-    """A row with all digits, and each seed's mean."""
+def as_json(row: Comparison) -> dict[str, Any]:
+    """Return a row with all digits, and each seed's mean."""
     return {
         **row.arm.names,
         QUALITY: row.arm.mean,
@@ -124,5 +127,5 @@ def as_json(row: Compared) -> dict[str, Any]:
 
 
 def in_words(value: Any) -> str:
-    """A list as its items."""
+    """Return a value as text: a list as its items."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

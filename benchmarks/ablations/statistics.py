@@ -1,4 +1,4 @@
-"""Sides of a comparison, and whether they differ."""
+"""Sides of a comparison, and the significance of their differences."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Arm:
     """One side of a comparison: a row of a table.
 
     Attributes:
-        names: column to cell, what tells it from other sides.
-        values: (seeds, queries), a single row where nothing is drawn.
-        against: the side that it is compared with, of the same queries; None for what others are compared with.
-        further: column to number.
+        names: the cells that identify the side, by column.
+        values: (seeds, queries); a single row if nothing is drawn.
+        against: the reference side, over the same queries; None for a reference.
+        further: further numbers, by column.
     """
 
     names: Mapping[str, str]
@@ -27,7 +27,7 @@ class Arm:
 
     @property
     def mean(self) -> float:
-        """Of all seeds and queries."""
+        """Mean over all seeds and queries."""
         return fmean(self.of_seeds)
 
     @property
@@ -42,13 +42,14 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A side beside the one it is compared with.
+class Comparison:
+    """A side and its difference to its reference.
 
     Attributes:
-        deviation: standard deviation of the seeds' means; None of a single seed.
-        change: of the mean; None where there is nothing to compare with, as is `p_value`.
-        p_value: of a two-sided paired randomisation test over queries, after Holm's correction.
+        deviation: standard deviation of the seeds' means; None for a single seed.
+        change: difference of the means; None for a reference.
+        p_value: p-value of a two-sided paired randomisation test over queries, after Holm's correction; None for a
+            reference.
     """
 
     arm: Arm
@@ -57,13 +58,13 @@ class Compared:
     p_value: float | None
 
 
-def compare(arms: Sequence[Arm]) -> list[Compared]:
-    """Every side beside its own, in order; p-values are corrected for how many are tested here."""
+def compare(arms: Sequence[Arm]) -> list[Comparison]:
+    """Compare each side with its reference. P-values are corrected for the number of tests."""
     tested = [arm for arm in arms if arm.against is not None]
     p_values = [paired_p_value(arm.of_queries, arm.against.of_queries) for arm in tested]
     corrected = {id(arm): p_value for arm, p_value in zip(tested, holm(p_values), strict=True)}
     return [
-        Compared(
+        Comparison(
             arm,
             stdev(arm.of_seeds) if len(arm.values) > 1 else None,
             None if arm.against is None else arm.mean - arm.against.mean,

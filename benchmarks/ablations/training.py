@@ -1,4 +1,4 @@
-"""Trainings by the product's own command, each of which is done once."""
+"""Trainings by the fine-tuning command. Each one is run once."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RECORD = "ablation.json"
 
 
 def train(options: argparse.Namespace, model: str, output_dir: Path, seed: int, arguments: Sequence[str] = ()) -> Path:
-    """Fine-tune `model` into `output_dir`, or go on where that was stopped; what is finished is left as it is.
+    """Fine-tune `model` into `output_dir`, or resume. A finished training is not repeated.
 
     Args:
         options: `train_data`, `steps`, and `training_arguments` for the command.
-        arguments: what this training has of its own.
+        arguments: further arguments of this training.
 
     Raises:
         ValueError: if `output_dir` holds another training.
-        subprocess.CalledProcessError: if it fails.
+        subprocess.CalledProcessError: if the training fails.
     """
     files = training_files(options.train_data)
     asked: dict[str, Any] = {
@@ -75,7 +75,7 @@ def _as_json(asked: dict[str, Any], finished: bool) -> str:
 
 
 def about_training(options: argparse.Namespace, model: str) -> dict[str, Any]:
-    """What a report says of trainings."""
+    """Return the conditions of the trainings, for a report."""
     return {
         "trained from": Path(model).name,
         "training files": [Path(path).name for path in training_files(options.train_data)],

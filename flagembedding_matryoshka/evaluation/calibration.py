@@ -17,6 +17,8 @@ from flagembedding_matryoshka.setting import Setting
 
 BINS = 15
 """Number of bins of the expected calibration error."""
+LEAST_PROBABILITY = 1e-15
+"""Probabilities are clipped to this and to 1 minus this for the logarithmic loss."""
 FOLDS = 5
 """Number of folds of the cross-validation that chooses the method."""
 MIN_RELEVANT = 50
@@ -40,24 +42,53 @@ class Judgements:
 
 
 @dataclass(frozen=True)
+class ProbabilityErrors:
+    """Errors of probabilities of relevance; lower is better.
+
+    A constant has a small calibration error, too. Brier score and logarithmic loss also measure how well probabilities
+    tell relevant candidates from others.
+
+    Attributes:
+        expected_calibration_error: as `expected_calibration_error` returns it.
+        brier_score: mean squared difference to the judgement, 0 or 1 (Brier 1950).
+        log_loss: mean negative logarithm of the probability of the judgement, in nats.
+    """
+
+    expected_calibration_error: float
+    brier_score: float
+    log_loss: float
+
+    @classmethod
+    def of(cls, probabilities: torch.Tensor, data: Judgements) -> ProbabilityErrors:
+        """Return the errors of probabilities, (candidates,) in [0, 1], against their judgements."""
+        values = probabilities.double().numpy()
+        clipped = np.clip(values, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+        return cls(
+            expected_calibration_error(probabilities, data),
+            float(np.square(values - data.relevant).mean()),
+            float(-np.log(np.where(data.relevant, clipped, 1 - clipped)).mean()),
+        )
+
+
+@dataclass(frozen=True)
 class SettingCalibration:
     """The calibration of a setting: a monotone function from a score to the probability of relevance.
 
     Attributes:
         setting: the setting.
         calibration: the function, fitted to the choosing half.
-        before, after: expected calibration error on the held-out half, of the sigmoid and of the calibration.
+        errors: errors on the held-out half of three probabilities: "sigmoid" of the scores, "calibrated", and
+            "base_rate", a constant: the fraction of relevant candidates in the choosing half.
     """
 
     setting: Setting
     calibration: Calibration
-    before: float
-    after: float
+    errors: Mapping[str, ProbabilityErrors]
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        errors = {"before": self.before, "after": self.after}
-        return asdict(self.setting) | {"expected_calibration_error": errors, "calibration": to_json(self.calibration)}
+        errors = {name: asdict(item) for name, item in self.errors.items()}
+        return asdict(self.setting) | {"errors": errors, "calibration": to_json(self.calibration)}
 
 
 def check_calibration(candidates: Candidates, halves: Halves) -> None:
@@ -92,17 +123,20 @@ def judgements_of(run: Run, candidates: Candidates, indices: Sequence[int]) -> J
 
 
 def expected_calibration_error(probabilities: torch.Tensor, data: Judgements) -> float:
-    """Return the mean of |share of relevant − mean probability| over bins of equal width, weighted by their candidates.
+    """Return the mean of |fraction of relevant − mean probability| over bins, weighted by their candidates.
 
-    Guo, Pleiss, Sun and Weinberger (ICML 2017) define it.
+    Guo, Pleiss, Sun and Weinberger (ICML 2017) define it. Bins have equal mass (Nguyen and O'Connor, EMNLP 2015),
+    because most candidates have small probabilities, and bins of equal width would hold nearly all of them in one.
+    Candidates with equal probabilities are in the same bin.
 
     Args:
         probabilities: (candidates,) in [0, 1].
         data: their judgements.
     """
     values = probabilities.double().numpy()
-    bins = np.minimum((values * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=data.relevant - values, minlength=BINS)
+    edges = np.unique(np.quantile(values, np.arange(1, BINS) / BINS, method="inverted_cdf"))
+    bins = np.searchsorted(edges, values)
+    gaps = np.bincount(bins, weights=data.relevant - values)
     return float(np.abs(gaps).sum() / len(values))
 
 
@@ -119,8 +153,13 @@ def calibrate(runs: Mapping[Setting, Run], candidates: Candidates, halves: Halve
         choosing, held_out = (judgements_of(run, candidates, part) for part in (halves.choosing, halves.held_out))
         calibration = fit(choosing)
         scores = torch.from_numpy(held_out.scores)
-        errors = [expected_calibration_error(function(scores), held_out) for function in (torch.sigmoid, calibration)]
-        found.append(SettingCalibration(setting, calibration, *errors))
+        probabilities = {
+            "sigmoid": scores.sigmoid(),
+            "calibrated": calibration(scores),
+            "base_rate": torch.full_like(scores, choosing.relevant.mean()),
+        }
+        errors = {name: ProbabilityErrors.of(values, held_out) for name, values in probabilities.items()}
+        found.append(SettingCalibration(setting, calibration, errors))
     return found
 
 

@@ -72,7 +72,9 @@ def test_precision(ablate, tiny_layerwise_path):
     assert all(row["pairs/s"] > 0 for row in rows)
     assert rows[0]["p_value"] is None and 0 <= rows[1]["p_value"] <= 1
     assert (
-        "dtype" not in report["about"] and report["about"]["torch"] in text and "pairs are cut to: 512 tokens\n" in text
+        "dtype" not in report["about"]
+        and report["about"]["torch"] in text
+        and "pairs are truncated to: 512 tokens\n" in text
     )
     assert text.count("| exit |") == 3 and "6 queries" in text and "± seeds" not in text
 
@@ -119,9 +121,9 @@ def test_distillation_compares_methods_exit_by_exit(ablate, tiny_layerwise_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--", "--seed", "3"], "['--seed'] behind -- are what this command sets itself"),
-        (["--", "--train_method=normal"], "['--train_method=normal'] behind -- are what"),
-        (["--seeds", "1", "1"], "--seeds [1, 1] name one twice"),
+        (["--", "--seed", "3"], "['--seed'] after -- are set by this command"),
+        (["--", "--train_method=normal"], "['--train_method=normal'] after -- are set"),
+        (["--seeds", "1", "1"], "--seeds [1, 1] has a seed twice"),
     ],
 )
 def test_what_the_command_sets_is_not_set_twice(ablate, training_file, arguments, message, capsys):
@@ -175,7 +177,7 @@ def test_trained_with_two_steps(ablate, tiny_raw_model_path, training_file, tmp_
         ("2", "ratio 2, token adapter"),
         ("2", "full"),
     ]
-    assert "trained for 2 steps on top of it" in text
+    assert "trained on top of it for 2 steps" in text
 
 
 def test_compensation_needs_a_model_that_was_trained(ablate, tiny_raw_model_path, training_file):

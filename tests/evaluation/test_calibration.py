@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from scipy.special import expit
 
 pytest.importorskip("sklearn")
+from sklearn.metrics import brier_score_loss, log_loss
+
 from flagembedding_matryoshka.evaluation.calibration import (
     BINS,
     MIN_RELEVANT,
     Judgements,
+    ProbabilityErrors,
     calibrate,
     check_calibration,
     expected_calibration_error,
@@ -92,17 +95,38 @@ def test_isotonic_probabilities_are_never_certain():
 
 def test_the_error_is_that_of_the_bins():
     draw = np.random.default_rng(1)
-    data = Judgements(np.zeros(500), draw.random(500) < 0.3, np.zeros(500, dtype=int))
-    values = draw.random(500)
-    expected = 0.0
-    for low in np.arange(BINS) / BINS:
-        inside = (values >= low) & (values < low + 1 / BINS)
-        if inside.any():
-            expected += inside.mean() * abs(data.relevant[inside].mean() - values[inside].mean())
+    data = Judgements(np.zeros(40 * BINS), draw.random(40 * BINS) < 0.3, np.zeros(40 * BINS, dtype=int))
+    values = draw.random(40 * BINS) ** 4
+    parts = np.argsort(values).reshape(BINS, 40)  # equal mass
+    expected = np.mean([abs(data.relevant[part].mean() - values[part].mean()) for part in parts])
     assert expected_calibration_error(torch.from_numpy(values), data) == pytest.approx(expected)
     exact = torch.from_numpy(data.relevant.astype(float))
     assert expected_calibration_error(exact, data) == 0
     assert expected_calibration_error(1 - exact, data) == 1
+    # Equal probabilities are in one bin: their order does not matter.
+    constant = torch.full((40 * BINS,), 0.25, dtype=torch.float64)
+    assert expected_calibration_error(constant, data) == pytest.approx(abs(data.relevant.mean() - 0.25))
+
+
+def test_brier_score_and_log_loss_are_those_of_sklearn():
+    draw = np.random.default_rng(2)
+    data = Judgements(np.zeros(300), draw.random(300) < 0.4, np.zeros(300, dtype=int))
+    values = draw.random(300)
+    found = ProbabilityErrors.of(torch.from_numpy(values), data)
+    assert found.brier_score == pytest.approx(brier_score_loss(data.relevant, values))
+    assert found.log_loss == pytest.approx(log_loss(data.relevant, values))
+    certain = ProbabilityErrors.of(torch.from_numpy(1.0 - data.relevant), data)
+    assert certain.brier_score == 1 and 30 < certain.log_loss < 40  # not infinite
+
+
+def test_a_constant_wins_by_calibration_error_alone():
+    """Scores that tell relevant candidates, and are shifted: the base rate is better calibrated than their sigmoid."""
+    candidates, run = collection_of(drawn(lambda scores: expit(2 * scores - 1), queries=120))
+    (found,) = calibrate({Setting(6): run}, candidates, Halves.of(candidates.passages))
+    sigmoid, calibrated, base_rate = (found.errors[name] for name in ("sigmoid", "calibrated", "base_rate"))
+    assert base_rate.expected_calibration_error < sigmoid.expected_calibration_error
+    for name in ("brier_score", "log_loss"):
+        assert getattr(calibrated, name) < getattr(sigmoid, name) < getattr(base_rate, name)
 
 
 def collection_of(data):
@@ -125,7 +149,8 @@ def test_each_setting_is_calibrated_and_the_other_half_confirms_it():
     found = calibrate(runs, candidates, halves)
     assert [item.setting for item in found] == list(runs)
     for item in found:
-        assert item.after < 0.05 < item.before
+        calibrated, sigmoid = (item.errors[name].expected_calibration_error for name in ("calibrated", "sigmoid"))
+        assert calibrated < 0.05 < sigmoid
     # One threshold means the same at both.
     scores = torch.linspace(-6, 6, 50)
     deep, shallow = (item.calibration for item in found)
@@ -140,7 +165,8 @@ def test_the_half_that_reports_is_not_fitted_to():
     held_out = {queries[place] for place in halves.held_out}
     changed = {query: {n: -s if query in held_out else s for n, s in scores.items()} for query, scores in run.items()}
     (one,), (other,) = (calibrate({Setting(6): each}, candidates, halves) for each in (run, changed))
-    assert one.calibration == other.calibration and one.after < other.after
+    assert one.calibration == other.calibration
+    assert one.errors["calibrated"].brier_score < other.errors["calibrated"].brier_score
     assert len(judgements_of(run, candidates, halves.choosing).scores) == 20 * len(halves.choosing)
 
 

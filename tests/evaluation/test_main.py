@@ -229,7 +229,7 @@ def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, 
     pairs = [("wing", "wing lift drag"), ("the heat", "wing")]
     assert len(results["calibrated"]) == 4
     for item in results["calibrated"]:
-        assert {"before", "after"} == set(item["expected_calibration_error"])
+        assert {"sigmoid", "calibrated", "base_rate"} == set(item["errors"])
         options = {name: item[name] for name in ("cutoff_layers", "compress_layers", "compress_ratio")}
         scores = torch.tensor(plain.compute_score(pairs, **options))
         expected = from_json(item["calibration"])(scores)
@@ -237,7 +237,7 @@ def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, 
     calibrated.rank("wing", ["wing lift", "heat"], cascade={3: 0.5})
     with pytest.raises(ValueError, match="no calibration of 5 layers"):
         calibrated.compute_score(pairs, cutoff_layers=5)
-    assert "Expected calibration error" in (output / "table.md").read_text()
+    assert "| base rate" in (output / "table.md").read_text()
 
 
 def test_candidates_without_a_relevant_one_are_refused_before_anything_is_measured(evaluate, tmp_path):

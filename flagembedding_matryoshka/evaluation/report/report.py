@@ -110,7 +110,7 @@ class Report:
             )
             tables.append(Table(heading, choice_table(self.choices)))
         if self.calibrations:
-            heading = f"Expected calibration error on {others} of calibrations fitted to {choosing}"
+            heading = f"Errors of probabilities on {others}, of calibrations fitted to {choosing}"
             tables.append(Table(heading, calibration_table(self.calibrations)))
         if self.fusion is not None:
             heading = f"Fusion weights of the first stage, tried on {choosing}; {self.fusion.weight:g} is chosen"

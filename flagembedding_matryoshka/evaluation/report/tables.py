@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 from flagembedding_matryoshka.evaluation.calibration import SettingCalibration
 from flagembedding_matryoshka.evaluation.comparison import (
@@ -70,11 +71,12 @@ def choice_table(choices: Sequence[Choice]) -> str:
 
 
 def calibration_table(calibrations: Sequence[SettingCalibration]) -> str:
-    """Tabulate the expected calibration error of each setting on the held-out half."""
-    rows = [["setting", "sigmoid", "calibrated", "method"]]
-    rows += [
-        [str(item.setting), f"{item.before:.4f}", f"{item.after:.4f}", item.calibration.method] for item in calibrations
-    ]
+    """Tabulate the errors of each setting's probabilities on the held-out half, a row for each kind of probability."""
+    rows = [["setting", "probability", "calibration error", "Brier score", "log loss"]]
+    for item in calibrations:
+        for name, errors in item.errors.items():
+            kind = f"{name}, {item.calibration.method}" if name == "calibrated" else name.replace("_", " ")
+            rows.append([str(item.setting), kind, *(f"{value:.4f}" for value in astuple(errors))])
     return markdown_table(rows)
 
 
