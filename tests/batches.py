@@ -139,9 +139,9 @@ def close(actual, expected, tolerance=1e-5):
 def out_of_memory_above(model, pairs_that_fit):
     embed = model.embed
 
-    def limited(token_ids, packed):
+    def limited(token_ids, packed, *setting):
         if len(packed.sequences) > pairs_that_fit:
             raise torch.OutOfMemoryError("no room")
-        return embed(token_ids, packed)
+        return embed(token_ids, packed, *setting)
 
     return limited

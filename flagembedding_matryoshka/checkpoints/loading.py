@@ -17,6 +17,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    has_file,
     logging,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -331,7 +332,7 @@ def load_model(
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
     if not checkpoint.allow_pickle:
-        _refuse_pickled(checkpoint.base, Files(base, of_base))
+        _refuse_pickled(checkpoint.base, base, **of_base)
     stored, depth = read_config(base, **of_base), depth_of(checkpoint, **hub)
     _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     self_check(causal_lm_class(config), config)
@@ -384,12 +385,12 @@ def load_model(
     return model.eval()
 
 
-def _refuse_pickled(base: str, files: Files) -> None:
-    """Raise ValueError if the weights are in pickled files alone."""
-    if any(files.path(name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+def _refuse_pickled(base: str, place: str, **hub: Any) -> None:
+    """Raise ValueError if the weights of `base`, which lie at `place`, are in pickled files alone. None is fetched."""
+    if any(has_file(place, name, **hub) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return
     for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        if files.path(name):
+        if has_file(place, name, **hub):
             raise ValueError(PICKLED.format(path=base, file=name, instead=SAFE_WEIGHTS_NAME))
 
 

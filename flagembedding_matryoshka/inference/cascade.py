@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flagembedding_matryoshka.inference.device import copy_to_host
 from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
+
+T = TypeVar("T")
 
 
 def run_cascade(
@@ -19,18 +23,21 @@ def run_cascade(
     queries: Sequence[Sequence[int]],
     setting: Setting,
     fusion: Fusion | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
     """Score candidates, dropping the worst of each query after each stage.
 
     Args:
-        score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on any device. The scores
-            of a stage are waited for once.
+        score: runs a batch up to an exit and returns its (sequences,) float32 scores there, on any device.
         batches: the candidates' states before the first layer. Later the list holds the states of the remaining
             candidates alone, so that those of dropped ones are freed.
         queries: for each batch the number of each sequence's query.
         setting: a setting with one cutoff layer, where the remaining candidates are scored.
         fusion: after each stage candidates that still run are ranked by their fused scores; None ranks them by their
             scores.
+
+    Yields:
+        once a stage, when its batches and the copy of their scores are queued on the device. The scores are waited for
+        when the generator continues.
 
     Returns:
         For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
@@ -52,7 +59,9 @@ def run_cascade(
             if bool((owner[running].bincount(minlength=len(kept)) <= kept).all()):
                 continue  # no candidate stops here, so no score is needed
         going = list(chain(*alive))
-        scores[going] = torch.cat([score(states, layer) for states in batches]).cpu()
+        on_host = copy_to_host(torch.cat([score(states, layer) for states in batches]))
+        yield
+        scores[going] = on_host()
         exits[going] = layer
         if fusion is not None:
             for number in owner[running].unique():
@@ -63,6 +72,15 @@ def run_cascade(
         running = _best_of_each_query(fused, scores, running, owner, kept)
         alive = _keep(batches, alive, running.tolist(), *largest)
     return scores, exits, fused
+
+
+def finish(run: Generator[None, None, T]) -> T:
+    """Run a generator to its end, and return what it returns."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
 
 
 def _keep(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flagembedding_matryoshka.inference.fusion import Fusion, best_first
 from flagembedding_matryoshka.inference.inputs import excerpt
-from flagembedding_matryoshka.models.compression import compressed_lengths
+from flagembedding_matryoshka.models.batch import compressed_lengths
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 

@@ -7,17 +7,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
 from flagembedding_matryoshka.inference.batching import count_tokens
-from flagembedding_matryoshka.inference.cascade import run_cascade
+from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
+from flagembedding_matryoshka.inference.device import copy_to_host
 from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -27,6 +28,7 @@ from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
+T = TypeVar("T")
 Stages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Scores, exits and fused scores, as `run_cascade` returns them."""
 
@@ -68,26 +70,6 @@ class Scored(NamedTuple):
     fused: Sequence[float] = ()
 
 
-def copy_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Queue a copy to the CPU, after the work that makes `values` and before later work.
-
-    Returns:
-        A callable that blocks until the copy is complete and returns it.
-    """
-    if values.device.type != "cuda":
-        return values.cpu
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(values.device))
-
-    def wait() -> torch.Tensor:
-        copied.synchronize()
-        return copy
-
-    return wait
-
-
 class Engine:
     """Runs tasks on the device of its model. It may be called from several threads.
 
@@ -104,6 +86,7 @@ class Engine:
         self._has_token_adapters = bool(token_adapter_ratios(model))
         self._switching = threading.Lock()
         self._limit = TokenLimit()
+        self._limit_of_cascades = TokenLimit()
 
     def run(
         self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
@@ -129,7 +112,8 @@ class Engine:
     def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], Scored]:
         """Queue a batch on the device and the copy of its scores, without waiting for them.
 
-        A task with `owners` runs when it is waited for.
+        Of a task with `owners` the first stage is queued on a GPU, and the others run when it is waited for. With a
+        deadline, or on a CPU, all of it runs then.
 
         After an out-of-memory error, this and later batches are computed in smaller ones.
 
@@ -145,7 +129,10 @@ class Engine:
             torch.OutOfMemoryError: if a single pair does not fit.
         """
         if task.owners is not None:
-            return partial(self._score_in_stages, task, task.owners, between_batches)
+            run = self._score_in_stages(task, task.owners, between_batches)
+            if self._ahead and task.deadline is None:
+                next(run)
+            return partial(finish, run)
         (pairs,), (places,) = task.batches, task.places
         scores, start = [], 0
         while start < len(pairs):
@@ -170,12 +157,16 @@ class Engine:
 
     def _score_in_stages(
         self, task: Task, owners: Sequence[Sequence[int]], between: Callable[[], None] | None
-    ) -> Scored:
-        """Score the pairs of a cascade, or of one query until a deadline.
+    ) -> Generator[None, None, Scored]:
+        """Score the pairs of a cascade, or of one query until a deadline. Yields as `run_cascade`.
 
-        After an out-of-memory error all pairs start again, in smaller batches. Their order stays, also for `fusion`. A
-        deadline stays, too.
+        After an out-of-memory error all pairs start again, each half of the queries by itself, and those of a single
+        query in smaller batches. Their order stays, also for `fusion`. A deadline stays, too.
         """
+        pairs_of_all, places_of_all = list(chain(*task.batches)), list(chain(*task.places))
+        queries = list(dict.fromkeys(chain(*owners)))
+        if len(queries) > 1 and sum(map(count_tokens, task.batches)) > self._limit_of_cascades.tokens:
+            return (yield from self._in_halves(task, owners, queries, between))
         deadline = None if task.deadline is None else task.deadline.start()
         while True:
             parts: list[tuple[int, slice]] = []
@@ -186,10 +177,18 @@ class Engine:
                     start = parts[-1][1].stop
             packs = [task.batches[number][part] for number, part in parts]
             of_packs = [owners[number][part] for number, part in parts]
-            run = partial(self._run_stages, packs, of_packs, task.setting, deadline, between, task.fusion)
+            stages = self._run_stages(packs, of_packs, task.setting, deadline, between, task.fusion)
             try:
-                found = computed(run)
+                while True:
+                    computed(partial(next, stages))
+                    yield
+            except StopIteration as end:
+                scores, exits, fused = end.value
             except OutOfMemory as error:
+                if len(queries) > 1:
+                    held = f", the states of a cascade of {len(queries)} queries"
+                    self._limit_of_cascades.halve(pairs_of_all, places_of_all[0], error, held)
+                    return (yield from self._in_halves(task, owners, queries, between))
                 largest = max(range(len(packs)), key=lambda place: len(packs[place]))
                 number, part = parts[largest]
                 held = f", beside the states of {sum(map(count_tokens, packs))} tokens in the batches of its cascade"
@@ -197,10 +196,25 @@ class Engine:
                 self._limit.halve(packs[largest], first, error, held if len(packs) > 1 else "")
                 continue
             self._limit.fitted()
-            scores, exits, fused = found
+            self._limit_of_cascades.fitted()
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
-            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), list(chain(*task.places)))
+            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), places_of_all)
             return Scored([scores.tolist()], exits.tolist(), fused.tolist())
+
+    def _in_halves(
+        self, task: Task, owners: Sequence[Sequence[int]], queries: Sequence[int], between: Callable[[], None] | None
+    ) -> Generator[None, None, Scored]:
+        """Score a cascade of several queries as two, one after the other."""
+        first = set(queries[: len(queries) // 2])
+        in_first = [[number in first for number in numbers] for numbers in owners]
+        found: dict[bool, Iterator[tuple[float, int, float]]] = {}
+        for half in (True, False):
+            own = _of_queries(task, owners, in_first, half)
+            assert own.owners is not None
+            (scores,), exits, fused = yield from self._score_in_stages(own, own.owners, between)
+            found[half] = iter(list(zip(scores, exits, fused, strict=True)))
+        merged_scores, merged_exits, merged_fused = zip(*(next(found[half]) for half in chain(*in_first)), strict=True)
+        return Scored([list(merged_scores)], merged_exits, merged_fused)
 
     @torch.inference_mode()
     def _run_stages(
@@ -211,9 +225,9 @@ class Engine:
         deadline: Deadline | None,
         between: Callable[[], None] | None,
         fusion: Fusion | None,
-    ) -> Stages:
+    ) -> Generator[None, None, Stages]:
         with self._adapted(setting.compress_ratio):
-            states = [self._embed(pairs) for pairs in batches]
+            states = [self._embed(pairs, setting) for pairs in batches]
         if deadline is not None:
             exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
 
@@ -227,7 +241,7 @@ class Engine:
                 between()
             return self._read(states, layer, setting)
 
-        return run_cascade(score_one, states, owners, setting, fusion)
+        return (yield from run_cascade(score_one, states, owners, setting, fusion))
 
     def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
         with self._adapted(setting.compress_ratio):
@@ -249,11 +263,11 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[TokenizedPair], setting: Setting) -> torch.Tensor:
         """(cutoff layers, pairs) float32 scores, on the model's device."""
-        return self.model.scores(self._embed(pairs), setting)
+        return self.model.scores(self._embed(pairs, setting), setting)
 
-    def _embed(self, pairs: Sequence[TokenizedPair]) -> PackedStates:
+    def _embed(self, pairs: Sequence[TokenizedPair], setting: Setting) -> PackedStates:
         decoder = self.model.model
-        return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant))
+        return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant), setting)
 
     @contextmanager
     def _adapted(self, ratio: int) -> Iterator[None]:
@@ -264,3 +278,20 @@ class Engine:
         with self._switching:
             use_token_adapter(self.model, ratio)
             yield
+
+
+def _of_queries(task: Task, owners: Sequence[Sequence[int]], chosen: Sequence[Sequence[bool]], value: bool) -> Task:
+    """Return the task of those pairs of a cascade whose value in `chosen`, batch after batch, is `value`."""
+
+    def of(batches: Sequence[Sequence[T]]) -> list[list[T]]:
+        kept = [
+            [one for one, is_chosen in zip(batch, of_batch, strict=True) if is_chosen == value]
+            for batch, of_batch in zip(batches, chosen, strict=True)
+        ]
+        return [batch for batch in kept if batch]
+
+    fusion = task.fusion
+    if fusion is not None:
+        everyone = zip(fusion.first_stage, chain(*chosen), strict=True)
+        fusion = replace(fusion, first_stage=[score for score, is_chosen in everyone if is_chosen == value])
+    return replace(task, batches=of(task.batches), places=of(task.places), owners=of(owners), fusion=fusion)

@@ -370,7 +370,7 @@ class MatryoshkaModule(InputModule):
         if len(setting.cutoff_layers) != 1:
             layers = list(setting.cutoff_layers)
             raise ValueError(f"a CrossEncoder has one score for a pair: give one layer, got cutoff_layers={layers}.")
-        states = self.model.model.embed(*pack_pairs(features["pairs"], self.model.device))
+        states = self.model.model.embed(*pack_pairs(features["pairs"], self.model.device), setting)
         features["scores"] = self.model.scores(states, setting).T
         return features
 

@@ -231,7 +231,9 @@ class StudentTeacher:
     def __call__(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Return the scores of the pairs, (pairs,) float32."""
         scores = [
-            self.model.scores(self.model.model.embed(*pack_pairs(batch, self.model.device)), self.setting)[0]
+            self.model.scores(
+                self.model.model.embed(*pack_pairs(batch, self.model.device), self.setting), self.setting
+            )[0]
             for batch in self._batches(pairs)
         ]
         return torch.cat(scores).float().cpu().numpy()

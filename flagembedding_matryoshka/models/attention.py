@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from flagembedding_matryoshka.models.batch import PackedBatch, on_device
-from flagembedding_matryoshka.models.flash import flash_attention, runs_flash
-from flagembedding_matryoshka.models.flex import flex_attention, runs_flex
+from flagembedding_matryoshka.models.batch import PackedBatch, ranges
+from flagembedding_matryoshka.models.flash import flash_attention, flash_indices, runs_flash
+from flagembedding_matryoshka.models.flex import flex_attention, flex_indices, runs_flex
 
 PACKED_ATTENTION = "cost_wise_packed"
 SEPARATE_ATTENTION = "cost_wise_packed_separately"
@@ -23,6 +24,78 @@ pass then takes a quarter (bfloat16) or half (float32) of the fused kernel's tim
 LONGEST_PRODUCT = 256
 """Tokens of a context up to which a CPU scores in bfloat16 with whole attention maps: products are much faster than the
 fused kernel. Longer maps do not stay in the caches."""
+
+
+Kernel = Literal["flash", "flex", "groups", "products", "segments", "last tokens"]
+
+
+class ContextIndices(NamedTuple):
+    """Indices of the contexts of all segments, one after another, for attention of the last tokens.
+
+    Attributes:
+        tokens: (sum of context lengths,) int64: the tokens of the contexts in the row.
+        segments: (sum of context lengths,) int64: the segment whose context each of these belongs to.
+        behind: (sum of context lengths,) int64: the number of tokens of its context after each of these.
+        own: (total_tokens,) int64: the place of each token of the row among `tokens`.
+    """
+
+    tokens: Tensor
+    segments: Tensor
+    behind: Tensor
+    own: Tensor
+
+
+def context_indices(packed: PackedBatch) -> ContextIndices:
+    lengths = packed.context_lengths
+    firsts = lengths.cumsum(0) - packed.lengths
+    return ContextIndices(
+        packed.context_tokens,
+        torch.repeat_interleave(lengths),
+        lengths.repeat_interleave(lengths) - 1 - ranges(lengths),
+        packed.offsets + firsts.repeat_interleave(packed.lengths),
+    )
+
+
+class GroupIndices(NamedTuple):
+    """The contexts of segments as rectangles, contexts of similar length together, for kernels that want a batch.
+
+    Attributes:
+        groups: for each group (segments, width) int64: the tokens in the row. A shorter context repeats its last token,
+            and none has less than half of the group's width.
+        own: (total_tokens,) int64: the place of each token of the row in all rectangles, flattened.
+    """
+
+    groups: list[Tensor]
+    own: Tensor
+
+
+def group_indices(packed: PackedBatch) -> GroupIndices:
+    order = packed.context_lengths.argsort(descending=True, stable=True)
+    ends = packed.context_lengths.cumsum(0) - 1
+    groups: list[Tensor] = []
+    firsts = torch.empty_like(packed.lengths)
+    size = 0
+    while len(order):
+        lengths = packed.context_lengths[order]
+        width = int(lengths[0])
+        group = order[: int((2 * lengths >= width).sum())]
+        order = order[len(group) :]
+        begins = ends[group] + 1 - packed.context_lengths[group]
+        places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])
+        groups.append(packed.context_tokens[places])
+        firsts[group] = size + torch.arange(len(group)) * width + packed.prefix_lengths[group]
+        size += len(group) * width
+    return GroupIndices(groups, packed.offsets + firsts.repeat_interleave(packed.lengths))
+
+
+INDICES: dict[Kernel, Callable[[PackedBatch], tuple[Any, ...]]] = {
+    "flash": flash_indices,
+    "flex": flex_indices,
+    "groups": group_indices,
+    "products": group_indices,
+    "last tokens": context_indices,
+}
+"""The function that makes the indices of each kernel; "segments" has none."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +173,52 @@ def packed_attention(
     """
     refuse_not_causal(module)
     logits = Logits(scaling, softcap, sliding_window)
-    on_cpu = query.device.type == "cpu"
-    flash = not on_cpu and runs_flash(query) and softcap is None and not dropout
-    if only_last and not flash:
+    kernel = choose_kernel(query, packed, softcap, only_last, separately, compiled, dropout)
+    if kernel == "last tokens":
         return _of_last_tokens(query[0], key[0], value[0], packed, logits, dropout)[None], None
     if last_rows is not None:
         last_rows.append(last_token_row(query[0], key[0], packed, logits))
-    if separately:
-        return _segment_by_segment(query, key, value, packed, logits, dropout), None
-    if flash:
+    if kernel == "flash":
         return flash_attention(query, key, value, packed, scaling, sliding_window, only_last), None
-    if compiled and softcap is not None and not dropout and runs_flex(query):
+    if kernel == "flex":
+        assert softcap is not None
         return flex_attention(query, key, value, packed, scaling, softcap, sliding_window), None
-    if not on_cpu:
+    if kernel == "groups":
         return _in_groups(query, key, value, packed, logits, dropout), None
-    if not dropout and packed.context_lengths.max() <= _longest_product(query, logits):
+    if kernel == "products":
         return _in_products(query, key, value, packed, logits), None
     return _segment_by_segment(query, key, value, packed, logits, dropout), None
+
+
+def choose_kernel(
+    query: Tensor,
+    packed: PackedBatch,
+    softcap: float | None,
+    only_last: bool = False,
+    separately: bool = False,
+    compiled: bool = False,
+    dropout: float = 0.0,
+) -> Kernel:
+    """Return the kernel that `packed_attention` runs with these arguments.
+
+    Args:
+        query: (1, heads, tokens, head_dim); the numbers of heads and tokens do not matter.
+    """
+    on_cpu = query.device.type == "cpu"
+    flash = not on_cpu and runs_flash(query) and softcap is None and not dropout
+    if only_last and not flash:
+        return "last tokens"
+    if separately:
+        return "segments"
+    if flash:
+        return "flash"
+    if compiled and softcap is not None and not dropout and runs_flex(query):
+        return "flex"
+    if not on_cpu:
+        return "groups"
+    if not dropout and packed.context_lengths.max() <= _longest_product(query, softcap):
+        return "products"
+    return "segments"
 
 
 def refuse_not_causal(module: nn.Module | None) -> None:
@@ -125,11 +227,11 @@ def refuse_not_causal(module: nn.Module | None) -> None:
         raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
 
 
-def _longest_product(query: Tensor, logits: Logits) -> int:
+def _longest_product(query: Tensor, softcap: float | None) -> int:
     """Return the number of tokens of a context up to which plain products are faster on a CPU."""
     if query.requires_grad:
         return LONGEST_LEARNT_PRODUCT
-    return LONGEST_PRODUCT if query.dtype == torch.bfloat16 and logits.softcap is None else 0
+    return LONGEST_PRODUCT if query.dtype == torch.bfloat16 and softcap is None else 0
 
 
 def _segment_by_segment(
@@ -150,7 +252,7 @@ def _in_groups(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits, dropout: float = 0.0
 ) -> Tensor:
     """Compute attention with a call per group of segments of similar length, padded at the end."""
-    groups, own = packed.context_groups
+    groups, own = packed.indices(group_indices)
     outputs = []
     for tokens in groups:
         queries, keys, values = (part[0, :, tokens].transpose(0, 1) for part in (query, key, value))
@@ -183,7 +285,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: 
 def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:
     """Compute attention in the groups of `_in_groups`, as products and softmax."""
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], key.shape[3]
-    groups, own = packed.context_groups
+    groups, own = packed.indices(group_indices)
     rows = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
     outputs = []
     for tokens in groups:
@@ -224,7 +326,7 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logi
         (total_tokens,) float32. The values of a sequence, with its shared query, sum to the number of heads.
     """
     row = _last_token_maps(query[:, packed.segment_ends], key, packed, logits).sum((0, 1))
-    return row if packed.prefixes is None else row[packed.own_in_context]
+    return row if packed.prefixes is None else row[packed.indices(context_indices).own]
 
 
 def _of_last_tokens(
@@ -232,12 +334,13 @@ def _of_last_tokens(
 ) -> Tensor:
     """Compute attention of each segment's last token, `query`, to its context: (segments, heads, head_dim)."""
     maps = F.dropout(_last_token_maps(query, key, packed, logits), dropout)
+    indices = packed.indices(context_indices)
     if packed.prefixes is not None:
-        value = value[:, packed.context_tokens]
+        value = value[:, indices.tokens]
     # (kv_heads, heads per kv_head, sum of context_lengths, head_dim) float32
     weighted = maps[..., None] * value[:, None]
     attended = weighted.new_zeros(*maps.shape[:2], query.shape[1], value.shape[2])
-    attended = attended.index_add(2, packed.context_segments, weighted)
+    attended = attended.index_add(2, indices.segments, weighted)
     return attended.flatten(0, 1).transpose(0, 1).to(value.dtype)
 
 
@@ -251,15 +354,14 @@ def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Log
     Returns:
         (kv_heads, heads per kv_head, sum of context_lengths) float32, which sums to 1 over a context.
     """
-    segments = packed.context_segments
+    tokens, segments, behind, _ = packed.indices(context_indices)
     if packed.prefixes is not None:
-        key = key[:, packed.context_tokens]
+        key = key[:, tokens]
     last = last.unflatten(0, (len(key), -1))
     # one product per token and head, nothing quadratic
     values = logits.of(torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float())
     if logits.window is not None:
-        out_of_sight = on_device(packed.behind_in_context >= logits.window, packed.device)
-        values = values.masked_fill(out_of_sight, float("-inf"))
+        values = values.masked_fill(behind >= logits.window, float("-inf"))
     shape = values.shape
     values = values.reshape(-1, shape[-1])
 

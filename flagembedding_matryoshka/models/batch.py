@@ -20,15 +20,56 @@ theirs and which they attend to. The first and the last of these have a query of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-BLOCK = 128
-"""Tokens of a block of `PackedBatch.context_blocks`."""
+T = TypeVar("T", bound=tuple[Any, ...])
+ALIGNMENT = 16
+"""Bytes: each tensor in a copy begins at a multiple of this."""
+
+
+class RowIndices(NamedTuple):
+    """Indices that every pass needs.
+
+    Attributes:
+        position_ids: (1, total_tokens) int64: position of each token in its sequence.
+        segment_ends: (segments,) int64: index of each segment's last token in the row.
+        last_tokens: (sequences,) int64: index of each sequence's last token in the row.
+        sequences: (sequences,) int64: the segments that end a sequence.
+    """
+
+    position_ids: Tensor
+    segment_ends: Tensor
+    last_tokens: Tensor
+    sequences: Tensor
+
+
+class SegmentIndices(NamedTuple):
+    """Indices of segments for each token.
+
+    Attributes:
+        own: (total_tokens,) int64: the segment of each token.
+        prefixes: (total_tokens,) int64: the segment that this segment continues, or the same segment.
+    """
+
+    own: Tensor
+    prefixes: Tensor
+
+
+class TokenIndices(NamedTuple):
+    """Tokens of a row that make up another row.
+
+    Attributes:
+        tokens: (tokens of the other row,) int64.
+    """
+
+    tokens: Tensor
 
 
 class PackedBatch:
@@ -45,7 +86,7 @@ class PackedBatch:
         query_lengths: tokens up to and with the separator after the query.
         passage_lengths: tokens that compression may merge.
         prompt_lengths: tokens after the passage.
-        device: the device of the index tensors below.
+        device: the device of `indices`.
         prefixes: the segment that each one continues, -1 for segments that continue none; None if no query is shared.
 
     Attributes:
@@ -77,14 +118,32 @@ class PackedBatch:
         self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         self.sequences = torch.nonzero(~continued)[:, 0]
         self.sequence_lengths = self.context_lengths[self.sequences]
+        self._indices: dict[Hashable, Any] = {}
+        self._compressed: dict[int, PackedBatch] = {}
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch with its index tensors on `device`."""
         return PackedBatch(self.query_lengths, self.passage_lengths, self.prompt_lengths, device, self.prefixes)
 
-    def with_passages(self, lengths: Tensor) -> PackedBatch:
-        """Return the batch with passages of these (segments,) int64 lengths."""
-        return PackedBatch(self.query_lengths, lengths, self.prompt_lengths, self.device, self.prefixes)
+    def compressed(self, ratio: int) -> PackedBatch:
+        """Return the batch after `ratio` neighbouring passage tokens became one. It is made once."""
+        if ratio not in self._compressed:
+            passages = compressed_lengths(self.passage_lengths, ratio)
+            parts = (self.query_lengths, passages, self.prompt_lengths)
+            self._compressed[ratio] = PackedBatch(*parts, self.device, self.prefixes)
+        return self._compressed[ratio]
+
+    def indices(self, make: Callable[[PackedBatch], T]) -> T:
+        """Return the tensors that `make` returns for this batch, on `device`. They are made and copied once.
+
+        `stage` copies the indices of several functions and batches at once.
+
+        Args:
+            make: returns a tuple, with a name for each item, of CPU tensors, lists of these, or None.
+        """
+        if make not in self._indices:
+            stage([(self, make)], self.device)
+        return self._indices[make]
 
     @cached_property
     def segments(self) -> list[tuple[int, int]]:
@@ -97,140 +156,39 @@ class PackedBatch:
         return int(self.sequence_lengths.max())
 
     @cached_property
-    def segment_ids(self) -> Tensor:
-        """(total_tokens,) int64, on `device`: which segment each token belongs to."""
-        return on_device(torch.repeat_interleave(self.lengths), self.device)
-
-    @cached_property
     def offsets(self) -> Tensor:
         """(total_tokens,) int64, CPU: position of each token in its segment."""
-        return _ranges(self.lengths)
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """(1, total_tokens) int64, on `device`: position of each token in its sequence."""
-        positions = self.offsets + self.prefix_lengths.repeat_interleave(self.lengths)
-        return on_device(positions[None], self.device)
-
-    @cached_property
-    def segment_ends(self) -> Tensor:
-        """(segments,) int64, on `device`: index of each segment's last token in the row."""
-        return on_device(self.cu_seqlens[1:] - 1, self.device)
-
-    @cached_property
-    def last_tokens(self) -> Tensor:
-        """(sequences,) int64, on `device`: index of each sequence's last token in the row."""
-        return on_device((self.cu_seqlens[1:] - 1)[self.sequences], self.device)
+        return ranges(self.lengths)
 
     @cached_property
     def context_tokens(self) -> Tensor:
-        """(sum of context_lengths,) int64, on `device`: index of these tokens in the row, segment after segment."""
+        """(sum of context_lengths,) int64, CPU: index of these tokens in the row, segment after segment."""
         starts = self.cu_seqlens[:-1]
         prefix_starts = starts if self.prefixes is None else starts[self.prefixes]
         lengths = torch.stack([self.prefix_lengths, self.lengths], dim=1).flatten()
         firsts = torch.stack([prefix_starts, starts], dim=1).flatten()
-        return on_device(_ranges(lengths) + firsts.repeat_interleave(lengths), self.device)
+        return ranges(lengths) + firsts.repeat_interleave(lengths)
 
     @cached_property
-    def context_segments(self) -> Tensor:
-        """(sum of context_lengths,) int64, on `device`: whose context each of `context_tokens` belongs to."""
-        return on_device(torch.repeat_interleave(self.context_lengths), self.device)
-
-    @cached_property
-    def behind_in_context(self) -> Tensor:
-        """(sum of context_lengths,) int64, CPU: tokens of its context behind each of `context_tokens`."""
-        return self.context_lengths.repeat_interleave(self.context_lengths) - 1 - _ranges(self.context_lengths)
-
-    @cached_property
-    def own_in_context(self) -> Tensor:
-        """(total_tokens,) int64, on `device`: where each token of the row stands among `context_tokens`."""
-        firsts = self.context_lengths.cumsum(0) - self.lengths
-        return on_device(self.offsets + firsts.repeat_interleave(self.lengths), self.device)
-
-    @cached_property
-    def cu_seqlens_q(self) -> Tensor:
-        """(segments + 1,) int32, on `device`: `cu_seqlens`, in flash attention's form."""
-        return on_device(self.cu_seqlens.int(), self.device)
-
-    @cached_property
-    def segment_numbers(self) -> Tensor:
-        """(segments + 1,) int32, on `device`: `cu_seqlens_q` of segments of one token each."""
-        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def cu_seqlens_k(self) -> Tensor:
-        """(segments + 1,) int32, on `device`: where each segment's context starts in `context_tokens`."""
-        starts = torch.cat([self.lengths.new_zeros(1), self.context_lengths.cumsum(0)])
-        return on_device(starts.int(), self.device)
-
-    @cached_property
-    def context_groups(self) -> tuple[list[Tensor], Tensor]:
-        """The segments' contexts as rectangles, those of similar length together, for kernels that want a batch.
-
-        Returns:
-            a (segments, width) int64 tensor for each group, on `device`: index of each token in the row, where a
-            shorter context repeats its last one, and none has less than half of the group's width; and
-            (total_tokens,) int64, on `device`: where each token of the row stands in all rectangles, flattened.
-        """
-        order = self.context_lengths.argsort(descending=True, stable=True)
-        ends = self.context_lengths.cumsum(0) - 1
-        groups: list[Tensor] = []
-        firsts = torch.empty_like(self.lengths)
-        size = 0
-        while len(order):
-            lengths = self.context_lengths[order]
-            width = int(lengths[0])
-            group = order[: int((2 * lengths >= width).sum())]
-            order = order[len(group) :]
-            begins = ends[group] + 1 - self.context_lengths[group]
-            places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])
-            groups.append(self.context_tokens[on_device(places, self.device)])
-            firsts[group] = size + torch.arange(len(group)) * width + self.prefix_lengths[group]
-            size += len(group) * width
-        own = self.offsets + firsts.repeat_interleave(self.lengths)
-        return groups, on_device(own, self.device)
-
-    @cached_property
-    def prefix_ids_of_segments(self) -> Tensor:
+    def prefix_ids(self) -> Tensor:
         """(segments,) int64, CPU: the segment that each segment continues, or its own number."""
         own = torch.arange(len(self.lengths))
         return own if self.prefixes is None else torch.where(self.prefixes < 0, own, self.prefixes)
 
-    @cached_property
-    def prefix_ids(self) -> Tensor:
-        """(total_tokens,) int64, on `device`: for each token, the segment that its segment continues, or its own
-        segment."""
-        return on_device(self.prefix_ids_of_segments.repeat_interleave(self.lengths), self.device)
+    @property
+    def position_ids(self) -> Tensor:
+        """(1, total_tokens) int64, on `device`: position of each token in its sequence."""
+        return self.indices(row_indices).position_ids
 
-    @cached_property
-    def context_blocks(self) -> tuple[Tensor, Tensor]:
-        """Which blocks of the row, of `BLOCK` tokens each, hold context of which, for kernels that skip the others.
+    @property
+    def segment_ends(self) -> Tensor:
+        """(segments,) int64, on `device`: index of each segment's last token in the row."""
+        return self.indices(row_indices).segment_ends
 
-        Returns:
-            (blocks,) int32, how many blocks each one attends to, and (blocks, blocks) int32, which these are, first
-            the earliest, and 0 behind them; on `device`.
-        """
-        firsts, lasts = self.cu_seqlens[:-1] // BLOCK, (self.cu_seqlens[1:] - 1) // BLOCK
-        spans = lasts - firsts + 1
-        segments = torch.repeat_interleave(spans)
-        rows = firsts[segments] + _ranges(spans)
-        # +1 where a segment's context begins to be seen from a row, -1 behind its end
-        count = int(lasts[-1]) + 1
-        edges = torch.zeros(count, count + 1, dtype=torch.int32)
-        one = torch.ones_like(rows, dtype=torch.int32)
-        edges.index_put_((rows, firsts[segments]), one, accumulate=True)
-        edges.index_put_((rows, rows + 1), -one, accumulate=True)
-        if self.prefixes is not None:
-            continued = self.prefixes[segments] >= 0
-            rows, one, prefixes = rows[continued], one[continued], self.prefixes[segments][continued]
-            edges.index_put_((rows, firsts[prefixes]), one, accumulate=True)
-            edges.index_put_((rows, lasts[prefixes] + 1), -one, accumulate=True)
-        seen = edges.cumsum(1)[:, :-1] > 0
-        counts = seen.sum(1)
-        rows, columns = seen.nonzero().unbind(1)
-        blocks = torch.zeros(count, count, dtype=torch.int32)
-        blocks[rows, _ranges(counts)] = columns.int()
-        return on_device(counts.int(), self.device), on_device(blocks, self.device)
+    @property
+    def last_tokens(self) -> Tensor:
+        """(sequences,) int64, on `device`: index of each sequence's last token in the row."""
+        return self.indices(row_indices).last_tokens
 
     def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
         """Some sequences, in the order given, with what they share.
@@ -254,7 +212,8 @@ class PackedBatch:
             prefixes,
         )
         tokens = selected.offsets + self.cu_seqlens[chosen].repeat_interleave(selected.lengths)
-        return selected, on_device(tokens, self.device)
+        (there,) = on_device([tokens], self.device)
+        return selected, there
 
     @classmethod
     def concat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
@@ -288,23 +247,17 @@ class PackedBatch:
             return False
         return bool(self.passage_lengths[self.prefixes[self.prefixes >= 0]].any())
 
-    def apart(self) -> tuple[PackedBatch, Tensor]:
-        """The same sequences, none of which shares a segment.
-
-        Returns:
-            the sequences in a row of their own, and the (tokens,) int64 of this row, on `device`, that make it up.
-        """
+    @cached_property
+    def apart(self) -> PackedBatch:
+        """The same sequences, none of which shares a segment. `apart_indices` are the tokens that make up its row."""
         chosen = self.sequences
-        continued = self.prefix_ids_of_segments[chosen]
+        continued = self.prefix_ids[chosen]
         is_continued = (continued != chosen).long()
         query, passage, prompt = (
             part[chosen] + part[continued] * is_continued
             for part in (self.query_lengths, self.passage_lengths, self.prompt_lengths)
         )
-        ends_sequence = torch.zeros(len(self.lengths), dtype=torch.bool)
-        ends_sequence[chosen] = True
-        kept = on_device(ends_sequence.repeat_interleave(self.context_lengths), self.device)
-        return PackedBatch(query, passage, prompt, self.device), self.context_tokens[kept]
+        return PackedBatch(query, passage, prompt, self.device)
 
     def pad(self, row: Tensor) -> Tensor:
         """A packed row (total_tokens, hidden) as (sequences, max_seqlen, hidden), right-padded with zeros.
@@ -312,20 +265,89 @@ class PackedBatch:
         Sequences that share their query are not padded by this.
         """
         padded = row.new_zeros(len(self.lengths), self.max_seqlen, row.shape[-1])
-        return padded.index_put((self.segment_ids, self.position_ids[0]), row)
+        return padded.index_put((self.indices(segment_indices).own, self.position_ids[0]), row)
 
     def padded_attention_mask(self) -> Tensor:
         """(sequences, max_seqlen) int64, on `device`: 1 on tokens, 0 on padding."""
-        return on_device((torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long(), self.device)
+        mask = (torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long()
+        (there,) = on_device([mask], self.device)
+        return there
 
 
-def on_device(indices: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to `device`. A copy to CUDA goes through pinned memory and does not block."""
-    if device.type == "cuda":
-        indices = indices.pin_memory()
-    return indices.to(device, non_blocking=True)
+def row_indices(packed: PackedBatch) -> RowIndices:
+    ends = packed.cu_seqlens[1:] - 1
+    positions = packed.offsets + packed.prefix_lengths.repeat_interleave(packed.lengths)
+    return RowIndices(positions[None], ends, ends[packed.sequences], packed.sequences)
 
 
-def _ranges(lengths: Tensor) -> Tensor:
+def segment_indices(packed: PackedBatch) -> SegmentIndices:
+    prefixes = packed.prefix_ids.repeat_interleave(packed.lengths)
+    return SegmentIndices(torch.repeat_interleave(packed.lengths), prefixes)
+
+
+def apart_indices(packed: PackedBatch) -> TokenIndices:
+    """The tokens of the row that make up the row of `packed.apart`."""
+    ends_sequence = torch.zeros(len(packed.lengths), dtype=torch.bool)
+    ends_sequence[packed.sequences] = True
+    return TokenIndices(packed.context_tokens[ends_sequence.repeat_interleave(packed.context_lengths)])
+
+
+def compressed_lengths(passage_lengths: Tensor, ratio: int) -> Tensor:
+    """Return the number of groups that passages of these lengths are merged into, ⌈length ÷ ratio⌉.
+
+    Args:
+        passage_lengths: int64, of any shape.
+    """
+    return (passage_lengths + ratio - 1).div(ratio, rounding_mode="floor")
+
+
+def ranges(lengths: Tensor) -> Tensor:
     """Return 0, 1, 2, … up to each length, one range after the other."""
     return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+
+def stage(
+    wanted: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]],
+    device: torch.device,
+    *others: Tensor,
+) -> list[Tensor]:
+    """Copy indices to a device in one copy.
+
+    Args:
+        wanted: batches on `device`, and functions as in `PackedBatch.indices`. Those that are there are left out.
+        others: CPU tensors to copy, too.
+
+    Returns:
+        `others`, on `device`.
+    """
+    missing = [(packed, make) for packed, make in dict.fromkeys(wanted) if make not in packed._indices]
+    leaves, spec = tree_flatten([make(packed) for packed, make in missing])
+    places = [place for place, leaf in enumerate(leaves) if leaf is not None]
+    moved = on_device([*others, *(leaves[place] for place in places)], device)
+    for place, leaf in zip(places, moved[len(others) :], strict=True):
+        leaves[place] = leaf
+    for (packed, make), indices in zip(missing, tree_unflatten(leaves, spec), strict=True):
+        packed._indices[make] = indices
+    return moved[: len(others)]
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return CPU tensors on `device`; on the CPU they are the same tensors."""
+    return list(tensors) if device.type == "cpu" or not tensors else in_one_copy(tensors, device)
+
+
+def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy CPU tensors of any dtypes to `device` through one buffer. For CUDA it is pinned, and nothing waits."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    spaces = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    buffer = torch.empty(sum(spaces), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def parts(row: Tensor) -> list[Tensor]:
+        return [
+            space[:size].view(tensor.dtype).view(tensor.shape)
+            for space, size, tensor in zip(row.split(spaces), sizes, tensors, strict=True)
+        ]
+
+    for part, tensor in zip(parts(buffer), tensors, strict=True):
+        part.copy_(tensor)
+    return parts(buffer.to(device, non_blocking=True))

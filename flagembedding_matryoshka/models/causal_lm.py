@@ -284,6 +284,7 @@ class CostWiseForCausalLM(PreTrainedModel):
             cutoff_layers: the exits to read; empty is the exits of `setting`. A pass may be read before its end.
         """
         exits = cutoff_layers or setting.cutoff_layers
+        self.model.stage(states, setting, exits)
         # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
         found: dict[int, Tensor] = {}
         for layer in sorted(exits):

@@ -14,22 +14,56 @@ and weigh the same; the last group may be short:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import PackedBatch, on_device
+from flagembedding_matryoshka.models.batch import PackedBatch
 
 UNDERFLOW = 1e-30
 """A group with less attention than this counts as underflowed: the gradient of 1 / it would overflow float32."""
 
 
-def compressed_lengths(passage_lengths: Tensor, ratio: int) -> Tensor:
-    """Return the number of groups that passages of these lengths are merged into, ⌈length ÷ ratio⌉.
+class Slots(NamedTuple):
+    """Where the tokens of a row go.
 
-    Args:
-        passage_lengths: int64, of any shape.
+    Attributes:
+        places: (total_tokens,) int64: each token's place in the compressed row.
+        in_passage: (total_tokens,) bool: whether it is a passage token.
     """
-    return (passage_lengths + ratio - 1).div(ratio, rounding_mode="floor")
+
+    places: Tensor
+    in_passage: Tensor
+
+
+@dataclass(frozen=True)
+class SlotsOf:
+    """The indices of a compression.
+
+    Attributes:
+        ratio: group size.
+    """
+
+    ratio: int
+
+    def __call__(self, packed: PackedBatch) -> Slots:
+        """Return the slots of a batch, on the CPU."""
+
+        def per_token(values: Tensor) -> Tensor:
+            return values.repeat_interleave(packed.lengths)
+
+        compressed = packed.compressed(self.ratio)
+        offset = packed.offsets
+        in_query = offset < per_token(packed.query_lengths)
+        in_prompt = offset >= per_token(packed.query_lengths + packed.passage_lengths)
+        group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(
+            self.ratio, rounding_mode="floor"
+        )
+        behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
+        slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
+        return Slots(slot + per_token(compressed.cu_seqlens[:-1]), ~in_query & ~in_prompt)
 
 
 def compress(
@@ -50,8 +84,8 @@ def compress(
     Returns:
         (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.
     """
-    compressed = packed.with_passages(compressed_lengths(packed.passage_lengths, ratio))
-    slots, in_passage = _slots(packed, compressed, ratio)
+    compressed = packed.compressed(ratio)
+    slots, in_passage = packed.indices(SlotsOf(ratio))
     total = int(compressed.cu_seqlens[-1])
 
     row = torch.ones(len(slots), device=packed.device)
@@ -64,22 +98,3 @@ def compress(
 
     merged = weights.new_zeros(total, hidden_states.shape[-1]).index_add(0, slots, hidden_states[0] * weights[:, None])
     return merged.to(hidden_states.dtype)[None], compressed
-
-
-def _slots(packed: PackedBatch, compressed: PackedBatch, ratio: int) -> tuple[Tensor, Tensor]:
-    """Each token's place in the compressed row, (total_tokens,) int64, and whether it is a passage token, bool."""
-
-    def per_token(values: Tensor) -> Tensor:
-        return values.repeat_interleave(packed.lengths)
-
-    offset = packed.offsets
-    in_query = offset < per_token(packed.query_lengths)
-    in_prompt = offset >= per_token(packed.query_lengths + packed.passage_lengths)
-    in_passage = ~in_query & ~in_prompt
-    group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(
-        ratio, rounding_mode="floor"
-    )
-    behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
-    slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
-    slots = slot + per_token(compressed.cu_seqlens[:-1])
-    return on_device(slots, packed.device), on_device(in_passage, packed.device)

@@ -7,9 +7,10 @@ particulars of each decoder are in [`~flagembedding_matryoshka.models.backbones`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from flagembedding_matryoshka.models.attention import PACKED_ATTENTION, SEPARATE_ATTENTION
-from flagembedding_matryoshka.models.batch import PackedBatch, on_device
+from flagembedding_matryoshka.models.attention import (
+    INDICES,
+    PACKED_ATTENTION,
+    SEPARATE_ATTENTION,
+    choose_kernel,
+    context_indices,
+)
+from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices, row_indices, stage
 from flagembedding_matryoshka.models.compiling import OPAQUE_ATTENTION
-from flagembedding_matryoshka.models.compression import compress
+from flagembedding_matryoshka.models.compression import SlotsOf, compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
@@ -47,8 +54,8 @@ class PackedStates:
 
     def apart(self) -> PackedStates:
         """Return the states with a copy of each shared segment for each of its sequences."""
-        packed, tokens = self.packed.apart()
-        return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
+        (tokens,) = self.packed.indices(apart_indices)
+        return PackedStates(self.hidden[:, tokens], self.packed.apart, self.layers_run)
 
     def select(self, sequences: Sequence[int]) -> PackedStates:
         """Return the states of some sequences, in the order given."""
@@ -155,16 +162,20 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         token_ids, packed = pack(input_ids, attention_mask, query_lengths, prompt_lengths)
         if not output_hidden_states:
             token_ids, packed = share_queries(token_ids, packed)
-        return self.forward_packed(
-            self.embed(token_ids, packed), setting, return_full_width, bool(output_hidden_states)
-        )
+        states = self.embed(token_ids, packed, setting)
+        return self.forward_packed(states, setting, return_full_width, bool(output_hidden_states))
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
         """Return the input of the first layer, (1, total_tokens, hidden)."""
         return self.embed_tokens(token_ids)
 
-    def embed(self, token_ids: Tensor, packed: PackedBatch) -> PackedStates:
-        """Return the states of token ids (1, total_tokens) before the first layer.
+    def embed(self, token_ids: Tensor, packed: PackedBatch, setting: Setting | None = None) -> PackedStates:
+        """Return the states of token ids before the first layer.
+
+        Args:
+            token_ids: (1, total_tokens) int64, on the CPU or on the device of `packed`.
+            setting: the setting of the pass. Its indices, with a cascade those of the first stage, are copied to the
+                device in one copy with the token ids. None copies the token ids alone.
 
         Raises:
             ValueError: if a sequence is longer than the positions that the model knows.
@@ -176,7 +187,60 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             raise ValueError(
                 f"row {longest} has {packed.max_seqlen} tokens, more than {reason}={limit}. Use a smaller max_length."
             )
+        indices: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]] = ()
+        if setting is not None:
+            exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
+            indices = self._indices(packed, setting, exits)
+        if token_ids.device.type == packed.device.type:
+            stage(indices, packed.device)
+        else:
+            (token_ids,) = stage(indices, packed.device, token_ids)
         return PackedStates(self.embeddings(token_ids), packed)
+
+    def stage(self, states: PackedStates, setting: Setting, exits: Sequence[int]) -> None:
+        """Copy the indices to the device, in one copy, that a pass from `states` to the deepest of `exits` needs.
+
+        A pass that needs others copies them when it needs them.
+        """
+        stage(self._indices(states.packed, setting, exits, states.layers_run), states.packed.device)
+
+    def _indices(
+        self, packed: PackedBatch, setting: Setting, exits: Sequence[int], layers_run: int = 0
+    ) -> Iterator[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]]:
+        """Yield the batches of a pass, whose rows compression shortens, and the functions that make their indices."""
+        if packed.device.type == "cpu":
+            return
+        # A query without tokens, as kernels are chosen by its device, dtype and head dimension.
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        choose = partial(
+            choose_kernel,
+            self.embed_tokens.weight.new_empty(1, 1, 0, head_dim),
+            packed,
+            getattr(self.config, "attn_logit_softcapping", None),
+            separately=self.batch_invariant,
+            compiled=self.config._attn_implementation == OPAQUE_ATTENTION,
+            dropout=getattr(self.config, "attention_dropout", 0.0) if self.training else 0.0,
+        )
+        for depth in range(layers_run + 1, max(exits) + 1):
+            yield packed, row_indices
+            if depth in exits:
+                yield packed, INDICES[choose(only_last=True)]
+            if depth == max(exits):
+                return
+            compresses = setting.compresses_after(depth)
+            weighs = compresses and self.config.compress_weights == "attention"
+            if weighs and packed.shares_passages:
+                yield packed, apart_indices
+                packed = packed.apart
+                yield packed, row_indices
+            if weighs:
+                yield packed, context_indices
+            kernel = choose()
+            if kernel in INDICES:
+                yield packed, INDICES[kernel]
+            if compresses:
+                yield packed, SlotsOf(setting.compress_ratio)
+                packed = packed.compressed(setting.compress_ratio)
 
     @property
     def max_positions(self) -> int:
@@ -238,7 +302,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             only_last=True,
             position_embeddings=self.rotary_embeddings(states.hidden, packed)[states.layers_run],
         )
-        last = ends[0] if packed.prefixes is None else ends[0, on_device(packed.sequences, packed.device)]
+        last = ends[0] if packed.prefixes is None else ends[0, packed.indices(row_indices).sequences]
         return self.norm(last.float())  # in float32, so that heads do not see rounded states
 
     def forward_packed(
@@ -253,6 +317,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         Brings `states` to the layer before the last one of `setting`; with `output_hidden_states` to the last one.
         """
         exits = setting.cutoff_layers
+        self.stage(states, setting, exits)
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}

@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,31 @@ def _format(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
+class FlashIndices(NamedTuple):
+    """Indices of the kernel.
+
+    Attributes:
+        cu_seqlens_q: (segments + 1,) int32: where each segment's queries start, and the row's length.
+        cu_seqlens_k: (segments + 1,) int32: where each segment's context starts in `context`.
+        numbers: (segments + 1,) int32: `cu_seqlens_q` of segments of one token each.
+        context: (sum of context lengths,) int64: the tokens of the contexts; None if no segment continues another.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    numbers: Tensor
+    context: Tensor | None
+
+
+def flash_indices(packed: PackedBatch) -> FlashIndices:
+    return FlashIndices(
+        packed.cu_seqlens.int(),
+        torch.cat([packed.lengths.new_zeros(1), packed.context_lengths.cumsum(0)]).int(),
+        torch.arange(len(packed.lengths) + 1, dtype=torch.int32),
+        None if packed.prefixes is None else packed.context_tokens,
+    )
+
+
 def flash_attention(
     query: Tensor,
     key: Tensor,
@@ -73,14 +98,15 @@ def flash_attention(
     """
     assert FLASH is not None
     queries, keys, values = (part[0].transpose(0, 1).to(_format(query)) for part in (query, key, value))
-    if packed.prefixes is not None:
-        keys, values = keys[packed.context_tokens], values[packed.context_tokens]
+    indices = packed.indices(flash_indices)
+    if indices.context is not None:
+        keys, values = keys[indices.context], values[indices.context]
     return FLASH(
         queries,
         keys,
         values,
-        packed.segment_numbers if only_last else packed.cu_seqlens_q,
-        packed.cu_seqlens_k,
+        indices.numbers if only_last else indices.cu_seqlens_q,
+        indices.cu_seqlens_k,
         1 if only_last else int(packed.lengths.max()),
         int(packed.context_lengths.max()),
         scale=scaling,

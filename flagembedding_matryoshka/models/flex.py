@@ -8,14 +8,16 @@ from functools import cache
 from importlib import import_module
 from inspect import signature
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import BLOCK, PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, ranges, segment_indices
 from flagembedding_matryoshka.private import compiler_options
 
+BLOCK = 128
+"""Tokens of a block of `FlexIndices`."""
 LEAST_HEAD = 16
 GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
 """Options of the compiler: one graph for each cap, and few graphs for all lengths. A kernel takes no other number as an
@@ -38,6 +40,46 @@ def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]] | None:
 def runs_flex(query: Tensor) -> bool:
     """Return whether `flex_attention` is used for queries (…, head_dim). On a CPU other attention is faster."""
     return query.device.type == "cuda" and query.shape[-1] >= LEAST_HEAD and _flex() is not None
+
+
+class FlexIndices(NamedTuple):
+    """Indices of the kernel.
+
+    Attributes:
+        segments, prefixes: (total_tokens,) int64: the segment of each token, and the segment that this one continues,
+            or the same.
+        counts: (blocks,) int32: the number of blocks of the row that each block attends to.
+        blocks: (blocks, blocks) int32: these blocks, the earliest first, and 0 after them.
+    """
+
+    segments: Tensor
+    prefixes: Tensor
+    counts: Tensor
+    blocks: Tensor
+
+
+def flex_indices(packed: PackedBatch) -> FlexIndices:
+    firsts, lasts = packed.cu_seqlens[:-1] // BLOCK, (packed.cu_seqlens[1:] - 1) // BLOCK
+    spans = lasts - firsts + 1
+    segments = torch.repeat_interleave(spans)
+    rows = firsts[segments] + ranges(spans)
+    # +1 where a segment's context begins to be seen from a row, -1 after its end
+    count = int(lasts[-1]) + 1
+    edges = torch.zeros(count, count + 1, dtype=torch.int32)
+    one = torch.ones_like(rows, dtype=torch.int32)
+    edges.index_put_((rows, firsts[segments]), one, accumulate=True)
+    edges.index_put_((rows, rows + 1), -one, accumulate=True)
+    if packed.prefixes is not None:
+        continued = packed.prefixes[segments] >= 0
+        rows, one, prefixes = rows[continued], one[continued], packed.prefixes[segments][continued]
+        edges.index_put_((rows, firsts[prefixes]), one, accumulate=True)
+        edges.index_put_((rows, lasts[prefixes] + 1), -one, accumulate=True)
+    seen = edges.cumsum(1)[:, :-1] > 0
+    counts = seen.sum(1)
+    rows, columns = seen.nonzero().unbind(1)
+    blocks = torch.zeros(count, count, dtype=torch.int32)
+    blocks[rows, ranges(counts)] = columns.int()
+    return FlexIndices(*segment_indices(packed), counts.int(), blocks)
 
 
 def flex_attention(
@@ -63,9 +105,10 @@ def flex_attention(
     assert found is not None
     flex, make_mask = found
     positions = packed.position_ids[0]
+    segments, prefixes, counts, blocks = packed.indices(flex_indices)
     earliest = torch.zeros_like(positions) if window is None else positions - (window - 1)
     # One tensor, because torch 2.13 generates code from four that a CPU's compiler refuses, also for another window.
-    marks = torch.stack([packed.segment_ids, packed.prefix_ids, positions, earliest])
+    marks = torch.stack([segments, prefixes, positions, earliest])
 
     def capped(logit: Tensor, batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:
         return softcap * torch.tanh(logit / softcap)
@@ -74,7 +117,6 @@ def flex_attention(
         in_context = (marks[0, at] == marks[0, of]) | (marks[0, at] == marks[1, of])
         return in_context & (marks[2, at] <= marks[2, of]) & (marks[2, at] >= marks[3, of])
 
-    counts, blocks = packed.context_blocks
     tokens = query.shape[2]
     mask = make_mask(
         counts[None, None],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flagembedding_matryoshka.models.backbones import causal_lm_class
-from flagembedding_matryoshka.models.compression import compressed_lengths
+from flagembedding_matryoshka.models.batch import compressed_lengths
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
 

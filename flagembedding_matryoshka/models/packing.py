@@ -37,10 +37,11 @@ def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool
     """Pack tokenised pairs into one row; neighbours with the same prefix share it.
 
     Args:
+        device: device of the batch's indices.
         apart: a prefix is a segment of its own even if no other pair shares it.
 
     Returns:
-        (1, total_tokens) int64 token ids on `device`, and where the segments lie among them.
+        (1, total_tokens) int64 token ids on the CPU, and where the segments lie among them.
     """
     sequences = (
         _Sequence(
@@ -54,7 +55,7 @@ def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool
     )
     parts, packed = _with_shared_prefixes(sequences, device, apart)
     token_ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-    return on_device(token_ids[None], device), packed
+    return token_ids[None], packed
 
 
 def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, PackedBatch]:
@@ -81,7 +82,8 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
     tokens = torch.from_numpy(np.concatenate(parts))
     if len(tokens) == len(ids):
         return token_ids, packed
-    return token_ids[:, on_device(tokens, token_ids.device)], shared_batch
+    (there,) = on_device([tokens], token_ids.device)
+    return token_ids[:, there], shared_batch
 
 
 def _with_shared_prefixes(

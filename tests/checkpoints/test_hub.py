@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
@@ -147,6 +148,16 @@ def test_every_file_is_asked_for_with_the_token(hub, versions, adapter, tmp_path
     hub.asked.clear()
     assert scores("somebody/base", token=False, revision="v2") == scores(versions[1])
     assert {token for _, token in hub.asked} == {None}
+
+
+def test_pickled_weights_of_a_name_are_refused_without_being_fetched(hub, versions, tmp_path):
+    path = shutil.copytree(versions[0], tmp_path / "pickled")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    hub.add("somebody/pickled", "main", path)
+    with pytest.raises(ValueError, match=r"the weights of somebody/pickled are pickled \(pytorch_model.bin\)"):
+        scores("somebody/pickled")
+    assert list((tmp_path / "hub").rglob("config.json")) and not list((tmp_path / "hub").rglob("pytorch_model.bin"))
 
 
 def test_a_description_is_of_the_files_of_its_revision(hub, tmp_path):

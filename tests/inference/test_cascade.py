@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.cascade import _best_of_each_query, run_cascade
+from flagembedding_matryoshka.inference.cascade import _best_of_each_query, finish, run_cascade
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.models.batch import PackedBatch
@@ -174,7 +174,7 @@ def test_survivors_join_scores_are_waited_for_once_a_stage_and_dropped_states_ar
         return states.hidden[0, states.packed.last_tokens, 0].as_subclass(Scores)
 
     batches = [states(10) for _ in range(4)]
-    scores, exits, _ = run_cascade(score, batches, [[0] * 10] * 4, Setting(6, cascade={2: 0.2}))
+    scores, exits, _ = finish(run_cascade(score, batches, [[0] * 10] * 4, Setting(6, cascade={2: 0.2})))
     assert stages == [*[(2, 10, 4)] * 4, (6, 8, 0)] and copies == [40, 8]
     assert exits.tolist() == ([2] * 8 + [6] * 2) * 4
     assert scores.tolist() == [2.0 + 4 * number + 3 for number in range(10)] * 4
@@ -241,6 +241,35 @@ def test_out_of_memory_says_what_the_cascade_held(reranker, monkeypatch, caplog)
     message = r"pair \d+, of \d+ tokens, does not fit into memory alone, beside the states of \d+ tokens in the batches"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         reranker.rank(QUERIES[0], DOCUMENTS, cascade={2: 0.5})
+
+
+@pytest.mark.parametrize("fusion", [None, 0.5])
+def test_out_of_memory_halves_the_queries_of_a_cascade(reranker, fusion, monkeypatch, caplog):
+    """The states of three queries do not fit, those of one do."""
+    options = {"cascade": {2: 0.5, 4: 0.2}, "batch_size": 10}
+    if fusion is not None:
+        options |= {"first_stage_scores": [list(range(20)), [1.0] * 20, list(range(20, 0, -1))], "fusion": fusion}
+    lists = QUERIES, [DOCUMENTS] * 3
+    expected = reranker.rank_batch(*lists, **options)
+    monkeypatch.setattr(reranker._engine, "_limit_of_cascades", TokenLimit())
+    run, held = Engine._run_stages, []
+
+    def limited(self, batches, owners, *given):
+        queries = {number for numbers in owners for number in numbers}
+        held.append(len(queries))
+        if len(queries) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return (yield from run(self, batches, owners, *given))
+
+    monkeypatch.setattr(Engine, "_run_stages", limited)
+    found = reranker.rank_batch(*lists, **options)
+    assert held == [3, 1, 1, 1] and "the states of a cascade of 3 queries" in caplog.text
+    for ranked, wanted in zip(found, expected, strict=True):
+        for key in ("corpus_id", "cutoff_layer"):
+            assert [hit[key] for hit in ranked] == [hit[key] for hit in wanted]
+    held.clear()
+    reranker.rank_batch(*lists, **options)  # the limit is known now
+    assert held == [1, 1, 1]
 
 
 def test_each_thread_has_its_own_callback_between_batches(reranker):

@@ -1,14 +1,16 @@
 """The order of copies and kernels, checked without a GPU: on torch's meta device, which computes nothing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference import engine
+from flagembedding_matryoshka.inference import cascade, engine, scoring
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.models import attention, flash
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 
@@ -29,6 +31,8 @@ class Recorder(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name == "_to_copy" and not is_meta and torch.device(options.get("device") or "cpu").type == "meta":
             self.copies.append(bool(options.get("non_blocking")))
+        if name == "copy_" and arguments[0].is_meta and not arguments[1].is_meta:
+            self.copies.append(bool((*arguments, options.get("non_blocking"))[2]))
         if is_meta and name in ("_local_scalar_dense", "nonzero"):
             self.waits.append(name)
         return function(*arguments, **options)
@@ -39,15 +43,59 @@ def reranker(tiny_layerwise_path):
     return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu")
 
 
+def flash_on_meta(queries, keys, values, cu_seqlens_q, cu_seqlens_k, *lengths, **options):
+    """The shapes and devices of torch's kernel, which runs on a GPU alone."""
+    assert queries.is_meta and keys.is_meta and cu_seqlens_q.is_meta and cu_seqlens_k.is_meta
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and len(cu_seqlens_q) == len(cu_seqlens_k)
+    return torch.empty_like(queries)
+
+
+@pytest.mark.parametrize("kernel", ["groups", "flash"])
+@pytest.mark.parametrize("template", ["queries first", "passages first"])
 @pytest.mark.parametrize("setting", [Setting(6), Setting((2, 4, 6)), Setting(6, (2, 4), 2)])
-def test_no_copy_to_a_device_and_no_kernel_waits(reranker, setting):
+def test_a_batch_is_one_copy_to_a_device_and_nothing_waits(reranker, setting, template, kernel, monkeypatch):
+    if kernel == "flash":
+        monkeypatch.setattr(attention, "runs_flash", lambda query: query.is_meta)
+        monkeypatch.setattr(flash, "FLASH", flash_on_meta)
     model = copy.deepcopy(reranker.model).to("meta")
     inputs = reranker.tokenize(PAIRS)
+    if template == "passages first":
+        prompts = [(pair, ids) for pair in inputs for ids in (pair.prompt_ids, pair.prompt_ids[1:])]
+        inputs = [replace(pair, passage_first=True, prompt_ids=ids) for pair, ids in prompts]
     with Recorder() as recorder, torch.no_grad():
-        scores = model.scores(model.model.embed(*pack_pairs(inputs, torch.device("meta"))), setting)
-    assert scores.shape == (len(setting.cutoff_layers), len(PAIRS)) and scores.is_meta
-    assert recorder.copies and all(recorder.copies)
-    assert not recorder.waits
+        states = model.model.embed(*pack_pairs(inputs, torch.device("meta")), setting)
+        scores = model.scores(states, setting)
+    assert scores.shape == (len(setting.cutoff_layers), len(inputs)) and scores.is_meta
+    assert recorder.copies == [True] and not recorder.waits
+
+
+def test_a_later_stage_is_a_copy_of_what_is_selected_and_one_of_its_indices(reranker):
+    setting = Setting(6, (2, 4), 2, ((3, 0.5),))
+    model = copy.deepcopy(reranker.model).to("meta")
+    with Recorder() as recorder, torch.no_grad():
+        states = model.model.embed(*pack_pairs(reranker.tokenize(PAIRS), torch.device("meta")), setting)
+        model.scores(states, setting, (3,))
+        assert recorder.copies == [True]
+        assert model.scores(states.select([5, 0, 2]), setting, (6,)).shape == (1, 3)
+    assert recorder.copies == [True] * 3 and not recorder.waits
+
+
+def test_the_first_stage_of_a_cascade_is_queued_before_the_scores_of_the_task_before_are_read(reranker, monkeypatch):
+    queries, lists = ["a wing", "the heat", "air"], [[text for _, text in PAIRS]] * 3
+    options = {"cascade": {2: 0.5}}
+    monkeypatch.setattr(scoring, "BATCHES_AT_ONCE", 0)  # a task for each query
+    expected = reranker.rank_batch(queries, lists, **options)
+    order = []
+
+    def copied(values):
+        order.append("queue")
+        return lambda: order.append("wait") or values
+
+    monkeypatch.setattr(cascade, "copy_to_host", copied)
+    monkeypatch.setattr(reranker._engine, "_ahead", 1)
+    assert reranker.rank_batch(queries, lists, **options) == expected
+    first, later = ["wait", "queue", "wait"], ["queue", "wait", "queue", "wait"]
+    assert order == ["queue", "queue", *first, *later, *first]
 
 
 def test_a_batchs_scores_are_copied_before_the_next_batch_is_started(reranker, monkeypatch):

@@ -64,7 +64,12 @@ def test_batches_grow_back_when_memory_is_free_again(tiny_layerwise_path, monkey
         close(reranker.compute_score(PAIRS), expected)
     sizes = []
     embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda ids, packed: sizes.append(len(packed.sequences)) or embed(ids, packed))
+
+    def noting(ids, packed, setting):
+        sizes.append(len(packed.sequences))
+        return embed(ids, packed, setting)
+
+    monkeypatch.setattr(model, "embed", noting)
     for _ in range(PATIENCE):
         close(reranker.compute_score(PAIRS), expected)
     assert sizes[0] == 1 and sizes[-1] == 4

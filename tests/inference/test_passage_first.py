@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices
 from flagembedding_matryoshka.models.packing import pack_pairs
 from tests.batches import close
 from tests.qwen import write_causal_lm
@@ -59,7 +59,7 @@ def test_queries_of_a_document_share_it(reranker):
     _, packed = pack_pairs(pairs, torch.device("cpu"))
     assert packed.shares_passages and len(packed.segments) == len(PAIRS) + len(DOCUMENTS)
     assert sum(packed.lengths) < 0.6 * sum(map(len, pairs))
-    separate, tokens = packed.apart()
+    separate, (tokens,) = packed.apart, packed.indices(apart_indices)
     assert separate.prefixes is None and len(tokens) == sum(map(len, pairs))
     for name in ("query", "passage", "prompt"):
         expected = [getattr(pair, f"{name}_length") for pair in pairs]
@@ -70,7 +70,7 @@ def test_apart_is_the_row_of_whole_sequences():
     #        q q p p p | x | x x | q p x (shared by none)
     parts = torch.tensor([[2, 0, 0, 1], [3, 0, 0, 1], [0, 1, 2, 1]])
     packed = PackedBatch(*parts, torch.device("cpu"), prefixes=torch.tensor([-1, 0, 0, -1]))
-    separate, tokens = packed.apart()
+    separate, (tokens,) = packed.apart, packed.indices(apart_indices)
     assert tokens.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert separate.passage_lengths.tolist() == [3, 3, 1] and separate.cu_seqlens.tolist() == [0, 6, 13, 16]
 

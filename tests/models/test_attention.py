@@ -7,6 +7,7 @@ from flagembedding_matryoshka.models.attention import (
     _in_products,
     _of_last_tokens,
     _segment_by_segment,
+    group_indices,
     last_token_row,
     packed_attention,
 )
@@ -138,7 +139,7 @@ def test_the_row_of_half_precision_states_is_float32():
 @pytest.mark.parametrize("prefixes", [None, torch.tensor([-1, 0, 0, -1])], ids=["apart", "shared"])
 def test_groups_of_padded_segments_equal_each_segment_alone(heads, prefixes, kind):
     packed = PackedBatch(LENGTHS, LENGTHS * 0, LENGTHS * 0, torch.device("cpu"), prefixes)
-    groups, own = packed.context_groups
+    groups, own = packed.indices(group_indices)
     assert len(groups) > 1 and own.unique().numel() == len(own) == LENGTHS.sum()
     inputs = states(heads)
     logits = Logits(SCALING, **kind)
@@ -220,7 +221,7 @@ def test_attention_that_is_not_understood_is_refused():
 
 def test_no_context_of_a_group_is_padded_to_more_than_twice_its_length():
     lengths = torch.arange(1, 60)
-    groups, _ = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu")).context_groups
+    groups, _ = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu")).indices(group_indices)
     assert sum(len(group) for group in groups) == 59
     assert sum(group.numel() for group in groups) <= 2 * lengths.sum()
     assert len(groups) <= 6

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from flagembedding_matryoshka.models.attention import context_indices
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.packing import pack, pack_pairs, share_queries
 from tests.batches import LENGTHS, collate, random_sequences, tokenized_pair
@@ -62,7 +63,7 @@ def test_a_shared_query_stands_once_in_front_of_its_sequences(shapes, data):
     assert contexts(token_ids, packed) == [list(zip(p.input_ids.tolist(), range(len(p)), strict=True)) for p in pairs]
     assert token_ids[0, packed.last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
     assert packed.sequence_lengths.tolist() == [len(pair) for pair in pairs]
-    assert packed.context_tokens[packed.own_in_context].tolist() == list(range(token_ids.numel()))
+    assert packed.context_tokens[packed.indices(context_indices).own].tolist() == list(range(token_ids.numel()))
     queries = [len(list(group)) for _, group in itertools.groupby(shapes, key=lambda shape: shape[0])]
     assert len(packed.segments) == len(pairs) + sum(count > 1 for count in queries)
 
