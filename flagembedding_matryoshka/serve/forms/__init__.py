@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from flagembedding_matryoshka.serve.forms.cohere import CohereAnswer, DocumentsRequest, VoyageAnswer
+from flagembedding_matryoshka.serve.forms.common import MAX_DOCUMENTS
 from flagembedding_matryoshka.serve.forms.tei import TeiResult, TextsRequest
 from flagembedding_matryoshka.serve.forms.vllm import ScoreAnswer, ScoreRequest
 
@@ -32,14 +33,17 @@ SCORE_SCHEMA = ScoreRequest.model_json_schema()
 __all__ = ["RERANK", "RERANK_SCHEMA", "SCORE", "SCORE_SCHEMA", "RerankAnswer", "ScoreAnswer", "parse"]
 
 
-def parse(body: bytes, form: TypeAdapter[T]) -> T:
+def parse(body: bytes, form: TypeAdapter[T], max_documents: int) -> T:
     """Read a request. A byte order mark before the body is passed over.
+
+    Args:
+        max_documents: most documents, or pairs, of a request.
 
     Raises:
         ValueError: naming the first errors and their fields.
     """
     try:
-        return form.validate_json(body.removeprefix(codecs.BOM_UTF8))
+        return form.validate_json(body.removeprefix(codecs.BOM_UTF8), context={MAX_DOCUMENTS: max_documents})
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
         # The first place of an error of RERANK is the tag of its form.
