@@ -121,7 +121,7 @@ INFO = Call(
         "num_hidden_layers": 18,
         "compress_ratios": [1, 2, 4, 8],
         "checkpoint": {"backbone": {"value": "cost_wise_llama", "source": "config.json"}},
-        "fusion": {"default": None, "plan": 0.35},
+        "fusion": {"default": 0.35, "plan": 0.35},
         "presets": {
             name: {"cutoff_layers": [layer], "compress_layers": [], "compress_ratio": 1, "cascade": {}}
             for name, layer in (("fast", 9), ("balanced", 12), ("full", 18))

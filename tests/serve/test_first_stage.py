@@ -333,6 +333,7 @@ def test_the_cascade_of_the_plan_drops_by_fused_scores(planned_path):
         like(asked(client, "cohere"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*names no weights")
 def test_the_presets_are_those_of_the_plan(planned_path):
     planned = load(planned_path)
     with client_of(planned) as client:
