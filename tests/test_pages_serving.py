@@ -24,6 +24,8 @@ from tests.shipped import needs_smollm2
 PAGE = "docs/serving.md"
 COMMANDS = [shlex.split(command) for command in commands(PAGE)]
 SERVE = ["flagembedding-matryoshka", "serve"]
+NOTHING = ("no limit", "off", "none", "by `--host`", "`MATRYOSHKA_API_KEY` in the environment")
+"""What the table of options calls a default that is none."""
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -74,7 +76,7 @@ def test_the_table_has_the_options_and_their_defaults():
     assert shown.keys() == expected.keys()
     for name, default in shown.items():
         value = expected[name]
-        texts = ("no limit", "off", "`MATRYOSHKA_API_KEY` in the environment") if value is None else (f"{value}",)
+        texts = (f"{value}",) if value else NOTHING
         assert default.replace(",", "") in texts or float(default.replace(",", "")) == value, name
 
 

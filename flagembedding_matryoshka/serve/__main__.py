@@ -11,6 +11,8 @@ X-Request-ID of their request.
 from __future__ import annotations
 
 import argparse
+import gc
+import logging
 import os
 import threading
 import warnings
@@ -18,110 +20,141 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 
-from flagembedding_matryoshka.inference.arguments import add_reranker, given_options, program
+from flagembedding_matryoshka.inference.arguments import add_reranker, as_help, explanations, given_options, program
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.serve import Limits, create_app
-from flagembedding_matryoshka.serve.logs import log_config
+from flagembedding_matryoshka.serve.keys import Keys
+from flagembedding_matryoshka.serve.logs import configure_logging
 from flagembedding_matryoshka.serve.model import check_degrade_to
 from flagembedding_matryoshka.serve.protocol import impatient_protocol
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+"""Names of this machine."""
 WITHOUT = ("normalize",)
 """Arguments of the re-ranker that have no option: each request chooses its scores."""
+OF_UVICORN = {
+    "host": ("host", "127.0.0.1", "address to listen on; 0.0.0.0 is all networks"),
+    "port": ("port", 8000, "port to listen on"),
+    "uds": ("uds", None, "Unix socket to listen on, instead of host and port"),
+    "root_path": ("root_path", "", "path of the server behind a proxy that removes it"),
+    "forwarded_allow_ips": (
+        "forwarded_allow_ips",
+        "127.0.0.1",
+        "addresses of proxies, comma-separated, whose X-Forwarded-For and X-Forwarded-Proto are believed; * is all",
+    ),
+    "ssl_certfile": ("ssl_certfile", None, "certificate, for HTTPS"),
+    "ssl_keyfile": ("ssl_keyfile", None, "key of the certificate"),
+    "timeout_keep_alive": (
+        "keep_alive_seconds",
+        75.0,
+        "time between two requests on a connection; later the connection is closed. Choose more than the proxy in "
+        "front of the server, which may send a request at its last moment",
+    ),
+    "timeout_graceful_shutdown": (
+        "shutdown_seconds",
+        30,
+        "time to answer requests that have arrived before SIGTERM or SIGINT; later they get 503",
+    ),
+}
+"""Option, its default and its explanation, of arguments of `uvicorn.Config`."""
+OF_LIMITS = {
+    "documents": "max_documents",
+    "body_bytes": "max_body_bytes",
+    "bytes": "max_bytes",
+    "requests": "max_requests",
+    "batch_requests": "max_batch_requests",
+    "body_seconds": "body_seconds",
+    "degrade_to": "degrade_to",
+}
+"""Option of each field of `Limits`, which has its default and its explanation."""
+OF_CONNECTIONS = {
+    "header_seconds": (10.0, "time for a request's header; later the connection is closed"),
+    "answer_seconds": (30.0, "time for a client to read 128 KiB of its answer; later the connection is aborted"),
+}
+"""Default and explanation of arguments of `impatient_protocol`."""
+WARM_UP = ([("query", "a document")], [("query", "a longer document " * 9), ("another query", "document")])
+"""Pairs of two batches of different shapes."""
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
-def read_api_key(path: Path | None) -> str | None:
-    """Return the key in a file, or without a file the key in the environment; None if there is none.
+def read_api_keys(path: Path | None) -> Keys | None:
+    """Return the keys in a file, or without a file the key in the environment; None if there is none.
 
-    White space of ASCII around the key does not count.
-
-    Raises:
-        ValueError: if the key is empty or not UTF-8.
+    Raises: as `Keys.of_file` and `Keys.of_one`.
     """
+    if path is not None:
+        return Keys.of_file(path)
     text = os.environ.get(API_KEY_VARIABLE)
-    key = path.read_bytes() if path is not None else None if text is None else os.fsencode(text)
-    if key is not None and not key.strip():
-        raise ValueError(f"the API key in {path or API_KEY_VARIABLE} is empty: write a key, or leave it out.")
-    # Of bytes, because str.strip removes U+00A0 and U+0085, too, whose bytes end letters in UTF-8.
-    return None if key is None else key.strip().decode()
+    return None if text is None else Keys.of_one(os.fsencode(text), API_KEY_VARIABLE)
+
+
+def _add(group: Any, option: str, default: Any, about: str, kind: type) -> None:
+    """Add an option. `kind` is the type of its values if the default is None."""
+    text = f"{about} (default: %(default)s)" if default else about
+    group.add_argument(f"--{option}", type=kind if default is None else type(default), default=default, help=text)
 
 
 def build_parser() -> Parser:
-    limits = Limits()
+    """Return the parser of the server's command line."""
     parser = Parser(prog=program("flagembedding_matryoshka.serve"), description=__doc__)
     add_reranker(parser, without=WITHOUT, more_names={"max_tokens_per_batch": "max_batch_tokens"})
     server = parser.add_argument_group("the server")
+    for option, default, about in OF_UVICORN.values():
+        _add(server, option, default, about, str)
     server.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all networks (default: %(default)s)"
-    )
-    server.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    server.add_argument(
-        "--api_key_file", type=Path, help=f"file with the bearer token (default: the environment's {API_KEY_VARIABLE})"
-    )
-    server.add_argument(
-        "--max_batch_requests",
-        type=int,
-        help="most requests in a batch; 1 computes each request alone (default: as many as --max_batch_tokens allows)",
+        "--api_key_file",
+        type=Path,
+        help="file with the bearer token, or with a name and a token in each line; read again when it changes "
+        f"(default: the environment's {API_KEY_VARIABLE})",
     )
     server.add_argument(
-        "--max_requests",
-        type=int,
-        default=limits.requests,
-        help="most requests that wait or are computed; others get 429 (default: %(default)s)",
+        "--protect_all", action="store_true", help="ask for the token on /info, /v1/models and /metrics, too"
     )
     server.add_argument(
-        "--max_documents",
-        type=int,
-        default=limits.documents,
-        help="most documents of a request; with more it gets 422 (default: %(default)s)",
+        "--allow_origins", nargs="+", default=(), help="origins of other sites' pages that may ask the server; * is all"
     )
     server.add_argument(
-        "--max_body_bytes",
-        type=int,
-        default=limits.body_bytes,
-        help="most bytes of a body; a larger one gets 413 (default: %(default)s)",
+        "--allowed_hosts",
+        nargs="+",
+        help="values of the Host header that are answered; * is all (default: names of this machine if --host is one, "
+        "otherwise all)",
     )
-    server.add_argument(
-        "--header_seconds",
-        type=float,
-        default=10.0,
-        help="time for a request's header; later the connection is closed (default: %(default)s)",
-    )
-    server.add_argument(
-        "--body_seconds",
-        type=float,
-        default=limits.body_seconds,
-        help="time for a request's body; a later one gets 408 (default: %(default)s)",
-    )
-    server.add_argument(
-        "--keep_alive_seconds",
-        type=float,
-        default=75.0,
-        help="time between two requests on a connection; later the connection is closed. Choose more than the proxy in "
-        "front of the server, which may send a request at its last moment (default: %(default)s)",
-    )
-    server.add_argument(
-        "--degrade_to",
-        type=int,
-        metavar="EXIT",
-        help="while more than half of --max_requests wait or are computed, answer requests that name no depth at this "
-        "exit; each result then has its cutoff_layer (default: off)",
-    )
-    server.add_argument(
-        "--shutdown_seconds",
-        type=int,
-        default=30,
-        help="time to answer requests that have arrived before SIGTERM or SIGINT; later they get 503 (default: "
-        "%(default)s)",
-    )
+    limits, about_limits = Limits(), explanations(Limits)
+    for name, option in OF_LIMITS.items():
+        _add(server, option, getattr(limits, name), as_help(about_limits[name]), int)
+    for option, (default, about) in OF_CONNECTIONS.items():
+        _add(server, option, default, about, float)
     server.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
     return parser
+
+
+def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReranker:
+    """Load a re-ranker for a server and compute with it once on each device, so that no client waits for the start of
+    a worker or for a compiler.
+
+    Objects that exist then are never garbage again. The collector no longer visits them. A body of many JSON values
+    would otherwise make it stop all threads for as long as it takes to visit the libraries' objects.
+
+    Args:
+        model, options: arguments of `MatryoshkaReranker`.
+
+    Raises: as `MatryoshkaReranker` and `check_degrade_to`.
+    """
+    reranker = MatryoshkaReranker(model, **options)
+    check_degrade_to(limits.degrade_to, reranker)
+    for device in dict.fromkeys(reranker.target_devices):
+        for pairs in WARM_UP:  # a compiler makes a kernel for one shape, and at the second one for all shapes
+            reranker.compute_score(pairs, device=device)
+    gc.collect()
+    gc.freeze()
+    return reranker
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -147,41 +180,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises: errors of loading the model.
     """
     options = build_parser().parse_args(arguments)
-    api_key = read_api_key(options.api_key_file)
-    limits = Limits(
-        documents=options.max_documents,
-        body_bytes=options.max_body_bytes,
-        requests=options.max_requests,
-        batch_requests=options.max_batch_requests,
-        body_seconds=options.body_seconds,
-        degrade_to=options.degrade_to,
-    )
-
+    configure_logging(options.log_format == "json")
+    keys = read_api_keys(options.api_key_file)
+    if keys is None and options.host not in LOOPBACK and options.uds is None:
+        logger.warning("the server listens on %s without an API key: everyone there can use it", options.host)
+    limits = Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing in .* says which template", UserWarning)  # it is in the log
-        _serve(options, limits, api_key)
+        _serve(options, limits, keys)
 
 
-def _serve(options: argparse.Namespace, limits: Limits, api_key: str | None) -> None:
+def _serve(options: argparse.Namespace, limits: Limits, keys: Keys | None) -> None:
     """Load the model and answer requests until the process is told to end."""
 
-    def load() -> MatryoshkaReranker:
-        reranker = MatryoshkaReranker(options.model, **given_options(options))
-        check_degrade_to(limits.degrade_to, reranker)
-        return reranker
-
-    loading = in_background(load)
+    loading = in_background(lambda: load_reranker(options.model, limits, **given_options(options)))
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(loading, Path(options.model).name, limits, api_key),
-            host=options.host,
-            port=options.port,
-            http=impatient_protocol(options.header_seconds, options.body_seconds),
+            create_app(
+                loading,
+                Path(options.model).name,
+                limits,
+                keys,
+                options.protect_all,
+                options.allow_origins,
+                options.allowed_hosts or (LOOPBACK if options.host in LOOPBACK and options.uds is None else ["*"]),
+            ),
+            http=impatient_protocol(options.header_seconds, options.body_seconds, options.answer_seconds),
             ws="none",
             access_log=False,
-            log_config=log_config(options.log_format == "json"),
-            timeout_graceful_shutdown=options.shutdown_seconds,
-            timeout_keep_alive=options.keep_alive_seconds,
+            log_config=None,
+            **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()},
         )
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,15 +9,30 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response, Security
-from fastapi.responses import JSONResponse
+from asgi_correlation_id import CorrelationIdMiddleware
+from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from typing_extensions import TypedDict
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.serve.document import (
+    INFINITY_CALL,
+    INFO,
+    LIVE,
+    METRICS,
+    MODELS,
+    ONE_MODEL,
+    READY,
+    RERANK_CALL,
+    SCORE_CALL,
+    Call,
+)
 from flagembedding_matryoshka.serve.forms import (
     INFINITY,
     INFINITY_SCHEMA,
@@ -30,33 +44,43 @@ from flagembedding_matryoshka.serve.forms import (
     RerankAnswer,
     ScoreAnswer,
 )
+from flagembedding_matryoshka.serve.keys import Keys
 from flagembedding_matryoshka.serve.limits import Limits
-from flagembedding_matryoshka.serve.logs import RequestIds
+from flagembedding_matryoshka.serve.logs import AccessLog
 from flagembedding_matryoshka.serve.model import check_degrade_to
 from flagembedding_matryoshka.serve.page import add_page
-from flagembedding_matryoshka.serve.service import Service
+from flagembedding_matryoshka.serve.service import Admission, Service
+from flagembedding_matryoshka.serve.tracing import trace_requests
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 MAX_MESSAGE = 1000
 """Most characters of an error message, which may quote a client's body."""
 FOLDERS = re.compile(r"(?<=: ).*[/\\]|[^\s'\"]*[/\\]")
 """Everything of a path except its last component."""
-ERRORS_OF_RANKING = (408, 413, 415, 422, 429, 500, 503)
+REQUEST_ID = re.compile("[!-~]{1,128}")
+"""Values of X-Request-ID that clients may choose."""
+PIECE = 2**16
+"""Bytes of an answer that are sent at a time."""
 
 
-class Error(TypedDict):
-    """One message under the three names that clients of Cohere, TEI and Jina read."""
+class Answer(JSONResponse):
+    """An answer that is sent in pieces: the next one when the client has read most of the one before."""
 
-    message: str
-    error: str
-    detail: str
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), PIECE):
+            await send({"type": "http.response.body", "body": self.body[start : start + PIECE], "more_body": True})
+        await send({"type": "http.response.body"})
 
 
 def create_app(
     reranker: MatryoshkaReranker | Future[MatryoshkaReranker],
     name: str,
     limits: Limits | None = None,
-    api_key: str | None = None,
+    api_key: str | Keys | None = None,
+    protect_all: bool = False,
+    allow_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """Make a re-rank server for clients of Cohere, Jina, Voyage, Xinference, vLLM and text-embeddings-inference.
 
@@ -64,13 +88,19 @@ def create_app(
         reranker: the re-ranker, or its future; until the future is done the server is alive and not ready.
         name: name of the model, for clients.
         limits: limits of requests; None is `Limits()`.
-        api_key: bearer token that /rerank and /score require; None requires none.
+        api_key: bearer token that /rerank and /score require, or several; None requires none.
+        protect_all: whether /info, /v1/models and /metrics require it, too.
+        allow_origins: origins of other sites' pages that may ask the server, such as "https://example.com"; "*" is all.
+        allowed_hosts: values of the Host header that are answered, without port; "*" is all.
 
     Raises:
-        ValueError: if the re-ranker is loaded and `limits.degrade_to` is not one of its exits, or not shallower than
-            its own depth.
+        ValueError: if the API key is empty, `protect_all` is without a key, or the re-ranker is loaded and
+            `limits.degrade_to` is not one of its exits, or not shallower than its own depth.
     """
     limits = limits or Limits()
+    keys = Keys.of_one(api_key.encode(), "api_key") if isinstance(api_key, str) else api_key
+    if protect_all and keys is None:
+        raise ValueError("protect_all needs an API key.")
     if not isinstance(reranker, Future):
         check_degrade_to(limits.degrade_to, reranker)
         loaded: Future[MatryoshkaReranker] = Future()
@@ -85,29 +115,51 @@ def create_app(
             yield
 
     app = FastAPIOffline(title="flagembedding_matryoshka", redoc_url=None, lifespan=lifespan)
-    app.add_middleware(RequestIds)
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
+    app.add_middleware(AccessLog)
+    app.add_middleware(CorrelationIdMiddleware, validator=lambda given: REQUEST_ID.fullmatch(given) is not None)
+    trace_requests(app)
     app.add_exception_handler(HTTPException, _explain)
     app.add_exception_handler(Exception, _internal_error)
 
+    async def admitted(request: Request) -> AsyncIterator[Admission]:
+        # FastAPI goes on behind `yield` when the answer is written.
+        with service.metrics.request(request.scope["route"].path):
+            async with service.admission() as admission:
+                yield admission
+
+    def authorize(request: Request) -> None:
+        if keys is not None:
+            _authorize(request, keys)
+
+    admission = Depends(admitted)
+
     def answering(form: Any) -> Callable[[Request], Any]:
-        async def answer(request: Request) -> Response:
-            with service.metrics.request():
-                if api_key is not None:
-                    _authorize(request, api_key)
-                return JSONResponse(await service.answer(request, form))
+        async def answer(request: Request, admission: Admission = admission) -> Response:
+            authorize(request)
+            answer = Answer(await service.answer(request, admission, form))
+            admission.share.hold(len(answer.body))
+            return answer
 
         return answer
 
     # Only for the OpenAPI document: `answer` checks the token, so that refusals are counted and explained.
-    token = [] if api_key is None else [Security(HTTPBearer(auto_error=False))]
-    errors = (*ERRORS_OF_RANKING, 401) if token else ERRORS_OF_RANKING
-    for paths, form, schema, answer in (
-        (("/rerank", "/v1/rerank", "/v2/rerank"), RERANK, RERANK_SCHEMA, RerankAnswer),
-        (("/infinity/rerank",), INFINITY, INFINITY_SCHEMA, InfinityAnswer),
-        (("/score", "/v1/score"), SCORE, SCORE_SCHEMA, ScoreAnswer),
+    token = [] if keys is None else [Security(HTTPBearer(auto_error=False))]
+    protected = [*token, Depends(authorize)] if protect_all else []
+    of_protected = (401,) if protect_all else ()
+    errors = (401,) if token else ()
+    for paths, call, form, schema, answer in (
+        (("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_CALL, RERANK, RERANK_SCHEMA, RerankAnswer),
+        (("/infinity/rerank",), INFINITY_CALL, INFINITY, INFINITY_SCHEMA, InfinityAnswer),
+        (("/score", "/v1/score"), SCORE_CALL, SCORE, SCORE_SCHEMA, ScoreAnswer),
     ):
         for path in paths:
-            app.post(path, dependencies=token, **_describe(path, errors, schema, answer))(answering(form))
+            app.post(path, dependencies=token, **call.described(path, schema, answer, errors))(answering(form))
+
+    def described(call: Call, path: str) -> dict[str, Any]:
+        return call.described(path, more_errors=of_protected) | {"dependencies": protected}
 
     async def live() -> dict[str, str]:
         return {"status": "ok"}
@@ -116,27 +168,27 @@ def create_app(
         await service.check_health()
         return {"status": "ok", "model": service.name}
 
-    for path, probe, failures in (("/live", live, ()), ("/health", health, (503,)), ("/ready", health, (503,))):
-        app.get(path, **_describe(path, failures))(probe)
+    for path, probe, call in (("/live", live, LIVE), ("/health", health, READY), ("/ready", health, READY)):
+        app.get(path, **call.described(path))(probe)
         app.head(path, include_in_schema=False)(probe)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, **described(METRICS, "/metrics"))
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     model = {"id": name, "object": "model", "created": started, "owned_by": "flagembedding_matryoshka"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **described(MODELS, "/v1/models"))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{model_id}", **_describe("/v1/models/{model_id}", (404,)))
+    @app.get("/v1/models/{model_id}", **described(ONE_MODEL, "/v1/models/{model_id}"))
     async def one_model(model_id: str) -> dict[str, Any]:
         if model_id != name:
             raise HTTPException(404, f"the model is {name!r}")
         return model | {"model_type": "rerank"}
 
-    @app.get("/info", **_describe("/info", (503,)))
+    @app.get("/info", **described(INFO, "/info"))
     async def info() -> dict[str, Any]:
         reranker = service.reranker
         return {
@@ -151,30 +203,11 @@ def create_app(
             "exits": reranker.config.exit_layers,
             "num_hidden_layers": reranker.config.num_hidden_layers,
             "compress_ratios": COMPRESS_RATIOS,
-            "fusion": await service.fusion_weights(),
             "checkpoint": _checkpoint_facts(reranker),
-        }
+        } | await service.plan_facts()
 
     add_page(app)
     return app
-
-
-def _describe(path: str, errors: Sequence[int], schema: Any = None, answer: Any = None) -> dict[str, Any]:
-    """Return arguments of FastAPI's decorators that describe a route.
-
-    Args:
-        errors: statuses of the route's errors.
-        schema: JSON schema of the body; None is no body.
-        answer: type of the answer; None leaves it to FastAPI.
-    """
-    responses: dict[int | str, Any] = {status: {"model": Error, "description": "an error"} for status in errors}
-    described: dict[str, Any] = {"responses": responses, "operation_id": path.strip("/").replace("/", "_")}
-    if schema is not None:
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        described["openapi_extra"] = {"requestBody": body}
-    if answer is not None:
-        responses[200] = {"model": answer, "description": "scores"}
-    return described
 
 
 def _checkpoint_facts(reranker: MatryoshkaReranker) -> dict[str, dict[str, Any]]:
@@ -188,18 +221,24 @@ def _checkpoint_facts(reranker: MatryoshkaReranker) -> dict[str, dict[str, Any]]
     return {name: fact | {"source": FOLDERS.sub("", fact["source"])} for name, fact in found.items()}
 
 
-def _authorize(request: Request, api_key: str) -> None:
+def _authorize(request: Request, keys: Keys) -> None:
+    """Store the name of the request's key for the log.
+
+    Raises:
+        HTTPException: 401 if the request has none of the keys.
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     # A header's bytes arrive as Latin-1. str.strip() would remove 0xA0 and 0x85, which end letters in UTF-8.
-    given = token.strip(" \t").encode("latin-1")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given, api_key.encode()):
+    name = keys.name_of(token.strip(" \t").encode("latin-1")) if scheme.lower() == "bearer" else None
+    if name is None:
         raise HTTPException(
             401, "the bearer token is missing or wrong: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
         )
+    request.state.key = name
 
 
 async def _explain(request: Request, error: Any) -> Response:
-    """Answer an error as `Error`."""
+    """Answer an error as `document.Error`."""
     content = dict.fromkeys(("message", "error", "detail"), f"{error.detail:.{MAX_MESSAGE}}")
     return JSONResponse(content, error.status_code, error.headers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
+
+MAX_INTERRUPTED = 8
+"""Most tasks that are interrupted at one time. Each holds the states of its candidates."""
 
 
 @dataclass(eq=False)
@@ -22,17 +26,35 @@ class QueuedTask:
         shared_tokens: tokens that the task adds to a batch once, whatever the number of its items.
         tokens: tokens of each item.
         divisible: whether its items may be computed in several batches.
+        end: the deadline; math.inf is no deadline.
+        started: called when its first batch is computed next.
         future: future of the results of all items.
+        arrived: time of its arrival, as a value of `time.perf_counter`.
         results: results of the items computed so far.
+        is_interrupted: whether it is between two of its steps, while others are computed.
     """
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch can take it."""
+        return not self.is_interrupted and not self.future.done()
+
+    @property
+    def all_tokens(self) -> int:
+        """Number of tokens of all items."""
+        return self.shared_tokens + sum(self.tokens)
 
     key: Hashable
     items: Sequence[Any]
     shared_tokens: int
     tokens: Sequence[int]
     divisible: bool
+    end: float
+    started: Callable[[], None]
     future: asyncio.Future[list[Any]]
+    arrived: float = field(default_factory=perf_counter)
     results: list[Any] = field(default_factory=list)
+    is_interrupted: bool = False
 
     def fitting(self, room: int) -> int:
         """Return how many of the remaining items fit into `room` tokens: all or none if the task is not divisible."""
@@ -58,12 +80,19 @@ class TaskSlice:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """Numbers of one call of the model."""
+    """Numbers of one call of the model.
+
+    Attributes:
+        requests: number of queries.
+        items: number of documents.
+        queued: seconds that each query waited whose first batch this is.
+    """
 
     requests: int
     items: int
     tokens: int
     seconds: float
+    queued: Sequence[float]
 
 
 class Abandoned(Exception):
@@ -73,13 +102,18 @@ class Abandoned(Exception):
 class Batcher:
     """Run `compute` on batches of tasks, one batch at a time. An asynchronous context manager.
 
-    The oldest task opens a batch. Tasks with its key follow in order of arrival, until the tokens are used up. No batch
-    waits to be filled. A task that is larger than a batch gets one batch and then moves to the end of the queue. A task
-    that is not divisible lets one batch of divisible tasks pass between any two of its steps.
+    Tasks take turns. In each turn the tasks with a deadline that wait are computed, the earliest deadline first, and
+    then one batch of other tasks. The oldest of these opens the batch. Tasks with its key follow in order of arrival,
+    until the tokens are used up. No batch waits to be filled. A task that is larger than a batch gets one batch and
+    then moves to the end of the queue.
+
+    Between any two steps of a task that is not divisible there is such a turn, of tasks with an earlier deadline and
+    of one batch. Tasks of this batch are divisible, or have at most half of the tokens that the interrupted one has
+    left. During a task with a deadline they have at most the tokens of one batch.
 
     Args:
         compute: (key, items of each task, between) to results of each task's items, in order. It calls `between` where
-            it can be interrupted. `between` runs a batch of other tasks in another thread, or raises `Abandoned` if all
+            it can be interrupted. `between` computes other tasks in another thread, or raises `Abandoned` if all
             clients have left.
         max_tokens: most tokens of a batch, unless a single item, or a task that is not divisible, has more.
         max_tasks: most tasks in a batch; None is no limit.
@@ -99,8 +133,7 @@ class Batcher:
         self._report = report
         self._waiting: list[QueuedTask] = []
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._thread_between = ThreadPoolExecutor(1, thread_name_prefix="model, between")
+        self._threads = [ThreadPoolExecutor(1, f"model, level {level}") for level in range(MAX_INTERRUPTED + 1)]
         self.failing = False
         """Whether the last computation failed."""
 
@@ -113,25 +146,27 @@ class Batcher:
         self._worker.cancel()
         for task in self._waiting:
             task.future.cancel()
-        for thread in (self._thread, self._thread_between):
+        for thread in self._threads:
             await asyncio.to_thread(thread.shutdown)
 
-    @property
-    def waiting(self) -> int:
-        """Number of tasks that are not finished."""
-        return sum(not task.future.done() for task in self._waiting)
-
     async def submit(
-        self, key: Hashable, items: Sequence[Any], shared_tokens: int, tokens: Sequence[int], divisible: bool = True
+        self,
+        key: Hashable,
+        items: Sequence[Any],
+        shared_tokens: int,
+        tokens: Sequence[int],
+        divisible: bool = True,
+        end: float = math.inf,
+        started: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """Compute the results of `items`. Cancel the call to leave the queue.
+        """Compute the results of `items`. Cancel the call to leave the queue. Arguments as in `QueuedTask`.
 
         Raises: the error of `compute` on this task's items.
         """
         if not items:
             return []
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(QueuedTask(key, items, shared_tokens, tokens, divisible, future))
+        self._waiting.append(QueuedTask(key, items, shared_tokens, tokens, divisible, end, started, future))
         self._arrived.set()
         return await future
 
@@ -142,26 +177,55 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._serve(self._waiting, self._thread)
+            await self._take_turn(0)
 
-    async def _serve(self, tasks: list[QueuedTask], thread: ThreadPoolExecutor) -> None:
+    async def _take_turn(self, level: int, end: float = math.inf, most: float = math.inf) -> None:
+        """Compute tasks that wait: those with a deadline, then one batch of the others.
+
+        Args:
+            level: number of interrupted batches.
+            end: deadlines that are not earlier wait.
+            most: tasks that are not divisible and have more tokens wait.
+        """
+        if level == MAX_INTERRUPTED:
+            end, most = -math.inf, 0
+        for task in sorted((task for task in self._waiting if task.end < end), key=lambda task: task.end):
+            if task.waits:
+                await self._serve([task], level)
+        others = [task for task in self._waiting if task.waits and task.end == math.inf]
+        if fitting := [task for task in others if task.divisible or task.all_tokens <= most]:
+            await self._serve(fitting, level)
+
+    async def _serve(self, tasks: list[QueuedTask], level: int) -> None:
         """Compute the next batch of these tasks. If its first task is not finished, move it to the end of the queue."""
         first, *others = self._next_batch(tasks)
-        await self._run([first, *others], thread)
+        await self._run([first, *others], level)
         if not first.task.future.done():
             self._waiting.remove(first.task)
             self._waiting.append(first.task)
 
-    async def _let_others_through(self, batch: list[TaskSlice]) -> None:
-        """Compute a batch of divisible tasks, if any wait, while `batch` is interrupted.
+    async def _let_others_through(self, batch: list[TaskSlice], steps: int, level: int) -> None:
+        """Take a turn while `batch` is interrupted.
+
+        Args:
+            steps: number of steps of the batch that have been computed.
+            level: number of batches that are interrupted by `batch`.
 
         Raises:
             Abandoned: if all clients of `batch` have left.
         """
         if all(slice.task.future.done() for slice in batch):
             raise Abandoned
-        if others := [task for task in self._waiting if task.divisible and not task.future.done()]:
-            await self._serve(others, self._thread_between)
+        end = batch[0].task.end
+        # A cascade's first stage computes about one batch of its tokens in a step.
+        left = sum(slice.tokens for slice in batch) - steps * self._max_tokens
+        for slice in batch:
+            slice.task.is_interrupted = True
+        try:
+            await self._take_turn(level + 1, end, left / 2 if end == math.inf else self._max_tokens)
+        finally:
+            for slice in batch:
+                slice.task.is_interrupted = False
 
     def _next_batch(self, tasks: list[QueuedTask]) -> list[TaskSlice]:
         first = tasks[0]
@@ -180,20 +244,24 @@ class Batcher:
             room -= batch[-1].tokens
         return batch
 
-    async def _run(self, batch: list[TaskSlice], thread: ThreadPoolExecutor) -> None:
+    async def _run(self, batch: list[TaskSlice], level: int) -> None:
         """Compute a batch. If that fails, compute each of its slices alone, so that the others' clients get results."""
-        loop, start, waited = asyncio.get_running_loop(), perf_counter(), 0.0
+        loop, start, waited, steps = asyncio.get_running_loop(), perf_counter(), 0.0, 0
 
         def between() -> None:
-            nonlocal waited
+            nonlocal waited, steps
             if not batch[0].task.divisible:
                 pause = perf_counter()
-                asyncio.run_coroutine_threadsafe(self._let_others_through(batch), loop).result()
+                asyncio.run_coroutine_threadsafe(self._let_others_through(batch, steps, level), loop).result()
                 waited += perf_counter() - pause
+                steps += 1
 
+        for slice in batch:
+            if not slice.task.results:
+                slice.task.started()
         try:
             found = await loop.run_in_executor(
-                thread, self._compute, batch[0].task.key, [slice.items for slice in batch], between
+                self._threads[level], self._compute, batch[0].task.key, [slice.items for slice in batch], between
             )
         except Abandoned:
             return
@@ -204,7 +272,7 @@ class Batcher:
                     batch[0].task.future.set_exception(error)
                 return
             for slice in batch:
-                await self._run([slice], thread)
+                await self._run([slice], level)
             return
         self.failing = False
         self._report(
@@ -213,6 +281,7 @@ class Batcher:
                 items=sum(len(slice.items) for slice in batch),
                 tokens=sum(slice.tokens for slice in batch),
                 seconds=perf_counter() - start - waited,
+                queued=[start - slice.task.arrived for slice in batch if not slice.task.results],
             )
         )
         for slice, results in zip(batch, found, strict=True):

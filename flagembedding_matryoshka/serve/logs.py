@@ -1,26 +1,23 @@
-"""Request ids, taken from the header or generated, in answers and in log records."""
+"""Log records: one for each request, with its id, as lines or as JSON."""
 
 from __future__ import annotations
 
 import logging
-import re
-import uuid
-from contextvars import ContextVar
+import logging.config
 from time import perf_counter
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers.utils import logging as transformers_logging
 
-HEADER = "X-Request-ID"
-ACCEPTED = re.compile("[!-~]{1,128}")
+from flagembedding_matryoshka.serve.tracing import WithTraceparent
+
 PROBES = ("/health", "/live", "/ready", "/metrics")
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 logger = logging.getLogger(__name__)
 
 
-class RequestIds:
-    """Middleware that gives each request its id and logs a line for it, except for probes."""
+class AccessLog:
+    """Middleware that logs a line for each request, except for probes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -29,52 +26,56 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if ACCEPTED.fullmatch(given) else uuid.uuid4().hex
-        REQUEST_ID.set(request_id)
         start, status = perf_counter(), 0
 
-        async def send_with_id(message: Message) -> None:
+        async def note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = request_id
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, receive, note_status)
         finally:
             if scope["path"] not in PROBES:
                 path = scope["raw_path"].decode("latin-1")  # as sent, so that it has no line breaks
                 fields = {"method": scope["method"], "path": path, "status": status}
                 fields["seconds"] = round(perf_counter() - start, 6)
-                logger.info("%(method)s %(path)s %(status)d in %(seconds).3f s", fields, extra=fields)
+                message = "%(method)s %(path)s %(status)d in %(seconds).3f s"
+                if (key := scope.get("state", {}).get("key")) is not None:
+                    message, fields["key"] = f"{message}, key %(key)s", key
+                logger.info(message, fields, extra=fields)
 
 
-class WithRequestId(logging.Filter):
-    """Add the id of the current request to log records, as `request_id`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request_id = REQUEST_ID.get()
-        return True
+def configure_logging(json: bool) -> None:
+    """Write all log records and warnings of the process to stderr, as `log_config` says."""
+    logging.config.dictConfig(log_config(json))
+    logging.captureWarnings(True)
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
 
 
 def log_config(json: bool) -> dict[str, Any]:
     """Return a configuration for `logging.config.dictConfig`: lines on stderr, with `json` as JSON objects."""
-    formatter: dict[str, Any] = {"format": "%(levelname)s: %(message)s [%(name)s %(request_id)s]"}
+    formatter: dict[str, Any] = {"format": "%(levelname)s: %(message)s [%(name)s %(correlation_id)s]"}
     if json:
         formatter = {
             "()": "pythonjsonlogger.json.JsonFormatter",
-            "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s",
+            "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s %(correlation_id)s %(traceparent)s",
+            "rename_fields": {"correlation_id": "request_id"},
             "datefmt": "%Y-%m-%dT%H:%M:%S%z",
         }
-    handler = {"class": "logging.StreamHandler", "formatter": "lines", "filters": ["request_id"]}
+    handler = {"class": "logging.StreamHandler", "formatter": "lines", "filters": ["request_id", "traceparent"]}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "filters": {"request_id": {"()": WithRequestId}},
+        "filters": {
+            "request_id": {"()": "asgi_correlation_id.CorrelationIdFilter", "default_value": "-"},
+            "traceparent": {"()": WithTraceparent},
+        },
         "formatters": {"lines": formatter},
         "handlers": {"stderr": handler},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {name: {"level": "INFO"} for name in ("flagembedding_matryoshka.serve", "uvicorn")},
+        "loggers": {name: {"level": "INFO"} for name in ("flagembedding_matryoshka.serve", "uvicorn")}
+        | {"asgi_correlation_id": {"level": "ERROR"}},  # it warns of each id that a client may not choose
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -20,19 +20,25 @@ class Metrics:
     """Counters, gauges and histograms of one server.
 
     Args:
-        waiting: returns the number of tasks in the queue.
+        requests: returns the number of requests that count for the limit.
         limit: limit of requests.
+        held: returns the bytes of memory that requests hold.
+        most_bytes: limit of these bytes.
     """
 
-    def __init__(self, waiting: Callable[[], int], limit: int) -> None:
+    def __init__(self, requests: Callable[[], int], limit: int, held: Callable[[], int], most_bytes: int) -> None:
         self.registry = CollectorRegistry()
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"matryoshka_{name}", text, buckets=buckets, registry=self.registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(f"matryoshka_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-        self._requests = Counter("matryoshka_requests", "Requests by status", ["status"], registry=self.registry)
+        by_path = ["path", "status"]
+        self._requests = Counter("matryoshka_requests", "Requests", by_path, registry=self.registry)
         self._tokens = Counter("matryoshka_tokens", "Tokens that the model has read", registry=self.registry)
-        self._latency = histogram("request_seconds", "From a request to its answer", SECONDS)
+        about = "From a request to the end of its answer; status is 2xx, 4xx or 5xx"
+        self._latency = histogram("request_seconds", about, SECONDS, by_path)
+        about = "From the tokens of a query and its documents to their first batch"
+        self._queue_latency = histogram("queue_seconds", about, SECONDS)
         self._batch_latency = histogram("batch_seconds", "Computation of a batch", SECONDS)
         self._batch_requests = histogram("batch_requests", "Requests in a batch", POWERS)
         self._batch_documents = histogram("batch_documents", "Documents in a batch", POWERS)
@@ -40,14 +46,18 @@ class Metrics:
         self._degraded = Counter(
             "matryoshka_degraded_requests", "Requests answered at the exit of --degrade_to", registry=self.registry
         )
-        queue = Gauge("matryoshka_queue_requests", "Requests that wait or are computed", registry=self.registry)
-        queue.set_function(waiting)
-        most = Gauge("matryoshka_queue_limit", "How many may wait or be computed", registry=self.registry)
-        most.set(limit)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"matryoshka_{name}", text, registry=self.registry)
+
+        gauge("queue_requests", "Requests from the end of their body to the end of their answer").set_function(requests)
+        gauge("queue_limit", "Most of these requests").set(limit)
+        gauge("request_bytes", "Bytes of memory that requests hold").set_function(held)
+        gauge("request_bytes_limit", "Most of these bytes").set(most_bytes)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count the enclosed code as a request, with its status and its latency."""
+    def request(self, path: str) -> Iterator[None]:
+        """Count the enclosed code as a request to a path, with its status and its latency."""
         start, status = perf_counter(), 500
         try:
             yield
@@ -56,8 +66,8 @@ class Metrics:
             status = error.status_code
             raise
         finally:
-            self._requests.labels(status).inc()
-            self._latency.observe(perf_counter() - start)
+            self._requests.labels(path, status).inc()
+            self._latency.labels(path, f"{status // 100}xx").observe(perf_counter() - start)
 
     def degraded(self) -> None:
         """Count a request that is answered at the exit of `degrade_to`."""
@@ -67,6 +77,8 @@ class Metrics:
         """Count a batch."""
         self._tokens.inc(report.tokens)
         self._batch_latency.observe(report.seconds)
+        for seconds in report.queued:
+            self._queue_latency.observe(seconds)
         self._batch_requests.observe(report.requests)
         self._batch_documents.observe(report.items)
         self._batch_tokens.observe(report.tokens)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 NO_TIME = 1e-9
 """Seconds for a deadline that has passed: scoring stops at the first exit."""
+
+QUALITIES = {"fast": (0.95, 1 / 3), "balanced": (0.99, 2 / 3)}
+"""Of each preset the share of the full network's nDCG@10, and without a plan the share of the layers."""
 
 
 def is_shallower(exit: int, setting: Setting) -> bool:
@@ -151,6 +156,16 @@ class Scorer:
         """Most tokens of a batch: one pass on each device."""
         return self.reranker.max_tokens_per_batch * len(self.reranker.target_devices)
 
+    @property
+    def summary(self) -> str:
+        """What is served, for a log: devices, dtype, exits and template."""
+        description = self.reranker.description
+        dtype = str(self.reranker.model.dtype).removeprefix("torch.")
+        return (
+            f"on {', '.join(self.reranker.target_devices)} in {dtype}, exits {self.reranker.config.exit_layers}, "
+            f"template {description.template_name.value or 'of its own'} [{description.template.source}]"
+        )
+
     @cached_property
     def plan(self) -> Plan | None:
         """The plan beside the model; None if there is no valid plan.
@@ -164,6 +179,25 @@ class Scorer:
         except ValueError as error:
             logger.warning("the plan beside the model cannot be used: %s", error)
         return None
+
+    @property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Settings to begin with, by name, as fields of a request: "fast", "balanced" and "full".
+
+        They are the cheapest settings of the plan that keep `QUALITIES` of the full network's nDCG@10. Without a plan
+        they are exits at a third and two thirds of the layers, at full width.
+        """
+        found = {name: self._preset(quality, share) for name, (quality, share) in QUALITIES.items()}
+        found["full"] = Setting((self.reranker.config.exit_layers[-1],))
+        return {name: setting.arguments | {"cascade": dict(setting.cascade)} for name, setting in found.items()}
+
+    def _preset(self, quality: float, share: float) -> Setting:
+        """Return the plan's cheapest setting of a quality; without one the first exit from a share of the layers on."""
+        with suppress(ValueError):
+            if self.plan is not None:
+                return self.plan.choose(quality=quality)
+        exits = self.reranker.config.exit_layers
+        return Setting((next(layer for layer in exits if layer >= share * exits[-1]),))
 
     @property
     def fusion_weights(self) -> dict[str, float | None]:
@@ -220,6 +254,7 @@ class Scorer:
         documents: Sequence[str],
         setting: Mapping[str, Any],
         lengths: Lengths,
+        max_pairs: int,
         chunks: Mapping[str, Any] | None = None,
         instruction: str | None = None,
         fusion: Fusion | None = None,
@@ -229,13 +264,14 @@ class Scorer:
         Args:
             setting: arguments of `MatryoshkaReranker.setting`.
             lengths: most tokens of the texts.
+            max_pairs: most documents, or chunks.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
             instruction: instruction of the query; None is the model's own, "" is none.
             fusion: first-stage scores of the documents, and their weight; None is no fusion.
 
         Raises:
-            TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, or as
-                `Truncator.truncate`.
+            TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, there
+                are too many chunks, or as `Truncator.truncate`.
         """
         chosen = self.reranker.setting(**setting)
         short = self._truncator.truncate(query, documents, lengths, instruction)
@@ -246,7 +282,12 @@ class Scorer:
                 for pair, is_cut in zip(pairs, short.is_cut, strict=True)
             ]
             return Task(chosen, pairs, *count_input_tokens(pairs), fusion=fusion)
-        whole = self.reranker.cut_chunks(short.query, short.documents, **chunks, instruction=instruction)
+        # Of a document with too many chunks one chunk more than allowed is made, and no others.
+        most = min(max_pairs + 1, chunks["max_chunks_per_doc"] or math.inf)
+        own = {**chunks, "max_chunks_per_doc": most}
+        whole = self.reranker.cut_chunks(short.query, short.documents, **own, instruction=instruction)
+        if (count := sum(len(document.chunks) for document in whole)) > max_pairs:
+            raise ValueError(f"{count} chunks are more than {max_pairs}")
         cut = [
             document._replace(is_truncated=document.is_truncated or is_cut)
             for document, is_cut in zip(whole, short.is_cut, strict=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -17,21 +19,38 @@ from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
+from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit
 from flagembedding_matryoshka.serve.batching import Batcher
 from flagembedding_matryoshka.serve.forms import parse
 from flagembedding_matryoshka.serve.forms.common import Request as Asked
 from flagembedding_matryoshka.serve.forms.common import RequestScores
-from flagembedding_matryoshka.serve.limits import CLIENT_CLOSED_REQUEST, CLOSE, RETRY_AFTER, Bodies, Limits
+from flagembedding_matryoshka.serve.limits import (
+    CLIENT_CLOSED_REQUEST,
+    CLOSE,
+    RETRY_AFTER,
+    Budget,
+    Limits,
+    Share,
+    read_body,
+)
 from flagembedding_matryoshka.serve.metrics import Metrics
 from flagembedding_matryoshka.serve.model import Scorer, Task, check_degrade_to, is_shallower
+from flagembedding_matryoshka.serve.threads import Threads
+from flagembedding_matryoshka.serve.tracing import queue_span, span
 from flagembedding_matryoshka.serve.truncation import Lengths
 
 MAX_LOGGED_NAMES = 1000
 """Most unknown fields that are logged, each once."""
 DEGRADE_ABOVE = 0.5
 """Fraction of `Limits.requests`."""
+PARSERS, TOKENIZERS = 2, 4
+"""Threads that parse bodies, and threads that tokenise. Parsing holds Python's lock; tokenising does not."""
+STUCK_SECONDS = 5.0
+"""If a request waits longer for its parsing or tokenising, the server is not ready."""
+BYTES_OF_A_PAIR = 1024
+"""Memory of a tokenised pair and its result, beside four bytes for each token."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -48,17 +67,18 @@ class Service:
     def __init__(self, loading: Future[MatryoshkaReranker], name: str, limits: Limits) -> None:
         self.name = name
         self.limits = limits
-        self.metrics = Metrics(lambda: 0 if self._batcher is None else self._batcher.waiting, limits.requests)
+        self.metrics = Metrics(lambda: self._in_flight, limits.requests, lambda: self._budget.held, limits.bytes)
         self._loading = loading
         self._scorer: Scorer | None = None
         self._batcher: Batcher | None = None
         self._in_flight = 0
-        self._bodies = Bodies(limits.body_bytes, limits.body_seconds)
+        self._budget = Budget(limits.bytes)
         self._unknown_fields: set[str] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests while the context is open, as soon as the model is loaded."""
+        self._parsers, self._tokenizers = Threads("parse", PARSERS), Threads("tokenise", TOKENIZERS)
         if self._loading.done():
             await self._start()
             starting = None
@@ -69,6 +89,8 @@ class Service:
         finally:
             if starting is not None:
                 starting.cancel()
+            for threads in (self._parsers, self._tokenizers):
+                threads.close()
             if self._batcher is not None:
                 await self._batcher.__aexit__()
 
@@ -85,6 +107,7 @@ class Service:
         limit = self.limits.batch_requests
         self._batcher = Batcher(self._scorer.compute, self._scorer.max_tokens, limit, self.metrics.batch)
         await self._batcher.__aenter__()
+        logger.info("%s is ready %s", self.name, self._scorer.summary)
 
     @property
     def reranker(self) -> MatryoshkaReranker:
@@ -95,73 +118,84 @@ class Service:
         """
         return self._ready()[0].reranker
 
-    async def fusion_weights(self) -> dict[str, float | None]:
-        """Return `Scorer.fusion_weights`.
+    async def plan_facts(self) -> dict[str, Any]:
+        """Return `Scorer.fusion_weights` and `Scorer.presets`, which a plan may change.
 
         Raises:
             HTTPException: 503 before the model is loaded.
         """
         scorer, _ = self._ready()
-        return await asyncio.to_thread(lambda: scorer.fusion_weights)
+        return await self._tokenizers.run(lambda: {"fusion": scorer.fusion_weights, "presets": scorer.presets})
 
     def _ready(self) -> tuple[Scorer, Batcher]:
         if self._scorer is None or self._batcher is None:
             raise HTTPException(503, "the model is not loaded yet", RETRY_AFTER)
         return self._scorer, self._batcher
 
-    async def answer(self, request: Request, form: TypeAdapter[Any]) -> Any:
+    @asynccontextmanager
+    async def admission(self) -> AsyncIterator[Admission]:
+        """Admit a request. It counts, and its memory does, until the context is closed: when its answer is written."""
+        with self._budget.share() as share:
+            admission = Admission(share)
+            try:
+                yield admission
+            finally:
+                self._in_flight -= admission.counts
+
+    async def answer(self, request: Request, admission: Admission, form: TypeAdapter[Any]) -> Any:
         """Answer a request, as JSON values.
 
         Args:
+            admission: result of `admission`, which is closed when the answer is written.
             form: the form of the request's body.
 
         Raises:
             HTTPException: 408, 413, 415, 422, 429, 500, 503, or 499 if the client closes the connection.
         """
         try:
-            return await self._answer(request, form)
+            return await self._answer(request, admission, form)
         except asyncio.CancelledError as error:  # uvicorn cancels requests when the time of its shutdown is over
             raise HTTPException(503, "the server is shutting down; try again later", RETRY_AFTER | CLOSE) from error
 
-    async def _answer(self, request: Request, form: TypeAdapter[Any]) -> Any:
+    async def _answer(self, request: Request, admission: Admission, form: TypeAdapter[Any]) -> Any:
         arrived = time.monotonic()
         self._ready()
         self._refuse_more_than(self.limits.requests)
-        asked: Asked = await self._read(request, form)
+        body = await read_body(request, admission.share, self.limits)
         self._refuse_more_than(self.limits.requests)
         self._in_flight += 1
-        try:
-            return asked.answer(await unless_disconnected(request, self.score(asked, arrived)))
-        finally:
-            self._in_flight -= 1
+        admission.counts = True
+        answering = self._answer_body(body, admission.share, form, arrived)
+        del body  # it is as large as its texts
+        return await unless_disconnected(request, answering)
 
     def _refuse_more_than(self, requests: int) -> None:
         if self._in_flight >= requests:
             raise HTTPException(429, f"{self._in_flight} requests are being served; try again later", RETRY_AFTER)
 
-    async def _read(self, request: Request, form: TypeAdapter[Asked]) -> Asked:
-        body = await self._bodies.read(request)
+    async def _answer_body(self, body: bytes, share: Share, form: TypeAdapter[Asked], arrived: float) -> Any:
         try:
-            asked = await asyncio.to_thread(parse, body, form)
+            with span("parse", bytes=len(body)):
+                asked = await self._parsers.run(parse, body, form, self.limits.documents)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        if (documents := sum(len(texts) for _, texts in asked.lists)) > self.limits.documents:
-            raise HTTPException(422, f"{documents} documents are more than {self.limits.documents}")
+        del body
         self._note_unknown(asked)
-        return asked
+        share.hold(asked.held_bytes)
+        return asked.answer(await self.score(asked, share, arrived))
 
     def _note_unknown(self, asked: Asked) -> None:
         """Log the names of unknown fields, each once."""
-        new = {name[:40] for name, value in (asked.model_extra or {}).items() if value is not None}
-        new -= self._unknown_fields
+        new = asked.unknown_fields - self._unknown_fields
         if new and len(self._unknown_fields) < MAX_LOGGED_NAMES:
             self._unknown_fields |= new
             logger.warning("requests have fields that are unknown and do nothing: %s", sorted(new))
 
-    async def score(self, asked: Asked, arrived: float) -> RequestScores:
+    async def score(self, asked: Asked, share: Share, arrived: float) -> RequestScores:
         """Score the documents of a request, in batches with documents of other requests.
 
         Args:
+            share: memory of the request. The request drops its texts when they are tokenised.
             arrived: time of the request's arrival, as a value of `time.monotonic`.
 
         Raises:
@@ -175,17 +209,19 @@ class Service:
             setting = asked.setting | ({"cutoff_layers": self.limits.degrade_to} if degraded else {})
             instruction = asked.any_instruction
             of_scale = (setting, asked.normalizer, asked.deadline_ms, instruction)
-            scale = await asyncio.to_thread(scorer.scale, *of_scale)
-            fusion = await asyncio.to_thread(scorer.fusion, asked.fusion, asked.first_stage_of_documents)
-            for query, texts in asked.lists:
-                arguments = (query, texts, setting, asked.lengths, asked.chunks, instruction, fusion)
-                task = await asyncio.to_thread(scorer.prepare, *arguments)
-                if len(task.pairs) > self.limits.documents:
-                    raise HTTPException(422, f"{len(task.pairs)} chunks are more than {self.limits.documents}")
-                end = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
-                tasks.append(replace(task, end=end, shows_exit=degraded))
+            scale = await self._tokenizers.run(scorer.scale, *of_scale)
+            fusion = await self._tokenizers.run(scorer.fusion, asked.fusion, asked.first_stage_of_documents)
+            end = None if asked.deadline_ms is None else arrived + asked.deadline_ms / 1000
+            with span("tokenise"):
+                for number in range(len(asked.lists)):
+                    prepare = partial(_prepare, scorer, asked, number, setting, fusion, self.limits.documents)
+                    tasks.append(replace(await self._tokenizers.run(prepare), end=end, shows_exit=degraded))
         except (TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
+        asked.drop_texts()
+        tokens = sum(task.all_tokens for task in tasks)
+        pairs = sum(len(task.pairs) for task in tasks)
+        share.hold(asked.held_bytes + 4 * tokens + BYTES_OF_A_PAIR * pairs)
         if degraded:
             self.metrics.degraded()
         deadlines = sum(task.end is not None for task in tasks)
@@ -197,8 +233,7 @@ class Service:
         operations = None
         if asked.counts_operations:
             counted = map(scorer.count_operations, tasks, found)
-            operations = await asyncio.to_thread(sum, counted)
-        tokens = sum(task.all_tokens for task in tasks)
+            operations = await self._tokenizers.run(sum, counted)
         hits = [task.hits(own) for task, own in zip(tasks, found, strict=True)]
         depth = tasks[0].setting.depth
         return RequestScores(
@@ -215,15 +250,18 @@ class Service:
 
     def _degrades(self, asked: Asked) -> bool:
         """Return whether a request is answered at `degrade_to`. Raises as `MatryoshkaReranker.setting`."""
-        scorer, batcher = self._ready()
-        exit = self.limits.degrade_to
-        if exit is None or asked.fixes_depth or batcher.waiting <= DEGRADE_ABOVE * self.limits.requests:
+        scorer, _ = self._ready()
+        exit, others = self.limits.degrade_to, self._in_flight - 1
+        if exit is None or asked.fixes_depth or others <= DEGRADE_ABOVE * self.limits.requests:
             return False
         return is_shallower(exit, scorer.reranker.setting(**asked.setting))
 
     async def _compute(self, batcher: Batcher, task: Task) -> Sequence[Hit]:
         try:
-            return await batcher.submit(task.key, task.items, task.shared_tokens, task.tokens, task.divisible)
+            end = math.inf if task.end is None else task.end
+            of_task = (task.key, task.items, task.shared_tokens, task.tokens, task.divisible, end)
+            with span("compute", documents=len(task.pairs), tokens=task.all_tokens), queue_span() as started:
+                return await batcher.submit(*of_task, started)
         except (torch.OutOfMemoryError, MemoryError) as error:
             logger.exception("a request of %d documents does not fit into memory", len(task.pairs))
             raise HTTPException(503, "the request does not fit into memory; send shorter texts", RETRY_AFTER) from error
@@ -238,15 +276,39 @@ class Service:
         """Score one pair if the last computation failed.
 
         Raises:
-            HTTPException: 503 if the model is not loaded, or fails.
+            HTTPException: 503 if the model is not loaded, or fails, or requests wait too long for their tokens.
         """
         scorer, batcher = self._ready()
+        for threads, work in ((self._parsers, "parsed"), (self._tokenizers, "tokenised")):
+            if (seconds := threads.seconds_of_oldest) > STUCK_SECONDS:
+                raise HTTPException(503, f"a request has waited {seconds:.0f} seconds to be {work}", RETRY_AFTER)
         if batcher.failing:
             try:
-                task = scorer.prepare("query", ["document"], {}, Lengths())
+                task = scorer.prepare("query", ["document"], {}, Lengths(), max_pairs=1)
                 await batcher.submit(task.setting, task.pairs, task.shared_tokens, task.tokens)
             except Exception as error:
                 raise HTTPException(503, "the model fails", RETRY_AFTER) from error
+
+
+@dataclass(eq=False)
+class Admission:
+    """A request that is being served.
+
+    Attributes:
+        share: the memory that it holds.
+        counts: whether it counts as one of `Limits.requests`.
+    """
+
+    share: Share
+    counts: bool = False
+
+
+def _prepare(
+    scorer: Scorer, asked: Asked, number: int, setting: Mapping[str, Any], fusion: Fusion | None, max_pairs: int
+) -> Task:
+    """Tokenise one query of a request with its documents; arguments and errors as `Scorer.prepare`."""
+    query, texts = asked.lists[number]
+    return scorer.prepare(query, texts, setting, asked.lengths, max_pairs, asked.chunks, asked.any_instruction, fusion)
 
 
 async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flagembedding_matryoshka.serve import Limits, create_app
+from flagembedding_matryoshka.serve.forms import RERANK, SCORE, cohere, parse
 from tests.serve.conftest import client_of, serving, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -285,11 +286,63 @@ def test_a_key_may_be_of_any_letters(reranker, right):
             assert client.post("/rerank", json=body, headers=headers).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["text"] * 2, "rank_fields: Value error, a field is named twice"),
+        ([f"f{number}" for number in range(33)], "rank_fields: List should have at most 32 items"),
+    ],
+)
+def test_fields_to_rank_are_few_and_distinct(client, fields, message):
+    document = dict.fromkeys(fields, "t")
+    answer = client.post("/rerank", json={"query": "q", "documents": [document], "rank_fields": fields})
+    assert answer.status_code == 422 and message in answer.json()["message"]
+    answer = client.post("/rerank", json={"query": "q", "documents": [document], "rank_fields": fields[-1:] * 1})
+    assert answer.status_code == 200
+
+
+def test_texts_are_made_of_no_more_documents_than_are_allowed(monkeypatch):
+    made, ranked_text = [], cohere._ranked_text
+
+    def noting(number, *arguments):
+        made.append(number)
+        return ranked_text(number, *arguments)
+
+    monkeypatch.setattr(cohere, "_ranked_text", noting)
+    body = json.dumps({"query": "q", "documents": [{"text": "t"}] * 4}).encode()
+    with pytest.raises(ValueError, match="4 documents are more than 3"):
+        parse(body, RERANK, 3)
+    assert not made
+    assert len(parse(body, RERANK, 4).lists[0][1]) == len(made) == 4
+
+
+@pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers"])
+def test_lists_of_layers_are_short(client, name):
+    answer = client.post("/rerank", json={"query": "q", "texts": ["t"], name: [2] * 1001})
+    assert answer.status_code == 422 and "at most 1000 items" in answer.json()["message"]
+
+
+def test_no_more_chunks_are_made_than_are_allowed(reranker, monkeypatch):
+    made, passage_offsets = [], reranker._pair_tokenizer.passage_offsets
+
+    def noting(*arguments):
+        made.append(arguments)
+        return passage_offsets(*arguments)
+
+    monkeypatch.setattr(reranker._pair_tokenizer, "passage_offsets", noting)
+    with client_of(reranker, limits=Limits(documents=4)) as client:
+        body = {"query": "q", "documents": ["wing and lift " * 2000], "overlap": 0}
+        answer = client.post("/rerank", json=body)
+        assert (answer.status_code, answer.json()["message"]) == (422, "5 chunks are more than 4")
+        assert len(made) <= 6
+        assert client.post("/rerank", json=body | {"max_chunks_per_doc": 3}).status_code == 200
+
+
 def test_limits_of_documents_and_bytes(reranker):
     with client_of(reranker, limits=Limits(documents=2, body_bytes=200)) as client:
         assert client.post("/rerank", json={"query": "q", "texts": ["t"] * 2}).status_code == 200
         answer = client.post("/rerank", json={"query": "q", "texts": ["t"] * 3})
-        assert (answer.status_code, answer.json()["message"]) == (422, "3 documents are more than 2")
+        assert (answer.status_code, answer.json()["message"]) == (422, "body: Value error, 3 documents are more than 2")
         large = json.dumps({"query": "q", "texts": ["t" * 200]}).encode()
         chunks = (large[start : start + 50] for start in range(0, len(large), 50))
         for content in (large, chunks):
@@ -321,6 +374,73 @@ def test_without_the_token_nothing_is_ranked(reranker, header):
         assert client.get("/health").status_code == 200
 
 
+def held(client):
+    return float(re.search(r"^matryoshka_request_bytes (\S+)$", client.get("/metrics").text, re.M)[1])
+
+
+def test_memory_of_a_request_is_that_of_its_values():
+    text = "a" * 100_000
+    sizes = [
+        parse(json.dumps({"query": "q", "texts": [other]}, ensure_ascii=False).encode(), RERANK, 9).held_bytes
+        for other in (text, text + "\N{GRINNING FACE}")
+    ]
+    assert 100_000 < sizes[0] < 110_000 and 400_000 < sizes[1] < 410_000
+
+
+@pytest.mark.parametrize(
+    ("form", "body", "repeats"),
+    [
+        (RERANK, {"query": "q", "documents": ["TEXT"]}, False),
+        (RERANK, {"query": "q", "documents": ["TEXT"], "return_documents": True}, True),
+        (RERANK, {"query": "q", "documents": ["TEXT"], "top_k": 1, "return_documents": True}, True),
+        (RERANK, {"query": "q", "texts": ["TEXT"]}, False),
+        (RERANK, {"query": "q", "texts": ["TEXT"], "return_text": True}, True),
+        (SCORE, {"text_1": "q", "text_2": ["TEXT"]}, False),
+    ],
+)
+def test_texts_are_dropped_unless_the_answer_repeats_them(form, body, repeats):
+    asked = parse(json.dumps(body).replace("TEXT", "t" * 10_000).encode(), form, 9)
+    assert asked.held_bytes > 10_000
+    asked.drop_texts()
+    assert (asked.held_bytes > 10_000) == repeats
+
+
+def test_memory_of_requests_has_a_limit(reranker, gate):
+    """A text of one emoji and many letters has four times the bytes of its body."""
+    limits = Limits(body_bytes=100_000, bytes=300_000)
+    with client_of(reranker, limits=limits) as client, ThreadPoolExecutor() as pool:
+        content = json.dumps({"query": "q", "texts": ["a" * 70_000 + "\N{GRINNING FACE}"]}, ensure_ascii=False).encode()
+        first = pool.submit(client.post, "/rerank", content=content)
+        assert gate.entered.wait(10)
+        assert 0 < held(client) < 10_000, "tokens and no texts"
+        repeated = json.loads(content) | {"return_text": True}
+        second = pool.submit(client.post, "/rerank", json=repeated)
+        wait_for(client, "matryoshka_queue_requests 2.0")
+        while held(client) < 280_000:
+            time.sleep(0.01)
+        refused = client.post("/rerank", json=repeated)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert "too many large requests" in refused.json()["message"]
+        gate.set()
+        assert [answer.result().status_code for answer in (first, second)] == [200, 200]
+        assert held(client) == 0
+        assert client.post("/rerank", json=repeated).status_code == 200
+
+
+def test_the_limit_and_the_queue_count_requests_and_not_queries(reranker, gate):
+    with client_of(reranker, limits=Limits(requests=2, degrade_to=3)) as client, ThreadPoolExecutor() as pool:
+        pairs = {"text_1": [f"query {number}" for number in range(20)], "text_2": ["t"] * 20}
+        many = pool.submit(client.post, "/score", json=pairs)
+        assert gate.entered.wait(10)
+        wait_for(client, "matryoshka_queue_requests 1.0")
+        other = pool.submit(client.post, "/rerank", json={"query": "q", "texts": ["t"]})
+        wait_for(client, "matryoshka_queue_requests 2.0")
+        assert client.post("/rerank", json={"query": "q", "texts": ["t"]}).status_code == 429
+        gate.set()
+        assert len(many.result().json()["data"]) == 20
+        assert "cutoff_layer" not in other.result().json()[0]
+
+
 def test_who_hangs_up_is_not_computed(reranker, gate):
     with client_of(reranker) as client, ThreadPoolExecutor() as pool:
         first = pool.submit(client.post, "/rerank", json={"query": "q", "texts": ["first"]})
@@ -329,7 +449,7 @@ def test_who_hangs_up_is_not_computed(reranker, gate):
         with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
             gone.sendall(f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             wait_for(client, "matryoshka_queue_requests 2.0")
-        wait_for(client, 'matryoshka_requests_total{status="499"} 1.0')
+        wait_for(client, 'matryoshka_requests_total{path="/rerank",status="499"} 1.0')
         gate.set()
         assert first.result().status_code == 200
         assert client.post("/rerank", json={"query": "q", "texts": ["last"]}).status_code == 200
@@ -343,7 +463,7 @@ def test_who_hangs_up_while_sending_is_no_error_of_the_server(reranker):
         with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
             gone.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             time.sleep(0.1)
-        wait_for(client, 'matryoshka_requests_total{status="499"} 1.0')
+        wait_for(client, 'matryoshka_requests_total{path="/rerank",status="499"} 1.0')
 
 
 def test_metrics_count_requests_batches_and_tokens(reranker, gate):
@@ -360,9 +480,11 @@ def test_metrics_count_requests_batches_and_tokens(reranker, gate):
         metrics = client.get("/metrics")
         assert metrics.headers["content-type"].startswith("text/plain; version=")
         for line in (
-            'matryoshka_requests_total{status="200"} 4.0',
-            'matryoshka_requests_total{status="422"} 1.0',
-            "matryoshka_request_seconds_count 5.0",
+            'matryoshka_requests_total{path="/rerank",status="200"} 4.0',
+            'matryoshka_requests_total{path="/rerank",status="422"} 1.0',
+            'matryoshka_request_seconds_count{path="/rerank",status="2xx"} 4.0',
+            'matryoshka_request_seconds_count{path="/rerank",status="4xx"} 1.0',
+            "matryoshka_queue_seconds_count 4.0",
             "matryoshka_batch_seconds_count 2.0",
             "matryoshka_batch_requests_sum 4.0",
             "matryoshka_batch_documents_sum 8.0",

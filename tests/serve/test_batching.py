@@ -1,12 +1,12 @@
 import asyncio
 import threading
 
-from flagembedding_matryoshka.serve.batching import Batcher
+from flagembedding_matryoshka.serve.batching import MAX_INTERRUPTED, Batcher
 
 
 class Doubler:
-    """Doubles numbers, one call at a time, and remembers the calls; each waits until `open` is set. The key "steps" is
-    computed number by number."""
+    """Doubles numbers, one call at a time, and remembers the calls; each waits until `open` is set. A key that begins
+    with "steps" is computed number by number."""
 
     def __init__(self):
         self.calls = []
@@ -18,10 +18,10 @@ class Doubler:
         self.threads.add(threading.current_thread().name)
         self.calls.append((key, [list(share) for share in shares]))
         self.open.wait(10)
-        if key == "steps":
+        if key.startswith("steps"):
             for _item in shares[0]:
                 between()
-                self.calls.append("a step")
+                self.calls.append(f"a step{key.removeprefix('steps')}")
         if any("bad" in share for share in shares):
             raise ValueError("bad item")
         return [[2 * item for item in share] for share in shares]
@@ -36,7 +36,7 @@ def run(scenario, **limits):
             return await asyncio.wait_for(scenario(batcher, doubler), 10)
 
     returned = asyncio.run(main())
-    assert len([name for name in doubler.threads if "between" not in name]) <= 1
+    assert len([name for name in doubler.threads if "level 0" in name]) <= 1
     return doubler.calls, returned
 
 
@@ -48,8 +48,7 @@ async def while_busy(batcher, doubler, *jobs):
         await asyncio.sleep(0.001)
     tasks = []
     for key, items, *rest in jobs:
-        divisible = rest[0] if rest else True
-        tasks.append(asyncio.create_task(batcher.submit(key, items, 0, [1] * len(items), divisible)))
+        tasks.append(asyncio.create_task(batcher.submit(key, items, 0, [1] * len(items), *rest)))
         await asyncio.sleep(0)
     return busy, tasks
 
@@ -163,7 +162,6 @@ def test_the_batcher_knows_whether_the_last_computation_failed():
 def test_a_cancelled_task_is_not_computed():
     async def scenario(batcher, doubler):
         _, tasks = await while_busy(batcher, doubler, ("k", [1]), ("k", [2]))
-        assert batcher.waiting == 3
         tasks[0].cancel()
         await asyncio.sleep(0)
         doubler.open.set()
@@ -203,6 +201,13 @@ def test_every_computation_is_reported():
     reports = []
     run(scenario_of(("k", [1, 2]), ("k", [3])), max_tokens=10, report=reports.append)
     assert [(report.requests, report.items, report.tokens) for report in reports] == [(1, 1, 1), (2, 3, 3)]
+    assert [len(report.queued) for report in reports] == [1, 2]
+
+
+def test_a_task_of_several_batches_waits_for_its_first_one_only():
+    reports = []
+    run(scenario_of(("k", [1, 2, 3])), max_tokens=2, report=reports.append)
+    assert [len(report.queued) for report in reports] == [1, 1, 0]
 
 
 def test_between_the_steps_of_what_must_not_be_divided_others_are_computed():
@@ -241,3 +246,123 @@ def test_steps_that_nobody_waits_for_are_not_made():
     calls, result = run(scenario, max_tokens=3)
     assert calls == [("steps", [[1, 2, 3]]), ("k", [[4]])]
     assert result == ([8], False)
+
+
+def order(calls):
+    """The names of the calls, without those of steps."""
+    return [call[0] for call in calls if isinstance(call, tuple)]
+
+
+def test_the_earliest_deadline_is_first_and_before_others_that_came_earlier():
+    jobs = [("k", [1]), ("steps late", [2], False, 20.0), ("steps early", [3], False, 10.0), ("k", [4])]
+    calls, results = run(scenario_of(*jobs), max_tokens=10)
+    assert order(calls)[1:] == ["steps early", "k", "steps late"]
+    assert results == [[2], [4], [6], [8], [0]]
+
+
+def test_deadlines_that_keep_coming_do_not_starve_others():
+    async def scenario(batcher, doubler):
+        cascade = asyncio.create_task(batcher.submit("steps", [1, 2, 3], 0, [100] * 3, False))
+
+        async def client():
+            for count in range(100):
+                if cascade.done():
+                    return count
+                await batcher.submit("steps of a deadline", [1], 0, [1], False, 1.0)
+            return None
+
+        return await asyncio.gather(client(), client()), await cascade
+
+    _, (counts, result) = run(scenario, max_tokens=4)
+    assert None not in counts and result == [2, 4, 6]
+
+
+def arriving_between_steps(first, *jobs, max_tokens=3):
+    """What is computed, call by call, if `jobs` arrive while the first task is before its second step."""
+
+    async def scenario(batcher, doubler):
+        doubler.open.clear()
+        tasks = [asyncio.create_task(batcher.submit(*first))]
+        while not doubler.calls:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(batcher.submit(*job)) for job in jobs]
+        await asyncio.sleep(0)
+        doubler.open.set()
+        return await asyncio.gather(*tasks)
+
+    return run(scenario, max_tokens=max_tokens)[0]
+
+
+def test_a_deadline_interrupts_a_cascade_between_two_steps():
+    cascade = ("steps of a cascade", [1, 2, 3], 0, [3] * 3, False)
+    late = ("steps late", [4], 0, [1], False, 20.0)
+    early = ("steps early", [5], 0, [1], False, 10.0)
+    calls = arriving_between_steps(cascade, late, early)
+    assert order(calls) == ["steps of a cascade", "steps early", "steps late"]
+    assert calls[-3:] == ["a step of a cascade"] * 3
+
+
+def test_a_deadline_interrupts_a_later_one_and_no_earlier_one():
+    def one(name, end):
+        return (f"steps {name}", [1, 2], 0, [1] * 2, False, end)
+
+    calls = arriving_between_steps(one("late", 20.0), one("early", 10.0))
+    assert calls[-4:] == ["a step early"] * 2 + ["a step late"] * 2
+    calls = arriving_between_steps(one("early", 10.0), one("late", 20.0))
+    assert calls[1] == "a step early" and calls[-2:] == ["a step late"] * 2
+
+
+def test_a_small_cascade_passes_a_large_one_and_not_the_other_way_round():
+    large = ("steps large", list(range(4)), 0, [3] * 4, False)
+    small = ("steps small", [1], 0, [3], False)
+    calls = arriving_between_steps(large, small)
+    assert calls[2] == "a step small" and calls[3:] == ["a step large"] * 4
+    calls = arriving_between_steps(small, large)
+    assert calls[1] == "a step small" and calls[-4:] == ["a step large"] * 4
+
+
+def test_a_cascade_that_is_nearly_done_is_not_interrupted_by_another():
+    async def scenario(batcher, doubler):
+        first = asyncio.create_task(batcher.submit("steps first", list(range(4)), 0, [3] * 4, False))
+        while len(doubler.calls) < 4:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(batcher.submit("steps second", [1], 0, [3], False))
+        return await asyncio.gather(first, second)
+
+    calls, _ = run(scenario, max_tokens=3)
+    assert order(calls) == ["steps first", "steps second"]
+    assert calls.index("a step second") > max(at for at, call in enumerate(calls) if call == "a step first")
+
+
+def test_few_tasks_are_interrupted_at_one_time():
+    """Each deadline is earlier than the one before."""
+    depth, deepest = 0, 0
+
+    class Nested(Doubler):
+        def __call__(self, key, shares, between):
+            nonlocal depth, deepest
+            depth += 1
+            deepest = max(deepest, depth)
+            self.calls.append(key)
+            if len(self.calls) < 30:
+                asyncio.run_coroutine_threadsafe(self.another(), self.loop).result()
+            between()
+            depth -= 1
+            return [list(shares[0])]
+
+        async def another(self):
+            end = 1000.0 - len(self.calls)
+            self.tasks.append(asyncio.create_task(self.batcher.submit("k", [1], 0, [1], False, end)))
+            await asyncio.sleep(0)
+
+    async def main():
+        doubler = Nested()
+        async with Batcher(doubler, 10) as doubler.batcher:
+            doubler.loop, doubler.tasks = asyncio.get_running_loop(), []
+            await doubler.another()
+            while not all(task.done() for task in doubler.tasks):
+                await asyncio.sleep(0.001)
+            return len(doubler.tasks)
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == 30
+    assert deepest == MAX_INTERRUPTED

@@ -3,6 +3,7 @@
 import json
 import re
 
+from flagembedding_matryoshka.serve.document import BODIES_OF_RERANK, BODIES_OF_SCORE
 from tests.serve.conftest import client_of
 
 
@@ -36,3 +37,50 @@ def test_the_page_of_documentation_loads_nothing_from_elsewhere(client):
     loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert loaded and all(address.startswith("/") for address in loaded)
     assert all(client.get(address).status_code == 200 for address in loaded)
+
+
+def operations(client):
+    """(path, method, description) of every call."""
+    paths = client.get("/openapi.json").json()["paths"]
+    return [(path, method, described) for path, methods in paths.items() for method, described in methods.items()]
+
+
+def test_every_call_has_a_summary_and_a_tag(client):
+    found = operations(client)
+    assert len(found) == 12
+    assert all(described["summary"] and len(described["tags"]) == 1 for _, _, described in found)
+
+
+def test_examples_of_bodies_are_answered(client):
+    answered = 0
+    for path, method, described in operations(client):
+        if method == "post":
+            content = described["requestBody"]["content"]["application/json"]
+            for name, example in content["examples"].items():
+                body = example["value"] | ({"cascade": {"3": 0.5}} if "cascade" in example["value"] else {})
+                assert client.post(path, json=body).status_code == 200, (path, name)
+                answered += 1
+    assert answered == 3 * len(BODIES_OF_RERANK) + 2 * len(BODIES_OF_SCORE)
+
+
+def keys(value):
+    """The names of fields, in lists those of the first item."""
+    if isinstance(value, dict):
+        return {name: keys(item) for name, item in value.items()}
+    return [keys(value[0])] if isinstance(value, list) and value else None
+
+
+def test_examples_of_answers_have_the_fields_of_answers(client):
+    for path, method, described in operations(client):
+        content = described["responses"]["200"]["content"]
+        if "application/json" not in content:
+            assert path == "/metrics"
+            continue
+        body = next(
+            iter({"/score": BODIES_OF_SCORE, "/v1/score": BODIES_OF_SCORE}.get(path, BODIES_OF_RERANK).values())
+        )
+        answer = client.request(method, path.replace("{model_id}", "tiny"), json=body if method == "post" else None)
+        example, found = content["application/json"]["example"], answer.json()
+        if path == "/info":
+            assert set(example.pop("checkpoint")) < set(found.pop("checkpoint"))
+        assert keys(example) == keys(found), path

@@ -333,6 +333,18 @@ def test_the_cascade_of_the_plan_drops_by_fused_scores(planned_path):
         like(asked(client, "cohere"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*names no weights")
+def test_the_presets_are_those_of_the_plan(planned_path):
+    planned = load(planned_path)
+    with client_of(planned) as client:
+        presets = client.get("/info").json()["presets"]
+    for name, quality in (("fast", 0.95), ("balanced", 0.99)):
+        setting = planned.plan.choose(quality=quality)
+        cascade = {str(layer): share for layer, share in setting.cascade}
+        assert presets[name] == setting.arguments | {"cascade": cascade}
+    assert presets["full"]["cutoff_layers"] == [6] and not presets["full"]["cascade"]
+
+
 def test_the_information_of_a_model_without_a_plan(client):
     assert client.get("/info").json()["fusion"] == {"default": None, "plan": None}
 

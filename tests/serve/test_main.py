@@ -1,5 +1,6 @@
 """The command line, in a process of its own."""
 
+import gc
 import inspect
 import json
 import logging.config
@@ -12,39 +13,55 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 
 import httpx
 import pytest
+import uvicorn
+from asgi_correlation_id import correlation_id
+from transformers.utils import logging as transformers_logging
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.arguments import given_options
+from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.__main__ import (
     API_KEY_VARIABLE,
+    OF_LIMITS,
+    OF_UVICORN,
     WITHOUT,
     build_parser,
+    load_reranker,
     main,
-    read_api_key,
+    read_api_keys,
 )
-from flagembedding_matryoshka.serve.logs import REQUEST_ID, log_config
+from flagembedding_matryoshka.serve.logs import log_config
 from tests.qwen import write_causal_lm
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert read_api_key(None) is None
-    monkeypatch.setenv(API_KEY_VARIABLE, "from the environment")
-    assert read_api_key(None) == "from the environment"
+    assert read_api_keys(None) is None
+    monkeypatch.setenv(API_KEY_VARIABLE, " from the environment ")
+    assert read_api_keys(None).name_of(b"from the environment") == "key"
     path = tmp_path / "key"
-    path.write_text("from the file\n")
-    assert read_api_key(path) == "from the file"
     path.write_text("clé-voilà\n", encoding="utf-8")
-    assert read_api_key(path) == "clé-voilà"
+    assert read_api_keys(path).name_of("clé-voilà".encode()) == "key"
+    assert read_api_keys(path).name_of(b"from the environment") is None
     path.write_text(" \n")
     with pytest.raises(ValueError, match=r"the API key in .*key is empty"):
-        read_api_key(path)
+        read_api_keys(path)
     monkeypatch.setenv(API_KEY_VARIABLE, "")
     with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE} is empty"):
-        read_api_key(None)
+        read_api_keys(None)
+
+
+def test_a_network_without_a_key_is_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
+        with restored_logging(), pytest.raises((OSError, ValueError)):
+            main(["--model", str(tmp_path / "nothing"), "--port", "0", "--host", host])
+        assert ("without an API key" in caplog.text) is warned
+        caplog.clear()
 
 
 def test_every_argument_is_explained():
@@ -79,6 +96,33 @@ def test_the_command_line_takes_what_the_class_takes():
         build_parser().parse_args(["--model", "m", "--quantization", "int3"])
 
 
+def test_options_of_the_server_reach_uvicorn_and_the_limits():
+    options = build_parser().parse_args(["--model", "m"])
+    assert Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()}) == Limits()
+    assert set(OF_LIMITS) == {field.name for field in fields(Limits)}
+    line = "--model m --max_bytes 9000000 --max_documents 7 --degrade_to 3 --uds /run/x --root_path /a --port 1"
+    options = build_parser().parse_args([*line.split(), "--keep_alive_seconds", "9", "--ssl_certfile", "c"])
+    assert Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()}) == Limits(
+        7, bytes=9_000_000, degrade_to=3
+    )
+    config = uvicorn.Config(create_app, **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()})
+    assert (config.uds, config.root_path, config.port, config.timeout_keep_alive) == ("/run/x", "/a", 1, 9)
+    assert config.ssl_certfile == "c" and config.timeout_graceful_shutdown == 30
+    with pytest.raises(ValueError, match="max_bytes is 1, less than max_body_bytes"):
+        Limits(bytes=1)
+
+
+def test_what_is_loaded_is_no_burden_of_the_garbage_collector(tiny_layerwise_path):
+    before = gc.get_freeze_count()
+    try:
+        reranker = load_reranker(str(tiny_layerwise_path), Limits(), dtype="float32", devices="cpu")
+        assert gc.get_freeze_count() > before + 10_000
+        assert len(gc.get_objects()) < 10_000
+        assert reranker.compute_score([("q", "t")])
+    finally:
+        gc.unfreeze()
+
+
 def test_what_cannot_be_loaded_ends_the_server(tmp_path):
     with restored_logging(), pytest.raises((OSError, ValueError), match=str(tmp_path)):
         main(["--model", str(tmp_path / "nothing"), "--port", "0"])
@@ -94,9 +138,9 @@ def test_an_exit_to_degrade_to_that_there_is_not_ends_the_server(tiny_layerwise_
 def test_lines_of_the_log(json_lines, capsys):
     with restored_logging():
         logging.config.dictConfig(log_config(json_lines))
-        token = REQUEST_ID.set("id-1")
+        token = correlation_id.set("id-1")
         logging.getLogger("flagembedding_matryoshka.serve").info("a %s", "message", extra={"seconds": 2})
-        REQUEST_ID.reset(token)
+        correlation_id.reset(token)
     line = capsys.readouterr().err.strip()
     if json_lines:
         fields = json.loads(line)
@@ -117,6 +161,9 @@ def restored_logging():
         root.setLevel(before[1])
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        logging.captureWarnings(False)
+        transformers_logging.enable_default_handler()
+        transformers_logging.disable_propagation()
 
 
 @contextmanager
@@ -227,8 +274,16 @@ def test_defaults_of_the_command_line_are_the_rerankers(tiny_layerwise_path):
 
 
 @pytest.mark.slow
-def test_an_assumed_template_is_said_once(tmp_path):
-    with process(write_causal_lm(tmp_path / "mine"), "--dtype", "float32") as (server, address):
+def test_every_line_of_a_json_log_is_json(tmp_path):
+    """Also those about loading, an assumed template among them, which is said once."""
+    path = write_causal_lm(tmp_path / "mine")
+    with process(path, "--dtype", "float32", "--log_format", "json") as (server, address):
         assert httpx.post(f"{address}/rerank", json={"query": "q", "texts": ["t"]}).status_code == 200
-        log = "".join(server.log)
-    assert log.count("'cost_wise' is assumed") == 1 and "WARNING: nothing in" in log
+        server.send_signal(signal.SIGTERM)
+        server.wait(40)
+    records = [json.loads(line) for line in server.log]
+    assumed = [record for record in records if "'cost_wise' is assumed" in record["message"]]
+    assert [record["levelname"] for record in assumed] == ["WARNING"]
+    (ready,) = [record["message"] for record in records if " is ready " in record["message"]]
+    assert re.search(r"mine is ready on cpu in float32, exits \[.*\], template cost_wise", ready)
+    assert [record["path"] for record in records if "path" in record] == ["/rerank"]

@@ -61,7 +61,7 @@ def page(client):
 def test_it_asks_for_nothing_of_elsewhere(page):
     for tag, attributes in Elements(page.text).found:
         assert tag not in ("img", "iframe", "object", "base") and "src" not in attributes
-        assert attributes.get("href", "data:,") == "data:,"
+        assert attributes.get("href", "data:,") in (("docs", "info", "metrics") if tag == "a" else ("data:,",))
     assert not re.search(r"https?:|//[a-z]|@import|url\(|innerHTML|insertAdjacentHTML|localStorage|cookie", page.text)
 
 
@@ -93,6 +93,10 @@ def test_it_is_the_same_before_the_token_and_is_none_of_the_documented_routes(pa
 
 def test_info_tells_what_it_offers(client, reranker):
     info = client.get("/info").json()
+    assert list(info["presets"]) == ["fast", "balanced", "full"]
+    assert [preset["cutoff_layers"] for preset in info["presets"].values()] == [[2], [4], [6]]
+    for preset in info["presets"].values():
+        assert client.post("/rerank", json={"query": "q", "texts": ["t"]} | preset).status_code == 200
     assert info["exits"] == reranker.config.exit_layers
     assert info["num_hidden_layers"] == reranker.config.num_hidden_layers
     assert info["compress_ratios"] == [1, 2, 4, 8]
@@ -157,6 +161,7 @@ FILLED = f"""
     at("documents").value = {in_script((chr(10) * 2).join(DOCUMENTS))};
     at("exit").value = 0;
     at("ratios").querySelectorAll("input")[1].checked = true;
+    choose("");
     update();
 """
 
@@ -182,12 +187,13 @@ def test_a_browser_ranks_what_is_pasted_and_shows_what_has_moved(reranker):
     assert float(share) == pytest.approx(100 * operations[0] / operations[1], rel=0.01)
     assert sum("GFLOP" in text for _, text in page.values("class", "value")) == 2
     assert sum(text.endswith(" ms") for _, text in page.values("class", "value")) == 2
+    assert len(page.values("class", "bar")) == 2 + len(DOCUMENTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("deadline", "exits"), [("", set()), ("0.001", {2}), ("1e9", {6})])
 def test_a_browser_gives_a_deadline_and_says_how_deep_each_document_came(reranker, deadline, exits):
-    script = f'at("exit").value = info.exits.length - 1; at("deadline").value = "{deadline}"; await rank();'
+    script = f'choose("full"); at("deadline").value = "{deadline}"; await rank();'
     with driven(create_app(reranker, "tiny"), script) as address:
         page = browse(address)
     said = [text for attributes, text in page.values("class", "faint") if text.startswith("score ")]
@@ -249,7 +255,15 @@ def test_a_browser_asks_for_the_token(reranker, key, accepted):
     assert (said == "The server wants its API key.") is not accepted
     assert bool(page.values("class", "text")) is accepted
     ((secret, _),) = page.values("id", "secret")
-    assert ("open" in secret) is not accepted
+    assert "open" in secret, "it ranks once before the key is typed"
+
+
+@pytest.mark.slow
+def test_a_browser_ranks_the_example_at_once(reranker):
+    with driven(create_app(reranker, "tiny"), "") as address:
+        page = browse(address)
+    assert len(page.values("class", "text")) == 8
+    assert re.match(r"\d documents? of 8 elsewhere", page.values("role", "status")[0][1])
 
 
 @pytest.mark.slow

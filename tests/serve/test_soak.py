@@ -1,6 +1,6 @@
 """Everything at once, for ten minutes or as many seconds as MATRYOSHKA_SOAK_SECONDS says: against a server with two
-workers on CPUs go rankings, cascades, widths, chunks, scores, faults and clients that hang up, while its workers are
-killed one after the other.
+workers on CPUs go rankings, cascades, widths, chunks, scores of many queries, deadlines, faults, and clients that hang
+up or do not read their answer, while its workers are killed one after the other.
 
 No answer is wrong, no request is lost, memory is flat, and nothing is left behind."""
 
@@ -46,7 +46,11 @@ FAULTS = [
     (b'{"query": "q", "documents": ["d"], "cascade": {"3": 2}}', 422),
     (b'{"query": "q", "documents": ["d"], "truncate_prompt_tokens": 1}', 422),
     (json.dumps({"query": "q", "texts": ["d"] * 401}).encode(), 422),
+    (json.dumps({"query": "q", "documents": [{"d": ""}] * 400, "rank_fields": ["d"] * 4000}).encode(), 422),
 ]
+UNREAD = json.dumps({"query": "q", "texts": ["wing " * 60_000], "return_text": True}).encode()
+"""A request with an answer that the operating system does not take as a whole."""
+ANSWER_SECONDS = 1.0
 
 
 def requests(reranker, dice):
@@ -61,6 +65,12 @@ def requests(reranker, dice):
         documents = [f"{text(60)} {place}" for place in range(dice.choice([1, 3, 20, 100]))]
         body = {"query": query, "raw_scores": True} | asked
         kind = number % 4
+        if number % 12 == 0 and "cascade" not in asked:
+            queries = [text(10) for _ in documents]
+            scores = reranker.compute_score(list(zip(queries, documents, strict=True)), **asked)
+            pairs = {"text_1": queries, "text_2": documents, "raw_scores": True}
+            yield "/score", pairs | asked, {place: {"score": score} for place, score in enumerate(scores)}
+            continue
         if kind == 0 and "cascade" not in asked:
             scores = reranker.compute_score([(query, document) for document in documents], **asked)
             pairs = {"text_1": query, "text_2": documents, "raw_scores": True}
@@ -100,6 +110,7 @@ class Load:
         self.answered = collections.Counter()
         self.gone = 0
         self._counting = threading.Lock()
+        self._unread = []
 
     def run(self, seconds, seed):
         """Raises what a client met."""
@@ -117,15 +128,35 @@ class Load:
                 if fate < 0.1:
                     self._hang_up(path, json.dumps(body).encode(), dice)
                     continue
+                if fate < 0.12:
+                    self._read_nothing()
+                    continue
                 if fate < 0.2:
                     content, status = dice.choice(FAULTS)
                     answer = client.post("/rerank", content=content)
                     assert answer.status_code == status, answer.text
+                elif fate < 0.3:
+                    texts = [f"wing {number}" for number in range(dice.choice([3, 50]))]
+                    answer = client.post("/rerank", json={"query": "q", "texts": texts, "deadline_ms": 100})
+                    assert answer.status_code == 200, answer.text
+                    assert {hit["cutoff_layer"] for hit in answer.json()} <= {2, 3, 4, 5, 6}
                 else:
                     answer = client.post(path, json=body)
                     check(answer, path, body, expected)
                 with self._counting:
                     self.answered[answer.status_code] += 1
+
+    def _read_nothing(self):
+        host, port = self.address.removeprefix("http://").split(":")
+        header = f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UNREAD)}\r\n\r\n".encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect((host, int(port)))
+        connection.sendall(header + UNREAD)
+        with self._counting:
+            self.gone += 1
+            self._unread.append(connection)  # it stays open
 
     def _hang_up(self, path, body, dice):
         host, port = self.address.removeprefix("http://").split(":")
@@ -168,8 +199,11 @@ def resident(server):
 
 def requests_by_status(address):
     text = httpx.get(f"{address}/metrics").text
-    assert "matryoshka_queue_requests 0.0" in text
-    return {int(k): float(n) for k, n in re.findall(r'^matryoshka_requests_total{status="(\d+)"} (\S+)', text, re.M)}
+    assert "matryoshka_queue_requests 0.0" in text and "matryoshka_request_bytes 0.0" in text
+    counted = collections.Counter()
+    for status, number in re.findall(r'^matryoshka_requests_total{path="[^"]+",status="(\d+)"} (\S+)', text, re.M):
+        counted[int(status)] += float(number)
+    return counted
 
 
 @pytest.mark.slow
@@ -180,6 +214,7 @@ def test_soak(tiny_layerwise_path, record_property):
     pool = list(requests(alone, random.Random(0)))
     files, seen = set(SHARED_MEMORY.iterdir()), set()
     arguments = ["--dtype", "float32", "--max_length", "64", "--devices", "cpu", "cpu", "--max_documents", "400"]
+    arguments += ["--answer_seconds", str(ANSWER_SECONDS)]
     with process(tiny_layerwise_path, *arguments) as (running, address), ThreadPoolExecutor(1) as killer:
         server, load, stop = psutil.Process(running.pid), Load(address, pool), threading.Event()
         load.run(SECONDS / 4, seed=0)
@@ -193,6 +228,7 @@ def test_soak(tiny_layerwise_path, record_property):
         load.run(SECONDS / 4, seed=2)  # those that are new have warmed up, too
         after = resident(server)
         seen.update(worker.pid for worker in server.children())
+        time.sleep(2 * ANSWER_SECONDS)
         counted = requests_by_status(address)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) in (0, -signal.SIGTERM)

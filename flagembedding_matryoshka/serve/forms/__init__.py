@@ -14,6 +14,7 @@ from flagembedding_matryoshka.serve.forms.cohere import (
     InfinityRequest,
     VoyageAnswer,
 )
+from flagembedding_matryoshka.serve.forms.common import MAX_DOCUMENTS
 from flagembedding_matryoshka.serve.forms.tei import TeiResult, TextsRequest
 from flagembedding_matryoshka.serve.forms.vllm import ScoreAnswer, ScoreRequest
 
@@ -51,14 +52,17 @@ __all__ = [
 ]
 
 
-def parse(body: bytes, form: TypeAdapter[T]) -> T:
+def parse(body: bytes, form: TypeAdapter[T], max_documents: int) -> T:
     """Read a request. A byte order mark before the body is passed over.
+
+    Args:
+        max_documents: most documents, or pairs, of a request.
 
     Raises:
         ValueError: naming the first errors and their fields.
     """
     try:
-        return form.validate_json(body.removeprefix(codecs.BOM_UTF8))
+        return form.validate_json(body.removeprefix(codecs.BOM_UTF8), context={MAX_DOCUMENTS: max_documents})
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
         # The first place of an error of RERANK is the tag of its form.

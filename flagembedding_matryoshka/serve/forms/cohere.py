@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, FailFast, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, FailFast, Field, ValidationInfo, model_validator
 from typing_extensions import NotRequired, Self, TypedDict
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage_score
@@ -20,6 +21,21 @@ from flagembedding_matryoshka.serve.forms.common import (
     RequestScores,
     Usage,
 )
+
+MAX_RANK_FIELDS = 32
+
+
+def _refuse_repeated(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("a field is named twice")
+    return names
+
+
+RankFields = Annotated[
+    list[str],
+    Field(min_length=1, max_length=MAX_RANK_FIELDS, fail_fast=True, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_refuse_repeated),
+]
 
 
 class CohereResult(RankedResult):
@@ -95,8 +111,8 @@ class DocumentsRequest(Request):
     return_operations: Flag | None = Field(
         None, description="whether `usage` has the floating-point operations. Default: false"
     )
-    rank_fields: list[str] | None = Field(
-        None, min_length=1, description="fields of documents that are objects to rank, in this order. Default: text"
+    rank_fields: RankFields | None = Field(
+        None, description="fields of documents that are objects to rank, in this order. Default: text"
     )
     max_chunks_per_doc: int | None = Field(
         None, ge=1, description="cut documents that are too long into this many chunks at most; the best one counts"
@@ -109,9 +125,12 @@ class DocumentsRequest(Request):
     )
     return_len: Flag | None = Field(None, description="does nothing: answers always count tokens")
     _texts: list[str]
+    _returned: list[str]
+    """JSON of each document, if the answer repeats it."""
 
     @model_validator(mode="after")
-    def _check_documents(self) -> Self:
+    def _check_documents(self, info: ValidationInfo) -> Self:
+        self._refuse_more_documents(len(self.documents), info)
         if None not in (self.top_n, self.top_k):
             raise ValueError("top_n and top_k are one option with two names: give one of them")
         lengths = self.lengths
@@ -130,6 +149,9 @@ class DocumentsRequest(Request):
         has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in self.documents)
         self._read_first_stage(len(self.documents), own if has_own else None)
         self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
+        # As JSON, whose memory is known, and smaller than that of objects.
+        self._returned = [_returned(document) for document in self.documents] if self._repeats_documents else []
+        self.documents = []
         return self
 
     @property
@@ -146,9 +168,32 @@ class DocumentsRequest(Request):
     def lists(self) -> list[tuple[str, Sequence[str]]]:
         return [(self.query, self._texts)]
 
+    @property
+    def _is_voyage(self) -> bool:
+        return "top_k" in self.model_fields_set
+
+    @property
+    def _repeats_texts(self) -> bool:
+        """Whether the answer has the ranked texts only, as Voyage's."""
+        return bool(self.return_documents) and self._is_voyage
+
+    @property
+    def _repeats_documents(self) -> bool:
+        """Whether the answer has whole documents."""
+        return bool(self.return_documents) and not self._repeats_texts
+
+    @property
+    def _held_texts(self) -> Iterable[str]:
+        return chain(self._texts, self._returned)
+
+    def drop_texts(self) -> None:
+        self.query = ""
+        if not self._repeats_texts:
+            self._texts = []
+
     def answer(self, scores: RequestScores) -> CohereAnswer | VoyageAnswer:
         """Return Voyage's answer to a request with `top_k`, Cohere's otherwise."""
-        if "top_k" in self.model_fields_set:
+        if self._is_voyage:
             return self._voyage_answer(scores)
         results = scores.best("relevance_score", self.top_n)
         if self.return_documents:
@@ -164,8 +209,7 @@ class DocumentsRequest(Request):
 
     def _shown(self, index: int) -> Any:
         """Return a document as an answer repeats it."""
-        document = self.documents[index]
-        return {"text": document} if isinstance(document, str) else document
+        return json.loads(self._returned[index])
 
     def _voyage_answer(self, scores: RequestScores) -> VoyageAnswer:
         data = scores.best("relevance_score", self.top_k)
@@ -178,6 +222,10 @@ class DocumentsRequest(Request):
 class InfinityRequest(DocumentsRequest):
     """Infinity's form: Cohere's, where the document of a result is its text."""
 
+    @property
+    def _repeats_texts(self) -> bool:
+        return bool(self.return_documents)
+
     def _shown(self, index: int) -> str:
         return self._texts[index]
 
@@ -186,8 +234,7 @@ def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequenc
     """Return the text of a document; a string counts as an object with a `text`.
 
     Raises:
-        ValueError: if a field is missing or not a string, or the document holds NaN or infinity, which no answer could
-            repeat.
+        ValueError: if a field is missing or not a string.
     """
     values = {"text": document} if isinstance(document, str) else document
     for field in fields:
@@ -196,9 +243,17 @@ def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequenc
                 f"documents.{number}: a document is a string or an object with a string {field!r:.40}, got the keys "
                 f"{[*values][:5]!s:.200}"
             )
-    if not isinstance(document, str):
-        json.dumps(document, allow_nan=False)
     return "\n".join(values[field] for field in fields)
+
+
+def _returned(document: str | Mapping[str, Any]) -> str:
+    """Return the JSON of a document in an answer.
+
+    Raises:
+        ValueError: if the document holds NaN or infinity, which JSON has no numbers for.
+    """
+    whole = {"text": document} if isinstance(document, str) else document
+    return json.dumps(whole, ensure_ascii=False, allow_nan=False)
 
 
 def _first_stage_score(number: int, document: str | Mapping[str, Any]) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -15,6 +17,8 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    PrivateAttr,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -30,6 +34,10 @@ FUSION_FIELDS = ("first_stage_scores", "first_stage", "fusion")
 NOT_TO_MISSPELL = (*SETTING, "deadline_ms", "instruction", "min_score", *FUSION_FIELDS)
 """Fields whose misspelling would change the ranking: a similar unknown name is refused."""
 MAX_UNKNOWN_FIELDS = 100
+MAX_LAYERS = 1000
+"""Most numbers in a list of layers, far more than models have."""
+MAX_DOCUMENTS = "max_documents"
+"""Name of the limit in the context of the validation."""
 MAX_FUSION = 1e6
 """The highest weight of a request. At far lower weights the model's scores no longer change the order."""
 FIRST_STAGE_SCORE = "first_stage_score"
@@ -91,6 +99,7 @@ Document = Annotated[
     ),
 ]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Layers = Annotated[list[int], Field(max_length=MAX_LAYERS, fail_fast=True)]
 Texts = Annotated[list[str], FailFast()]
 OneOrMore = Annotated[
     Texts,
@@ -135,7 +144,7 @@ class Usage(TypedDict):
 class Request(BaseModel):
     """Fields of all forms. Null means the same as a missing field: the server's default.
 
-    Unknown fields stay in `model_extra`.
+    Of unknown fields only the names are kept.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -143,8 +152,8 @@ class Request(BaseModel):
     """Names of the texts in other forms."""
 
     model: str | None = Field(None, description="does nothing: the server has one model")
-    cutoff_layers: int | list[int] | None = Field(None, description="the exit to score at")
-    compress_layers: int | list[int] | None = Field(None, description="layers after which passages are compressed")
+    cutoff_layers: int | Layers | None = Field(None, description="the exit to score at")
+    compress_layers: int | Layers | None = Field(None, description="layers after which passages are compressed")
     compress_ratio: int | None = Field(None, description="1 (off), 2, 4 or 8")
     cascade: Cascade | None = Field(None, description="{exit: share of all documents that goes deeper}")
     deadline_ms: Milliseconds | None = Field(
@@ -202,8 +211,11 @@ class Request(BaseModel):
     )
     max_tokens_per_doc: int | None = Field(None, ge=1, description="most tokens of a document")
     max_tokens_per_query: int | None = Field(None, ge=1, description="most tokens of the query")
-    priority: int | None = Field(None, description="does nothing")
+    priority: Literal[0] | None = Field(
+        None, description="vLLM's order of requests, of which only 0 is allowed: all requests have the same priority"
+    )
     _first_stage: list[float] | None = None
+    _unknown: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -215,6 +227,8 @@ class Request(BaseModel):
                 raise ValueError(f"there are texts in {name!r}, too; give one list of them")
             if close := get_close_matches(name[:40], NOT_TO_MISSPELL, 1, 0.8):
                 raise ValueError(f"{name!r:.40} is unknown: do you mean {close[0]!r}?")
+        self._unknown = {name[:40] for name, value in unknown.items() if value is not None}
+        unknown.clear()
         if None not in (self.truncation_direction, self.truncation_side):
             raise ValueError("truncation_direction and truncation_side are one option with two names: give one of them")
         if len(set(self._instructions.values())) > 1:
@@ -235,6 +249,30 @@ class Request(BaseModel):
     def any_instruction(self) -> str | None:
         """The instruction under any of its names; None is the model's own."""
         return next(iter(self._instructions.values()), None)
+
+    @property
+    def unknown_fields(self) -> set[str]:
+        """Names of unknown fields that are not null, of each at most 40 characters."""
+        return self._unknown
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that the request's values hold."""
+        return sum(map(sys.getsizeof, chain(vars(self).values(), self._held_texts)))
+
+    @property
+    def _held_texts(self) -> Iterable[str]:
+        """The texts in lists."""
+        raise NotImplementedError
+
+    def drop_texts(self) -> None:
+        """Forget the texts that the answer does not repeat."""
+        raise NotImplementedError
+
+    def _refuse_more_documents(self, documents: int, info: ValidationInfo) -> None:
+        """Raise ValueError if there are more documents than the context of the validation allows."""
+        if documents > info.context[MAX_DOCUMENTS]:
+            raise ValueError(f"{documents} documents are more than {info.context[MAX_DOCUMENTS]}")
 
     @property
     def setting(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from typing_extensions import NotRequired, Self
 
 from flagembedding_matryoshka.serve.forms.common import Flag, RankedResult, Request, RequestScores, Texts
@@ -29,13 +29,23 @@ class TextsRequest(Request):
     return_text: Flag | None = Field(None, description="whether results have their text. Default: false")
 
     @model_validator(mode="after")
-    def _check_texts(self) -> Self:
+    def _check_texts(self, info: ValidationInfo) -> Self:
+        self._refuse_more_documents(len(self.texts), info)
         self._read_first_stage(len(self.texts))
         return self
 
     @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:
         return [(self.query, self.texts)]
+
+    @property
+    def _held_texts(self) -> Iterable[str]:
+        return self.texts
+
+    def drop_texts(self) -> None:
+        self.query = ""
+        if not self.return_text:
+            self.texts = []
 
     def answer(self, scores: RequestScores) -> list[TeiResult]:
         results = scores.best("score", self.top_n)

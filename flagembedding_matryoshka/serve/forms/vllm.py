@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby
 from typing import Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, model_validator
 from typing_extensions import Self, TypedDict
 
 from flagembedding_matryoshka.serve.forms.common import (
@@ -65,7 +65,8 @@ class ScoreRequest(Request):
         return list(zip(queries, documents, strict=True))
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
+    def _check_pairs(self, info: ValidationInfo) -> Self:
+        self._refuse_more_documents(max(len(self.text_1), len(self.text_2)), info)
         if not self.pairs:
             raise ValueError("there are no texts")
         if self.min_score is not None:
@@ -77,6 +78,13 @@ class ScoreRequest(Request):
     @property
     def lists(self) -> list[tuple[str, Sequence[str]]]:
         return [(query, [text for _, text in pairs]) for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])]
+
+    @property
+    def _held_texts(self) -> Iterable[str]:
+        return chain(self.text_1, self.text_2)
+
+    def drop_texts(self) -> None:
+        self.text_1, self.text_2 = [], []
 
     def answer(self, scores: RequestScores) -> ScoreAnswer:
         data = sorted(scores.best("score", None), key=lambda result: result["index"])
