@@ -410,7 +410,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         return {
             setting.depth: {"method": fitted.method, **asdict(fitted), **about}
             for setting, fitted in plan.calibrations().items()
-            if setting == Setting(setting.depth)
+            if setting == Setting((setting.depth,))
         }
 
     def tokenize(self, sentence_pairs: Iterable[Pair] | Pair, **overrides: Any) -> list[TokenizedPair]:

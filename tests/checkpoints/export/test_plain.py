@@ -19,6 +19,7 @@ from flagembedding_matryoshka.checkpoints.export import plain
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from tests.backbones import BACKBONES
 from tests.batches import close
+from tests.checkpoints.export.stock import score
 from tests.exports import CAPPED, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
 from tests.leftovers import OWN, files, leave
 
@@ -66,15 +67,28 @@ QUICK = {name: case for name, case in EACH.items() if name in FIRST} | WORDS
 SLOW = {name: case for name, case in EACH.items() if name not in FIRST}
 
 
+def scores_alone(jobs, folder):
+    """What stock.py finds in a process to which this package is not importable."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
+    arguments = [script, packages, folder / "jobs.json", folder / "scores.json"]
+    run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads((folder / "scores.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For the name of a case: its folder of exits, its re-ranker, and for each exit and instruction the scores of
-    libraries to which this package is not importable."""
+    """For the name of a case: its folder of exits, its re-ranker, and stock libraries' scores of its jobs.
+
+    Those of `SLOW` are found in a process without this package. Those of `QUICK` are found here, and compared with such
+    a process in a test of its own.
+    """
     found = {}
 
     def of(name):
         if name not in found:
-            cases = QUICK if name in QUICK else SLOW
+            cases = {name: QUICK[name]} if name in QUICK else SLOW
             root = tmp_path_factory.mktemp("exported")
             jobs, rerankers = [], {}
             for one, case in cases.items():
@@ -86,16 +100,28 @@ def exported(tmp_path_factory):
                 rerankers[one].export(str(root / one / "out"), list(EXITS), **options)
                 for layer in case.exits:
                     jobs.append([str(root / one / "out" / f"exit-{layer}"), case.pairs, case.instructions])
-            (root / "jobs.json").write_text(json.dumps(jobs))
-            script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
-            arguments = [script, packages, root / "jobs.json", root / "scores.json"]
-            run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-            stock = json.loads((root / "scores.json").read_text())
+            if name in QUICK:
+                stock = {key: scores for job in jobs for key, scores in score(*job).items()}
+            else:
+                stock = scores_alone(jobs, root)
             found.update({one: (root / one / "out", rerankers[one], stock) for one in cases})
         return found[name]
 
     return of
+
+
+@pytest.mark.slow
+def test_this_package_is_not_needed(exported, tmp_path):
+    jobs, expected = [], {}
+    for name, case in QUICK.items():
+        root, _, stock = exported(name)
+        jobs += [[str(root / f"exit-{layer}"), case.pairs, case.instructions] for layer in case.exits]
+        expected |= stock
+    found = scores_alone(jobs, tmp_path)
+    assert found.keys() == expected.keys()
+    for key, scores in expected.items():
+        for library, values in scores.items():
+            close(torch.tensor(found[key][library]), torch.tensor(values), 1e-5)
 
 
 @BACKBONE
