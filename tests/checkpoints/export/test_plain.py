@@ -77,51 +77,48 @@ def scores_alone(jobs, folder):
     return json.loads((folder / "scores.json").read_text())
 
 
+def export(name, case, root):
+    """The re-ranker of a case, and its jobs for stock.py."""
+    path = write_reranker(case.backbone, root / name, case.template)
+    if case.settings:
+        (path / "config_sentence_transformers.json").write_text(json.dumps(case.settings))
+    reranker = load(path, **case.options)
+    reranker.export(str(root / name / "out"), list(EXITS), format="transformers", allow_uncapped=name in CAPPED)
+    directories = [str(root / name / "out" / f"exit-{layer}") for layer in case.exits]
+    return reranker, [[directory, case.pairs, case.instructions] for directory in directories]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For the name of a case: its folder of exits, its re-ranker, and stock libraries' scores of its jobs.
+    """For the name of a case: its folder of exits, its re-ranker, and the scores of stock libraries.
 
-    Those of `SLOW` are found in a process without this package. Those of `QUICK` are found here, and compared with such
-    a process in a test of its own.
+    A quick case is scored here. All cases are scored in a process without this package when a slow one is asked for.
     """
-    found = {}
+    root, found, jobs = tmp_path_factory.mktemp("exported"), {}, {}
 
     def of(name):
-        if name not in found:
-            cases = {name: QUICK[name]} if name in QUICK else SLOW
-            root = tmp_path_factory.mktemp("exported")
-            jobs, rerankers = [], {}
-            for one, case in cases.items():
-                path = write_reranker(case.backbone, root / one, case.template)
-                if case.settings:
-                    (path / "config_sentence_transformers.json").write_text(json.dumps(case.settings))
-                rerankers[one] = load(path, **case.options)
-                options = {"format": "transformers", "allow_uncapped": one in CAPPED}
-                rerankers[one].export(str(root / one / "out"), list(EXITS), **options)
-                for layer in case.exits:
-                    jobs.append([str(root / one / "out" / f"exit-{layer}"), case.pairs, case.instructions])
-            if name in QUICK:
-                stock = {key: scores for job in jobs for key, scores in score(*job).items()}
-            else:
-                stock = scores_alone(jobs, root)
-            found.update({one: (root / one / "out", rerankers[one], stock) for one in cases})
+        for one, case in (EACH | WORDS if name in SLOW else {name: QUICK[name]}).items():
+            if one not in found:
+                reranker, jobs[one] = export(one, case, root)
+                stock = {} if one in SLOW else {key: scores for job in jobs[one] for key, scores in score(*job).items()}
+                found[one] = (root / one / "out", reranker, stock)
+        if name in SLOW and not found[name][2]:
+            alone = scores_alone([job for each in jobs.values() for job in each], root)
+            for one in SLOW:
+                found[one][2].update(alone)
         return found[name]
 
     return of
 
 
 @pytest.mark.slow
-def test_this_package_is_not_needed(exported, tmp_path):
-    jobs, expected = [], {}
-    for name, case in QUICK.items():
-        root, _, stock = exported(name)
-        jobs += [[str(root / f"exit-{layer}"), case.pairs, case.instructions] for layer in case.exits]
-        expected |= stock
-    found = scores_alone(jobs, tmp_path)
-    assert found.keys() == expected.keys()
-    for key, scores in expected.items():
-        for library, values in scores.items():
-            close(torch.tensor(found[key][library]), torch.tensor(values), 1e-5)
+def test_quick_cases_need_no_package_of_ours(exported):
+    _, _, alone = exported(next(iter(SLOW)))
+    for name in QUICK:
+        _, _, stock = exported(name)
+        for key, scores in stock.items():
+            for library, values in scores.items():
+                close(torch.tensor(alone[key][library]), torch.tensor(values), 1e-5)
 
 
 @BACKBONE
