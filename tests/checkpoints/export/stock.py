@@ -11,6 +11,33 @@ whose .pth file makes an editable install importable. Then site-packages alone i
 import importlib.util
 import json
 import sys
+from pathlib import Path
+
+
+def score(directory, pairs, instructions):
+    """Scores of both libraries for each instruction, under the name of the directory and the instruction."""
+    import torch
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    found = {}
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    cross_encoder = CrossEncoder(directory, device="cpu")
+    for instruction in instructions:
+        system = [] if instruction is None else [{"role": "system", "content": instruction}]
+        messages = [
+            [*system, {"role": "query", "content": query}, {"role": "document", "content": document}]
+            for query, document in pairs
+        ]
+        batch = tokenizer.apply_chat_template(messages, padding=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            plain = model(**batch).logits[:, 0].tolist()
+        prompt = {} if instruction is None else {"prompt": instruction}
+        stock = cross_encoder.predict(pairs, batch_size=16, show_progress_bar=False, **prompt).tolist()
+        found[f"{directory} {instruction}"] = {"transformers": plain, "CrossEncoder": stock}
+    return found
 
 
 def main():
@@ -19,32 +46,12 @@ def main():
     assert importlib.util.find_spec("flagembedding_matryoshka") is None
 
     import torch
-    from sentence_transformers import CrossEncoder
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.set_num_threads(1)
-    with open(given) as file:
-        jobs = json.load(file)
     found = {}
-    for directory, pairs, instructions in jobs:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-        cross_encoder = CrossEncoder(directory, device="cpu")
-        for instruction in instructions:
-            system = [] if instruction is None else [{"role": "system", "content": instruction}]
-            messages = [
-                [*system, {"role": "query", "content": query}, {"role": "document", "content": document}]
-                for query, document in pairs
-            ]
-            batch = tokenizer.apply_chat_template(messages, padding=True, return_tensors="pt", return_dict=True)
-            with torch.no_grad():
-                plain = model(**batch).logits[:, 0].tolist()
-            prompt = {} if instruction is None else {"prompt": instruction}
-            stock = cross_encoder.predict(pairs, batch_size=16, show_progress_bar=False, **prompt).tolist()
-            found[f"{directory} {instruction}"] = {"transformers": plain, "CrossEncoder": stock}
-    with open(output, "w") as file:
-        json.dump(found, file)
+    for job in json.loads(Path(given).read_text()):
+        found |= score(*job)
+    Path(output).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

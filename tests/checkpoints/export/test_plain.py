@@ -19,6 +19,7 @@ from flagembedding_matryoshka.checkpoints.export import plain
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from tests.backbones import BACKBONES
 from tests.batches import close
+from tests.checkpoints.export.stock import score
 from tests.exports import CAPPED, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
 from tests.leftovers import OWN, files, leave
 
@@ -66,36 +67,58 @@ QUICK = {name: case for name, case in EACH.items() if name in FIRST} | WORDS
 SLOW = {name: case for name, case in EACH.items() if name not in FIRST}
 
 
+def scores_alone(jobs, folder):
+    """What stock.py finds in a process to which this package is not importable."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
+    arguments = [script, packages, folder / "jobs.json", folder / "scores.json"]
+    run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads((folder / "scores.json").read_text())
+
+
+def export(name, case, root):
+    """The re-ranker of a case, and its jobs for stock.py."""
+    path = write_reranker(case.backbone, root / name, case.template)
+    if case.settings:
+        (path / "config_sentence_transformers.json").write_text(json.dumps(case.settings))
+    reranker = load(path, **case.options)
+    reranker.export(str(root / name / "out"), list(EXITS), format="transformers", allow_uncapped=name in CAPPED)
+    directories = [str(root / name / "out" / f"exit-{layer}") for layer in case.exits]
+    return reranker, [[directory, case.pairs, case.instructions] for directory in directories]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """For the name of a case: its folder of exits, its re-ranker, and for each exit and instruction the scores of
-    libraries to which this package is not importable."""
-    found = {}
+    """For the name of a case: its folder of exits, its re-ranker, and the scores of stock libraries.
+
+    A quick case is scored here. All cases are scored in a process without this package when a slow one is asked for.
+    """
+    root, found, jobs = tmp_path_factory.mktemp("exported"), {}, {}
 
     def of(name):
-        if name not in found:
-            cases = QUICK if name in QUICK else SLOW
-            root = tmp_path_factory.mktemp("exported")
-            jobs, rerankers = [], {}
-            for one, case in cases.items():
-                path = write_reranker(case.backbone, root / one, case.template)
-                if case.settings:
-                    (path / "config_sentence_transformers.json").write_text(json.dumps(case.settings))
-                rerankers[one] = load(path, **case.options)
-                options = {"format": "transformers", "allow_uncapped": one in CAPPED}
-                rerankers[one].export(str(root / one / "out"), list(EXITS), **options)
-                for layer in case.exits:
-                    jobs.append([str(root / one / "out" / f"exit-{layer}"), case.pairs, case.instructions])
-            (root / "jobs.json").write_text(json.dumps(jobs))
-            script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
-            arguments = [script, packages, root / "jobs.json", root / "scores.json"]
-            run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-            stock = json.loads((root / "scores.json").read_text())
-            found.update({one: (root / one / "out", rerankers[one], stock) for one in cases})
+        for one, case in (EACH | WORDS if name in SLOW else {name: QUICK[name]}).items():
+            if one not in found:
+                reranker, jobs[one] = export(one, case, root)
+                stock = {} if one in SLOW else {key: scores for job in jobs[one] for key, scores in score(*job).items()}
+                found[one] = (root / one / "out", reranker, stock)
+        if name in SLOW and not found[name][2]:
+            alone = scores_alone([job for each in jobs.values() for job in each], root)
+            for one in SLOW:
+                found[one][2].update(alone)
         return found[name]
 
     return of
+
+
+@pytest.mark.slow
+def test_quick_cases_need_no_package_of_ours(exported):
+    _, _, alone = exported(next(iter(SLOW)))
+    for name in QUICK:
+        _, _, stock = exported(name)
+        for key, scores in stock.items():
+            for library, values in scores.items():
+                close(torch.tensor(alone[key][library]), torch.tensor(values), 1e-5)
 
 
 @BACKBONE
