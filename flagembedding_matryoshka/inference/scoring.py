@@ -1,8 +1,10 @@
 """The way from pairs to scores, and from scores to rankings.
 
-Pairs are read and tokenised some batches ahead, in a thread, unless they are few. They are cut into batches, and
-batches make tasks. An engine runs the tasks, or the workers of several devices do. Results go to the places of their
-pairs: into a tensor, or into the hits of each query, which are ordered at the end.
+1. `windows_of` reads lists of pairs and tokenises them. Many pairs are tokenised in a thread, a window ahead.
+2. `tasks_of` cuts a window into batches, and batches make tasks.
+3. An engine runs the tasks, or the workers of several devices do.
+4. `score_pairs` writes the results into a tensor, at the places of their pairs. `rank_lists` makes hits of them, which
+   `ranking_of` orders at the end.
 """
 
 from __future__ import annotations
@@ -198,10 +200,10 @@ def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
 
 
 def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Generator[Window, None, None]:
-    """Read lists, and yield windows of neighbouring ones, tokenised, the lists of a window to be scored together.
+    """Read and tokenise lists, and yield them in windows. The lists of a window are neighbours and are scored together.
 
-    A list longer than a window has several windows, unless it is a cascade's. A window ends where there is no other
-    list yet; it may then have no list.
+    A list that is longer than a window is cut into several windows. With a cascade it stays whole. A window ends early
+    if the source has no other list yet, and may then be empty.
 
     Args:
         most: pairs of a window, at most. The first window has at most `PAIRS_TOKENIZED_FIRST`; the size doubles with
