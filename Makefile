@@ -20,7 +20,7 @@ PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-full bench test test-slow test-all test-oldest test-gpu test-upstream lint docs format build clean
+.PHONY: help install demo demo-full bench test test-slow test-all test-oldest test-deepspeed test-gpu test-upstream lint docs format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,12 @@ test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[bitsandbytes,demo,gguf,serve]' \
 	    httpx hypothesis ir-measures pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+
+test-deepspeed: ## run the tests of DeepSpeed, in .venv-deepspeed
+	test -x .venv-deepspeed/bin/python || $(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e . hypothesis pytest pytest-timeout setuptools wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation deepspeed
+	.venv-deepspeed/bin/python -m pytest tests/finetune/test_sharding.py -k deepspeed
 
 test-gpu: $(INSTALLED) ## run the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu

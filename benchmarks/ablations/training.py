@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flagembedding_matryoshka.files import write_text
-from flagembedding_matryoshka.finetune.rows import training_files
+from flagembedding_matryoshka.finetune.sources import source_files
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def train(options: argparse.Namespace, model: str, output_dir: Path, seed: int, 
         ValueError: if `output_dir` holds another training.
         subprocess.CalledProcessError: if the training fails.
     """
-    files = training_files(options.train_data)
+    files = source_files(options.train_data)
     asked: dict[str, Any] = {
         "model": str(Path(model).resolve() if Path(model).exists() else model),
         "data": {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
@@ -78,7 +78,7 @@ def about_training(options: argparse.Namespace, model: str) -> dict[str, Any]:
     """Return the conditions of the trainings, for a report."""
     return {
         "trained from": Path(model).name,
-        "training files": [Path(path).name for path in training_files(options.train_data)],
+        "training files": [Path(path).name for path in source_files(options.train_data)],
         "steps": options.steps,
         "seeds": options.seeds,
         "arguments of fine-tuning": " ".join([*DEFAULTS, *options.training_arguments]),

@@ -658,8 +658,8 @@ def evaluate_checkpoints(args: Any) -> None:
 def describe_run(*arguments: Any) -> dict[str, Any]:
     """Return the arguments of a run by name, as `--config` reads them.
 
-    Values that equal the default are left out, and so are tokens and the checkpoint that was resumed. Values that
-    depend on other arguments are the resolved ones.
+    Values that equal the default are left out, and so are empty lists, tokens and the checkpoint that was resumed.
+    Values that depend on other arguments are the resolved ones.
 
     Args:
         arguments: argument objects of model, data and training.
@@ -669,7 +669,8 @@ def describe_run(*arguments: Any) -> dict[str, Any]:
         for item in fields(given):
             value = getattr(given, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
-            if item.init and value != default and item.name not in (*SECRETS, "resume_from_checkpoint"):
+            left_out = item.name in (*SECRETS, "resume_from_checkpoint") or value in ([], {})
+            if item.init and value != default and not left_out:
                 values[item.name] = value
     # `warmup_steps` is derived from `warmup_ratio`, and the new name of checkpointing from the old one.
     if "warmup_ratio" in values:

@@ -258,13 +258,9 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         model: Any = self.model.model.get_base_model() if isinstance(self.model.model, PeftModel) else self.model.model
         template = Template.load(self.model.config.template)
         reranker = TrainedReranker(model, self.processing_class, template, *self.lengths)
-        is_training = self.model.training
-        self.model.eval()
-        try:
-            with self.compute_loss_context_manager():
-                return beir.measure(reranker)
-        finally:
-            self.model.train(is_training)
+        self.model.eval()  # as transformers' evaluation; `training_step` changes it back
+        with self.compute_loss_context_manager():
+            return beir.measure(reranker)
 
     def prediction_step(
         self,

@@ -157,7 +157,7 @@ def write_adapter(kind, base, path):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["language model", "grown", "classifier"])
+@pytest.mark.parametrize("kind", ["language model", pytest.param("grown", marks=pytest.mark.slow), "classifier"])
 def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
     """It is merged before the heads are initialised, and when the trained model is loaded; it cannot be continued."""
     adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
@@ -375,7 +375,7 @@ def test_the_merged_model_is_a_checkpoint_of_its_own(tiny_raw_model_path, traini
     close(scores_of(merged), scores_of(adapters))
 
 
-@pytest.mark.parametrize("method", ["normal", "distill_fix_layer_teacher"])
+@pytest.mark.parametrize("method", [pytest.param("normal", marks=pytest.mark.slow), "distill_fix_layer_teacher"])
 def test_the_loss_goes_down_at_every_width(method, tiny_raw_model_path, training_file, tmp_path):
     run = runner(
         tiny_raw_model_path,
@@ -419,7 +419,7 @@ def test_gradient_checkpointing_learns_the_same(tiny_raw_model_path, training_fi
     assert not [message for message in dropped if "`is_gradient_checkpointing`" not in message]  # peft's, see quiet.py
 
 
-@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize("use_lora", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(use_lora, tiny_raw_model_path, training_file, tmp_path):
     options = {
         "save_strategy": "steps",

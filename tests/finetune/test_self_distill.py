@@ -66,6 +66,7 @@ def test_the_teacher_is_the_model_as_it_was_loaded_however_far_training_has_come
     assert run.model.model.training
 
 
+@pytest.mark.slow
 def test_new_exits_start_as_the_deepest_and_come_to_rank_as_it_does(one_exit, lists, tmp_path):
     options = {"compress_layers": [2], "compress_ratios": [1, 2], "learning_rate": 1e-2}
     run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, max_steps=40, **options)
