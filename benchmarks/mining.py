@@ -32,7 +32,7 @@ WIDTH, PASSAGES_PER_CENTRE, NOISE = 384, 200, 0.7
 TOP_K = 100
 
 
-def texts(count: int, words: int, draw: np.random.Generator) -> list[str]:
+def draw_texts(count: int, words: int, draw: np.random.Generator) -> list[str]:
     """Return texts of words whose frequency falls with their rank."""
     weights = 1 / np.arange(1, VOCABULARY + 1)
     weights /= weights.sum()
@@ -42,7 +42,7 @@ def texts(count: int, words: int, draw: np.random.Generator) -> list[str]:
     return [" ".join(row) for some in rows for row in some]
 
 
-def vectors(count: int, centres: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def draw_vectors(count: int, centres: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """Return unit vectors around centres, (count, WIDTH) float32."""
     chosen = centres[torch.randint(len(centres), (count,), generator=draw)]
     return normalize(chosen + NOISE * normalize(torch.randn(count, WIDTH, generator=draw), dim=-1), dim=-1)
@@ -60,7 +60,7 @@ def measure(passages: int, queries: int) -> dict[str, Any]:
         row[f"peak GB after {name}"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
     draw = np.random.default_rng(0)
-    corpus, asked = texts(passages, PASSAGE_WORDS, draw), texts(queries, QUERY_WORDS, draw)
+    corpus, asked = draw_texts(passages, PASSAGE_WORDS, draw), draw_texts(queries, QUERY_WORDS, draw)
     with measured("BM25 index"):
         index = BM25(corpus)
     with measured("BM25 search"):
@@ -72,7 +72,7 @@ def measure(passages: int, queries: int) -> dict[str, Any]:
     del index, corpus
     generator = torch.Generator().manual_seed(0)
     centres = normalize(torch.randn(max(1, passages // PASSAGES_PER_CENTRE), WIDTH, generator=generator), dim=-1)
-    stored, wanted = (vectors(count, centres, generator) for count in (passages, queries))
+    stored, wanted = (draw_vectors(count, centres, generator) for count in (passages, queries))
     with measured("exact search"):
         exact = exact_search(stored)(wanted, TOP_K)
     with measured("index"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flagembedding_matryoshka.mining.digests import digest_collection, digest_texts
 from flagembedding_matryoshka.mining.resuming import Outcome, add_shard, write_outcomes
-from flagembedding_matryoshka.mining.retrievers import Retriever, add_retrievers, best_ranks, chosen_retrieval
+from flagembedding_matryoshka.mining.retrievers import Retriever, add_retrievers, best_ranks, choose_retrieval
 from flagembedding_matryoshka.mining.rows import collapsed
 from flagembedding_matryoshka.text.collections import judged_queries, read_texts
 
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_shard(parser, "queries")
     add_retrievers(parser)
     options = parser.parse_args(arguments)
-    retrieval = chosen_retrieval(parser, options)
+    retrieval = choose_retrieval(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     taken = read_queries(options.data, options.split, options.include_test)
     queries = [taken[place] for place in options.shard.places(len(taken))]

@@ -22,7 +22,7 @@ from flagembedding_matryoshka.mining.retrievers import (
     add_retrievers,
     best_ranks,
     bm25_lists,
-    chosen_retrieval,
+    choose_retrieval,
 )
 from flagembedding_matryoshka.mining.rows import collapsed, usable_passages
 from flagembedding_matryoshka.text.collections import Collection, read_collection
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_shard(parser, "queries")
     add_retrievers(parser)
     options = parser.parse_args(arguments)
-    retrieval = chosen_retrieval(parser, options)
+    retrieval = choose_retrieval(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     collection = read_collection(options.data, options.split)
     judged = list(collection.relevant)

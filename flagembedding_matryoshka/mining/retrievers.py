@@ -284,7 +284,7 @@ class Retrieval:
             shutil.rmtree(self.vectors, ignore_errors=True)
 
 
-def chosen_retrieval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Retrieval:
+def choose_retrieval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Retrieval:
     """Return the retrievers that options choose. Contradicting options end the program."""
     given = {name: value for name, value in vars(options).items() if name in (*ENCODER_OPTIONS, "vectors")}
     if options.miner != "bm25" and options.bi_encoder is None:
