@@ -1,10 +1,13 @@
-"""What deadlines cost in quality: rankings within so many milliseconds, beside those of fixed depths and a cascade.
+"""Measure the ranking quality of deadlines, beside those of fixed depths and a cascade.
 
     python -m benchmarks.deadlines --data demo_output/docstrings --dtype bfloat16 --output deadlines.json
 
-Each query's candidates are ranked in every way by turns. Deadlines are shares of the median time that full depth takes
-for the first queries, which are ranked before anything is measured. Of rankings that come after their deadline it says
-how many went on behind the first exit, which always runs. The last line is a JSON object.
+Each query's candidates are ranked in every way by turns. Deadlines are fractions of the median time of full depth for
+the first queries, which are ranked before anything is measured. The first exit always runs, so a ranking may be late.
+For late rankings the table counts those that went deeper than the first exit. The last line is a JSON object.
+
+With `--stops 7 99` the model gets every exit from its first to its deepest, and each deadline is kept with at most 7
+and with at most 99 stops. The table compares the nDCG@10 of the second number with that of the first.
 """
 
 from __future__ import annotations
@@ -17,14 +20,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.measuring import environment
 from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
 from flagembedding_matryoshka.evaluation.runs import QUALITY, in_order, mean, per_query
+from flagembedding_matryoshka.evaluation.significance import paired_interval, paired_p_value
+from flagembedding_matryoshka.inference import deadline
 from flagembedding_matryoshka.text.collections import read_collection
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+COMPARED_SHARES = (0.6, 0.8)
+"""Fractions of full depth's time at which numbers of stops are compared."""
 FIRST_QUERIES = 10
 CASCADE_SHARE = 0.3
 CANDIDATES = 30
@@ -34,43 +42,50 @@ LENGTHS = {"query_max_length": 64, "max_length": 192}
 
 @dataclass
 class Way:
-    """One way to rank, and what it found.
+    """One way to rank, and its rankings.
 
     Attributes:
-        options: of `MatryoshkaReranker.rank`.
-        rankings: query id to passage ids, the best first.
-        exits: query id to the exit where each was read.
-        milliseconds: of each query.
+        options: options of `MatryoshkaReranker.rank`.
+        stops: largest number of exits where candidates stop before a deadline.
+        rankings: query id to passage ids, best first.
+        exits: query id to the exit of each passage's score, best passage first.
+        milliseconds: time of each query.
     """
 
     options: Mapping[str, Any]
+    stops: int = deadline.STOPS
     rankings: dict[str, list[str]] = field(default_factory=dict)
     exits: dict[str, list[int]] = field(default_factory=dict)
     milliseconds: list[float] = field(default_factory=list)
 
     def rank(self, reranker: MatryoshkaReranker, candidates: Candidates, query: str) -> None:
-        start = time.perf_counter()
+        """Rank the candidates of a query."""
         texts = candidates.collection.queries[query], candidates.texts(query)
-        hits = reranker.rank(*texts, show_progress_bar=False, **self.options)
-        self.milliseconds.append(1000 * (time.perf_counter() - start))
+        with mock.patch.object(deadline, "STOPS", self.stops):
+            start = time.perf_counter()
+            hits = reranker.rank(*texts, show_progress_bar=False, **self.options)
+            self.milliseconds.append(1000 * (time.perf_counter() - start))
         self.rankings[query] = [candidates.passages[query][hit["corpus_id"]] for hit in hits]
         self.exits[query] = [hit.get("cutoff_layer", self.options.get("cutoff_layers")) for hit in hits]
 
+    def quality(self, candidates: Candidates) -> list[float]:
+        """Return the nDCG@10 of each query."""
+        return per_query(candidates, in_order(self.rankings), 10)[QUALITY]
+
     def summary(self, candidates: Candidates) -> dict[str, Any]:
-        """What a row of the table says."""
-        quality = per_query(candidates, in_order(self.rankings), 10)
+        """Return a row of the table."""
         summary = {
             **self.options,
-            QUALITY: round(mean(quality[QUALITY]), 4),
+            QUALITY: round(mean(self.quality(candidates)), 4),
             "milliseconds": round(statistics.median(self.milliseconds), 1),
             "exit_of_first_ten": round(mean([exit for exits in self.exits.values() for exit in exits[:10]]), 1),
             "exit_of_all": round(mean([exit for exits in self.exits.values() for exit in exits]), 1),
         }
-        return summary | self.lateness() if "deadline_ms" in self.options else summary
+        return summary | {"stops": self.stops} | self.lateness() if "deadline_ms" in self.options else summary
 
     def lateness(self) -> dict[str, Any]:
-        """How many rankings came after the deadline, how many of these went on behind the first exit, and by how many
-        milliseconds the last of these was late."""
+        """Return the number of late rankings, the number of those that went deeper than the first exit, and by how many
+        milliseconds the latest of these was late."""
         late = {
             query: taken - self.options["deadline_ms"]
             for query, taken in zip(self.exits, self.milliseconds, strict=True)
@@ -85,30 +100,60 @@ class Way:
         }
 
 
-def measure(reranker: MatryoshkaReranker, candidates: Candidates) -> list[dict[str, Any]]:
-    """Each way's summary: fixed depths, a cascade, then deadlines, the shortest first."""
+def measure(reranker: MatryoshkaReranker, candidates: Candidates, stops: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Return the row of each way: fixed depths, a cascade, then deadlines, the shortest first.
+
+    Args:
+        reranker: the model.
+        candidates: the candidates that it ranks.
+        stops: two numbers of stops to compare, by the deepest exit and deadlines alone; empty is the model's own.
+    """
     queries = [query for query, passages in candidates.passages.items() if passages]
     first = Way({})
     for query in [queries[0], *queries[:FIRST_QUERIES]]:
         first.rank(reranker, candidates, query)
     full = statistics.median(first.milliseconds[1:])
     print(f"full depth takes {full:.0f} ms", flush=True)
-    ways = [Way({"cutoff_layers": layer}) for layer in reranker.config.exit_layers]
-    ways.append(Way({"cascade": {reranker.config.exit_layers[0]: CASCADE_SHARE}}))
-    ways += [Way({"deadline_ms": round(share * full, 1)}) for share in SHARES]
+    exits = reranker.config.exit_layers
+    if stops:
+        ways = [Way({"cutoff_layers": exits[-1]})]
+    else:
+        ways = [Way({"cutoff_layers": layer}) for layer in exits]
+        ways.append(Way({"cascade": {exits[0]: CASCADE_SHARE}}))
+    limits = [round(share * full, 1) for share in (COMPARED_SHARES if stops else SHARES)]
+    ways += [Way({"deadline_ms": limit}, count) for limit in limits for count in stops or [deadline.STOPS]]
     for number, query in enumerate(queries):
         for turn in range(len(ways)):
             ways[(turn + number) % len(ways)].rank(reranker, candidates, query)
         if number % 10 == 9:
             print(f"{number + 1} of {len(queries)} queries", flush=True)
-    return [way.summary(candidates) for way in ways]
+    rows = [way.summary(candidates) for way in ways]
+    for place in range(2, len(ways), 2) if stops else ():
+        rows[place] |= change(*(ways[number].quality(candidates) for number in (place, place - 1)))
+    return rows
+
+
+def change(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Return the mean difference of two ways, its 95 % interval and its p-value."""
+    return {
+        "change": round(mean(values) - mean(reference), 4),
+        "interval": [round(end, 4) for end in paired_interval(values, reference) or ()],
+        "p": round(paired_p_value(values, reference), 3),
+    }
+
+
+def use_every_exit(reranker: MatryoshkaReranker) -> None:
+    """Give a model every exit from its first to its deepest. New ones read with a copy of the deepest head."""
+    exits = reranker.config.exit_layers
+    reranker.model._use_exits(range(exits[0], exits[-1] + 1))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
+    """Return the rows in Markdown."""
     lines = [
-        "| ranked | nDCG@10 | ms, median | exit of the first ten | of all | late | … behind the first exit | … by ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ranked by | nDCG@10 | change | ms, median | mean exit of the first ten | of all | late rankings | "
+        "… after the first exit | … by ms, at most |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         match row:
@@ -116,28 +161,35 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 name = f"{layer} layers"
             case {"cascade": stages}:
                 name = "cascade " + ", ".join(f"{layer}:{share}" for layer, share in stages.items())
-            case {"deadline_ms": limit}:
-                name = f"in {limit:.0f} ms"
+            case {"deadline_ms": limit, "stops": stops}:
+                name = f"in {limit:.0f} ms, {stops} stops"
+        difference = f"{row['change']:+.4f} {row['interval']} (p = {row['p']})" if "change" in row else ""
         late = [row.get(key, "") for key in ("late", "late_behind_first_exit", "latest_behind_first_exit_milliseconds")]
-        cells = [name, f"{row[QUALITY]:.3f}", row["milliseconds"], row["exit_of_first_ten"], row["exit_of_all"], *late]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        times = row["milliseconds"], row["exit_of_first_ten"], row["exit_of_all"]
+        lines.append("| " + " | ".join(map(str, [name, f"{row[QUALITY]:.3f}", difference, *times, *late])) + " |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="default: %(default)s")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a collection in BEIR's layout")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, help="as many, drawn; default: all")
+    parser.add_argument("--queries", type=int, help="the number of queries to draw; default: all")
+    parser.add_argument(
+        "--stops", type=int, nargs=2, default=(), metavar="N", help="compare two numbers of stops; default: the model's"
+    )
     parser.add_argument("--dtype", default="auto", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     collection = sample_queries(read_collection(options.data, options.split), options.queries, 0)
     candidates = from_bm25(collection, CANDIDATES)
     reranker = MatryoshkaReranker(options.model, dtype=options.dtype, devices="cpu", **LENGTHS)
+    if options.stops:
+        use_every_exit(reranker)
     about = environment("cpu") | {"dtype": str(reranker.model.dtype).removeprefix("torch.")}
-    rows = measure(reranker, candidates)
+    rows = measure(reranker, candidates, options.stops)
     print(table(rows))
     report = {"machine": about, "candidates": candidates.source, "queries": len(candidates.passages), "ways": rows}
     options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -13,7 +13,8 @@ import numpy as np
 from bi_encoder import path as bi_encoder_path
 
 from flagembedding_matryoshka.metrics import ndcg, rank_grades
-from flagembedding_matryoshka.mining.retrievers import BiEncoder, bm25_scorer
+from flagembedding_matryoshka.mining.bm25 import BM25
+from flagembedding_matryoshka.mining.retrievers import BiEncoder
 from flagembedding_matryoshka.text.collections import read_collection
 
 CANDIDATES, SCALE = 50, 20.0
@@ -29,11 +30,11 @@ def measure(directory: Path, encoder: BiEncoder) -> tuple[int, list[float]]:
     """
     collection = read_collection(directory, "dev")
     names, texts = list(collection.passages), list(collection.passages.values())
-    bm25 = bm25_scorer(texts)
+    bm25 = BM25(texts)
     vectors = encoder.queries([collection.queries[query] for query in collection.relevant]).cpu().numpy()
     rows = []
     for vector, (query, grades) in zip(vectors, collection.relevant.items(), strict=True):
-        scores = bm25(collection.queries[query])
+        scores = bm25.scores(collection.queries[query])
         places = np.argsort(-scores, kind="stable")[:CANDIDATES]
         lexical = scores[places]
         cosines = encoder.passages([texts[place] for place in places]).cpu().numpy() @ vector

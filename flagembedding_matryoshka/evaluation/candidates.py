@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage
-from flagembedding_matryoshka.mining.retrievers import bm25_scored_lists
+from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.text.collections import Collection
 from flagembedding_matryoshka.text.lines import good_lines
 
@@ -160,7 +160,7 @@ def from_bm25(collection: Collection, top_k: int) -> Candidates:
     """
     ids, queries = list(collection.passages), list(collection.relevant)
     texts = [collection.queries[query] for query in queries]
-    found = bm25_scored_lists(list(collection.passages.values()), texts, top_k + 1)
+    found = BM25(list(collection.passages.values())).lists(texts, top_k + 1)
     best = {
         query: {ids[index]: score for index, score in scores.items() if not collection.is_itself(query, ids[index])}
         for query, scores in zip(queries, found, strict=True)

@@ -31,6 +31,12 @@ def digest_files(paths: Iterable[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_collection(directory: Path, *splits: str) -> str:
+    """Return the SHA-256 of the passages, the queries and the judgements of some splits of a collection."""
+    names = ["corpus.jsonl", "queries.jsonl", *(f"qrels/{split}.tsv" for split in splits)]
+    return digest_files((directory / name for name in names), directory)
+
+
 def digest_model(name: str) -> str | None:
     """Return the SHA-256 of the weights and configurations in a model's directory; None for a name on the hub.
 

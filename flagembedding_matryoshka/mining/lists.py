@@ -1,27 +1,24 @@
 """Lists of passages for queries without judgements, for `--train_method self_distill`.
 
 flagembedding-matryoshka lists --data DIR --output lists.jsonl
+
+Rows are appended to OUTPUT.partial. If the command is stopped, the same command continues there.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from flagembedding_matryoshka.mining.retrievers import (
-    Retriever,
-    add_retrievers,
-    best_ranks,
-    make_retrievers,
-    vectors_path,
-)
-from flagembedding_matryoshka.mining.rows import write_rows
+from flagembedding_matryoshka.mining.digests import digest_collection, digest_texts
+from flagembedding_matryoshka.mining.resuming import Outcome, add_shard, write_outcomes
+from flagembedding_matryoshka.mining.retrievers import Retriever, add_retrievers, best_ranks, choose_retrieval
+from flagembedding_matryoshka.mining.rows import collapsed
 from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.collections import judged_queries, read_texts
-from flagembedding_matryoshka.text.output import remove_output
 
 logger = logging.getLogger(__name__)
 MIN_PASSAGES = 2
@@ -31,11 +28,11 @@ TEST_SPLIT = "test"
 
 def make_lists(
     passages: Sequence[str], queries: Sequence[str], top_k: int, retrievers: Sequence[Retriever]
-) -> Iterator[dict[str, Any]]:
-    """Yield a row of `query` and `passages` for each query: the first `top_k` of the interleaved rankings.
+) -> Iterator[Outcome]:
+    """Yield the outcome of each query: a row of `query` and `passages`, the first `top_k` of the interleaved rankings.
 
-    Passages with the same text count as one. A passage with the query's text is left out, and so is a query with fewer
-    than two passages.
+    Passages with the same text count as one. An empty passage and one with the query's text are left out. A query that
+    is empty, or has fewer than two passages, has no row.
 
     Args:
         passages: texts of the corpus.
@@ -45,27 +42,22 @@ def make_lists(
 
     Raises:
         ImportError: if BM25 is a retriever and bm25s or PyStemmer is not installed.
-        ValueError: if `top_k` is below 2, or no query has two passages.
+        ValueError: if `top_k` is below 2.
     """
     if top_k < MIN_PASSAGES:
         raise ValueError(f"top_k is {top_k}, but must be at least {MIN_PASSAGES}.")
-    passages = list(dict.fromkeys(passages))
-    left_out = 0
+    passages = list(dict.fromkeys(text for text in passages if text.strip()))
     # One more than `top_k`, because the query itself may be among them.
     found = zip(*(retrieve(passages, queries, top_k + 1) for retrieve in retrievers), strict=True)
     for query, lists in zip(queries, found, strict=True):
-        others = (passages[index] for index in best_ranks(lists) if passages[index] != query)
+        others = (passages[index] for index in best_ranks(lists) if collapsed(passages[index]) != collapsed(query))
         chosen = list(islice(others, top_k))
-        if len(chosen) < MIN_PASSAGES:
-            left_out += 1
-            continue
-        yield {"query": query, "passages": chosen}
-    if left_out == len(queries):
-        raise ValueError(f"no query finds {MIN_PASSAGES} of {len(passages)} passages")
-    if left_out:
-        logger.warning(
-            "%d of %d queries are left out: they find fewer than %d passages", left_out, len(queries), MIN_PASSAGES
-        )
+        if not query.strip():
+            yield Outcome(None, Counter({"empty queries": 1}))
+        elif len(chosen) < MIN_PASSAGES:
+            yield Outcome(None, Counter({f"queries that find fewer than {MIN_PASSAGES} passages": 1}))
+        else:
+            yield Outcome({"query": query, "passages": chosen}, Counter())
 
 
 def read_queries(directory: Path, split: str | None = None, include_test: bool = False) -> list[str]:
@@ -121,15 +113,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--include_test", action="store_true", help="also take the queries of qrels/test.tsv, which measure the model"
     )
+    add_shard(parser, "queries")
     add_retrievers(parser)
     options = parser.parse_args(arguments)
-    load_retrievers = make_retrievers(parser, options)
+    retrieval = choose_retrieval(parser, options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    queries = read_queries(options.data, options.split, options.include_test)
+    taken = read_queries(options.data, options.split, options.include_test)
+    queries = [taken[place] for place in options.shard.places(len(taken))]
     passages = list(read_texts(options.data / "corpus.jsonl").values())
-    rows = make_lists(passages, queries, options.top_k, load_retrievers())
-    count = write_rows(options.output, rows)
-    remove_output(vectors_path(options.output))
+
+    def outcomes(done: int) -> Iterator[Outcome]:
+        return make_lists(passages, queries[done:], options.top_k, retrieval.load())
+
+    conditions = {
+        "command": "lists",
+        "data": digest_collection(options.data),
+        "queries": digest_texts(queries),
+        "shard": str(options.shard),
+        "top_k": options.top_k,
+        **retrieval.conditions(),
+    }
+    count = write_outcomes(options.output, conditions, len(queries), outcomes)
+    retrieval.finish()
     print(f"Wrote {count} rows to {options.output}.")
 
 

@@ -1,34 +1,48 @@
-"""Retrievers of passages for queries: BM25 and a sentence-transformers bi-encoder, with exact search."""
+"""Retrievers of passages for queries: BM25 and a sentence-transformers bi-encoder."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
 import sys
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.mining.digests import digest_model, digest_texts
-from flagembedding_matryoshka.text.output import FileOutput
+
+logger = logging.getLogger(__name__)
 
 QUERIES_AT_ONCE = 1024
-"""Number of queries that BM25 searches for at a time."""
-SCORES_AT_ONCE = 2**26
-"""Number of cosines that are in memory at a time."""
+"""Number of queries that a bi-encoder encodes and searches for at a time."""
 TEXTS_AT_ONCE = 4096
 """Number of texts that are encoded and stored at a time."""
+EXACT_LIMIT = 1_000_000
+"""Largest number of passages that are searched exactly. More are searched with an index."""
+LISTS_PROBED = 64
+"""Number of an index's lists that are searched for a query."""
+SAMPLES_PER_LIST = 64
+"""Number of vectors for each list of an index, that its centroids are trained with."""
 ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "use_bf16", "trust_remote_code")
 Retriever = Callable[[Sequence[str], Sequence[str], int], Iterable[Sequence[int]]]
 """Takes passages, queries and k; yields, for each query, the indices of at most k passages, best first."""
+Search = Callable[[Tensor, int], list[list[int]]]
+"""Takes vectors of queries and k; returns, for each query, the indices of at most k passages, best first."""
 
 
 def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[Sequence[int]]:
@@ -38,52 +52,7 @@ def bm25_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator
         ImportError: if bm25s or PyStemmer is not installed.
         ValueError: if no text has a word to index.
     """
-    return map(list, bm25_scored_lists(texts, queries, k))
-
-
-def bm25_scored_lists(texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[dict[int, float]]:
-    """Yield {index of a text: BM25's score} for each query, best first, as `bm25_lists`."""
-    index, tokenize = _bm25(texts)
-    for start in tqdm(range(0, len(queries), QUERIES_AT_ONCE), desc="BM25", unit="batch", disable=None):
-        indices, scores = index.retrieve(
-            tokenize(queries[start : start + QUERIES_AT_ONCE]), k=min(k, len(texts)), show_progress=False
-        )
-        for row, values in zip(indices.tolist(), scores.tolist(), strict=True):
-            yield {index: value for index, value in zip(row, values, strict=True) if value > 0}
-
-
-def bm25_scorer(texts: Sequence[str]) -> Callable[[str], np.ndarray]:
-    """Return a function from a query to BM25's scores of all texts, float32 (texts,).
-
-    A text that shares no word with the query has the score 0.
-
-    Raises:
-        ImportError: if bm25s or PyStemmer is not installed.
-        ValueError: if no text has a word to index.
-    """
-    index, tokenize = _bm25(texts)
-
-    def scores(query: str) -> np.ndarray:
-        (words,) = tokenize([query], return_ids=False)
-        return index.get_scores(words) if words else np.zeros(len(texts), dtype=np.float32)
-
-    return scores
-
-
-def _bm25(texts: Sequence[str]) -> tuple[Any, Callable[..., Any]]:
-    """Return an index of texts and its tokenizer."""
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ImportError("BM25 needs bm25s and PyStemmer: pip install flagembedding_matryoshka[mining]") from error
-    stemmer, index = Stemmer.Stemmer("english"), bm25s.BM25()
-    tokenize = partial(bm25s.tokenize, stopwords="en", stemmer=stemmer, show_progress=False)
-    words = tokenize(texts)
-    if not any(words.ids):
-        raise ValueError(f"BM25 finds no word to index in {len(texts)} passages: they have only English stop words")
-    index.index(words, show_progress=False)
-    return index, tokenize
+    return map(list, BM25(texts).lists(queries, k))
 
 
 class BiEncoder:
@@ -96,7 +65,7 @@ class BiEncoder:
         device: None is the choice of sentence-transformers.
         use_fp16, use_bf16: compute in float16 or bfloat16. Vectors are float32 all the same.
         trust_remote_code: run code that comes with the model.
-        stored: file to which `lists` appends vectors, so that a later run continues after them; None stores nothing.
+        stored: directory where `lists` stores vectors of passages, for later runs; None stores nothing.
     """
 
     def __init__(
@@ -112,17 +81,12 @@ class BiEncoder:
     ) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.name, self.batch_size, self.stored = model, batch_size, stored
+        self.name, self.batch_size, self.max_length, self.stored = model, batch_size, max_length, stored
         dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
         self.model = SentenceTransformer(
             model, device=device, trust_remote_code=trust_remote_code, model_kwargs={"dtype": dtype}
         )
-        self.settings = {
-            "model": model,
-            "max_length": max_length,
-            "dtype": str(dtype).removeprefix("torch."),
-            "trust_remote_code": trust_remote_code,
-        }
+        self.dtype = dtype
         if max_length is not None:
             self.model.max_seq_length = max_length
 
@@ -142,36 +106,50 @@ class BiEncoder:
         return self._vectors(self.model.encode_document, texts, progress)
 
     def lists(self, texts: Sequence[str], queries: Sequence[str], k: int) -> Iterator[Sequence[int]]:
-        """Yield, for each query, the indices of the k texts with the highest cosine, best first, by exact search.
+        """Yield, for each query, the indices of the k texts with the highest cosine, best first.
+
+        Up to `EXACT_LIMIT` texts are searched exactly, more with an index.
 
         Raises:
-            ValueError: if a vector is not finite, or `stored` has vectors of other texts or of another model.
+            ImportError: if an index is needed and faiss is not installed.
+            ValueError: if a vector is not finite.
         """
         progress = sys.stderr.isatty()
-        if self.stored is None:
-            passages, questions = self.passages(texts, progress), self.queries(queries, progress)
-        else:
-            passages, questions = self._stored_vectors(self.stored, texts, queries, progress)
-        blocks = questions.split(max(1, SCORES_AT_ONCE // len(texts)))
-        for block in tqdm(blocks, desc=self.name, unit="block", disable=None):
-            yield from (block @ passages.T).topk(min(k, len(texts))).indices.tolist()
+        if len(texts) > EXACT_LIMIT:
+            _import_faiss()
+        vectors = self.passages(texts, progress) if self.stored is None else self._stored_passages(self.stored, texts)
+        search = exact_search(vectors) if len(texts) <= EXACT_LIMIT else index_search(vectors)
+        for start in tqdm(range(0, len(queries), QUERIES_AT_ONCE), desc=self.name, unit="batch", disable=None):
+            yield from search(self.queries(queries[start : start + QUERIES_AT_ONCE]), k)
 
-    def _stored_vectors(
-        self, path: Path, texts: Sequence[str], queries: Sequence[str], progress: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return vectors of passages and queries. Vectors that an earlier run has stored are not computed again."""
-        settings = {"texts": digest_texts(texts), "queries": digest_texts(queries), "weights": digest_model(self.name)}
-        output = FileOutput(path, settings | self.settings)
-        done = sum(1 for _ in output.lines())
-        done -= done % TEXTS_AT_ONCE if done < len(texts) else (done - len(texts)) % TEXTS_AT_ONCE
-        output.keep(done)
-        for first, some, encode in ((0, texts, self.passages), (len(texts), queries, self.queries)):
-            for start in range(max(0, done - first), len(some), TEXTS_AT_ONCE):
-                vectors = encode(some[start : start + TEXTS_AT_ONCE], progress)
-                output.append(b64encode(vector.tobytes()).decode() for vector in vectors.cpu().numpy())
-        found = np.stack([np.frombuffer(b64decode(line), dtype=np.float32) for line in output.lines()])
-        passages, questions = torch.from_numpy(found).to(self.model.device).split([len(texts), len(queries)])
-        return passages, questions
+    def _stored_passages(self, directory: Path, texts: Sequence[str]) -> Tensor:
+        """Return vectors of passages from a file that is mapped into memory. Those that it lacks are computed.
+
+        The file's name has the digest of texts and model. Other processes wait until the file is complete.
+        """
+        conditions = {
+            "texts": digest_texts(texts),
+            "model": self.name,
+            "weights": digest_model(self.name),
+            "max_length": self.max_length,
+            "dtype": str(self.dtype),
+        }
+        digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()
+        path = directory / f"passages-{digest[:32]}.f32"
+        width = int(self.model.get_embedding_dimension() or self.passages([""]).shape[1])
+        size = 4 * width
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"), path.open("ab") as file:
+            done = file.tell() // size
+            done -= done % TEXTS_AT_ONCE if done < len(texts) else 0
+            file.truncate(done * size)
+            if done:
+                logger.info("%s has the vectors of %d of %d passages", path, done, len(texts))
+            for start in tqdm(range(done, len(texts), TEXTS_AT_ONCE), desc=self.name, unit="batch", disable=None):
+                file.write(self.passages(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        return torch.from_numpy(np.memmap(path, np.float32, mode="c", shape=(len(texts), width))).to(self.model.device)
 
     def _vectors(self, encode: Callable[..., Tensor], texts: Sequence[str], progress: bool) -> Tensor:
         vectors = encode(list(texts), batch_size=self.batch_size, show_progress_bar=progress, convert_to_tensor=True)
@@ -191,9 +169,57 @@ def best_ranks(lists: Sequence[Sequence[int]]) -> dict[int, int]:
     return ranks
 
 
-def vectors_path(output: Path) -> Path:
-    """Return the path of the stored vectors of a command, which exist until its output is complete."""
-    return output.with_name(f"{output.name}.vectors")
+def exact_search(vectors: Tensor) -> Search:
+    """Return the exact search of vectors by their inner product with a query's.
+
+    Args:
+        vectors: (texts, width) float32.
+    """
+    from sentence_transformers.util import dot_score, semantic_search
+
+    def search(queries: Tensor, k: int) -> list[list[int]]:
+        hits = semantic_search(queries, vectors, top_k=k, score_function=dot_score)
+        return [[int(hit["corpus_id"]) for hit in row] for row in hits]
+
+    return search
+
+
+def index_search(vectors: Tensor) -> Search:
+    """Return an approximate search of vectors by their inner product with a query's.
+
+    The index is an inverted file of 4 √n lists (Jégou et al., TPAMI 2011) with vectors in float16.
+
+    Args:
+        vectors: (texts, width) float32.
+
+    Raises:
+        ImportError: if faiss is not installed.
+    """
+    faiss = _import_faiss()
+    rows = vectors.cpu().numpy()
+    count = max(1, int(4 * math.sqrt(len(rows))))
+    index = faiss.index_factory(rows.shape[1], f"IVF{count},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).permutation(len(rows))[: SAMPLES_PER_LIST * count]
+    index.train(rows[np.sort(sample)])
+    for start in tqdm(range(0, len(rows), TEXTS_AT_ONCE), desc="index", unit="batch", disable=None):
+        index.add(rows[start : start + TEXTS_AT_ONCE])
+    index.nprobe = min(LISTS_PROBED, count)
+
+    def search(queries: Tensor, k: int) -> list[list[int]]:
+        _, found = index.search(queries.cpu().numpy(), min(k, len(rows)))
+        return [[place for place in row if place >= 0] for row in found.tolist()]
+
+    return search
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"more than {EXACT_LIMIT:,} passages need an index: pip install flagembedding_matryoshka[index]"
+        ) from error
+    return faiss
 
 
 def add_retrievers(parser: argparse.ArgumentParser) -> None:
@@ -212,24 +238,59 @@ def add_retrievers(parser: argparse.ArgumentParser) -> None:
     encoder.add_argument("--use_fp16", action="store_true", help="encode in float16, for GPUs")
     encoder.add_argument("--use_bf16", action="store_true", help="encode in bfloat16, for devices that support it")
     encoder.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    encoder.add_argument(
+        "--vectors",
+        type=Path,
+        metavar="DIR",
+        help="directory that keeps the passages' vectors, for other runs and shards (default: OUTPUT.vectors, which is "
+        "removed when OUTPUT is complete)",
+    )
 
 
-def make_retrievers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[], list[Retriever]]:
-    """Return a function that loads the chosen retrievers.
+@dataclass(frozen=True)
+class Retrieval:
+    """The retrievers that the options of a command choose.
 
-    Contradicting options end the program here, before data is read. A bi-encoder's vectors are stored at
-    `vectors_path(options.output)`.
+    Attributes:
+        miner: "bm25", "bi_encoder" or "both".
+        bi_encoder: name or path of the bi-encoder; None for "bm25".
+        encoder_options: further arguments of `BiEncoder`.
+        vectors: directory of the passages' vectors.
+        keeps_vectors: whether the directory stays when the output is complete.
     """
-    given = {name: value for name, value in vars(options).items() if name in ENCODER_OPTIONS}
+
+    miner: str
+    bi_encoder: str | None
+    encoder_options: dict[str, Any]
+    vectors: Path
+    keeps_vectors: bool
+
+    def load(self) -> list[Retriever]:
+        """Load the retrievers."""
+        retrievers: list[Retriever] = [] if self.miner == "bi_encoder" else [bm25_lists]
+        if self.bi_encoder is not None:
+            retrievers.append(BiEncoder(self.bi_encoder, **self.encoder_options, stored=self.vectors).lists)
+        return retrievers
+
+    def conditions(self) -> dict[str, Any]:
+        """Return all conditions of the lists. Batch size and device are left out: they change only rounding."""
+        options = {name: value for name, value in self.encoder_options.items() if name not in ("batch_size", "device")}
+        weights = None if self.bi_encoder is None else digest_model(self.bi_encoder)
+        return {"miner": self.miner, "bi_encoder": self.bi_encoder, "weights": weights, **options}
+
+    def finish(self) -> None:
+        """Remove the vectors, unless they are to be kept."""
+        if not self.keeps_vectors:
+            shutil.rmtree(self.vectors, ignore_errors=True)
+
+
+def choose_retrieval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Retrieval:
+    """Return the retrievers that options choose. Contradicting options end the program."""
+    given = {name: value for name, value in vars(options).items() if name in (*ENCODER_OPTIONS, "vectors")}
     if options.miner != "bm25" and options.bi_encoder is None:
         parser.error(f"--miner {options.miner} needs --bi_encoder")
     if options.miner == "bm25" and (given or options.bi_encoder is not None):
         parser.error(f"--{next(iter(given), 'bi_encoder')} is for --miner bi_encoder or both")
-
-    def load() -> list[Retriever]:
-        retrievers: list[Retriever] = [] if options.miner == "bi_encoder" else [bm25_lists]
-        if options.miner != "bm25":
-            retrievers.append(BiEncoder(options.bi_encoder, **given, stored=vectors_path(options.output)).lists)
-        return retrievers
-
-    return load
+    vectors = given.pop("vectors", None)
+    beside = options.output.with_name(f"{options.output.name}.vectors")
+    return Retrieval(options.miner, options.bi_encoder, given, vectors or beside, vectors is not None)

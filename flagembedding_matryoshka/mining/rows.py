@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
+        file.flush()
+        os.fsync(file.fileno())
     return count
 
 
@@ -113,6 +117,80 @@ def _graded_fault(row: dict[str, Any], kind: RowKind, min_negatives: int) -> str
 
 def _are_numbers(values: Any, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(map(_is_finite, values))
+
+
+def collapsed(text: str) -> str:
+    """Return a text with single spaces for its white space. Texts that are then equal count as the same."""
+    return " ".join(text.split())
+
+
+def keep_passages(row: dict[str, Any], side: str, kept: Sequence[int]) -> dict[str, Any]:
+    """Return a row with some of its passages.
+
+    Args:
+        row: a training row.
+        side: "pos" or "neg". Lists of the same length in fields such as `neg_scores` and `neg_id` are cut, too.
+        kept: indices of the passages to keep.
+    """
+    count = len(row[side])
+    lists = (
+        name
+        for name, values in row.items()
+        if (name == side or name.startswith(f"{side}_")) and isinstance(values, list) and len(values) == count
+    )
+    return row | {name: [row[name][index] for index in kept] for name in lists}
+
+
+def usable_passages(
+    query: str, passages: Sequence[str], positives: Sequence[str] = ()
+) -> tuple[list[int], Counter[str]]:
+    """Return the indices of the passages that something can be learned from, and the number of the others by kind.
+
+    The others are empty passages, the query itself, and negatives that are also positives.
+
+    Args:
+        query: the query.
+        passages: its positives or its negatives.
+        positives: for negatives, its positives.
+    """
+    usable: list[int] = []
+    left_out = Counter[str]()
+    asked, relevant = collapsed(query), set(map(collapsed, positives))
+    for index, text in enumerate(map(collapsed, passages)):
+        if not text:
+            left_out["empty passages"] += 1
+        elif text == asked:
+            left_out["passages that are the query"] += 1
+        elif text in relevant:
+            left_out["negatives that are also positives"] += 1
+        else:
+            usable.append(index)
+    return usable, left_out
+
+
+def clean_row(row: dict[str, Any]) -> tuple[dict[str, Any] | None, Counter[str]]:
+    """Return a row with its usable passages, and the number of what is left out by kind.
+
+    The row is None if its query is empty, or if it had positives or negatives and loses all of them.
+
+    Args:
+        row: a row with `query`, `pos` and `neg`.
+    """
+    if not row["query"].strip():
+        return None, Counter({"empty queries": 1})
+    cleaned, left_out = row, Counter[str]()
+    for side, positives in (("pos", ()), ("neg", row["pos"])):
+        usable, counts = usable_passages(row["query"], row[side], positives)
+        left_out += counts
+        if row[side] and not usable:
+            return None, left_out + Counter({f"rows that lose all of {side}": 1})
+        cleaned = keep_passages(cleaned, side, usable) if counts else cleaned
+    return cleaned, left_out
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return counts in words, such as "empty passages: 2, empty queries: 1"."""
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
 
 
 def _texts_fault(row: dict[str, Any], name: str, least: int) -> str | None:

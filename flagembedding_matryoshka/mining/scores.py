@@ -13,23 +13,34 @@ import argparse
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
 from flagembedding_matryoshka.mining.digests import digest_files, digest_model
-from flagembedding_matryoshka.mining.rows import row_fault, split_by_label, write_rows
+from flagembedding_matryoshka.mining.endpoint import Answer, Endpoint
+from flagembedding_matryoshka.mining.resuming import add_shard, partial_path
+from flagembedding_matryoshka.mining.rows import (
+    clean_row,
+    describe_counts,
+    keep_passages,
+    row_fault,
+    split_by_label,
+    write_rows,
+)
 from flagembedding_matryoshka.mining.teachers import (
     Scorer,
     bi_encoder_teacher,
     bm25_teacher,
     cross_encoder_teacher,
     flag_embedding_teacher,
+    matryoshka_teacher,
 )
 from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.lines import good_rows
@@ -39,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256
 """Number of rows that are scored and stored at a time."""
+ROWS_AT_ONCE_REQUESTED = 16
+"""The same for a teacher behind an endpoint, whose scores take longer and may cost money."""
 Row = dict[str, Any]
 Scores = dict[str, list[float]]
 """`pos_scores` and `neg_scores` of a row."""
@@ -47,6 +60,8 @@ TEACHERS: dict[str, Callable[..., Scorer]] = {
     "cross_encoder": cross_encoder_teacher,
     "bi_encoder": bi_encoder_teacher,
     "bm25": bm25_teacher,
+    "matryoshka": matryoshka_teacher,
+    "openai": Endpoint,
 }
 ALIASES = {"sentence_transformers": "cross_encoder"}
 """Other accepted names of backends."""
@@ -58,38 +73,44 @@ MODEL_DEFAULTS = {
     "use_fp16": False,
     "trust_remote_code": False,
 }
+RERANKER_DEFAULTS = {
+    **MODEL_DEFAULTS,
+    "max_length": None,
+    "query_max_length": None,
+    "scale": 1.0,
+    "use_bf16": False,
+    "cutoff_layers": None,
+    "compress_layers": None,
+    "compress_ratio": 1,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "flagembedding": {**MODEL_DEFAULTS, "model_class": None},
-    "cross_encoder": {
-        **MODEL_DEFAULTS,
-        "max_length": None,
-        "query_max_length": None,
-        "scale": 1.0,
-        "use_bf16": False,
-        "cutoff_layers": None,
-        "compress_layers": None,
-        "compress_ratio": 1,
-    },
+    "cross_encoder": RERANKER_DEFAULTS,
+    "matryoshka": RERANKER_DEFAULTS,
     "bi_encoder": {**MODEL_DEFAULTS, "max_length": None, "scale": 20.0, "use_bf16": False},
     "bm25": {"scale": 1.0},
+    "openai": {"model": None, "url": None, "answer": "yes_no", "concurrency": 8, "retries": 5, "scale": 1.0},
 }
 """Options of each backend, with their defaults."""
+UNCONDITIONAL = ("batch_size", "device", "url", "concurrency", "retries")
+"""Options that may change between an interrupted run and its continuation."""
 
 
-def score_rows(path: Path, scorer: Scorer, add: bool = False, done: int = 0) -> Iterator[list[Scores]]:
-    """Score the rows of a training file after the first `done`, ROWS_AT_ONCE at a time.
+def score_rows(path: Path, scorer: Scorer, places: range, at_once: int, add: bool = False) -> Iterator[list[Scores]]:
+    """Score rows of a training file.
 
     Args:
         path: the training file.
         scorer: the teacher.
+        places: indices of the rows, among those that `usable_rows` yields.
+        at_once: number of rows that are scored at a time.
         add: add the scores to the scores in the rows.
-        done: number of rows to skip.
 
     Raises:
         ValueError: if the teacher does not return one finite number for each pair.
     """
-    unscored = islice(_rows(path, add), done, None)
-    while rows := list(islice(unscored, ROWS_AT_ONCE)):
+    unscored = islice(usable_rows(path, add), places.start, places.stop)
+    while rows := list(islice(unscored, at_once)):
         pairs = [(row["query"], passage) for row in rows for passage in (*row["pos"], *row["neg"])]
         scores = np.asarray(scorer(pairs), dtype=np.float64)
         if scores.shape != (len(pairs),):
@@ -106,30 +127,46 @@ def score_rows(path: Path, scorer: Scorer, add: bool = False, done: int = 0) -> 
         ]
 
 
-def join_scores(path: Path, lines: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
+def join_scores(path: Path, places: range, lines: Iterable[str]) -> Iterator[Row]:
+    """Yield rows of a training file with `pos_scores` and `neg_scores`; other fields stay as they are.
 
     Args:
         path: the training file.
+        places: indices of the rows, among those that `usable_rows` yields.
         lines: the scores of each row in JSON.
     """
-    for row, line in zip(_rows(path), lines, strict=True):
+    for row, line in zip(islice(usable_rows(path), places.start, places.stop), lines, strict=True):
         yield row | json.loads(line)
 
 
-def _rows(path: Path, add: bool = False) -> Iterator[Row]:
-    check = partial(row_fault, kind="scores" if add else "labels", min_negatives=0)
-    return map(split_by_label, good_rows(path, check))
+def usable_rows(path: Path, add: bool = False, left_out: Counter[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a training file as `clean_row` returns them, without those that it leaves out.
+
+    Args:
+        path: the training file.
+        add: whether the rows must have scores.
+        left_out: counts of what is left out, which are added to.
+
+    Raises:
+        ValueError: naming file and line of the first bad row.
+    """
+    for row in good_rows(path, partial(row_fault, kind="scores" if add else "labels", min_negatives=0)):
+        cleaned, counts = clean_row(split_by_label(row))
+        if left_out is not None:
+            left_out.update(counts)
+        if cleaned is not None:
+            yield cleaned
 
 
 def _conditions_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all conditions of the scores. Batch size and device are left out: they change only rounding."""
-    given = {name: value for name, value in teacher.items() if name not in ("batch_size", "device")}
+    """Return all conditions of the scores, without the options that change only rounding or the way to an endpoint."""
+    given = {name: value for name, value in teacher.items() if name not in UNCONDITIONAL}
     return {
         "input": _digest_input(options),
         "backend": options.backend,
         "add": options.add,
-        "weights": digest_model(teacher["model"]) if "model" in teacher else None,
+        "shard": str(options.shard),
+        "weights": digest_model(teacher["model"]) if "model" in teacher and options.backend != "openai" else None,
         **given,
     }
 
@@ -154,7 +191,7 @@ def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
         if row["neg"] and not kept:
             left_out += 1
             continue
-        yield {**row, **{name: [row[name][index] for index in kept] for name in ("neg", "neg_scores")}}
+        yield keep_passages(row, "neg", kept)
     if left_out == total:
         raise ValueError(f"all {total} rows lose all their negatives with --drop_margin {margin:g}")
     logger.info("%d of %d negatives are dropped, and %d of %d rows left out", dropped, negatives, left_out, total)
@@ -175,9 +212,11 @@ def _build_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=[*TEACHERS, *ALIASES],
         default="flagembedding",
-        help="kind of teacher (default: %(default)s); cross_encoder is a CrossEncoder of sentence-transformers, or a "
-        "layer-wise re-ranker such as smollm2 or the output of fine-tuning (alias: sentence_transformers)",
+        help="kind of teacher (default: %(default)s); cross_encoder is a CrossEncoder of sentence-transformers (alias: "
+        "sentence_transformers), matryoshka a re-ranker of this package such as smollm2 or the output of fine-tuning, "
+        "openai a chat model behind an OpenAI-compatible endpoint",
     )
+    add_shard(parser, "rows")
     parser.add_argument("--add", action="store_true", help="add the scores to the scores in the rows")
     parser.add_argument(
         "--drop_margin",
@@ -213,13 +252,26 @@ def _build_parser() -> argparse.ArgumentParser:
     teacher.add_argument("--use_fp16", action="store_true", help="score in float16, for GPUs")
     teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16; for bi_encoder and cross_encoder")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    student = parser.add_argument_group("layer-wise cross_encoder", argument_default=argparse.SUPPRESS)
+    student = parser.add_argument_group("matryoshka", argument_default=argparse.SUPPRESS)
     student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
     student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")
     student.add_argument(
         "--compress_ratio", type=int, help="number of tokens that become one: 1, 2, 4 or 8 (default: 1)"
     )
     student.add_argument("--query_max_length", type=_positive, help="tokens of a query (default: the model's own)")
+    endpoint = parser.add_argument_group(
+        "openai",
+        "The key is the environment's OPENAI_API_KEY.",
+        argument_default=argparse.SUPPRESS,
+    )
+    endpoint.add_argument("--url", help="such as http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, or OpenAI)")
+    endpoint.add_argument(
+        "--answer",
+        choices=get_args(Answer),
+        help="yes_no scores a pair by the log-probabilities of Yes and No, order a list by its ranks (default: yes_no)",
+    )
+    endpoint.add_argument("--concurrency", type=_positive, help="requests at a time (default: 8)")
+    endpoint.add_argument("--retries", type=_positive, help="repetitions of a request that fails (default: 5)")
     return parser
 
 
@@ -253,20 +305,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output.is_dir():
         parser.error(f"--output {options.output} is a directory: name a file")
     teacher = _teacher_options(parser, options)
-    total = sum(1 for _ in _rows(options.input, options.add))
-    if not total:
-        parser.error(f"--input {options.input} has no row")
+    left_out = Counter[str]()
+    places = options.shard.places(sum(1 for _ in usable_rows(options.input, options.add, left_out)))
+    if not places:
+        reasons = f". Left out are {describe_counts(left_out)}" if left_out else ""
+        parser.error(f"--shard {options.shard} of --input {options.input} has no row{reasons}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if left_out:
+        logger.warning("%s: left out are %s", options.input, describe_counts(left_out))
     conditions = _conditions_of(options, teacher)
-    scores = FileOutput(options.output.with_name(f"{options.output.name}.partial"), conditions)
+    scores = FileOutput(partial_path(options.output), conditions)
     try:
-        _complete(scores, options, teacher, total)
+        _complete(scores, options, teacher, places)
         if _digest_input(options) != conditions["input"]:
             raise ValueError(
                 f"{options.input} has changed while its rows were scored, so {scores.path} has scores of other "
                 f"rows. Restore {options.input} and call the command again, or remove {scores.path}."
             )
-        rows: Iterable[Row] = join_scores(options.input, scores.lines())
+        rows: Iterable[Row] = join_scores(options.input, places, scores.lines())
         if options.drop_margin is not None:
             rows = drop_false_negatives(rows, options.drop_margin)
         if options.raise_positive is not None:
@@ -280,20 +336,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Wrote {count} rows to {options.output}.")
 
 
-def _complete(scores: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], total: int) -> None:
+def _complete(scores: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], places: range) -> None:
     """Append the missing scores, from the first batch of rows that an earlier run has not completed."""
     done = sum(1 for _ in scores.lines())
-    if done == total:
+    if done == len(places):
         return
-    done -= done % ROWS_AT_ONCE
+    at_once = ROWS_AT_ONCE_REQUESTED if options.backend == "openai" else ROWS_AT_ONCE
+    done -= done % at_once
     scores.keep(done)
     if done:
-        logger.info("%s has the scores of %d of %d rows", scores.path, done, total)
+        logger.info("%s has the scores of %d of %d rows", scores.path, done, len(places))
     if options.backend == "bm25":
-        texts = dict.fromkeys(text for row in _rows(options.input) for text in (*row["pos"], *row["neg"]))
+        texts = dict.fromkeys(text for row in usable_rows(options.input) for text in (*row["pos"], *row["neg"]))
         teacher = {**teacher, "texts": list(texts)}
-    with tqdm(initial=done, total=total, desc="scoring", unit="row", disable=None) as progress:
-        for found in score_rows(options.input, TEACHERS[options.backend](**teacher), options.add, done):
+    scorer = TEACHERS[options.backend](**teacher)
+    with tqdm(initial=done, total=len(places), desc="scoring", unit="row", disable=None) as progress:
+        for found in score_rows(options.input, scorer, places[done:], at_once, options.add):
             scores.append(map(json.dumps, found))
             progress.update(len(found))
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.util import get_device_name
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.checkpoints.describing import MAX_LENGTH
-from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import locate
-from flagembedding_matryoshka.mining.retrievers import BiEncoder, bm25_scorer
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.mining.bm25 import BM25
+from flagembedding_matryoshka.mining.retrievers import BiEncoder
 from flagembedding_matryoshka.private import find_file
-from flagembedding_matryoshka.setting import Layers, Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
-from flagembedding_matryoshka.text.templates import Template
+from flagembedding_matryoshka.setting import Layers
 
 FLOATS_KEPT = 2**28
 """Number of floats of text vectors that a bi-encoder teacher keeps."""
@@ -55,6 +49,51 @@ def flag_embedding_teacher(model: str, batch_size: int, max_length: int, device:
     return reranker.compute_score
 
 
+def matryoshka_teacher(
+    model: str,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    query_max_length: int | None = None,
+    device: str | None = None,
+    use_fp16: bool = False,
+    use_bf16: bool = False,
+    trust_remote_code: bool = False,
+    scale: float = 1.0,
+    cutoff_layers: int | None = None,
+    compress_layers: Layers = None,
+    compress_ratio: int = 1,
+) -> Scorer:
+    """Return a scorer: `scale` times the raw scores of a re-ranker that `MatryoshkaReranker` loads.
+
+    Args:
+        model: a layer-wise checkpoint, such as "smollm2" or a directory that fine-tuning wrote, or a raw one.
+        batch_size: pairs per batch.
+        max_length, query_max_length: tokens, as in `MatryoshkaReranker`; None is the checkpoint's own limit.
+        device: None is the first accelerator, or the CPU if there is none.
+        use_fp16, use_bf16: score in float16 or bfloat16; default float32.
+        trust_remote_code: as in transformers; it concerns the tokenizer only.
+        scale: factor of the scores.
+        cutoff_layers: the exit; None is the deepest.
+        compress_layers, compress_ratio: the width, as in `MatryoshkaReranker`.
+
+    Raises:
+        ValueError: if the checkpoint has no such setting, before its weights are read.
+    """
+    reranker = MatryoshkaReranker(
+        model,
+        dtype=_dtype(use_fp16, use_bf16),
+        devices=device,
+        batch_size=batch_size,
+        max_length=max_length,
+        query_max_length=query_max_length,
+        trust_remote_code=trust_remote_code,
+        cutoff_layers=cutoff_layers,
+        compress_layers=compress_layers,
+        compress_ratio=compress_ratio,
+    )
+    return lambda pairs: scale * np.array(reranker.compute_score(pairs, show_progress_bar=False))
+
+
 def cross_encoder_teacher(
     model: str,
     batch_size: int = 64,
@@ -64,12 +103,12 @@ def cross_encoder_teacher(
     use_bf16: bool = False,
     trust_remote_code: bool = False,
     scale: float = 1.0,
-    **student: Any,
+    **setting: Any,
 ) -> Scorer:
     """Return a scorer: `scale` times the raw scores of a cross-encoder, without a sigmoid.
 
     Args:
-        model: a layer-wise checkpoint, scored by `StudentTeacher`, or a model for sentence-transformers'
+        model: a layer-wise checkpoint, scored by `matryoshka_teacher`, or a model for sentence-transformers'
             `CrossEncoder`.
         batch_size: pairs per batch.
         max_length: tokens of a pair; None is 512, or a layer-wise checkpoint's own limit.
@@ -77,42 +116,41 @@ def cross_encoder_teacher(
         use_fp16, use_bf16: score in float16 or bfloat16; default float32.
         trust_remote_code: run code that comes with the model.
         scale: factor of the scores.
-        student: for a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
+        setting: for a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
 
     Raises:
-        ValueError: if `student` is given for a model without exits, or the checkpoint has no such setting.
+        ValueError: if `setting` is given for a model without exits, or the checkpoint has no such setting.
     """
-    dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
-    score: Scorer
     if is_layer_wise(model):
-        score = StudentTeacher(
+        return matryoshka_teacher(
             model,
-            batch_size=batch_size,
-            max_length=max_length,
+            batch_size,
+            max_length,
             device=device,
-            dtype=dtype,
+            use_fp16=use_fp16,
+            use_bf16=use_bf16,
             trust_remote_code=trust_remote_code,
-            **student,
+            scale=scale,
+            **setting,
         )
-    else:
-        given = {name: value for name, value in student.items() if value not in (None, 1)}
-        if given:
-            raise ValueError(f"{model} is not a layer-wise checkpoint and has no exits and widths: leave out {given}.")
-        from sentence_transformers import CrossEncoder
+    given = {name: value for name, value in setting.items() if value not in (None, 1)}
+    if given:
+        raise ValueError(f"{model} is not a layer-wise checkpoint and has no exits and widths: leave out {given}.")
+    from sentence_transformers import CrossEncoder
 
-        encoder = CrossEncoder(
-            model,
-            max_length=max_length or 512,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            activation_fn=torch.nn.Identity(),
-            model_kwargs={"dtype": dtype},
-        )
+    encoder = CrossEncoder(
+        model,
+        max_length=max_length or 512,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        activation_fn=torch.nn.Identity(),
+        model_kwargs={"dtype": _dtype(use_fp16, use_bf16)},
+    )
+    return lambda pairs: scale * np.asarray(encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False))
 
-        def score(pairs: list[tuple[str, str]]) -> np.ndarray:
-            return encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False)
 
-    return lambda pairs: scale * np.asarray(score(pairs))
+def _dtype(use_fp16: bool, use_bf16: bool) -> torch.dtype:
+    return torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
 
 
 def bi_encoder_teacher(model: str, scale: float, **options: Any) -> Scorer:
@@ -161,12 +199,11 @@ def bm25_teacher(texts: Sequence[str], scale: float) -> Scorer:
     Raises:
         ImportError: if bm25s or PyStemmer is not installed.
     """
-    indices = {text: index for index, text in enumerate(texts)}
-    score = bm25_scorer(texts)
+    places = {text: place for place, text in enumerate(texts)}
+    index = BM25(texts)
 
     def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
-        runs = groupby(pairs, key=itemgetter(0))
-        return scale * np.concatenate([score(query)[[indices[text] for _, text in run]] for query, run in runs])
+        return scale * index.pair_scores([query for query, _ in pairs], [places[text] for _, text in pairs])
 
     return scores
 
@@ -178,67 +215,3 @@ def is_layer_wise(model: str) -> bool:
         return False
     config, _ = PreTrainedConfig.get_config_dict(place)
     return bool(config.get("layer_wise"))
-
-
-class StudentTeacher:
-    """Raw scores of a layer-wise checkpoint at one exit and width, as `MatryoshkaReranker.compute_score` returns them.
-
-    Neighbouring pairs of one query share its states, and batches have no padding.
-
-    Args:
-        model: "smollm2", or a layer-wise checkpoint, such as a directory that fine-tuning wrote.
-        batch_size: pairs per batch.
-        cutoff_layers: the exit; None is the deepest.
-        compress_layers, compress_ratio: as in `MatryoshkaReranker`.
-        max_length, query_max_length: tokens, as in `MatryoshkaReranker`; None is the checkpoint's own limit.
-        device: None is the first accelerator, or the CPU if there is none.
-        dtype: format of weights and products; scores are float32.
-        trust_remote_code: as in transformers; it concerns the tokenizer only.
-
-    Raises:
-        ValueError: if the checkpoint has no such setting, before its weights are read.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        batch_size: int = 64,
-        cutoff_layers: int | None = None,
-        compress_layers: Layers = None,
-        compress_ratio: int = 1,
-        max_length: int | None = None,
-        query_max_length: int | None = None,
-        device: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ) -> None:
-        checkpoint = inspect_checkpoint(model, trust_remote_code=trust_remote_code)
-        description = checkpoint.description
-        description.check_scoring()
-        self.setting = Setting.resolve(checkpoint.config, cutoff_layers, compress_layers, compress_ratio)
-        self.batch_size = batch_size
-        self.max_length = max_length or description.max_length.value or MAX_LENGTH
-        self.query_max_length = query_max_length or description.query_max_length.value
-        self.template = Template.load(checkpoint.config.template).with_instruction(None)
-        tokenizer = load_tokenizer(model, trust_remote_code)
-        self.tokenizer = PairTokenizer(tokenizer, self.template)
-        loaded: Any = load_model(checkpoint, tokenizer, dtype, attach_token_adapters=True)
-        self.model = loaded.to(device or get_device_name()).eval()
-        if token_adapter_ratios(self.model):
-            use_token_adapter(self.model, self.setting.compress_ratio)
-
-    @torch.inference_mode()
-    def __call__(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-        """Return the scores of the pairs, (pairs,) float32."""
-        scores = [
-            self.model.scores(
-                self.model.model.embed(*pack_pairs(batch, self.model.device), self.setting), self.setting
-            )[0]
-            for batch in self._batches(pairs)
-        ]
-        return torch.cat(scores).float().cpu().numpy()
-
-    def _batches(self, pairs: list[tuple[str, str]]) -> Iterator[list[TokenizedPair]]:
-        lengths = self.query_max_length, self.max_length
-        for start in range(0, len(pairs), self.batch_size):
-            yield self.tokenizer.build_within(pairs[start : start + self.batch_size], *lengths, self.template)

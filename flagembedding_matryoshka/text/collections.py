@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ class Collection:
         relevant: query id to {passage id: grade above 0}, in the order of the qrels, without queries that have no
             relevant passage. May name passages that are not in the corpus. They lower recall and nDCG, because no run
             can contain them.
+        irrelevant: query id to {passage id: grade of 0 or less}, in the order of the qrels.
     """
 
     passages: dict[str, str]
     queries: dict[str, str]
     relevant: dict[str, dict[str, int]]
+    irrelevant: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def is_itself(self, query: str, passage: str) -> bool:
         """Return whether a passage is the query itself, as in ArguAna: same id and text, and not judged relevant.
@@ -45,7 +47,8 @@ def read_collection(directory: Path, split: str) -> Collection:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: naming file and line of a malformed row or an unknown query, or if no passage is relevant.
+        ValueError: naming file and line of a malformed row, an unknown query or a second grade of a passage, or if no
+            passage is relevant.
     """
     corpus, topics, qrels = (directory / name for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"))
     for path in (corpus, topics, qrels):
@@ -53,13 +56,15 @@ def read_collection(directory: Path, split: str) -> Collection:
             raise FileNotFoundError(f"{path} is missing: BEIR's layout is corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
     passages, queries = read_texts(corpus), read_texts(topics)
     relevant: dict[str, dict[str, int]] = {}
+    irrelevant: dict[str, dict[str, int]] = {}
     for number, query, passage, score in _read_judgements(qrels):
-        if score <= 0:
-            continue
-        if query not in queries:
+        if score > 0 and query not in queries:
             raise ValueError(f"{qrels}, line {number}: {topics.name} has no query {query!r}")
-        grade = relevant.setdefault(query, {}).setdefault(passage, score)
-        if grade != score:
+        same, other = (relevant, irrelevant) if score > 0 else (irrelevant, relevant)
+        grade = other.get(query, {}).get(passage, score)
+        if grade == score:
+            grade = same.setdefault(query, {}).setdefault(passage, score)
+        if grade != score and max(grade, score) > 0:
             raise ValueError(f"{qrels}, line {number}: {passage!r} has grade {score} for {query!r}, and {grade} above")
     judged = {passage: None for grades in relevant.values() for passage in grades}
     if missing := [passage for passage in judged if passage not in passages]:
@@ -69,7 +74,7 @@ def read_collection(directory: Path, split: str) -> Collection:
         )
     if not relevant:
         raise ValueError(f"{qrels} has no relevant passage: no score is above 0")
-    return Collection(passages, queries, relevant)
+    return Collection(passages, queries, relevant, irrelevant)
 
 
 def read_texts(path: Path) -> dict[str, str]:

@@ -65,7 +65,7 @@ class FileOutput:
                 yield line.decode(errors="replace")  # bytes that are not UTF-8 do not come from a run
 
     def append(self, lines: Iterable[str]) -> None:
-        """Append lines. Raises ValueError if another process has changed the file."""
+        """Append lines and store them on the disk. Raises ValueError if another process has changed the file."""
         data = join_lines(lines)
         with self.path.open("ab") as file:
             if file.tell() != self.end:
@@ -74,6 +74,8 @@ class FileOutput:
                     "Stop that process, remove the file and call the command again."
                 )
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         self.end += len(data)
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from benchmarks import deadlines
+from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.candidates import from_bm25
 from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import write_collection
@@ -36,6 +37,23 @@ def test_each_way_ranks_every_query(tiny_layerwise_path, tmp_path, one_thread, c
         assert 2 <= row["exit_of_all"] <= row["exit_of_first_ten"] <= 6
 
 
+def test_numbers_of_stops_are_compared_on_every_exit(tiny_layerwise_path, tmp_path, one_thread, monkeypatch):
+    judgements = [("q1", "p2", 1), ("q3", "p5", 1)]
+    candidates = from_bm25(read_collection(write_collection(tmp_path, judgements=judgements), "train"), 8)
+    reranker = MatryoshkaReranker(tiny_layerwise_path, dtype="float32", devices="cpu")
+    reranker.model._use_exits([3, 6])
+    expected = reranker.compute_score(("wing", "lift"), cutoff_layers=[3, 6])
+    deadlines.use_every_exit(reranker)
+    assert reranker.config.exit_layers == [3, 4, 5, 6]
+    assert reranker.compute_score(("wing", "lift"), cutoff_layers=[3, 6]) == expected
+    monkeypatch.setattr(deadlines, "COMPARED_SHARES", (99,))  # enough time for every stop
+    full, few, many = deadlines.measure(reranker, candidates, [2, 99])
+    assert (few["stops"], many["stops"], full["cutoff_layers"]) == (2, 99, 6)
+    # With time for all work every candidate reaches the deepest exit, whatever the stops.
+    assert few["exit_of_all"] == many["exit_of_all"] == 6 and many["change"] == 0 and many["p"] == 1
+    assert "| in " in deadlines.table([full, few, many]) and "+0.0000" in deadlines.table([many])
+
+
 def test_a_way_says_how_good_and_how_late_its_rankings_are(tmp_path):
     judgements = [("q1", "p2", 1), ("q3", "p5", 1), ("q2", "p7", 1)]
     candidates = from_bm25(read_collection(write_collection(tmp_path, judgements=judgements), "train"), 3)
@@ -52,6 +70,7 @@ def test_a_way_says_how_good_and_how_late_its_rankings_are(tmp_path):
         "milliseconds": 30.0,
         "exit_of_first_ten": 3.2,
         "exit_of_all": 3.2,
+        "stops": 7,
         "late": 2,
         "late_behind_first_exit": 1,
         "latest_behind_first_exit_milliseconds": 30.0,

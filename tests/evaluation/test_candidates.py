@@ -13,7 +13,7 @@ from flagembedding_matryoshka.evaluation.candidates import (
     sample_queries,
     take,
 )
-from flagembedding_matryoshka.mining.retrievers import bm25_scorer
+from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.text.collections import Collection, read_collection
 from tests.collection import CORPUS, QUERIES
 
@@ -39,7 +39,7 @@ def test_bm25_gives_its_first(candidates):
 
 def test_the_scores_of_bm25_stay_with_its_candidates(beir):
     read = read_collection(beir, "test")
-    found, scores = from_bm25(read, 3), bm25_scorer(list(read.passages.values()))
+    found, scores = from_bm25(read, 3), BM25(list(read.passages.values())).scores
     for query, passages in found.passages.items():
         expected = dict(zip(read.passages, scores(read.queries[query]).tolist(), strict=True))
         assert found.first_stage[query] == pytest.approx([expected[passage] for passage in passages])

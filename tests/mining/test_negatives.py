@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from flagembedding_matryoshka.finetune.rows import load_rows
-from flagembedding_matryoshka.mining import retrievers
+from flagembedding_matryoshka.mining import bm25, resuming
 from flagembedding_matryoshka.mining.negatives import main, mine
 from flagembedding_matryoshka.mining.retrievers import BiEncoder, best_ranks
 from flagembedding_matryoshka.mining.rows import write_rows
@@ -24,13 +24,13 @@ def passage(number):
 
 
 def test_rows_are_flagembeddings(collection):
-    directory = collection(judgements=[("q3", "p4", 1), ("q1", "p2", 2), ("q1", "p0", 1), ("q1", "p3", 0)])
+    directory = collection(judgements=[("q3", "p4", 1), ("q1", "p2", 2), ("q1", "p1", 1)])
     rows = mined(directory, "--first", 1, "--negatives", 8)
     assert [row["query"] for row in rows] == ["the heat", "wing"]
-    assert [row["pos"] for row in rows] == [[passage(4)], [passage(2), "wing"]]
+    assert [row["pos"] for row in rows] == [[passage(4)], [passage(2), passage(1)]]
     assert {tuple(sorted(row["neg"])) for row in rows} == {
         tuple(sorted(passage(i) for i in (5, 6, 7))),  # those with heat in them
-        tuple(sorted(passage(i) for i in (1, 3, 4, 5, 6, 7))),
+        tuple(sorted(passage(i) for i in (3, 4, 5, 6, 7))),
     }
     assert all(list(row) == ["query", "pos", "neg"] for row in rows)
     assert len(load_rows(str(directory.parent / "train.jsonl"), "labels", str(directory.parent / "cache"))) == 2
@@ -41,6 +41,36 @@ def test_negatives_are_of_the_ranks_asked_for(collection, first, last, expected)
     # Rank 1 is the query itself, rank 3 is relevant.
     (row,) = mined(collection(), "--first", first, "--last", last)
     assert sorted(row["neg"]) == sorted(passage(i) for i in expected)
+
+
+def test_passages_judged_irrelevant_are_negatives_first(collection):
+    judgements = [("q1", "p2", 1), ("q1", "p7", 0), ("q1", "p6", -1), ("q1", "p9", 0), ("q1", "p0", 0)]
+    (row,) = mined(collection(judgements=judgements), "--first", 1, "--last", 4, "--negatives", 3)
+    assert row["neg"][:2] == [passage(7), passage(6)]  # p9 is not in the corpus, p0 has the text of the query
+    assert row["neg"][2] in {passage(1), passage(3)}
+    (row,) = mined(collection(judgements=judgements), "--negatives", 1)
+    assert row["neg"][0] in {passage(7), passage(6)}
+    rows = mined(collection(judgements=[("q2", "p1", 1), ("q2", "p7", 0)]))  # BM25 finds nothing for q2
+    assert [row["neg"] for row in rows] == [[passage(7)]]
+
+
+def test_what_nothing_can_be_learned_from_is_left_out_and_counted(collection, caplog):
+    corpus = [*CORPUS, {"_id": "empty", "text": " "}, {"_id": "twin", "title": "wing", "text": "lift  drag"}]
+    queries = [*QUERIES, {"_id": "q4", "text": " "}, {"_id": "q5", "text": "cone wing"}]
+    judgements = [
+        *(("q1", name, 1) for name in ("p0", "p2", "empty")),
+        ("q1", "empty", 1),
+        ("q1", "p5", 0),
+        ("q4", "p1", 1),
+        ("q5", "empty", 1),
+    ]
+    (row,) = mined(collection(corpus, queries, judgements), "--first", 1)
+    assert row["pos"] == [passage(2)] and row["neg"][0] == passage(5)
+    assert not {"wing", "wing lift  drag", ""} & set(row["neg"])
+    assert (
+        "3 queries. Left out are passages that are the query: 1, empty passages: 2, empty queries: 1, queries without "
+        "a relevant passage: 1" in caplog.text
+    )
 
 
 def test_no_more_negatives_than_asked_for_and_none_twice(collection):
@@ -64,7 +94,8 @@ def test_what_is_drawn_depends_on_seed_and_query_alone(collection, monkeypatch):
     rows = mined(collection(corpus, queries, judgements), "--seed", 1)
     assert mined(collection(corpus, queries, judgements), "--seed", 1) == rows
     assert mined(collection(corpus, queries, judgements), "--seed", 2) != rows
-    monkeypatch.setattr(retrievers, "QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(bm25, "QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(resuming, "QUERIES_AT_ONCE", 7)
     assert mined(collection(corpus, queries, judgements[::-1]), "--seed", 1) == rows[::-1]
     assert len({tuple(text[5:] for text in row["neg"]) for row in rows}) == 20
 
@@ -73,12 +104,12 @@ def test_queries_without_negatives_are_dropped_and_counted(collection, caplog):
     judgements = [("q2", "p1", 1), ("q1", "p2", 1)]
     (row,) = mined(collection(judgements=judgements))
     assert row["query"] == "wing"
-    assert "1 queries are left out" in caplog.text
+    assert "Left out are queries without a negative: 1" in caplog.text
 
 
 def test_without_any_row_nothing_is_written(collection):
     directory = collection(judgements=[("q2", "p1", 1)])
-    with pytest.raises(ValueError, match=r"no query has a negative in ranks 2 to 100 of 8 passages"):
+    with pytest.raises(ValueError, match=r"none of 1 queries has a training row\..* without a negative: 1"):
         mined(directory)
     assert [path.name for path in directory.parent.iterdir()] == ["beir"]
 
@@ -106,12 +137,11 @@ def test_lists_are_interleaved():
 def test_the_best_of_two_ranks_counts(collection, first, expected):
     read = read_collection(collection(), "train")
     miners = [lambda texts, queries, k: [[6, 1, 2][:k]], lambda texts, queries, k: [[7, 5, 6][:k]]]
-    if not expected:
-        with pytest.raises(ValueError, match="no query has a negative in ranks 3 to 3 of 8"):
-            list(mine(read, 9, first, 3, 0, miners))
-        return
-    (row,) = mine(read, 9, first, 3, 0, miners)
-    assert sorted(row["neg"]) == sorted(passage(i) for i in expected)
+    ((row, left_out),) = mine(read, ["q1"], 9, first, 3, 0, miners)
+    if expected:
+        assert sorted(row["neg"]) == sorted(passage(i) for i in expected)
+    else:
+        assert row is None and left_out == {"queries without a negative": 1}
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +207,5 @@ def test_the_cranfield_collection(shared_data, tmp_path):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(load_rows(str(output), "labels", str(tmp_path / "cache"))) == len(rows) == 225
     assert all(len(row["neg"]) == 15 and not set(row["neg"]) & set(row["pos"]) for row in rows)
-    assert rows[0]["query"].startswith("what similarity laws") and sum(len(row["pos"]) for row in rows) == 1612
+    # 1612 are judged relevant, and the text of passage 995 is empty.
+    assert rows[0]["query"].startswith("what similarity laws") and sum(len(row["pos"]) for row in rows) == 1611

@@ -1,10 +1,12 @@
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
 
 from flagembedding_matryoshka.mining import retrievers
 from flagembedding_matryoshka.mining.retrievers import BiEncoder
@@ -42,9 +44,9 @@ def test_vectors_are_the_models_of_length_one_with_its_prompts(path, encoder, te
         torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("scores_at_once", "k"), [(2**26, 50), (101, 7), (1, 99)])
-def test_lists_are_those_of_a_loop(path, encoder, texts, monkeypatch, scores_at_once, k):
-    monkeypatch.setattr(retrievers, "SCORES_AT_ONCE", scores_at_once)
+@pytest.mark.parametrize(("queries_at_once", "k"), [(1024, 50), (3, 7), (1, 99)])
+def test_lists_are_those_of_a_loop(path, encoder, texts, monkeypatch, queries_at_once, k):
+    monkeypatch.setattr(retrievers, "QUERIES_AT_ONCE", queries_at_once)
     model = SentenceTransformer(str(path), device="cpu")
     corpus, questions = texts[:43], texts[43:]
     passages = unit(model.encode(["plate " + text for text in corpus]))
@@ -73,12 +75,33 @@ def test_vectors_that_are_not_finite_are_refused(path, texts):
         list(encoder.lists(texts, ["wing"], 3))
 
 
+def test_an_index_finds_nearly_the_same(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    vectors, queries = (normalize(torch.randn(count, 16, generator=draw), dim=-1) for count in (600, 20))
+    exact = retrievers.exact_search(vectors)(queries, 10)
+    best = (queries @ vectors.T).topk(10).indices.tolist()
+    assert exact == best
+    found = retrievers.index_search(vectors)(queries, 10)
+    shared = [len(set(some) & set(all_)) for some, all_ in zip(found, exact, strict=True)]
+    assert sum(shared) > 0.8 * 200 and all(len(row) == 10 for row in found)
+    assert [row[0] for row in retrievers.index_search(vectors)(vectors[:50], 1)] == list(range(50))
+
+
+def test_many_passages_are_searched_with_an_index(encoder, texts, monkeypatch):
+    expected = list(encoder.lists(texts, texts[:5], 1))
+    monkeypatch.setattr(retrievers, "EXACT_LIMIT", 49)
+    monkeypatch.setattr(retrievers, "exact_search", None)
+    assert list(encoder.lists(texts, texts[:5], 1)) == expected
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"more than 49 passages need an index: pip install .*\[index\]"):
+        list(encoder.lists(texts, texts[:5], 1))
+
+
 def test_stored_vectors_are_not_computed_again(path, encoder, texts, monkeypatch, tmp_path):
     monkeypatch.setattr(retrievers, "TEXTS_AT_ONCE", 4)
     corpus, questions = texts[:10], texts[10:16]
     expected = list(encoder.lists(corpus, questions, 3))
-    stored = tmp_path / "out.jsonl.vectors"
-    encoded, limit = [], SimpleNamespace(left=0)
+    encoded, limit = [], SimpleNamespace(left=9)
     encode = SentenceTransformer.encode
 
     def limited(self, inputs, **options):
@@ -87,19 +110,18 @@ def test_stored_vectors_are_not_computed_again(path, encoder, texts, monkeypatch
         encoded.extend(inputs)
         return encode(self, inputs, **options)
 
-    monkeypatch.setattr(SentenceTransformer, "encode", limited)
-    # Texts come as 4, 4, 2 passages and 4, 2 queries. A batch that was stored in part is computed again.
-    for limit.left, lines, cut, again in ((9, 8, 0, corpus[:8]), (4, 10, 0, corpus[8:]), (4, 14, 9, questions[:4])):
+    def run(**options):
         encoded.clear()
-        with pytest.raises(KeyboardInterrupt):
-            list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions, 3))
-        assert encoded == again and stored.read_bytes().count(b"\n") == lines
-        stored.write_bytes(stored.read_bytes()[: -cut or None])
-    encoded.clear()
-    limit.left = 6
-    assert list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions, 3)) == expected
-    assert encoded == questions
-    with pytest.raises(ValueError, match=r"out\.jsonl\.vectors was written with other settings.* queries was"):
-        list(BiEncoder(str(path), device="cpu", stored=stored).lists(corpus, questions[1:], 3))
-    with pytest.raises(ValueError, match=r"max_length was None and is 5"):
-        list(BiEncoder(str(path), device="cpu", stored=stored, max_length=5).lists(corpus, questions, 3))
+        return list(BiEncoder(str(path), device="cpu", stored=tmp_path / "v", **options).lists(corpus, questions, 3))
+
+    monkeypatch.setattr(SentenceTransformer, "encode", limited)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (stored,) = (tmp_path / "v").glob("*.f32")
+    assert encoded == corpus[:8] and stored.stat().st_size == 8 * 32 * 4
+    stored.write_bytes(stored.read_bytes()[:-7])  # killed within a vector: its batch is computed again
+    limit.left = 99
+    assert run() == expected and encoded == [*corpus[4:], *questions]
+    assert run() == expected and encoded == questions
+    assert run(max_length=5) != expected and encoded == [*corpus, *questions]
+    assert len(list((tmp_path / "v").glob("*.f32"))) == 2

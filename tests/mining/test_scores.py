@@ -88,27 +88,26 @@ def test_other_fields_stay_and_old_scores_go(tmp_path):
     row = {"id": 7, "prompt": None, "query": "é", "pos": ["p"], "pos_scores": [9], "neg": ["n", "m"], "type": "x"}
     path = tmp_path / "train.jsonl"
     path.write_text(f"\n{json.dumps(row)}\n\n{json.dumps({**row, 'neg': ['n']})}\n")
-    (scores,) = score_rows(path, lambda pairs: np.arange(len(pairs)))
-    found = list(join_scores(path, map(json.dumps, scores)))
+    (scores,) = score_rows(path, lambda pairs: np.arange(len(pairs)), range(2), 9)
+    found = list(join_scores(path, range(2), map(json.dumps, scores)))
     assert found == [
         {**row, "pos_scores": [0.0], "neg_scores": [1.0, 2.0]},
         {**row, "neg": ["n"], "pos_scores": [3.0], "neg_scores": [4.0]},
     ]
 
 
-def test_rows_are_read_a_chunk_at_a_time(training_rows, rows, monkeypatch):
-    monkeypatch.setattr(teacher_scores, "ROWS_AT_ONCE", 2)
+def test_rows_are_read_a_chunk_at_a_time(training_rows, rows):
     asked = []
 
     def scorer(pairs):
         asked.append(pairs)
         return [float(len(text)) for _, text in pairs]
 
-    found = score_rows(training_rows, scorer)
+    found = score_rows(training_rows, scorer, range(7), 2)
     assert [scores["pos_scores"] for scores in next(found)] == [[len(row["pos"][0])] for row in rows[:2]]
     assert asked == [[(row["query"], text) for row in rows[:2] for text in (*row["pos"], *row["neg"])]]
     assert list(map(len, found)) == [2, 2, 1] and len(asked) == 4
-    assert list(map(len, score_rows(training_rows, scorer, done=4))) == [2, 1]
+    assert list(map(len, score_rows(training_rows, scorer, range(4, 7), 2))) == [2, 1]
 
 
 def test_rows_without_negatives_keep_none(tmp_path):
@@ -119,6 +118,38 @@ def test_rows_without_negatives_keep_none(tmp_path):
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert first["pos_scores"] > second["pos_scores"] == [0.0]
     assert first["neg"] == first["neg_scores"] == second["neg_scores"] == []
+
+
+def test_what_nothing_can_be_learned_from_is_left_out_and_counted(tmp_path, caplog):
+    row = {"query": "wing", "pos": ["lift wing", " wing "], "neg": ["drag", "", "lift wing"]}
+    ids = {"pos_id": [1, 2], "neg_id": [3, 4, 5], "neg_scores": [0.25, 0.5, 0.75], "pos_scores": [1.0, 2.0]}
+    empty, lost = {**row, "query": " "}, {"query": "wing", "pos": ["lift"], "neg": ["lift"]}
+    path = write(tmp_path / "train.jsonl", empty, {**row, **ids}, lost, {**row, "neg": []})
+    caplog.set_level("INFO")
+    main(["--input", str(path), "--output", str(tmp_path / "out.jsonl"), "--backend", "bm25"])
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (first["pos"], first["pos_id"], first["neg"], first["neg_id"]) == (["lift wing"], [1], ["drag"], [3])
+    assert len(first["pos_scores"]) == len(first["neg_scores"]) == 1 and first["pos_scores"] != [1.0]
+    assert second["pos"] == ["lift wing"] and second["neg"] == second["neg_scores"] == []
+    assert (
+        "left out are empty queries: 1, passages that are the query: 2, empty passages: 1, negatives that are also "
+        "positives: 2, rows that lose all of neg: 1" in caplog.text
+    )
+
+
+def test_shards_concatenate_to_the_whole(training_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_scores, "ROWS_AT_ONCE", 2)
+
+    def run(name, *words):
+        output = tmp_path / name
+        main(["--input", str(training_rows), "--output", str(output), "--backend", "bm25", *words])
+        return output.read_bytes()
+
+    shards = [run(f"{number}.jsonl", "--shard", f"{number}/3") for number in (1, 2, 3)]
+    assert b"".join(shards) == run("whole.jsonl") and [shard.count(b"\n") for shard in shards] == [2, 2, 3]
+    with pytest.raises(SystemExit):
+        run("out.jsonl", "--shard", "1/8")
+    assert "--shard 1/8 of --input" in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -231,7 +262,7 @@ def test_other_margins_keep_the_scores(killable, training_rows, tmp_path):
 )
 def test_what_is_no_score_is_refused(training_rows, scores, fault):
     with pytest.raises(ValueError, match=fault):
-        list(score_rows(training_rows, lambda pairs: scores))
+        list(score_rows(training_rows, lambda pairs: scores, range(7), 7))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +306,9 @@ def test_a_name_that_does_not_say_the_class_needs_it(cross_encoder, training_row
         (["--backend", "onnx"], "invalid choice: 'onnx'"),
         (["--backend", "bi_encoder", "--cutoff_layers", "3"], "--backend bi_encoder does not take --cutoff_layers"),
         (["--backend", "cross_encoder", "--use_fp16", "--use_bf16"], "--use_fp16 and --use_bf16 exclude each other"),
+        (["--backend", "openai", "--use_bf16"], "--backend openai does not take --use_bf16"),
+        (["--backend", "openai", "--answer", "maybe"], "invalid choice: 'maybe'"),
+        (["--shard", "0/2"], "argument --shard: 0/2 is not I/N"),
         (["--max_length", "0"], "argument --max_length: 0 must be at least 1"),
         (["--query_max_length", "0"], "argument --query_max_length: 0 must be at least 1"),
         (["--batch_size", "-1"], "argument --batch_size: -1 must be at least 1"),
@@ -364,7 +398,7 @@ def test_negatives_are_dropped_before_positives_are_raised(tmp_path):
 
 def test_rows_that_all_lose_their_negatives_are_no_training_file(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"query": "wing", "pos": ["lift"], "neg": ["wing"]}))
+    path.write_text(json.dumps({"query": "wing", "pos": ["lift"], "neg": ["wing drag"]}))
     words = ["--input", path, "--output", tmp_path / "out.jsonl", "--backend", "bm25", "--drop_margin", 0]
     with pytest.raises(ValueError, match="all 1 rows lose all their negatives with --drop_margin 0"):
         main([*map(str, words)])

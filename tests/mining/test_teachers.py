@@ -5,9 +5,15 @@ import Stemmer
 import torch
 from sentence_transformers import SentenceTransformer
 
+from flagembedding_matryoshka.inference import reranker
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.mining import teachers
-from flagembedding_matryoshka.mining.teachers import bi_encoder_teacher, bm25_teacher, cross_encoder_teacher
+from flagembedding_matryoshka.mining.teachers import (
+    bi_encoder_teacher,
+    bm25_teacher,
+    cross_encoder_teacher,
+    matryoshka_teacher,
+)
 from tests.encoders import WORDS, save_bi_encoder, save_cross_encoder
 from tests.finetune.runs import runner
 from tests.shipped import needs_smollm2
@@ -99,42 +105,21 @@ WIDTHS = [
 
 @pytest.mark.parametrize("options", WIDTHS, ids=str)
 def test_a_student_teaches_its_own_scores(student_path, options):
-    reranker = MatryoshkaReranker(student_path, dtype="float32", devices="cpu")
-    expected = np.array(reranker.compute_score(PAIRS, **options))
-    teach = cross_encoder_teacher(student_path, device="cpu", batch_size=7, scale=2.0, **options)
-    found = teach(PAIRS)
-    assert found == pytest.approx(2 * expected, abs=1e-5) and expected.std() > 0.01
-    assert teach(PAIRS[3:5]) == pytest.approx(found[3:5], abs=1e-5)
+    expected = MatryoshkaReranker(student_path, dtype="float32", devices="cpu").compute_score(PAIRS, **options)
+    found = cross_encoder_teacher(student_path, device="cpu", batch_size=7, scale=2.0, **options)(PAIRS)
+    assert found == pytest.approx(2 * np.array(expected), abs=1e-5) and np.std(expected) > 0.01
 
 
-def test_a_student_teaches_in_bfloat16(student_path):
-    expected = MatryoshkaReranker(student_path, dtype="bfloat16", devices="cpu").compute_score(PAIRS)
-    found = cross_encoder_teacher(student_path, device="cpu", use_bf16=True)(PAIRS)
-    full = cross_encoder_teacher(student_path, device="cpu")(PAIRS)
-    assert found == pytest.approx(expected, abs=0.02) and 1e-4 < np.abs(found - full).max() < 0.2
-
-
-def test_neighbouring_pairs_share_their_query(student_path, monkeypatch):
-    tokens = []
-    pack = teachers.pack_pairs
-
-    def recorded(*args):
-        token_ids, packed = pack(*args)
-        tokens.append(token_ids.numel())
-        return token_ids, packed
-
-    monkeypatch.setattr(teachers, "pack_pairs", recorded)
-    query = " ".join(WORDS)
-    teach = cross_encoder_teacher(student_path, device="cpu", batch_size=4)
-    teach([(query, "wing")] * 4)
-    teach([(f"{word} {query}", "wing") for word in WORDS[:4]])
-    assert len(tokens) == 2 and tokens[0] < tokens[1] / 2
+def test_a_raw_model_teaches_by_its_name_alone(tiny_raw_model_path):
+    expected = MatryoshkaReranker(tiny_raw_model_path, dtype="bfloat16", devices="cpu").compute_score(PAIRS)
+    found = matryoshka_teacher(tiny_raw_model_path, device="cpu", use_bf16=True)(PAIRS)
+    assert found == pytest.approx(expected, abs=0.02)
 
 
 def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "load_model", None)
+    monkeypatch.setattr(reranker, "load_model", None)
     with pytest.raises(ValueError, match="cutoff_layers"):
-        cross_encoder_teacher(student_path, cutoff_layers=9)
+        matryoshka_teacher(student_path, cutoff_layers=9)
     with pytest.raises(ValueError, match="compress_ratio"):
         cross_encoder_teacher(student_path, compress_layers=[2], compress_ratio=3)
     encoder = str(save_cross_encoder(tmp_path / "encoder", labels=1))
@@ -146,4 +131,4 @@ def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_
 @pytest.mark.slow
 def test_the_shipped_reranker_teaches():
     expected = MatryoshkaReranker("smollm2", dtype="float32", devices="cpu").compute_score(PAIRS[:5])
-    assert cross_encoder_teacher("smollm2", device="cpu")(PAIRS[:5]) == pytest.approx(expected, abs=1e-4)
+    assert matryoshka_teacher("smollm2", device="cpu")(PAIRS[:5]) == pytest.approx(expected, abs=1e-4)

@@ -1,6 +1,6 @@
 import pytest
 
-from flagembedding_matryoshka.mining.retrievers import bm25_lists
+from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.text.collections import read_collection
 from tests.collection import CORPUS
 
@@ -40,6 +40,14 @@ from tests.collection import CORPUS
             {"judgements": [("q1", "p2", 1), ("q1", "p2", 2)]},
             r"train\.tsv, line 3: 'p2' has grade 2 for 'q1', and 1 above",
         ),
+        (
+            {"judgements": [("q1", "p2", 0), ("q1", "p2", 1)]},
+            r"train\.tsv, line 3: 'p2' has grade 1 for 'q1', and 0 above",
+        ),
+        (
+            {"judgements": [("q1", "p2", 2), ("q1", "p2", -1)]},
+            r"train\.tsv, line 3: 'p2' has grade -1 for 'q1', and 2 above",
+        ),
         ({"judgements": []}, r"train\.tsv has no relevant passage: no score is above 0"),
         ({"judgements": [("q1", "p2", 0), ("q1", "p3", -1)]}, r"train\.tsv has no relevant passage"),
     ],
@@ -65,8 +73,9 @@ def test_a_missing_file_is_named(collection, name):
 
 
 def test_grades_are_kept_and_a_repetition_is_no_fault(collection):
-    judgements = [("q1", "p2", 2), ("q3", "p1", 1), ("q1", "p0", 0), ("q1", "p2", 2)]
-    assert read_collection(collection(judgements=judgements), "train").relevant == {"q1": {"p2": 2}, "q3": {"p1": 1}}
+    judgements = [("q1", "p2", 2), ("q3", "p1", 1), ("q1", "p0", 0), ("q1", "p2", 2), ("q1", "p3", -1), ("q1", "p0", 0)]
+    read = read_collection(collection(judgements=judgements), "train")
+    assert read.relevant == {"q1": {"p2": 2}, "q3": {"p1": 1}} and read.irrelevant == {"q1": {"p0": 0, "p3": -1}}
 
 
 def test_marks_and_line_ends_of_other_systems_are_no_fault(collection):
@@ -101,4 +110,4 @@ def test_a_passage_that_is_judged_relevant_is_never_the_query_itself(collection)
 @pytest.mark.parametrize("texts", [["the", "a", ""], [""], []])
 def test_passages_without_a_word_are_named(texts):
     with pytest.raises(ValueError, match=f"BM25 finds no word to index in {len(texts)} passages"):
-        list(bm25_lists(texts, ["wing"], 3))
+        BM25(texts)
