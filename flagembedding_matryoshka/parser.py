@@ -37,7 +37,7 @@ class WithConfig(argparse.ArgumentParser):
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file is not a YAML mapping, or names an option that the command does not have.
+            ValueError: if the file is not a YAML mapping in UTF-8, or names an option that the command does not have.
         """
         words = list(sys.argv[1:] if args is None else args)
         if any(word.partition("=")[0] == CONFIG for word in words):
@@ -51,7 +51,7 @@ class WithConfig(argparse.ArgumentParser):
         """Return the options of a file as words, without those that the words of the command line have."""
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{CONFIG} {path} is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{CONFIG} {path} must be a mapping of option names to values, got {values!r:.80}.")

@@ -14,7 +14,8 @@ from flagembedding_matryoshka.parser import Parser
 def write(tmp_path):
     def written(values):
         path = tmp_path / "run.yaml"
-        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+        text = values if isinstance(values, str) else yaml.safe_dump(values)
+        path.write_bytes(text.encode(errors="surrogateescape"))
         return ["--config", str(path)]
 
     return written
@@ -65,6 +66,7 @@ def test_the_command_line_replaces_what_the_file_says(words, write):
     ("text", "fault"),
     [
         ("a: [", "is not YAML"),
+        ("model: \udce4", "is not YAML"),
         ("- a", r"must be a mapping .* got \['a'\]"),
         ("modle: m", r"'modle' is no option of try\. See try --help"),
         ("1: m", "1 is no option of try"),

@@ -129,7 +129,7 @@ def test_workers_and_nodes_may_die(desk, tmp_path):
         nodes.wait_for_nodes()
 
         parser = score.build_parser()
-        words = {desk.words("--ray", "2")!r}
+        words = {desk.words("--ray", "1")!r}
         words[words.index({str(desk.output)!r})] = "-"
         commands.run(parser, Mortal, parser.parse_args(words), {{"lives": {str(lives)!r}}})
 
