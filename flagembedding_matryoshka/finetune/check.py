@@ -5,7 +5,6 @@ flagembedding-matryoshka finetune check train.jsonl --eval_data dev.jsonl --mode
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
 from flagembedding_matryoshka.finetune.sources import Columns, parse_columns, place_of, read_source, source_files
 from flagembedding_matryoshka.inference.arguments import program
 from flagembedding_matryoshka.mining.rows import row_fault, split_by_label
+from flagembedding_matryoshka.parser import Parser
 
 SAMPLED_TEXTS = 10_000
 """Number of queries, and of passages, whose lengths are measured: a random sample."""
@@ -196,13 +196,9 @@ def describe_report(report: DataReport) -> list[tuple[str, str]]:
     ]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"{program('flagembedding_matryoshka.finetune')} check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=f"{program('flagembedding_matryoshka.finetune')} check", description=__doc__)
     parser.add_argument("train_data", nargs="+", help="files, directories or data sets, as in finetune --train_data")
     parser.add_argument("--eval_data", nargs="+", default=[], help="data whose queries must not be in train_data")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=THEIRS", help="as in finetune")
