@@ -14,7 +14,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,21 +47,25 @@ def serving(reranker: MatryoshkaReranker, batch_requests: int | None) -> Iterato
         thread.join()
 
 
-def load(address: str, clients: int, requests: int) -> list[float]:
-    """Seconds that each request took."""
+def load(address: str, clients: int, requests: int, body: Callable[[int], dict[str, Any]]) -> list[float]:
+    """Seconds that each request took; `body` is that of a request, by its number."""
 
     def client(number: int) -> list[float]:
         seconds = []
         with httpx.Client(base_url=address, timeout=60) as connection:
             for index in range(requests):
                 start = time.perf_counter()
-                body = {"query": f"how is item {number * requests + index} sorted?", "documents": DOCUMENTS}
-                connection.post("/rerank", json=body).raise_for_status()
+                connection.post("/rerank", json=body(number * requests + index)).raise_for_status()
                 seconds.append(time.perf_counter() - start)
         return seconds
 
     with ThreadPoolExecutor(clients) as pool:
         return [second for part in pool.map(client, range(clients)) for second in part]
+
+
+def short_request(number: int) -> dict[str, Any]:
+    """A query with a few short documents."""
+    return {"query": f"how is item {number} sorted?", "documents": DOCUMENTS}
 
 
 def measure(clients: int, requests: int, rounds: int) -> list[dict[str, Any]]:
@@ -76,7 +80,7 @@ def measure(clients: int, requests: int, rounds: int) -> list[dict[str, Any]]:
         for number in range(-1, rounds):
             for name in SETTINGS if number % 2 else reversed(SETTINGS):
                 start = time.perf_counter()
-                seconds = load(addresses[name], clients, requests)
+                seconds = load(addresses[name], clients, requests, short_request)
                 if number >= 0:
                     rates[name].append(len(seconds) / (time.perf_counter() - start))
                     latencies[name] += seconds

@@ -44,6 +44,7 @@ SHAPES: dict[str, tuple[type[CostWiseConfig], dict[str, Any]]] = {
     "4x128": (CostWiseMistralConfig, mistral_like(4, 128)),
     "16x512": (CostWiseMistralConfig, mistral_like(16, 512)),
     "24x1024": (CostWiseMistralConfig, mistral_like(24, 1024)),
+    "qwen3-4x128": (CostWiseQwen3Config, shape(4, 128, 384, 2, 1, head_dim=64)),
     "smollm2-135m": (CostWiseLlamaConfig, shape(30, 576, 1536, 9, 3)),
     "qwen3-0.6b": (CostWiseQwen3Config, shape(28, 1024, 3072, 16, 8, head_dim=128)),
     "gemma2-2b": (
@@ -51,9 +52,10 @@ SHAPES: dict[str, tuple[type[CostWiseConfig], dict[str, Any]]] = {
         shape(26, 2304, 9216, 8, 4, head_dim=256, sliding_window=4096, final_logit_softcapping=None),
     ),
     "qwen3-4b": (CostWiseQwen3Config, shape(36, 2560, 9728, 32, 8, head_dim=128)),
+    "qwen3-8b": (CostWiseQwen3Config, shape(36, 4096, 12288, 32, 8, head_dim=128)),
     "mistral-7b": (CostWiseMistralConfig, shape(32, 4096, 14336, 32, 8, sliding_window=None)),
 }
-"""What their configurations, those of the published models, say of a decoder. Scores have no cap."""
+"""What the configurations of published models say of a decoder, and small ones of their kinds. Scores have no cap."""
 
 
 def config_of(name: str, vocabulary: int) -> CostWiseConfig:
