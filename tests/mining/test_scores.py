@@ -45,6 +45,20 @@ def training_rows(rows, tmp_path):
     return path
 
 
+def test_rows_with_labels_are_taught_and_keep_grades_and_instruction(tmp_path):
+    row = {"query": "q", "passages": ["a", "bb", "ccc"], "labels": [0, 2, 1], "instruction": "find"}
+    path = write(tmp_path / "graded.jsonl", row)
+    (batch,) = score_rows(path, lambda pairs: [float(len(passage)) for _, passage in pairs])
+    assert batch == [{"pos_scores": [2.0, 3.0], "neg_scores": [1.0]}]
+    (taught,) = join_scores(path, map(json.dumps, batch))
+    assert taught == {
+        "query": "q", "instruction": "find", "pos": ["bb", "ccc"], "neg": ["a"], "pos_labels": [2, 1], **batch[0],
+    }  # fmt: skip
+    assert load_rows(str(write(tmp_path / "taught.jsonl", taught)), "scores", str(tmp_path))["pos_labels"][:] == [
+        [2, 1]
+    ]
+
+
 @torch.no_grad()
 def logits(path, pairs):
     """Scores of single pairs by transformers."""
