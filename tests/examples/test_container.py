@@ -115,7 +115,8 @@ def test_the_steps_make_a_server_that_needs_no_privilege_and_writes_nothing(imag
         assert [result["index"] for result in answer.json()["results"]] == [1, 0]
         server.send_signal(signal.SIGTERM)
         printed = server.communicate()[0].decode()
-    assert server.returncode == 0 and "Traceback" not in printed and "cannot be written" not in printed
+    assert server.returncode in (0, -signal.SIGTERM)  # uvicorn raises the signal again after its shutdown
+    assert "Traceback" not in printed and "cannot be written" not in printed
     assert sorted(image.rglob("*")) == before
 
 
