@@ -15,7 +15,8 @@ import numpy as np
 
 Answer = Literal["yes_no", "order"]
 """What is asked: whether one passage answers the query, or the order of a query's passages."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 TIMEOUT = 600.0
 """Seconds until a request without an answer is sent again."""
 TOP_LOGPROBS = 20
@@ -95,7 +96,7 @@ class Endpoint:
                 raise
 
     def _complete(self, instruction: str, text: str, **options: Any) -> Any:
-        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
+        messages: Any = [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
         answer = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0, **options)
         return answer.choices[0]
 

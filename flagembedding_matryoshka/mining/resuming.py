@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ class Outcome(NamedTuple):
     left_out: Counter[str]
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """A contiguous part of the rows or queries of a file, so that the outputs of all shards concatenate to the whole.
 
     Attributes:

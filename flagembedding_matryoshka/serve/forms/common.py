@@ -271,8 +271,9 @@ class Request(BaseModel):
 
     def _refuse_more_documents(self, documents: int, info: ValidationInfo) -> None:
         """Raise ValueError if there are more documents than the context of the validation allows."""
-        if documents > info.context[MAX_DOCUMENTS]:
-            raise ValueError(f"{documents} documents are more than {info.context[MAX_DOCUMENTS]}")
+        context: Any = info.context
+        if documents > context[MAX_DOCUMENTS]:
+            raise ValueError(f"{documents} documents are more than {context[MAX_DOCUMENTS]}")
 
     @property
     def setting(self) -> dict[str, Any]:
