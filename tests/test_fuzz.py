@@ -171,10 +171,11 @@ def rank_batch(tried, data):
 def tokenize(tried, data):
     pairs, given = data.draw(PAIRS), data.draw(options(OF_TEXTS))
     found = result(lambda: tried.reranker.tokenize(pairs, **given))
-    if found:
-        assert tried.reranker.compute_score(found) == pytest.approx(
-            tried.reranker.compute_score(pairs, **given), abs=1e-5
-        )
+    # Texts may be tokenised to lengths that the model has no positions for, and are then not scored.
+    scores = result(lambda: tried.reranker.compute_score(pairs, **given))
+    if found and scores is not None:
+        assert tried.reranker.compute_score(found) == pytest.approx(scores, abs=1e-5)
+    assert found is None or scores is not None or given["max_length"] > tried.reranker.config.max_position_embeddings
 
 
 def score_lists(tried, data):

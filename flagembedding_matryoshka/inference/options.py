@@ -278,8 +278,6 @@ def resolve_call(
     for name, value in depth_and_width.items():
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, others)
-    if overrides.get("max_length") is not None:
-        refuse_beyond_positions(defaults.config, options.max_length)
     try:
         setting = Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
     except ValueError as error:

@@ -20,6 +20,7 @@ from flagembedding_matryoshka.inference.options import (
     RankingOptions,
     ranking_weight,
     refuse_beside_tokens,
+    refuse_beyond_positions,
     resolve_call,
 )
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
@@ -340,6 +341,8 @@ class RankingMixin:
         of_run = ("show_progress_bar", "between_batches")
         of_call = {name: value for name, value in overrides.items() if name not in of_run}
         options, setting = resolve_call(self, of_call, cascade, is_ranking=True)
+        if of_call.get("max_length") is not None:
+            refuse_beyond_positions(self.config, options.max_length)
         return Call(
             self._pair_tokenizer,
             options,

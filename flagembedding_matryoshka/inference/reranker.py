@@ -296,6 +296,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         refuse_beside_tokens(pairs, overrides)
         if not pairs:
             return []
+        if overrides.get("max_length") is not None:
+            refuse_beyond_positions(self.config, options.max_length)
         limit = self.model.model.max_positions
         shares = 1 if device else len(self.target_devices)
         call = Call(self._pair_tokenizer, options, setting, shares, max_tokens=limit)
