@@ -13,6 +13,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -59,6 +61,11 @@ class BackboneAttention:
 def takes_attention_from_interface(model: type[PreTrainedModel] | PreTrainedModel) -> bool:
     """Return whether a model's layers take attention from `transformers.AttentionInterface`."""
     return model._can_set_attn_implementation()
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name in `transformers.AttentionInterface` of the attention that a model's layers use."""
+    return model.config._attn_implementation
 
 
 def get_whole_modules(model: Any) -> set[str]:

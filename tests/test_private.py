@@ -16,6 +16,7 @@ from flagembedding_matryoshka.private import (
     OVERRIDDEN,
     BackboneAttention,
     adapters_of,
+    attention_of,
     compiler_options,
     find_file,
     get_whole_modules,
@@ -23,11 +24,13 @@ from flagembedding_matryoshka.private import (
     save_under_own_names,
     selected_rows,
     takes_attention_from_interface,
+    tree_flatten,
+    tree_unflatten,
     untie_weights,
 )
 
 PACKAGE = Path(flagembedding_matryoshka.__file__).parent
-STANDARD_LIBRARY = {"_replace", "_ArgumentGroup", "_children"}
+STANDARD_LIBRARY = {"_replace", "_ArgumentGroup", "_AppendAction", "_actions", "_children", "_getframe"}
 OF_AN_ADAPTER = {"integrations/mteb.py: mteb._create_dataloaders"}
 
 
@@ -73,6 +76,19 @@ def test_attention_of_a_class_without_source_is_that_of_its_backbone():
     for backbone in (MistralModel, BloomModel):
         own = type("Own", (BackboneAttention, backbone), {"__module__": "of_a_notebook"})
         assert takes_attention_from_interface(own) == takes_attention_from_interface(backbone)
+
+
+def test_a_model_says_which_attention_it_uses():
+    model = MistralModel(MistralConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        assert attention_of(model) == name
+
+
+def test_leaves_of_a_tree_make_the_tree_again():
+    tree = (1, [2, {"three": 3}], None)
+    leaves, structure = tree_flatten(tree)
+    assert leaves[:3] == [1, 2, 3] and tree_unflatten(leaves, structure) == tree
 
 
 def test_a_decoder_layer_is_never_split(layerwise_model):

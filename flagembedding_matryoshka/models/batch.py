@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from flagembedding_matryoshka.private import tree_flatten, tree_unflatten
 
 T = TypeVar("T", bound=tuple[Any, ...])
 ALIGNMENT = 16

@@ -32,7 +32,12 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.packing import pack, share_queries
-from flagembedding_matryoshka.private import BackboneAttention, set_whole_modules, takes_attention_from_interface
+from flagembedding_matryoshka.private import (
+    BackboneAttention,
+    attention_of,
+    set_whole_modules,
+    takes_attention_from_interface,
+)
 from flagembedding_matryoshka.setting import Layers, Setting
 
 Lengths = Sequence[int] | Tensor | None
@@ -218,7 +223,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             packed,
             getattr(self.config, "attn_logit_softcapping", None),
             separately=self.batch_invariant,
-            compiled=self.config._attn_implementation == OPAQUE_ATTENTION,
+            compiled=attention_of(self) == OPAQUE_ATTENTION,
             dropout=getattr(self.config, "attention_dropout", 0.0) if self.training else 0.0,
         )
         for depth in range(layers_run + 1, max(exits) + 1):

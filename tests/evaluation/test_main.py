@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, 
     calibrated.rank("wing", ["wing lift", "heat"], cascade={3: 0.5})
     with pytest.raises(ValueError, match="no calibration of 5 layers"):
         calibrated.compute_score(pairs, cutoff_layers=5)
-    assert "| base rate" in (output / "table.md").read_text()
+    assert re.search(r"\| +base rate \|", (output / "table.md").read_text())
 
 
 def test_candidates_without_a_relevant_one_are_refused_before_anything_is_measured(evaluate, tmp_path):

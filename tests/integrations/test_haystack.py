@@ -89,7 +89,7 @@ def test_no_threshold_holds_at_several_exits(reranker, options):
         (
             {"document_prefix": "x"},
             TypeError,
-            r"unknown arguments \['document_prefix'\]: allowed are \['batch_invariant', 'batch_size'",
+            r"unknown arguments \['document_prefix'\]: allowed are \['allow_pickle', 'batch_invariant'",
         ),
         ({"meta_fields_to_embed": "title"}, TypeError, "must be a list of names, got the string 'title'"),
         ({"device": "cpu", "devices": ["cpu"]}, ValueError, r"device='cpu' and devices=\['cpu'\]: give one of them"),

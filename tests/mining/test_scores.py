@@ -48,9 +48,9 @@ def training_rows(rows, tmp_path):
 def test_rows_with_labels_are_taught_and_keep_grades_and_instruction(tmp_path):
     row = {"query": "q", "passages": ["a", "bb", "ccc"], "labels": [0, 2, 1], "instruction": "find"}
     path = write(tmp_path / "graded.jsonl", row)
-    (batch,) = score_rows(path, lambda pairs: [float(len(passage)) for _, passage in pairs])
+    (batch,) = score_rows(path, lambda pairs: [float(len(passage)) for _, passage in pairs], range(1), 1)
     assert batch == [{"pos_scores": [2.0, 3.0], "neg_scores": [1.0]}]
-    (taught,) = join_scores(path, map(json.dumps, batch))
+    (taught,) = join_scores(path, range(1), map(json.dumps, batch))
     assert taught == {
         "query": "q", "instruction": "find", "pos": ["bb", "ccc"], "neg": ["a"], "pos_labels": [2, 1], **batch[0],
     }  # fmt: skip
