@@ -146,6 +146,7 @@ def use_every_exit(reranker: MatryoshkaReranker) -> None:
     """Give a model every exit from its first to its deepest. New ones read with a copy of the deepest head."""
     exits = reranker.config.exit_layers
     reranker.model._use_exits(range(exits[0], exits[-1] + 1))
+    reranker.config = reranker.model.config
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -42,6 +42,7 @@ def test_numbers_of_stops_are_compared_on_every_exit(tiny_layerwise_path, tmp_pa
     candidates = from_bm25(read_collection(write_collection(tmp_path, judgements=judgements), "train"), 8)
     reranker = MatryoshkaReranker(tiny_layerwise_path, dtype="float32", devices="cpu")
     reranker.model._use_exits([3, 6])
+    reranker.config = reranker.model.config
     expected = reranker.compute_score(("wing", "lift"), cutoff_layers=[3, 6])
     deadlines.use_every_exit(reranker)
     assert reranker.config.exit_layers == [3, 4, 5, 6]

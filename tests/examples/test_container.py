@@ -151,4 +151,4 @@ def test_kubernetes_probes_paths_and_scales_by_a_metric_of_the_server():
     assert service["spec"]["selector"] == pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
     assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     (metric,) = (one["pods"]["metric"]["name"] for one in scaler["spec"]["metrics"])
-    assert f"\n{metric} " in Metrics(lambda: 0, 1).text().decode()
+    assert f"\n{metric} " in Metrics(lambda: 0, 1, lambda: 0, 1).text().decode()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.checkpoints.adapters import fetched
+from flagembedding_matryoshka.checkpoints.adapters import adapter_file
 from flagembedding_matryoshka.inference.engine import Engine
 from tests.finetune.runs import runner, scores_of
 from tests.tiny_base import TINY_BASE
@@ -54,9 +54,9 @@ def test_adapters_are_looked_for_with_the_options_of_the_hub_alone(stage1, train
 
     def recorded(adapter, **options):
         calls.append((str(adapter), options))
-        return fetched(adapter, **options)
+        return adapter_file(adapter, **options)
 
-    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.adapters.fetched", recorded)
+    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.adapters.adapter_file", recorded)
     model_args = {"load_in_4bit": True, "raw_peft": [str(stage1)], "from_peft": str(stage1)}
     model_args |= {"start_layer": 2, "cache_dir": str(tmp_path / "hub"), "save_merged_lora_model": True}
     output_dir = tmp_path / "out"

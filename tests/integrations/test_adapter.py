@@ -26,5 +26,5 @@ def test_an_adapter_of_a_path_is_pickled_as_its_arguments(other_path):
 
 
 def test_an_unknown_option_is_refused_with_those_that_are_allowed():
-    with pytest.raises(TypeError, match=r"unknown arguments \['cutof_layers'\]: allowed are \['batch_invariant', "):
+    with pytest.raises(TypeError, match=r"unknown arguments \['cutof_layers'\]: allowed are \['allow_pickle', "):
         RankingAdapter("path", cutof_layers=3)

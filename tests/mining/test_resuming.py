@@ -91,7 +91,7 @@ def test_the_places_of_shards_are_those_of_the_whole():
     for total in (0, 1, 7, 20):
         parts = [place for number in range(1, 7) for place in Shard(number, 6).places(total)]
         assert parts == list(range(total)) and Shard().places(total) == range(total)
-    assert parse_shard("2/8") == (2, 8) and str(Shard(2, 8)) == "2/8"
+    assert parse_shard("2/8") == Shard(2, 8) and str(Shard(2, 8)) == "2/8"
     for text in ("0/3", "4/3", "1", "a/b", "1/2/3", ""):
         with pytest.raises(Exception, match="is not I/N"):
             parse_shard(text)

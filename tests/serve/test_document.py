@@ -3,7 +3,7 @@
 import json
 import re
 
-from flagembedding_matryoshka.serve.document import BODIES_OF_RERANK, BODIES_OF_SCORE
+from flagembedding_matryoshka.serve.document import BODIES_OF_RERANK, BODIES_OF_SCORE, INFINITY_CALL
 from tests.serve.conftest import client_of
 
 
@@ -47,7 +47,7 @@ def operations(client):
 
 def test_every_call_has_a_summary_and_a_tag(client):
     found = operations(client)
-    assert len(found) == 12
+    assert len(found) == 13
     assert all(described["summary"] and len(described["tags"]) == 1 for _, _, described in found)
 
 
@@ -60,7 +60,7 @@ def test_examples_of_bodies_are_answered(client):
                 body = example["value"] | ({"cascade": {"3": 0.5}} if "cascade" in example["value"] else {})
                 assert client.post(path, json=body).status_code == 200, (path, name)
                 answered += 1
-    assert answered == 3 * len(BODIES_OF_RERANK) + 2 * len(BODIES_OF_SCORE)
+    assert answered == 3 * len(BODIES_OF_RERANK) + 1 + 2 * len(BODIES_OF_SCORE)
 
 
 def keys(value):
@@ -76,9 +76,8 @@ def test_examples_of_answers_have_the_fields_of_answers(client):
         if "application/json" not in content:
             assert path == "/metrics"
             continue
-        body = next(
-            iter({"/score": BODIES_OF_SCORE, "/v1/score": BODIES_OF_SCORE}.get(path, BODIES_OF_RERANK).values())
-        )
+        own = {"/score": BODIES_OF_SCORE, "/v1/score": BODIES_OF_SCORE, "/infinity/rerank": INFINITY_CALL.bodies}
+        body = next(iter(own.get(path, BODIES_OF_RERANK).values()))
         answer = client.request(method, path.replace("{model_id}", "tiny"), json=body if method == "post" else None)
         example, found = content["application/json"]["example"], answer.json()
         if path == "/info":
