@@ -89,7 +89,8 @@ def test_model_types_that_are_deferred_are_those_of_the_backbones():
     assert set(MODEL_TYPES) == {model.config_class.model_type for model in BACKBONES}
 
 
-@pytest.mark.parametrize("name", ["cost_wise_mistral", pytest.param("cost_wise_gemma", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cost_wise_mistral", "cost_wise_gemma"])
 def test_transformers_knows_a_model_type_before_its_class_is_imported(name, tmp_path):
     code = f"""
         import {PACKAGE}, sys

@@ -38,6 +38,7 @@ def arguments(run, monkeypatch, tmp_path):
 
 @needs_smollm2
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_the_sample_prints_two_tables_and_no_warning(run, capsys, recwarn):
     run("--queries", 2)
     printed, bar = capsys.readouterr()

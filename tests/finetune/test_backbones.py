@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from tests.backbones import THOROUGH, write_raw
+from tests.backbones import FIRST, THOROUGH, write_raw
 from tests.batches import TokenSequence, collate
 from tests.finetune.runs import WIDTHS, close, runner, scores_of
 
@@ -51,7 +51,7 @@ def test_what_is_written_scores_as_what_was_trained(kind, raw_path, training_fil
 
 
 @pytest.mark.slow
-@THOROUGH
+@pytest.mark.parametrize("backbone", FIRST, scope="module")
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(use_lora, raw_path, training_file, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}

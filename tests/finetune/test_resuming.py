@@ -63,7 +63,7 @@ WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     ("options", "evaluates"),
     [
         pytest.param({}, False, marks=pytest.mark.slow),
-        ({"gradient_accumulation_steps": 2}, False),
+        pytest.param({"gradient_accumulation_steps": 2}, False, marks=pytest.mark.slow),
         pytest.param(WORKERS, True, marks=pytest.mark.slow),
         pytest.param({**WORKERS, "gradient_accumulation_steps": 2}, False, marks=pytest.mark.slow),
     ],

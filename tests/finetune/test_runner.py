@@ -157,7 +157,9 @@ def write_adapter(kind, base, path):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["language model", pytest.param("grown", marks=pytest.mark.slow), "classifier"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("language model", "grown")), "classifier"]
+)
 def test_training_starts_from_an_adapter_of_another_trainer(kind, tiny_raw_model_path, training_file, tmp_path):
     """It is merged before the heads are initialised, and when the trained model is loaded; it cannot be continued."""
     adapter = write_adapter(kind, tiny_raw_model_path, tmp_path / "adapter")
@@ -505,6 +507,7 @@ def trained_parameters(run):
     return {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_it_gets_no_better_resumed_or_not(tiny_raw_model_path, training_file, tmp_path):
     def run(**more):
         options = {"early_stopping_patience": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 9} | more
@@ -661,7 +664,7 @@ def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path,
     )
 
 
-@pytest.mark.parametrize("train_method", ["normal", "self_distill"])
+@pytest.mark.parametrize("train_method", [pytest.param("normal", marks=pytest.mark.slow), "self_distill"])
 def test_a_run_that_learns_nothing_can_be_stopped(
     train_method, tiny_raw_model_path, training_file, tmp_path, monkeypatch, caplog
 ):

@@ -38,7 +38,7 @@ def threads(request):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [pytest.param(WIDTHS[0], marks=pytest.mark.slow), WIDTHS[1]])
 def test_a_score_is_the_same_bits_alone_in_any_order_and_in_batches_of_any_size(reranker, width):
     together = reranker.compute_score(PAIRS, cutoff_layers=[3, 6], **width)
     alone = [reranker.compute_score(pair, cutoff_layers=[3, 6], **width) for pair in PAIRS]

@@ -128,6 +128,7 @@ reranker.stop_self_pool = lambda: 1 / 0
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_ended_when_the_interpreter_ends(tiny_layerwise_path):
     """Modules are gone then, and a method that needs them prints an error."""
     command = [sys.executable, "-c", AT_EXIT, str(tiny_layerwise_path)]

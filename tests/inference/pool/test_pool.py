@@ -129,6 +129,7 @@ def test_weights_are_shared(two):
     assert all(parameter.is_shared() for parameter in two.model.parameters())
 
 
+@pytest.mark.slow
 def test_workers_stay_between_calls_and_close_ends_them(one, two, monkeypatch):
     monkeypatch.setattr("flagembedding_matryoshka.inference.pool.worker.SECONDS_TO_LEAVE", 120.0)  # on a busy machine
     score_until_all_are_ready(two)
@@ -143,6 +144,7 @@ def test_workers_stay_between_calls_and_close_ends_them(one, two, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.slow
 def test_a_forked_child_starts_workers_of_its_own(one, two):
     score_until_all_are_ready(two)
     before = [process.pid for process in processes(two)]
@@ -355,6 +357,7 @@ def test_a_pause_that_another_call_hears_of_is_not_waited_for(one, two):
         assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
 
 
+@pytest.mark.slow
 def test_too_little_shared_memory_is_said(tiny_layerwise_path, monkeypatch):
     if not SHARED_MEMORY.exists():
         pytest.skip(f"no {SHARED_MEMORY} here")
