@@ -41,7 +41,7 @@ def run_cascade(
 
     Returns:
         For all sequences, batch after batch, on the CPU: (sequences,) float32 scores, (sequences,) int64 exits where
-        they were read, and (sequences,) float64 fused scores. z of a fused score is taken over the query's candidates
+        they were read, and (sequences,) float64 fused scores. A fused score standardises over the query's candidates
         that ran up to the same exit. Without fusion the scores stand in their place.
     """
     sizes = [len(numbers) for numbers in queries]

@@ -93,17 +93,16 @@ class Chunking:
                 found.append(CutDocument([Chunk(0, len(document), whole)], whole.is_cut))
                 continue
             chunks: list[Chunk] = []
-            rest = self._chunks(query, text, room=whole.passage_length)
             is_truncated = whole.query_is_cut
-            for chunk in rest:
+            for chunk in self._chunks(query, text, room=whole.passage_length):
                 if len(chunks) == self.most:
                     is_truncated = True
                     break
                 is_truncated |= chunk.pair.passage_is_cut
                 chunks.append(chunk)
-            # Joined surrogate pairs shifted the places after them.
+            # `whole_characters` makes one character of a surrogate pair, which is two characters of the document.
             pairs = [] if len(text) == len(document) else SURROGATE_PAIR.finditer(document)
-            joined = [pair.start() - count for count, pair in enumerate(pairs)]
+            joined = [pair.start() - count for count, pair in enumerate(pairs)]  # places in the text
             placed = [
                 Chunk(start + bisect_left(joined, start), end + bisect_left(joined, end), pair)
                 for start, end, pair in chunks

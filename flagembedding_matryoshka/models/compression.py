@@ -43,7 +43,7 @@ class SlotsOf:
     """The indices of a compression.
 
     Attributes:
-        ratio: group size.
+        ratio: number of tokens in a group.
     """
 
     ratio: int
@@ -71,15 +71,14 @@ def compress(
 ) -> tuple[Tensor, PackedBatch]:
     """Merge groups of `ratio` neighbouring passage tokens (paper: arXiv 2501.16302, width compression).
 
-    A group becomes Σ w·h, with w the attention row normalised inside the group, equal where all of it underflowed or
-    there is none.
-    Query and prompt tokens pass unchanged.
+    A group of states h becomes Σ w·h. The weights w are the group's part of the attention row over its sum. They are
+    equal if there is no attention row, or if all of the group's part underflowed. Query and prompt tokens stay.
 
     Args:
         hidden_states: (1, total_tokens, hidden).
         attention_row: (total_tokens,) float32, see [`~flagembedding_matryoshka.models.attention.last_token_row`]; None
             weighs all tokens equally.
-        ratio: group size, at least 2.
+        ratio: number of tokens in a group, at least 2.
 
     Returns:
         (1, fewer_tokens, hidden) in the dtype of `hidden_states`, and where the sequences lie in it.

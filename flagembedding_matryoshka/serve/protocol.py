@@ -38,7 +38,7 @@ def impatient_protocol(header_seconds: float, body_seconds: float, answer_second
             super().connection_made(transport)
             own = transport.get_extra_info("socket")
             if own is not None and own.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, NOT_SENT):
-                # The kernel would take megabytes of an answer, and would not say for long that its client reads.
+                # Otherwise the kernel buffers megabytes, and for a long time nothing shows that the client reads.
                 own.setsockopt(socket.IPPROTO_TCP, getattr(socket, NOT_SENT), UNSENT_BYTES)
             self._watch()
 
