@@ -23,7 +23,7 @@ from ray import serve
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.serve import Limits, create_app
-from flagembedding_matryoshka.serve.__main__ import read_api_key
+from flagembedding_matryoshka.serve.__main__ import read_api_keys
 
 
 class BatchJob:
@@ -54,7 +54,7 @@ def score(model: str, source: str, output: str, workers: int) -> None:
 
 def start(model: str, workers: int) -> serve.handle.DeploymentHandle:
     """Serve on port 8000. Each worker loads the model and mounts the server's own application."""
-    limits, api_key = Limits(), read_api_key(None)
+    limits, api_key = Limits(), read_api_keys(None)
 
     def build() -> FastAPI:
         return create_app(MatryoshkaReranker(model), Path(model).name, limits, api_key)

@@ -99,7 +99,8 @@ def test_the_first_training_prints_what_the_page_shows(tmp_path, monkeypatch, ca
         counted = ("learning_rate", "lists", "tokens", "operations", "epoch")
         assert {name: found[name] for name in counted} == {name: dict(fields)[name] for name in counted}
     shutil.copy("train.jsonl", "dev.jsonl")
-    assert "a query of the evaluation data: 4 of 4 rows" in run(check).stdout.splitlines()
+    run(check)
+    assert "a query of the evaluation data: 4 of 4 rows" in capsys.readouterr().out.splitlines()
     with MatryoshkaReranker("tuned", devices="cpu") as reranker:
         assert len(reranker.rank("join paths", ["Join path segments.", "Sort the list."])) == 2
 

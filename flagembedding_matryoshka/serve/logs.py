@@ -48,11 +48,12 @@ class AccessLog:
 
 
 def configure_logging(json: bool) -> None:
-    """Write all log records and warnings of the process to stderr, as `log_config` says."""
+    """Write all log records and warnings of the process to stderr, as `log_config` says, without progress bars."""
     logging.config.dictConfig(log_config(json))
     logging.captureWarnings(True)
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
 
 
 def log_config(json: bool) -> dict[str, Any]:
