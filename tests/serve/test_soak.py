@@ -148,7 +148,7 @@ class Load:
 
     def _read_nothing(self):
         host, port = self.address.removeprefix("http://").split(":")
-        header = f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UNREAD)}\r\n\r\n".encode()
+        header = f"POST /rerank HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(UNREAD)}\r\n\r\n".encode()
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
@@ -160,7 +160,7 @@ class Load:
 
     def _hang_up(self, path, body, dice):
         host, port = self.address.removeprefix("http://").split(":")
-        header = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        header = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(header + body[: dice.choice([0, len(body) // 2, len(body), len(body)])])
             time.sleep(dice.choice([0, 0.01, 0.1]))
