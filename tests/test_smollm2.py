@@ -74,13 +74,8 @@ def test_its_plan_has_a_setting_for_a_budget_and_was_measured_with_its_weights(b
         assert MatryoshkaReranker(SMOLLM2, budget=budget, devices="cpu").planned is not None
 
 
-@pytest.mark.parametrize(
-    "width",
-    [
-        {},
-        *(pytest.param({"compress_layers": [3], "compress_ratio": ratio}, marks=pytest.mark.slow) for ratio in (2, 4)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [{}, *({"compress_layers": [3], "compress_ratio": ratio} for ratio in (2, 4))])
 def test_its_probabilities_mean_relevance_and_order_as_scores_do(reranker, width):
     pairs = [(query, text) for query in TEXTS for text in TEXTS.values()]
     for layer in reranker.config.exit_layers:

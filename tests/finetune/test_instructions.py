@@ -138,6 +138,7 @@ def test_lengths_count_the_users_text(name, tiny_tokenizer, tmp_path):
     assert cut.passage_is_cut and not cut.query_is_cut and shares == (0.0, 0.5, 1)
 
 
+@pytest.mark.slow
 def test_the_first_line_of_a_run_says_what_is_cut(tiny_raw_model_path, tmp_path, caplog):
     rows = [{**ROW, "query": "wing " * (100 if number % 4 == 0 else 1)} for number in range(8)]
     data = write(tmp_path / "rows.jsonl", *rows)

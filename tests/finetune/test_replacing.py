@@ -48,6 +48,7 @@ def test_a_merged_model_is_replaced_as_a_whole(tiny_raw_model_path, tiny_layerwi
     assert not files(used / "merged_model") & {"adapter_config.json", "matryoshka_plan.json", "matryoshka_config.json"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_checkpoints_and_replaces_what_the_first_wrote(
     tiny_raw_model_path, training_file, tmp_path
 ):

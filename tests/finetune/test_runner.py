@@ -227,6 +227,7 @@ def test_exits_one_by_one_train_a_part_of_the_base_and_are_found_again(tiny_raw_
     close(scores_of(shallow)[None], trained[:1])
 
 
+@pytest.mark.slow
 def test_adapters_go_on_learning_and_never_go_into_the_heads_of_other_exits(
     tiny_raw_model_path, training_file, tmp_path
 ):
@@ -664,7 +665,8 @@ def test_bad_lines_can_be_left_out(tiny_raw_model_path, training_file, tmp_path,
     )
 
 
-@pytest.mark.parametrize("train_method", [pytest.param("normal", marks=pytest.mark.slow), "self_distill"])
+@pytest.mark.slow
+@pytest.mark.parametrize("train_method", ["normal", "self_distill"])
 def test_a_run_that_learns_nothing_can_be_stopped(
     train_method, tiny_raw_model_path, training_file, tmp_path, monkeypatch, caplog
 ):

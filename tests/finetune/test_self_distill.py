@@ -83,6 +83,7 @@ def test_new_exits_start_as_the_deepest_and_come_to_rank_as_it_does(one_exit, li
     assert all(entry[f"layer_{layer}_spread"] > 0 for entry in history for layer in (2, 4, 6))
 
 
+@pytest.mark.slow
 def test_what_is_written_brings_its_new_exits_along(one_exit, lists, tmp_path):
     run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 6], "save_merged_lora_model": True})
     run.run()

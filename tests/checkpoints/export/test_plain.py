@@ -205,6 +205,7 @@ def test_a_begin_of_sequence_token_is_written_by_the_template_alone(parity, shar
     assert built.input_ids[0] == source.tokenizer.bos_token_id
 
 
+@pytest.mark.slow
 def test_an_instruction_of_the_checkpoint_is_the_default_of_both_libraries(exported):
     root, reranker, stock = exported("instruction")
     back = load(root / "exit-3")

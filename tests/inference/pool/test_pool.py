@@ -316,6 +316,7 @@ def test_what_is_raised_between_batches_ends_a_cascade_and_no_worker(one, two):
     assert not any(worker.assignments for worker in two._engine._workers)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_batches_is_replaced_for_all(one, two):
     score_until_all_are_ready(two)
     scores = []
@@ -334,6 +335,7 @@ def test_a_worker_that_dies_between_batches_is_replaced_for_all(one, two):
         close(values, one.compute_score(PAIRS))
 
 
+@pytest.mark.slow
 def test_a_pause_that_another_call_hears_of_is_not_waited_for(one, two):
     """The first worker pauses while the callback runs for the second, and somebody else's call hears of it."""
     score_until_all_are_ready(two)
