@@ -6,9 +6,12 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from weakref import WeakSet
@@ -178,7 +181,8 @@ class WorkerPool:
                 name=f"worker {device}",
                 daemon=True,
             )
-            process.start()
+            with _blocked_interrupts():
+                process.start()
             theirs.close()
             self._workers.append(Worker(device, process, ours))
 
@@ -231,3 +235,20 @@ def _refuse_second(deaths: dict[int, str], assignment: Assignment) -> None:
             "max_tokens_per_batch may help."
         )
     deaths[assignment.number] = assignment.death
+
+
+@contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Let processes that start inside never receive SIGINT, not even while they import.
+
+    Ctrl-C in a terminal sends it to all processes, but this one ends its workers. Windows has no such mask.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # when it starts, it clears the mask
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -258,6 +258,15 @@ def test_if_all_workers_die_the_caller_hears_it(one, two):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes as Linux does")
+def test_workers_never_receive_ctrl_c_and_this_process_still_does(two):
+    two.compute_score(PAIRS)
+    for status in [Path(f"/proc/{process.pid}/status").read_text() for process in processes(two)]:
+        (blocked,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")]
+        assert blocked >> signal.SIGINT - 1 & 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_an_interrupted_call_stops_the_workers_at_once(one, two):
     score_until_all_are_ready(two)
     stopped = processes(two)
