@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.inference.device import copy_to_host
 from flagembedding_matryoshka.inference.fusion import Fusion, best_first
+from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,23 +127,3 @@ def resolve_dtype(
     if len(set(flagged)) > 1:
         raise ValueError(f"dtype={dtype!r}, use_fp16={use_fp16} and use_bf16={use_bf16} contradict each other.")
     return flagged[0]
-
-
-def copy_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Queue a copy to the CPU, after the work that makes `values` and before later work.
-
-    Returns:
-        A callable that blocks until the copy is complete and returns it.
-    """
-    if values.device.type != "cuda":
-        return values.cpu
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(values.device))
-
-    def wait() -> torch.Tensor:
-        copied.synchronize()
-        return copy
-
-    return wait

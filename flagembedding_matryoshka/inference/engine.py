@@ -18,9 +18,9 @@ from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, 
 from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
-from flagembedding_matryoshka.inference.device import copy_to_host
 from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share

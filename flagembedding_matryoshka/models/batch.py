@@ -352,3 +352,23 @@ def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
     for part, tensor in zip(parts(buffer), tensors, strict=True):
         part.copy_(tensor)
     return parts(buffer.to(device, non_blocking=True))
+
+
+def copy_to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Queue a copy to the CPU, after the work that makes `values` and before later work.
+
+    Returns:
+        A callable that blocks until the copy is complete and returns it.
+    """
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -46,10 +46,11 @@ def test_less_than_all_work_keeps_a_part_of_the_full_ranking(monkeypatch):
     files = sorted(Path(json.__file__).parents[1].glob("*.py"))
     monkeypatch.setattr(agreement, "collect_pairs", partial(agreement.collect_pairs, files))
     monkeypatch.setattr(agreement, "quantizations", lambda _: ["int8"])
-    monkeypatch.setattr(agreement, "TOP", 1)
-    full, *others = agreement.agreement(1, 12)
-    assert full["setting"] == "full depth" and full["overlap_of_top_10"] == 1
-    assert len(others) == 4 and all(row["overlap_of_top_10"] in (0, 1) for row in others)
+    monkeypatch.setattr(agreement, "TOP", 2)
+    full, int8, *cascades = agreement.agreement(2, 20)
+    assert (full["setting"], int8["setting"]) == ("full depth", "int8") and full["queries"] == 2
+    assert full["overlap_of_top_10"] == 1 and int8["overlap_of_top_10"] >= 0.75
+    assert len(cascades) == 3 and cascades[0]["overlap_of_top_10"] >= cascades[-1]["overlap_of_top_10"]
 
 
 @needs_base

@@ -116,6 +116,13 @@ def test_a_raw_model_teaches_by_its_name_alone(tiny_raw_model_path):
     assert found == pytest.approx(expected, abs=0.02)
 
 
+def test_a_student_teaches_in_bfloat16(student_path):
+    expected = MatryoshkaReranker(student_path, dtype="bfloat16", devices="cpu").compute_score(PAIRS)
+    found = cross_encoder_teacher(student_path, device="cpu", use_bf16=True)(PAIRS)
+    full = cross_encoder_teacher(student_path, device="cpu")(PAIRS)
+    assert found == pytest.approx(expected, abs=0.02) and 1e-4 < np.abs(found - full).max() < 0.2
+
+
 def test_settings_that_do_not_exist_are_refused_before_weights_are_read(student_path, tmp_path, monkeypatch):
     monkeypatch.setattr(reranker, "load_model", None)
     with pytest.raises(ValueError, match="cutoff_layers"):

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import kendalltau
 from transformers import AutoTokenizer
 
-from tests.exports import SHORT, load, mixed_pairs, write_reranker
+from tests.exports import EXITS, SHORT, load, mixed_pairs, write_reranker
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 PAIRS = mixed_pairs()
@@ -38,16 +38,18 @@ def batch_of(directory, pairs=PAIRS):
 
 
 @pytest.mark.parametrize("format", RUNTIMES)
-@pytest.mark.parametrize(("name", "layer"), [("mistral", 6), ("qwen3", 3)])  # with a window, and without
-def test_a_runtime_gives_the_scores_of_the_exit(name, layer, format, tmp_path):
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])  # with a window, and without
+def test_a_runtime_gives_the_scores_of_the_exit(name, format, tmp_path):
     package, scores_of = RUNTIMES[format]
     pytest.importorskip(package, reason=f"the package {package} is not installed")
     reranker = load(write_reranker(name, tmp_path, SHORT))
-    reranker.export(str(tmp_path / "out"), layer, format=format)
-    found = scores_of(tmp_path / "out", batch_of(tmp_path / "out"))
-    expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=layer))
-    assert expected.std() > 1e-2
-    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+    reranker.export(str(tmp_path / "out"), list(EXITS), format=format)
+    for layer in EXITS:
+        directory = tmp_path / "out" / f"exit-{layer}"
+        found = scores_of(directory, batch_of(directory))
+        expected = torch.tensor(reranker.compute_score(PAIRS, cutoff_layers=layer))
+        assert expected.std() > 1e-2
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_matrices_have_half_the_size_and_the_scores_of_rounded_weights(tmp_path):
