@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.shipped import write_fine_tuned
 
@@ -23,7 +23,7 @@ def plan(directory, layerwise, raw):
     """What was measured of other weights."""
     exits = tuple(json.loads((layerwise / "config.json").read_text()).get("exits") or (2, 3, 4, 5, 6))
     about = {"exit_layers": exits, "adapters": (), "data": "d/test", "queries": 9, "candidates": "BM25's first 10"}
-    Plan(**about, settings=(Measured(Setting(exits[-1]), 1.0, 1.0),)).write(directory / PLAN_NAME)
+    Plan(**about, settings=(Measurement(Setting(exits[-1]), 1.0, 1.0),)).write(directory / PLAN_NAME)
 
 
 def words(directory, layerwise, raw):

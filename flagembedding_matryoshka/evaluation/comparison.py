@@ -13,7 +13,7 @@ from flagembedding_matryoshka.evaluation.results import Result
 from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.evaluation.significance import holm, paired_interval, paired_p_value
 from flagembedding_matryoshka.inference.calibration import Calibration
-from flagembedding_matryoshka.inference.plan import Measured
+from flagembedding_matryoshka.inference.plan import Measurement
 from flagembedding_matryoshka.setting import Setting
 
 
@@ -180,7 +180,7 @@ def has_quality_in_both(results: Sequence[Result], full: Setting, halves: Halves
 
 def plan_settings(
     results: Sequence[Result], full: Setting, halves: Halves, calibrations: Mapping[Setting, Calibration] | None = None
-) -> tuple[Measured, ...]:
+) -> tuple[Measurement, ...]:
     """Return the settings of a plan, with shares of nDCG@10 on the choosing half and on the held-out half.
 
     Args:
@@ -204,7 +204,7 @@ def plan_settings(
         return [mean(take(result.per_query[QUALITY], indices)) / reached for result in results]
 
     return tuple(
-        Measured(
+        Measurement(
             result.setting,
             result.flops_per_pair / reference.flops_per_pair,
             chosen_by,

@@ -25,7 +25,7 @@ COMMAND = "python -m flagembedding_matryoshka.evaluation --model {} --data DIR -
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A setting with its cost and quality, relative to the full network: deepest exit, full width, no cascade.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
     data: str
     queries: int
     candidates: str
-    settings: tuple[Measured, ...]
+    settings: tuple[Measurement, ...]
     held_out_queries: int = 0
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
@@ -179,7 +179,7 @@ def _as_read(setting: Setting, layer: int) -> Setting:
     return Setting((layer,), before or setting.compress_layers, setting.compress_ratio)
 
 
-def _best_within(budget: float, settings: Sequence[Measured], among: str) -> Setting:
+def _best_within(budget: float, settings: Sequence[Measurement], among: str) -> Setting:
     if not 0 < budget <= 1:
         raise ValueError(f"budget={budget}, but it is a share of the full network's operations, in (0, 1].")
     cheapest = min(settings, key=lambda item: item.flops_share)
@@ -192,7 +192,7 @@ def _best_within(budget: float, settings: Sequence[Measured], among: str) -> Set
     return max(within, key=lambda item: (item.ndcg_share, -item.flops_share)).setting
 
 
-def _cheapest_reaching(quality: float, settings: Sequence[Measured], among: str) -> Setting:
+def _cheapest_reaching(quality: float, settings: Sequence[Measurement], among: str) -> Setting:
     if not quality > 0:
         raise ValueError(f"quality={quality}, but it is a share of the full network's nDCG@10, above 0.")
     best = max(settings, key=lambda item: item.ndcg_share)
@@ -267,7 +267,7 @@ def load_plan(
 
 def _from_json(stored: Mapping[str, Any]) -> Plan:
     settings = [
-        Measured(
+        Measurement(
             **item | {"setting": Setting(**item["setting"]), "calibration": from_json(item.get("calibration"))},
         )
         for item in stored["settings"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from flagembedding_matryoshka import CostWiseMistralForCausalLM, MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_model, load_tokenizer
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.chat_templates import DOCUMENT_FIRST, JUDGE, write_cross_encoder
 from tests.qwen import write_causal_lm
@@ -121,7 +121,7 @@ def test_the_plan_is_that_of_the_revision(versions, tmp_path):
     directories = {}
     for layer in (3, 4):
         directories[f"v{layer}"] = shutil.copytree(versions[0], tmp_path / f"v{layer}")
-        measured = (Measured(Setting((layer,)), 0.5, 1.0),)
+        measured = (Measurement(Setting((layer,)), 0.5, 1.0),)
         Plan((2, 3, 4, 5, 6), (), "data", 1, "bm25", measured).write(directories[f"v{layer}"] / PLAN_NAME)
     cached(tmp_path, "somebody/reranker", directories)
     for layer in (3, 4):

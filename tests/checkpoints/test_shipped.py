@@ -11,7 +11,7 @@ from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, loa
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.finetune.__main__ import main as finetune
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.shipped import EXITS, without_tokenizer, write_base_package, write_fine_tuned
 
@@ -99,7 +99,7 @@ def test_a_cross_encoder_loads_it(shipped):
 
 
 def test_its_plan_chooses(shipped):
-    half = Measured(Setting(3), 0.5, 0.9)
+    half = Measurement(Setting(3), 0.5, 0.9)
     Plan(tuple(EXITS), (), "d/test", 9, "BM25's first 10", (half,)).write(shipped / PLAN_NAME)
     assert MatryoshkaReranker("smollm2", budget=0.6, **OPTIONS).planned == half.setting
 

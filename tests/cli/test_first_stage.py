@@ -7,7 +7,7 @@ import pytest
 
 from flagembedding_matryoshka.cli import score, work
 from flagembedding_matryoshka.cli.rank import main
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.cli.conftest import TEXTS
 
@@ -87,7 +87,7 @@ def test_the_order_of_any_rows_is_a_first_stage(desk, reranker):
 def planned(desk, tmp_path):
     """The desk with a model whose plan has a weight."""
     desk.model = str(shutil.copytree(desk.model, tmp_path / "model"))
-    measured = (Measured(Setting(6), 1.0, 1.0, 1.0),)
+    measured = (Measurement(Setting(6), 1.0, 1.0, 1.0),)
     Plan((2, 3, 4, 5, 6), (), "d/test", 9, "all", measured, fusion=0.6).write(tmp_path / "model" / PLAN_NAME)
     return desk
 

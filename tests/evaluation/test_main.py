@@ -9,7 +9,7 @@ from flagembedding_matryoshka.evaluation import measure
 from flagembedding_matryoshka.evaluation.__main__ import main
 from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
 from flagembedding_matryoshka.inference.calibration import from_json
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
 from tests.collection import WORDS, write_collection
 from tests.encoders import save_bi_encoder
@@ -147,7 +147,7 @@ def test_what_the_plan_chooses_is_measured_and_marked(evaluate, model, tmp_path)
     with pytest.raises(FileNotFoundError, match="write_plan"):
         evaluate("--budgets", "0.5")
     chosen = Setting(4, (3,), 4)
-    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measured(chosen, 0.5, 0.9),)).write(model / PLAN_NAME)
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measurement(chosen, 0.5, 0.9),)).write(model / PLAN_NAME)
     encoder = save_bi_encoder(tmp_path / "encoder")
     output = evaluate("--budgets", "0.5", "1", "--random_order", "--bi_encoder", "tiny encoder", str(encoder))
     results = json.loads((output / "results.json").read_text())

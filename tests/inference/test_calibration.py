@@ -12,7 +12,7 @@ from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.calibration import Isotonic, Platt, from_json, to_json
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
@@ -81,11 +81,11 @@ def model(tiny_layerwise_path, tmp_path, plain):
     plan = Plan(
         *(EXITS, (), "d/test", 9, "BM25's first 10"),
         settings=(
-            Measured(Setting(6), 1.0, 1.0, 1.0, DEEP),
-            Measured(Setting(3), 0.5, 0.9, 0.8, SHALLOW),
-            Measured(Setting(4, (2,), 2), 0.4, 0.9, None, NARROW),
-            Measured(Setting(5), 0.8, 0.9),
-            Measured(Setting(6, cascade=((3, 0.5),)), 0.75, 0.9),
+            Measurement(Setting(6), 1.0, 1.0, 1.0, DEEP),
+            Measurement(Setting(3), 0.5, 0.9, 0.8, SHALLOW),
+            Measurement(Setting(4, (2,), 2), 0.4, 0.9, None, NARROW),
+            Measurement(Setting(5), 0.8, 0.9),
+            Measurement(Setting(6, cascade=((3, 0.5),)), 0.75, 0.9),
         ),
         held_out_queries=8,
         scored_with=plain.scored_with(ScoringOptions.resolve(plain, {})),
@@ -167,7 +167,7 @@ def test_a_re_ranker_is_not_made_without_what_it_needs(model, tiny_layerwise_pat
 
 
 def test_an_older_plan_has_no_calibration(model):
-    Plan(EXITS, (), "d/test", 9, "x", (Measured(Setting(6), 1.0, 1.0),)).write(Path(model) / PLAN_NAME)
+    Plan(EXITS, (), "d/test", 9, "x", (Measurement(Setting(6), 1.0, 1.0),)).write(Path(model) / PLAN_NAME)
     with pytest.raises(ValueError, match="no calibration of 6 layers; it has none at all"):
         MatryoshkaReranker(model, devices="cpu", normalize="calibrated")
 
@@ -195,7 +195,7 @@ def test_the_checkpoints_own_instruction_is_the_same_as_naming_it(model, plain):
     reranker = MatryoshkaReranker(model, **options)
     plan = Plan(
         *(EXITS, (), "d/test", 9, "x"),
-        settings=(Measured(Setting(6), 1.0, 1.0, 1.0, DEEP),),
+        settings=(Measurement(Setting(6), 1.0, 1.0, 1.0, DEEP),),
         scored_with=reranker.scored_with(ScoringOptions.resolve(reranker, {})),
         weights=weights_fingerprint(inspect_checkpoint(model)),
     )

@@ -13,7 +13,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import scoring
 from flagembedding_matryoshka.inference.fusion import fuse, reciprocal_ranks
 from flagembedding_matryoshka.inference.memory import TokenLimit
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.models.flops import reading_share
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import out_of_memory_above
@@ -411,7 +411,7 @@ PLAN = Plan(
     data="d/test",
     queries=9,
     candidates="BM25's first 10",
-    settings=(Measured(Setting(6, cascade=((3, 0.25),)), 0.6, 0.9), Measured(Setting(3), 0.5, 0.8)),
+    settings=(Measurement(Setting(6, cascade=((3, 0.25),)), 0.6, 0.9), Measurement(Setting(3), 0.5, 0.8)),
     fusion=0.4,
 )
 

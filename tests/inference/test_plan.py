@@ -13,15 +13,15 @@ from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints import weights
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan, load_plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXITS = (2, 3, 4, 5, 6)
-FULL = Measured(Setting(6), 1.0, 1.0)
-HALF = Measured(Setting(3), 0.5, 0.9)
-NARROW = Measured(Setting(6, (2,), 2), 0.7, 0.97)
-DROPPING = Measured(Setting(6, cascade=((3, 0.25),)), 0.625, 0.99)
+FULL = Measurement(Setting(6), 1.0, 1.0)
+HALF = Measurement(Setting(3), 0.5, 0.9)
+NARROW = Measurement(Setting(6, (2,), 2), 0.7, 0.97)
+DROPPING = Measurement(Setting(6, cascade=((3, 0.25),)), 0.625, 0.99)
 DOCUMENTS = ["wing " * (3 * number % 11) for number in range(12)]
 
 
@@ -65,7 +65,7 @@ def test_the_setting_that_is_chosen(wanted, expected, without_cascade):
 shares = st.floats(0.01, 1.5)
 measured = st.lists(st.tuples(shares, shares, st.booleans()), min_size=1, max_size=12).map(
     lambda rows: [
-        Measured(Setting(number, cascade=((1, 0.5),) if drops else ()), cost, good)
+        Measurement(Setting(number, cascade=((1, 0.5),) if drops else ()), cost, good)
         for number, (cost, good, drops) in enumerate(rows)
     ]
 )
@@ -155,9 +155,9 @@ def test_without_a_plan_the_command_that_makes_one_is_named(model):
             plan_of(FULL, exit_layers=(4, 8)),
             r"plan of another model: it measured exits \[4, 8\], and .* \[2, 3, 4, 5, 6",
         ),
-        (plan_of(FULL, Measured(Setting(7), 1.0, 1.0)), r"another model: cutoff_layers \[7\] have no head"),
-        (plan_of(Measured(Setting(6, (9,), 2), 0.5, 1.0)), r"another model: compress_layers \[9\] do not exist"),
-        (plan_of(Measured(Setting(6, cascade=((1, 0.5),)), 1, 1)), r"another model: cascade drops .* after layer 1"),
+        (plan_of(FULL, Measurement(Setting(7), 1.0, 1.0)), r"another model: cutoff_layers \[7\] have no head"),
+        (plan_of(Measurement(Setting(6, (9,), 2), 0.5, 1.0)), r"another model: compress_layers \[9\] do not exist"),
+        (plan_of(Measurement(Setting(6, cascade=((1, 0.5),)), 1, 1)), r"another model: cascade drops .* after layer 1"),
         (plan_of(FULL, adapters=("layer",)), r"the adapters \['layer'\], and not \[\]"),
     ],
 )

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.integrations.conftest import QUERY, TEXTS
 
@@ -23,7 +23,7 @@ PLAN = Plan(
     data="d/test",
     queries=9,
     candidates="BM25's first 10",
-    settings=(Measured(Setting(6), 0.6, 1.0),),
+    settings=(Measurement(Setting(6), 0.6, 1.0),),
     fusion=0.4,
 )
 

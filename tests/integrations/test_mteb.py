@@ -14,7 +14,7 @@ from mteb.mocks.mock_tasks import (
 )
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.integrations.mteb import MatryoshkaSearch
 from flagembedding_matryoshka.setting import Setting
 from tests.qwen import write_causal_lm
@@ -144,12 +144,14 @@ def test_what_a_plan_chooses_is_what_is_measured(tiny_layerwise_path, tmp_path):
     for file in tiny_layerwise_path.iterdir():
         (model / file.name).symlink_to(file)
     chosen = Setting(6, cascade=((3, 0.5),))
-    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measured(chosen, 0.75, 1.0),)).write(model / PLAN_NAME)
-    with pytest.raises(ValueError, match="without a cascade"):
-        MatryoshkaReranker(str(model), devices="cpu", budget=0.8)
-    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "x", (Measured(chosen, 0.75, 1.0), Measured(Setting(3), 0.5, 0.9))).write(
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "BM25's first 10", (Measurement(chosen, 0.75, 1.0),)).write(
         model / PLAN_NAME
     )
+    with pytest.raises(ValueError, match="without a cascade"):
+        MatryoshkaReranker(str(model), devices="cpu", budget=0.8)
+    Plan(
+        (2, 3, 4, 5, 6), (), "d/test", 9, "x", (Measurement(chosen, 0.75, 1.0), Measurement(Setting(3), 0.5, 0.9))
+    ).write(model / PLAN_NAME)
     search = MatryoshkaSearch(MatryoshkaReranker(str(model), devices="cpu", budget=0.8))
     assert search.mteb_model_meta.experiment_kwargs["cascade"] == chosen.cascade
 

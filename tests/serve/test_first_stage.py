@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.serve import Limits
 from flagembedding_matryoshka.serve.forms.common import RequestScores
 from flagembedding_matryoshka.setting import Setting
@@ -300,7 +300,7 @@ def planned_path(tiny_layerwise_path, tmp_path_factory):
 
     path = shutil.copytree(tiny_layerwise_path, tmp_path_factory.mktemp("folder-of-somebody") / "planned")
     shares = {Setting(6): (1.0, 1.0), Setting(4): (0.6, 0.8), Setting(4, cascade={2: 0.5}): (0.5, 0.9)}
-    measured = tuple(Measured(setting, cost, ndcg, ndcg) for setting, (cost, ndcg) in shares.items())
+    measured = tuple(Measurement(setting, cost, ndcg, ndcg) for setting, (cost, ndcg) in shares.items())
     Plan((2, 3, 4, 5, 6), (), "d/test", 9, "all", measured, fusion=0.7).write(path / PLAN_NAME)
     return path
 
@@ -353,7 +353,7 @@ def test_the_information_of_a_model_without_a_plan(client):
 def test_a_plan_without_a_weight(planned_path, tmp_path):
 
     path = shutil.copytree(planned_path, tmp_path / "planned")
-    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "all", (Measured(Setting(6), 1.0, 1.0, 1.0),)).write(path / PLAN_NAME)
+    Plan((2, 3, 4, 5, 6), (), "d/test", 9, "all", (Measurement(Setting(6), 1.0, 1.0, 1.0),)).write(path / PLAN_NAME)
     with client_of(load(path)) as client:
         assert client.get("/info").json()["fusion"] == {"default": None, "plan": None}
         answer = client.post("/rerank", json=body_of("cohere", fusion="auto"))

@@ -14,7 +14,7 @@ from flagembedding_matryoshka.checkpoints.chat_templates import template_from_ch
 from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.inference.calibration import Platt
 from flagembedding_matryoshka.inference.options import ScoringOptions
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.serve import Limits
 from flagembedding_matryoshka.serve.__main__ import build_parser
 from flagembedding_matryoshka.setting import Setting
@@ -294,7 +294,7 @@ def calibrated(folder):
     plain = load(path)
     options = plain.scored_with(ScoringOptions.resolve(plain, {}))
     shallow, deep = Platt(0.25, -0.5), Platt(0.5, 0.25)
-    measured = (Measured(Setting(6), 1.0, 1.0, 1.0, deep), Measured(Setting(4), 0.7, 0.9, 0.9, shallow))
+    measured = (Measurement(Setting(6), 1.0, 1.0, 1.0, deep), Measurement(Setting(4), 0.7, 0.9, 0.9, shallow))
     plan = Plan((4, 5, 6), (), "d/test", 9, "all", measured, held_out_queries=8, scored_with=options)
     plan.write(path / PLAN_NAME)
     return load(path)

@@ -7,7 +7,7 @@ import write
 from safetensors.torch import load_file
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measured, Plan
+from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.setting import Setting
 from tests.shipped import EXITS
 
@@ -17,7 +17,7 @@ PAIRS = [("how does a wing lift", "air flows faster over the upper side of a win
 
 
 def plan_of(*exits):
-    return Plan(exits, (), "d/test", 9, "BM25's first 10", (Measured(Setting(exits[-1]), 1.0, 1.0),))
+    return Plan(exits, (), "d/test", 9, "BM25's first 10", (Measurement(Setting(exits[-1]), 1.0, 1.0),))
 
 
 def test_some_exits_score_as_before(checkpoint, tmp_path):
