@@ -3,8 +3,9 @@
     python -m flagembedding_matryoshka.evaluate --dataset_dir DIR --embedder_name_or_path … \\
         --reranker_name_or_path output
 
-The arguments are those of `python -m FlagEmbedding.evaluation.custom`. `--reranker_name_or_path` may be any Matryoshka
-checkpoint. `flagembedding-matryoshka evaluate`, or `python -m flagembedding_matryoshka.evaluation`, compares settings.
+The options are those of `python -m FlagEmbedding.evaluation.custom`, and `--config FILE.yaml`.
+`--reranker_name_or_path` may be any Matryoshka checkpoint. `flagembedding-matryoshka evaluate`, or
+`python -m flagembedding_matryoshka.evaluation`, compares settings.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import PurePath
 
 from FlagEmbedding.evaluation.custom import CustomEvalArgs, CustomEvalModelArgs, CustomEvalRunner
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
-from transformers import HfArgumentParser
 
+from flagembedding_matryoshka.parser import DataclassParser
 from flagembedding_matryoshka.registry import register
 
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the arguments; None is `sys.argv`.
     """
-    parser = HfArgumentParser((CustomEvalArgs, CustomEvalModelArgs))
+    parser = DataclassParser((CustomEvalArgs, CustomEvalModelArgs))
     eval_args, model_args = parser.parse_args_into_dataclasses(list(arguments) if arguments is not None else None)
     path = model_args.reranker_name_or_path
     name = None if path is None else PurePath(path).name

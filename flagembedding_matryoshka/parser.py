@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import HfArgumentParser
 
 CONFIG = "--config"
 
@@ -86,6 +87,10 @@ class Parser(WithConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
+class DataclassParser(WithConfig, HfArgumentParser):
+    """A parser of dataclasses, as in transformers."""
 
 
 def _typed(action: argparse.Action, value: Any) -> list[str]:

@@ -41,18 +41,24 @@ def data(tmp_path):
     return directory
 
 
-def test_flag_embeddings_evaluation_runs_with_our_re_ranker(embedder, data, tiny_layerwise_path, tmp_path):
+def test_flag_embeddings_evaluation_runs_with_our_re_ranker_and_options_of_a_file(
+    embedder, data, tiny_layerwise_path, tmp_path
+):
     from flagembedding_matryoshka.evaluate import main
 
     reranker = tmp_path / "output"
     reranker.symlink_to(tiny_layerwise_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "search_top_k: 1\nrerank_top_k: 4\noverwrite: true\nk_values: [1, 4]\n"
+        "eval_output_method: json\neval_metrics: [ndcg_at_4, recall_at_4]\n"
+    )
     main(
         [
             *("--eval_name", "mine", "--dataset_dir", str(data), "--splits", "test"),
             *("--corpus_embd_save_dir", str(tmp_path / "embeddings"), "--output_dir", str(tmp_path / "results")),
-            *("--search_top_k", "4", "--rerank_top_k", "4", "--cache_path", str(tmp_path / "cache")),
-            *("--overwrite", "True", "--k_values", "1", "4", "--eval_output_method", "json"),
-            *("--eval_output_path", str(tmp_path / "metrics.json"), "--eval_metrics", "ndcg_at_4", "recall_at_4"),
+            *("--config", str(config), "--cache_path", str(tmp_path / "cache")),
+            *("--eval_output_path", str(tmp_path / "metrics.json"), "--search_top_k", "4"),
             *("--embedder_name_or_path", str(embedder), "--embedder_model_class", "encoder-only-base"),
             *("--reranker_name_or_path", str(reranker), "--cutoff_layers", "3", "--devices", "cpu"),
             *("--use_fp16", "False", "--reranker_max_length", "64"),

@@ -14,8 +14,9 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
-from flagembedding_matryoshka.evaluation.arguments import add_cascades, add_dtype
+from flagembedding_matryoshka.evaluation.arguments import add_cascades
 from flagembedding_matryoshka.evaluation.measure import full_network
+from flagembedding_matryoshka.inference.arguments import add_options
 from flagembedding_matryoshka.setting import Setting
 
 AGREEMENT = ("first the same", "first ten in common")
@@ -24,7 +25,7 @@ AGREEMENT = ("first the same", "first ten in common")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this comparison."""
     parser.add_argument("--model", required=True, help="a layer-wise checkpoint, or what fine-tuning wrote")
-    add_dtype(parser)
+    add_options(parser, ["dtype"])
     add_cascades(parser, required=True)
 
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     cascades = [Setting(full.cutoff_layers, cascade=tuple(stages.items())) for stages in options.cascade]
     for setting in cascades:
         setting.check(config)
-    with load(options, options.model, dtype=options.dtype) as reranker:
+    with load(options, options.model) as reranker:
         settings = [full, *dict.fromkeys(cascades)]
         found = measure(reranker, collections, settings, options.work / "cascade")
         machine = about_machine(reranker)

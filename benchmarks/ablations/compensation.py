@@ -14,8 +14,8 @@ from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
-from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.measure import grid
+from flagembedding_matryoshka.inference.arguments import add_options
 from flagembedding_matryoshka.setting import Setting
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compress_layers", type=int, nargs="+", required=True, help="layers after which it compresses"
     )
-    add_dtype(parser)
+    add_options(parser, ["dtype"])
     add_training(parser)
 
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     settings = grid(config, None, options.compress_layers, [options.ratio])
     compressed = [setting for setting in settings if setting.compress_ratio > 1]
     folder = options.work / "compensation"
-    with load(options, options.model, dtype=options.dtype) as reranker:
+    with load(options, options.model) as reranker:
         alone = measure(reranker, collections, settings, folder / "scores" / "without")
         machine = about_machine(reranker)
     width = ["--compress_ratios", str(options.ratio), "--compress_layers", *map(str, options.compress_layers)]
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
     for seed in options.seeds:
         name = f"ratio{options.ratio}_seed{seed}"
         adapter = train(options, options.model, folder / "models" / name, seed, ["--finetune_type", "token", *width])
-        with load(options, options.model, peft_path=[str(adapter)], dtype=options.dtype) as reranker:
+        with load(options, options.model, peft_path=[str(adapter)]) as reranker:
             found.append(measure(reranker, collections, compressed, folder / "scores" / name))
 
     def arms(scope: Sequence[str]) -> list[Arm]:

@@ -13,8 +13,8 @@ from benchmarks.ablations.ranking import Collections, load, measure, quality
 from benchmarks.ablations.report import Report, about_machine
 from benchmarks.ablations.statistics import Arm
 from benchmarks.ablations.training import about_training, train
-from flagembedding_matryoshka.evaluation.arguments import add_dtype
 from flagembedding_matryoshka.evaluation.measure import grid
+from flagembedding_matryoshka.inference.arguments import add_options
 from flagembedding_matryoshka.setting import Setting
 
 LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "distill_fix_layer_teacher")
@@ -23,7 +23,7 @@ LABELS, TEACHER, DEEPER = METHODS = ("normal", "distill_final_layer_teacher", "d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this comparison."""
     parser.add_argument("--base", required=True, help="the model to train: a checkpoint's name or path, or a GGUF file")
-    add_dtype(parser)
+    add_options(parser, ["dtype"])
     add_training(parser)
 
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, collections: Collections) -> None:
         for method in METHODS:
             name = f"{method}_seed{seed}"
             trained = train(options, options.base, folder / "models" / name, seed, ["--train_method", method])
-            with load(options, str(trained), dtype=options.dtype) as reranker:
+            with load(options, str(trained)) as reranker:
                 settings = grid(reranker.config)
                 found[method, seed] = measure(reranker, collections, settings, folder / "scores" / name)
                 machine = about_machine(reranker)

@@ -6,7 +6,11 @@ import argparse
 from pathlib import Path
 
 from benchmarks.ablations.training import SET_HERE
-from flagembedding_matryoshka.evaluation.arguments import add_candidates, add_scoring, as_cascades, positive
+from flagembedding_matryoshka.evaluation.arguments import add_candidates, as_cascades, positive
+from flagembedding_matryoshka.inference.arguments import add_options
+
+SCORING = ("devices", "batch_size", "query_max_length", "max_length")
+"""Options of `MatryoshkaReranker` that every comparison has."""
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +18,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("candidates")
     data.add_argument("--data", type=Path, nargs="+", required=True, help="collections in BEIR's layout")
     add_candidates(data)
-    add_scoring(parser.add_argument_group("scoring"))
+    add_options(parser.add_argument_group("scoring"), SCORING)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, default=Path("docs/ablations"), help="directory of the tables (default: %(default)s)"

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.ablations.options import SCORING
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation.arguments import collection_name
 from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
 from flagembedding_matryoshka.evaluation.measure import measure_settings
 from flagembedding_matryoshka.evaluation.results import Result, Store, conditions
 from flagembedding_matryoshka.evaluation.runs import QUALITY, Run, in_order, per_query
+from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
@@ -38,15 +40,8 @@ def read_candidates(options: argparse.Namespace) -> dict[str, Candidates]:
 
 
 def load(options: argparse.Namespace, model: str, **more: Any) -> MatryoshkaReranker:
-    """Load a re-ranker with the options of scoring."""
-    return MatryoshkaReranker(
-        model,
-        devices=options.devices,
-        batch_size=options.batch_size,
-        query_max_length=options.query_max_length,
-        max_length=options.max_length,
-        **more,
-    )
+    """Load a re-ranker with the dtype and the options of scoring that the command line gives."""
+    return MatryoshkaReranker(model, **given_options(options, (*SCORING, "dtype")), **more)
 
 
 def measure(

@@ -15,7 +15,14 @@ from pathlib import Path
 
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.evaluation.arguments import BM25, as_cascades, build_parser, collection_name
+from flagembedding_matryoshka.evaluation.arguments import (
+    BM25,
+    CHECKPOINT,
+    RERANKER,
+    as_cascades,
+    build_parser,
+    collection_name,
+)
 from flagembedding_matryoshka.evaluation.baselines import as_given, at_random, by_bi_encoder
 from flagembedding_matryoshka.evaluation.calibration import calibrate, check_calibration
 from flagembedding_matryoshka.evaluation.candidates import Candidates, Halves, from_bm25, from_run, sample_queries
@@ -26,6 +33,7 @@ from flagembedding_matryoshka.evaluation.report.files import write_report
 from flagembedding_matryoshka.evaluation.report.report import Report
 from flagembedding_matryoshka.evaluation.results import Store, conditions, machine_of
 from flagembedding_matryoshka.evaluation.runs import first_stage_run
+from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
@@ -37,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        arguments: None is the process's own.
+        arguments: the arguments; None is `sys.argv`.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -49,14 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         parser.error(f"--run names files by their name without its suffix, and {repeated[0]} is given twice")
     cascades = as_cascades(parser, options.cascade)
-    exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
-    checkpoint = inspect_checkpoint(options.model, **exits, template=options.template)
+    given = given_options(options, RERANKER)
+    adapters = given.get("peft_path", [])
+    checkpoint = inspect_checkpoint(options.model, **given_options(options, CHECKPOINT))
     config = checkpoint.config
-    weights = partial(weights_fingerprint, checkpoint, options.peft_path)
+    weights = partial(weights_fingerprint, checkpoint, adapters)
     settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
     chosen: dict[float, Setting] = {}
     if options.budgets:
-        plan = load_plan(options.model, config, options.peft_path, weights)
+        plan = load_plan(options.model, config, adapters, weights)
         chosen = {budget: plan.choose(budget) for budget in options.budgets}
         settings = sort_by_width([*settings, *chosen.values()])
     collection = sample_queries(read_collection(options.data, options.split), options.queries, options.query_seed)
@@ -66,17 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     halves = Halves.of(collection.relevant)
     _check_before_loading(options, first_stages, halves)
-    reranker = MatryoshkaReranker(
-        options.model,
-        peft_path=options.peft_path,
-        dtype=options.dtype,
-        template=options.template,
-        **exits,
-        batch_size=options.batch_size,
-        query_max_length=options.query_max_length,
-        max_length=options.max_length,
-        devices=options.devices,
-    )
+    reranker = MatryoshkaReranker(options.model, **given)
     full = full_network(config)
     reports = {
         name: _measure(options, reranker, candidates, settings, full, options.output / (name if runs[1:] else ""))
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         calibrations = {item.setting: item.calibration for item in first.calibrations}
         plan = Plan(
             exit_layers=tuple(config.exit_layers),
-            adapters=adapter_names(options.peft_path),
+            adapters=adapter_names(adapters),
             data=name,
             queries=len(halves.choosing),
             candidates=first.candidates.source,

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
-from flagembedding_matryoshka.inference.arguments import program, stage
+from flagembedding_matryoshka.inference.arguments import add_reranker, program, stage
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from flagembedding_matryoshka.parser import Parser
 
 BM25 = "bm25"
+CHECKPOINT = ("start_layer", "layer_sep", "template")
+RERANKER = ("peft_path", *CHECKPOINT, "dtype", "devices", "batch_size", "query_max_length", "max_length")
+"""Options of the re-ranker; those of the checkpoint are read before it is loaded."""
 DESCRIPTION = """Measure quality and cost of a re-ranker's depths, widths and cascades on a collection in BEIR layout.
 
-python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_layers 8 16 24 \
+python -m flagembedding_matryoshka.evaluation --model DIR --data DIR --cutoff_layers 8 16 24 \\
     --compress_layers 8 --compress_ratios 1 2 4 --cascade 8:0.5 16:0.2 --output DIR --write_plan
 """
 
@@ -34,17 +37,7 @@ def build_parser() -> Parser:
     )
     add_candidates(data)
 
-    model = parser.add_argument_group("re-ranker", "as in MatryoshkaReranker")
-    model.add_argument("--model", required=True, help="name, such as smollm2, or path")
-    model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
-    model.add_argument("--start_layer", type=int, help="shallowest exit of a raw checkpoint (default: 4)")
-    model.add_argument("--layer_sep", type=int, help="layers between the exits of a raw checkpoint (default: 1)")
-    model.add_argument(
-        "--template", help="text around query and passage, by name or as a JSON file (default: the checkpoint's)"
-    )
-    add_dtype(model)
-    add_scoring(model)
-
+    add_reranker(parser, RERANKER)
     settings = parser.add_argument_group("settings", "the full network is always measured too")
     settings.add_argument("--cutoff_layers", type=int, nargs="+", help="exits (default: every exit)")
     settings.add_argument(
@@ -59,7 +52,7 @@ def build_parser() -> Parser:
         type=float,
         nargs="+",
         default=[],
-        help="also measure the settings that the model's plan chooses within these shares of the full network's "
+        help="also measure the settings that the model's plan chooses within these fractions of the full network's "
         "operations",
     )
 
@@ -82,7 +75,7 @@ def build_parser() -> Parser:
         nargs="*",
         metavar="WEIGHT",
         help="also measure every setting by its standard scores plus WEIGHT times the first stage's standard scores. "
-        "The best of several weights is chosen by half of the queries (without WEIGHT: "
+        "Half of the queries choose the best of several weights (without WEIGHT: "
         f"{' '.join(f'{weight:g}' for weight in WEIGHTS)}). --write_plan writes the weight into the plan",
     )
 
@@ -91,7 +84,7 @@ def build_parser() -> Parser:
         "--output", type=Path, default=Path("evaluation_output"), help="directory of the report (default: %(default)s)"
     )
     output.add_argument(
-        "--recall_at", type=positive, default=10, help="number of first passages in recall (default: %(default)s)"
+        "--recall_at", type=positive, default=10, help="number of first passages in recall@k (default: %(default)s)"
     )
     output.add_argument(
         "--timed_pairs", type=positive, default=1000, help="number of pairs that are timed (default: %(default)s)"
@@ -99,8 +92,8 @@ def build_parser() -> Parser:
     output.add_argument(
         "--write_plan",
         action="store_true",
-        help=f"write {PLAN_NAME}, for budget= and quality=, into the model's directory: half of the queries choose its "
-        "settings, the others are held out; with several --run, the first one counts",
+        help=f"write {PLAN_NAME}, for budget= and quality=, into the model's directory. Half of the queries choose its "
+        "settings, the others are held out. With several --run, the plan is measured on the first one",
     )
     output.add_argument(
         "--calibrate",
@@ -112,9 +105,9 @@ def build_parser() -> Parser:
 
 def add_candidates(group: argparse._ArgumentGroup) -> None:
     """Add the options of the candidates, apart from `--data`."""
-    group.add_argument("--split", default="test", help="the judgements are qrels/{split}.tsv (default: %(default)s)")
+    group.add_argument("--split", default="test", help="name of the judgements, qrels/SPLIT.tsv (default: %(default)s)")
     group.add_argument(
-        "--top_k", type=positive, default=100, help="largest number of candidates of a query (default: %(default)s)"
+        "--top_k", type=positive, default=100, help="maximum number of candidates of a query (default: %(default)s)"
     )
     group.add_argument(
         "--queries",
@@ -123,23 +116,6 @@ def add_candidates(group: argparse._ArgumentGroup) -> None:
         help="a random sample of N judged queries (default: all)",
     )
     group.add_argument("--query_seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
-
-
-def add_scoring(group: argparse._ArgumentGroup) -> None:
-    """Add the options of scoring."""
-    group.add_argument(
-        "--devices", nargs="+", help="such as cpu or cuda:0 (default: the first accelerator, or the CPU)"
-    )
-    group.add_argument("--batch_size", type=positive, default=128, help="pairs per batch (default: %(default)s)")
-    group.add_argument("--query_max_length", type=positive, help="tokens of a query (default: the model's own limit)")
-    group.add_argument("--max_length", type=positive, default=512, help="tokens of a pair (default: %(default)s)")
-
-
-def add_dtype(group: argparse._ArgumentGroup) -> None:
-    """Add `--dtype`."""
-    group.add_argument(
-        "--dtype", default="auto", help="dtype of the re-ranker, such as float32 or bfloat16 (default: %(default)s)"
-    )
 
 
 def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None:
@@ -152,8 +128,8 @@ def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None
         required=required,
         default=None if required else [],
         metavar="EXIT:SHARE",
-        help="stages of a cascade, which ends at the deepest measured exit: after EXIT only this share of all "
-        "candidates goes deeper; repeat the option for another cascade",
+        help="stages of a cascade: after EXIT only this fraction of all candidates goes deeper. The cascade ends at the "
+        "deepest measured exit. Repeat the option for another cascade",
     )
 
 

@@ -3,8 +3,6 @@
 import sys
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from flagembedding_matryoshka.finetune import check
 from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaDataArguments,
@@ -12,17 +10,13 @@ from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaTrainingArguments,
 )
 from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
-from flagembedding_matryoshka.parser import WithConfig
+from flagembedding_matryoshka.parser import DataclassParser
 
 
-class FinetuneParser(WithConfig, HfArgumentParser):
-    """A parser of dataclasses, with `--config`."""
-
-
-def build_parser() -> HfArgumentParser:
+def build_parser() -> DataclassParser:
     """Return the parser of FlagEmbedding's and the reference's arguments, and of `--config`."""
     arguments: Any = (MatryoshkaModelArguments, MatryoshkaDataArguments, MatryoshkaTrainingArguments)
-    return FinetuneParser(arguments)
+    return DataclassParser(arguments)
 
 
 def main() -> None:

@@ -40,15 +40,27 @@ def add_reranker(
         more_names: {name: second name} of options.
     """
     group = parser.add_argument_group("the re-ranker", "as in MatryoshkaReranker")
+    group.add_argument("--model", required=True, help=as_help(explanations(MatryoshkaReranker)["model_name_or_path"]))
+    every = [name for name in _options(MatryoshkaReranker) if name not in without]
+    add_options(group, every if names is None else names, more_names)
+
+
+def add_options(parser: Parser, names: Collection[str], more_names: Mapping[str, str] | None = None) -> None:
+    """Add the options `names` of `MatryoshkaReranker`, with second names as in `add_reranker`."""
     about = explanations(MatryoshkaReranker)
-    group.add_argument("--model", required=True, help=as_help(about["model_name_or_path"]))
-    for name in [name for name in _options(MatryoshkaReranker) if name not in without] if names is None else names:
-        _add(group, MatryoshkaReranker.__init__, name, about[name], (more_names or {}).get(name))
+    for name in names:
+        _add(parser, MatryoshkaReranker.__init__, name, about[name], (more_names or {}).get(name))
 
 
-def given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `MatryoshkaReranker` that the command line gives."""
-    return {name: getattr(options, name) for name in _options(MatryoshkaReranker) if hasattr(options, name)}
+def given_options(options: argparse.Namespace, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Return the options of `MatryoshkaReranker` that the command line gives.
+
+    Args:
+        options: the command line.
+        names: the options to return; None returns all. Other options of the command may have a name of the others.
+    """
+    names = _options(MatryoshkaReranker) if names is None else names
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def add_ranking(parser: argparse.ArgumentParser) -> None:

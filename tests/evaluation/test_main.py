@@ -7,7 +7,9 @@ import torch
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import measure
 from flagembedding_matryoshka.evaluation.__main__ import main
+from flagembedding_matryoshka.evaluation.arguments import RERANKER, build_parser
 from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
+from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.inference.calibration import from_json
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan, load_plan
 from flagembedding_matryoshka.setting import Setting
@@ -85,6 +87,14 @@ def test_runs_hold_the_re_rankers_scores(evaluate, model, tmp_path):
     pairs = [(queries[row[0]], f"{texts[row[2]]['title']} {texts[row[2]]['text']}".strip()) for row in rows]
     expected = reranker.compute_score(pairs, cutoff_layers=3, compress_layers=[2], compress_ratio=2)
     assert [float(row[4]) for row in rows] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_not_given_is_left_to_the_re_ranker():
+    words = ["--model", "m", "--data", "d", "--cutoff_layers", "3", "--fusion", "0.5"]
+    assert given_options(build_parser().parse_args(words), RERANKER) == {}
+    words += ["--max_length", "192", "--devices", "cpu", "--peft_path", "a", "b"]
+    given = {"max_length": 192, "devices": ["cpu"], "peft_path": ["a", "b"]}
+    assert given_options(build_parser().parse_args(words), RERANKER) == given
 
 
 def test_a_sample_of_the_queries(evaluate):
