@@ -13,16 +13,17 @@ from flagembedding_matryoshka.cli.work import Results, Window, Windows, Work
 from flagembedding_matryoshka.inference.fingerprint import resolved_dtype
 
 WINDOWS_PER_WORKER = 2
-"""Windows that are read and not written yet. A worker does not wait for the file, nor for a window before its own."""
+"""Windows that are read and not written yet, so that a worker waits neither for the input nor for earlier windows."""
 DEATHS = 3
-"""Deaths of workers in the same window, or of workers that start one after the other, that end the command."""
+"""The command ends after this number of deaths of workers in the same window, or of consecutive workers that start."""
 SECONDS_FOR_A_WORKER = 300.0
 """Time that the cluster has to start a worker after all have died."""
 RESUME = "The same command resumes after the last complete line of --output."
 
 
 class Cluster:
-    """A Ray cluster: the connected one, the one that RAY_ADDRESS names, the one on this machine, or a new one there.
+    """A Ray cluster: the first that exists of the connected one, that of RAY_ADDRESS and that of this machine, or a new
+    one on this machine.
 
     Args:
         workers: number of workers, each with a GPU of its own, or a CPU if the cluster has no GPU; 0 is one for each.
@@ -72,8 +73,8 @@ class Cluster:
     ) -> Iterator[tuple[Window, list[Any]]]:
         """Yield each window with its results, in order.
 
-        The window of a worker that dies is given to another one, and the cluster starts a worker in its place, on
-        another node if need be.
+        If a worker dies, another worker computes its window, and the cluster starts a new worker, if necessary on
+        another node.
 
         Args:
             arguments: arguments of `kind`; paths in them must exist on every machine.
@@ -176,8 +177,8 @@ class _Crew:
         if self._deaths[place] == DEATHS:
             of = "that start" if window is None else f"of {window} of the input"
             why = str(error).partition("\n")[0]
-            raise ConnectionError(f"{DEATHS} workers {of} have died, the last one so: {why} {RESUME}") from error
+            raise ConnectionError(f"{DEATHS} workers {of} have died. The last error: {why} {RESUME}") from error
         if window is not None:
             self.queue.appendleft(window)
-        ray.kill(worker)  # it may live, without a connection to this process
+        ray.kill(worker)  # it may be alive without a connection to this process
         self._start()

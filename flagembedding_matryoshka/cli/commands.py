@@ -1,4 +1,4 @@
-"""What the commands `rank` and `score` share: options, and the way from the input to the output."""
+"""The commands `rank` and `score`: their common options, and the loop from input to output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_COMPARED = ("batch_size", "max_tokens_per_batch", "devices", "cache_dir", "t
 """Options that do not change results: runs that differ in them may continue each other's output."""
 
 DTYPE_FLAGS = ("use_fp16", "use_bf16")
-"""Options that choose a dtype, beside `dtype`."""
+"""Further options that choose a dtype."""
 
 
 def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -53,7 +53,7 @@ def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
         nargs="?",
         const=0,
         metavar="WORKERS",
-        help="compute on a Ray cluster, or on one that is started on this machine, with this number of workers. "
+        help="compute with this number of workers of a Ray cluster, or of one that is started on this machine. "
         "Without a number: one worker for each GPU, or for each CPU if there is no GPU (default: this process)",
     )
     add_reranker(parser, without=without)
@@ -62,9 +62,16 @@ def add_files(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
 def run(parser: argparse.ArgumentParser, kind: type[Work], options: argparse.Namespace, call: dict[str, Any]) -> None:
     """Read all rows and write a line for each. A file is checked before anything is computed, a pipe while it is read.
 
+    Args:
+        parser: the parser, which ends the process if options contradict each other.
+        kind: the computation.
+        options: the command line.
+        call: arguments of `kind`.
+
     Raises:
         FileNotFoundError: if the input does not exist.
-        ValueError: naming file and line of a fault, or if the output cannot be continued.
+        ValueError: if a row is wrong, with file and line; or if the output was written with other settings or from
+            another input.
     """
     source: Path = options.input
     if options.ray is not None and options.ray < 0:
@@ -127,7 +134,7 @@ def _dtype(given: dict[str, Any], cluster: Cluster | None) -> str:
 
 
 def _cluster(workers: int | None) -> AbstractContextManager[Cluster | None]:
-    """Return a cluster with this number of workers, or None in place of a cluster."""
+    """Return a cluster with this number of workers; None if `workers` is None."""
     if workers is None:
         return nullcontext()
     from flagembedding_matryoshka.cli.cluster import Cluster  # needs an extra

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 PASSAGE, DOCUMENTS = ("passage", "document"), ("documents", "passages")
 """Fields of a row, each with its two names."""
 MAX_CELL = 2**31 - 1
-"""Most characters in a cell of CSV, in place of 131,072."""
+"""Maximum number of characters in a cell of CSV. Python's default is 131,072."""
 
 
 def read(path: Path, as_row: Callable[[Any], Row]) -> Iterator[Row]:
@@ -159,8 +159,8 @@ def first_stage_scores(row: Row, field: str) -> list[float | None]:
         a score for each document; None for null, or if the document lacks the field: the first stage did not find it.
 
     Raises:
-        ValueError: if neither the row nor a document has the field, both have it, the number of scores in a list is not
-            the number of documents, or a score is neither a finite number nor null.
+        ValueError: if neither the row nor a document has the field, or both have it; if a list has another number of
+            scores than there are documents; or if a score is neither a finite number nor null.
     """
     documents = row[name_of(row, DOCUMENTS)]
     in_documents = [isinstance(document, dict) and field in document for document in documents]

@@ -1,4 +1,4 @@
-"""What a command computes for the rows of its input, window by window, in this process or in a worker of a cluster."""
+"""Computation of a command, window by window of its input, in this process or in a worker of a cluster."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flagembedding_matryoshka.cli.rows import Row
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 PAIRS_PER_WINDOW = 4096
-"""Most pairs of a window, apart from its last row."""
+"""Maximum number of pairs of a window. The last row of a window may exceed it."""
 FIRST_PAIRS = 128
-"""Pairs of the first window. The time that they take is not known yet."""
+"""Pairs of the first window, whose time is not known yet."""
 SECONDS_PER_WINDOW = 20.0
-"""Time of a window of less than `PAIRS_PER_WINDOW` pairs. A process that is stopped loses at most about this work."""
+"""Time of a window with less than `PAIRS_PER_WINDOW` pairs. A stopped process loses at most about this work."""
 
 
 class Window(NamedTuple):
@@ -44,12 +44,12 @@ class Results(NamedTuple):
 
 
 class Work(ABC):
-    """The computation of one command. Each process makes its own.
+    """The computation of one command. Each process constructs its own object.
 
     Args:
         model: name or path of the model.
         options: options of `MatryoshkaReranker`.
-        call: arguments of each call of the re-ranker, and names of fields of rows that they need.
+        call: arguments of each call of the re-ranker, and the name of the field with the first stage's scores.
     """
 
     result: ClassVar[str]
@@ -100,10 +100,11 @@ class Work(ABC):
 
 
 class Windows(Iterator[Window]):
-    """The rows of an input in windows that end by number of pairs and by time.
+    """Divide the rows of an input into windows, by number of pairs and by time.
 
-    A window has a power of two of pairs, at most `PAIRS_PER_WINDOW` and twice those of the last window that was timed,
-    and it is expected to take at most `SECONDS_PER_WINDOW`.
+    A window ends with the row that reaches its number of pairs, a power of two. The number is at most
+    `PAIRS_PER_WINDOW`, at most twice that of the last timed window, and its time is expected to be at most
+    `SECONDS_PER_WINDOW`.
 
     Args:
         kind: the work.
@@ -131,7 +132,7 @@ class Windows(Iterator[Window]):
         return window
 
     def adapt(self, window: Window, seconds: float) -> None:
-        """Choose the size of the windows that are read next by the time of one."""
+        """Choose the number of pairs of the next windows by the time of a window."""
         pairs = sum(map(self._pairs, window.rows))
         fitting = int(pairs * SECONDS_PER_WINDOW / max(seconds, 1e-9))
         self.pairs = max(1, min(fitting, 2 * pairs, PAIRS_PER_WINDOW))

@@ -128,7 +128,7 @@ def add_cascades(group: argparse._ArgumentGroup, required: bool = False) -> None
         required=required,
         default=None if required else [],
         metavar="EXIT:SHARE",
-        help="stages of a cascade: after EXIT only this fraction of all candidates goes deeper. The cascade ends at the "
+        help="stages of a cascade: after EXIT only this fraction of all candidates goes deeper. A cascade ends at the "
         "deepest measured exit. Repeat the option for another cascade",
     )
 

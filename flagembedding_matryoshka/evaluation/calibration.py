@@ -1,4 +1,4 @@
-"""Calibration: functions from scores to probabilities of relevance, fitted on one half of the queries."""
+"""Calibration: monotone maps from scores to probabilities of relevance, fitted on one half of the queries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_PROBABILITY = 1e-15
 FOLDS = 5
 """Number of folds of the cross-validation that chooses the method."""
 MIN_RELEVANT = 50
-"""Number of relevant candidates from which isotonic regression is considered. With fewer it fits single candidates."""
+"""With fewer relevant candidates, isotonic regression would fit single candidates and is not considered."""
 NO_PENALTY = 1e10
 
 
@@ -72,13 +72,13 @@ class ProbabilityErrors:
 
 @dataclass(frozen=True)
 class SettingCalibration:
-    """The calibration of a setting: a monotone function from a score to the probability of relevance.
+    """The calibration of a setting: a monotone map from scores to probabilities of relevance.
 
     Attributes:
         setting: the setting.
-        calibration: the function, fitted to the choosing half.
-        errors: errors on the held-out half of three probabilities: "sigmoid" of the scores, "calibrated", and
-            "base_rate", a constant: the fraction of relevant candidates in the choosing half.
+        calibration: the map, fitted to the choosing half.
+        errors: errors of three probabilities on the held-out half: "sigmoid" of the scores, "calibrated", and the
+            constant "base_rate", the fraction of relevant candidates in the choosing half.
     """
 
     setting: Setting
@@ -107,7 +107,7 @@ def check_calibration(candidates: Candidates, halves: Halves) -> None:
         if len(set(kinds)) < 2:
             raise ValueError(
                 f"{candidates.source}: of {len(kinds)} candidates of the {len(queries)} {name} queries "
-                f"{'all' if any(kinds) else 'none'} are relevant: a calibration needs relevant and irrelevant ones"
+                f"{'all' if any(kinds) else 'none'} are relevant: a calibration needs candidates of both kinds"
             )
 
 
@@ -210,7 +210,7 @@ def fit_platt(scores: np.ndarray, relevant: np.ndarray) -> Platt:
 def fit_isotonic(scores: np.ndarray, relevant: np.ndarray) -> Isotonic:
     """Fit isotonic regression, with linear interpolation between its steps.
 
-    Probabilities are clipped to [1 / (n + 2), 1 - 1 / (n + 2)] for n candidates, which do not prove 0 or 1.
+    Probabilities are clipped to [1 / (n + 2), 1 - 1 / (n + 2)], because n candidates prove neither 0 nor 1.
 
     Args:
         scores: (candidates,) float64.

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MIN_QUERIES = 25
-"""With fewer queries in a half, a warning says that the choice is one by chance."""
+"""With fewer queries in a half, a warning says that the choice depends on chance."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def chooses(query: str) -> bool:
 class Halves:
     """Two halves of the queries. Settings are chosen or fitted on one and reported on the other.
 
-    The best of many settings owes a part of its lead to the queries that it was chosen by.
+    On the queries that chose it, the best of many settings looks better than it is.
 
     Attributes:
         choosing, held_out: indices of the queries.
@@ -155,7 +155,7 @@ def sample_queries(collection: Collection, count: int | None, seed: int) -> Coll
 def from_bm25(collection: Collection, top_k: int) -> Candidates:
     """Return BM25's first `top_k` passages of each query, without the query itself.
 
-    A passage that shares no word with the query is no candidate. A query without candidates counts with 0 in every
+    A passage that shares no word with the query is no candidate. A query without candidates has the value 0 in every
     measure.
     """
     ids, queries = list(collection.passages), list(collection.relevant)
@@ -167,7 +167,7 @@ def from_bm25(collection: Collection, top_k: int) -> Candidates:
     }
     without = [query for query, scores in best.items() if not scores]
     if without:
-        logger.warning("BM25 finds nothing for %d queries, which count with 0, such as %r", len(without), without[0])
+        logger.warning("BM25 finds nothing for %d queries, whose measures are 0, such as %r", len(without), without[0])
     return _first_of(collection, best, top_k, f"BM25's first {top_k}")
 
 

@@ -136,7 +136,8 @@ def milliseconds(pairs_per_second: float | None) -> float | None:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Return, for each (cost, quality), True if it is Pareto-optimal.
 
-    A point is not if another point has at most its cost and at least its quality, and is better in one of them.
+    A point is not Pareto-optimal if another point has at most its cost and at least its quality, and is better in one
+    of them.
     """
     on_front = [False] * len(points)
     last = (0.0, -math.inf)
@@ -218,7 +219,7 @@ def plan_settings(
 
 
 def choose_settings(results: Sequence[Result], full: Setting, halves: Halves) -> list[Choice]:
-    """Return the settings on the choosing half's Pareto front, cheapest first, with their values on the other half.
+    """Return the settings on the choosing half's Pareto front, cheapest first, with their values on the held-out half.
 
     p-values are those of a paired randomisation test, with Holm's correction for the front.
 

@@ -25,7 +25,7 @@ from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 PAIRS_AT_ONCE = 16_384
-"""Number of pairs that are tokenised, and scored, by one call."""
+"""Number of pairs of a call of `tokenize` or `compute_score`."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -48,8 +48,8 @@ def grid(
 ) -> list[Setting]:
     """Return every cutoff layer, and every cascade, at every ratio.
 
-    The full network, all cutoff layers at full width and the exits of cascades are always included: the same passes
-    score them. Depths before the first compression of a ratio are left out.
+    The full network, all cutoff layers at full width and the exits of cascades are always included, because the same
+    passes score them. Exits before the first compress layer of a ratio are left out.
 
     Args:
         config: configuration of the model.
@@ -92,7 +92,7 @@ def measure_settings(
     """Measure the settings whose results are not in the store.
 
     One pass scores all exits of a width; each cascade has its own pass. Texts are tokenised once. Each result is saved
-    at once, so that a later call continues after it.
+    as soon as it is measured, so that a later call resumes after it.
 
     Args:
         reranker: the re-ranker.
@@ -101,7 +101,7 @@ def measure_settings(
         store: the results.
         timed_pairs: the speed is measured on whole lists with at least this number of pairs.
         recall_at: number of first passages in recall.
-        tokenized: returns the result of `tokenize` for the candidates; None calls `tokenize`.
+        tokenized: function that returns the result of `tokenize` for the candidates; None calls `tokenize`.
         fusion: the weight of the first stage in fused scores, by which settings rank and cascades drop candidates;
             None ranks by the re-ranker's scores.
 
@@ -249,7 +249,7 @@ def run_cascade(
     setting: Setting,
     fusion: float | None = None,
 ) -> tuple[Run, int]:
-    """Return the run of a cascade and its floating-point operations, each candidate up to its last exit."""
+    """Return the run of a cascade and its floating-point operations: each candidate's, up to its last exit."""
     rankings: dict[str, list[str]] = {}
     flops = 0
     options = setting.arguments | {"cutoff_layers": [*dict(setting.cascade), setting.depth]}

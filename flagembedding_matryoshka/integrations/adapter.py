@@ -1,4 +1,4 @@
-"""What the integrations share: loading, ranking, first-stage scores, and saving as arguments."""
+"""The common part of the integrations: loading, ranking, first-stage scores, and saving as arguments."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class RankingAdapter:
         first_stage_key: name of the metadata that holds the first stage's scores, where higher is better. None is the
             library's own field for scores, if it has one.
         first_stage: "order" uses the order of the texts as the first stage's ranking. "none" is no fusion, even if the
-            re-ranker has a default weight. None uses the texts' scores if a text has one and there is a weight: the
-            option `fusion`, or the default of the re-ranker, which may come from its plan.
+            re-ranker has a default weight. None uses the texts' scores if a text has a score and there is a weight: the
+            option `fusion`, or the re-ranker's default, which may be that of its plan.
         options: arguments of `MatryoshkaReranker.rank`: `cutoff_layers`, `compress_layers`, `compress_ratio`,
             `cascade`, `normalize`, `instruction`, `min_score`, `fusion`, …; with a path also arguments of its
             constructor: `devices` (or `device`), `dtype`, `budget`, `token`, `revision`, … None keeps a default.
@@ -73,8 +73,8 @@ class RankingAdapter:
 
     Raises:
         TypeError: if an option is unknown, or an option of loading is given with a loaded re-ranker.
-        ValueError: if `min_score` is not a number, it or a device is given twice, or `first_stage` has another value or
-            contradicts `first_stage_key` or `fusion`.
+        ValueError: if `min_score` is not a number; if it or a device is given under two names; or if `first_stage` has
+            another value or contradicts `first_stage_key` or `fusion`.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class RankingAdapter:
                 the adapter's own.
 
         Raises:
-            TypeError, ValueError: as `MatryoshkaReranker.rank`, and ValueError if `fusion` or `first_stage_key` is
-                given, and no text has a first-stage score.
+            TypeError, ValueError: as `MatryoshkaReranker.rank`; and ValueError if `fusion` or `first_stage_key` is
+                given, but no text has a first-stage score.
         """
         own = _least(score_threshold, overrides.pop("min_score", None))
         described = self._described(contents, metadata)

@@ -72,7 +72,7 @@ class MatryoshkaRanker:
 
         Raises:
             ValueError: if the ranker was made from a loaded re-ranker, or its token is a string, which would be saved
-                in clear.
+                as it is.
         """
         arguments = self._ranking.arguments()
         if isinstance(arguments.get("token"), str):
@@ -143,7 +143,7 @@ class MatryoshkaRanker:
         instruction: str | None = None,
         fusion: float | str | None = None,
     ) -> dict[str, list[Document]]:
-        """Return as `run`, which is called in a thread, so that the event loop is free."""
+        """Call `run` in a thread, so that it does not block the event loop."""
         return await asyncio.to_thread(
             self.run, query, documents, top_k, scale_score, score_threshold, instruction, fusion
         )

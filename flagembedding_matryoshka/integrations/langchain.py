@@ -18,12 +18,12 @@ from flagembedding_matryoshka.integrations.adapter import RankingAdapter
 class MatryoshkaCompressor(Serializable, BaseDocumentCompressor):
     """Rank documents, best first, with their score in `metadata["relevance_score"]`.
 
-    LangChain has no field for a retriever's scores. `first_stage_key` names the metadata that holds them, such as
+    LangChain has no field for the first stage's scores. `first_stage_key` names the metadata that holds them, such as
     "score". Without it and without `first_stage="order"` nothing is fused. With fusion "relevance_score" is the fused
-    score, "reranker_score" the re-ranker's score and "first_stage_score" the retriever's score.
+    score, "reranker_score" the re-ranker's score and "first_stage_score" the first stage's score.
 
-    LangChain's `dumps` writes a compressor that was made from a path, with its token as a secret, HF_TOKEN. `loads`
-    needs `allowed_objects=[MatryoshkaCompressor]` and `valid_namespaces=["flagembedding_matryoshka"]`.
+    LangChain's `dumps` writes a compressor that was made from a path, and the name of a secret, HF_TOKEN, instead of a
+    token. `loads` needs `allowed_objects=[MatryoshkaCompressor]` and `valid_namespaces=["flagembedding_matryoshka"]`.
 
     Args:
         reranker: a re-ranker, or the path of one.
@@ -54,7 +54,7 @@ class MatryoshkaCompressor(Serializable, BaseDocumentCompressor):
         return {"token": "HF_TOKEN"} if isinstance(self._ranking.given.get("token"), str) else {}
 
     def to_json(self) -> Any:
-        """Return LangChain's form of the constructor's call; of a loaded re-ranker, the form of a thing not saved."""
+        """Return LangChain's form of the constructor's call. A loaded re-ranker has the form of an object not saved."""
         return super().to_json() if self._ranking.is_from_path else self.to_json_not_implemented()
 
     def compress_documents(

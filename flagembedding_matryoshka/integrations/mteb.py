@@ -43,23 +43,23 @@ TAKEN = ("batch_size", "show_progress_bar")
 
 
 class MatryoshkaSearch:
-    """A re-ranker at one setting, with mteb's search protocol. It evaluates re-ranking, instruction re-ranking and the
-    second stage of retrieval (`task.convert_to_reranking(predictions)`).
+    """A re-ranker at one setting, with mteb's search protocol. mteb evaluates it on re-ranking, instruction re-ranking
+    and the second stage of retrieval (`task.convert_to_reranking(predictions)`).
 
-    Lists are ranked by `rank_batch`. mteb measures the scores, or with a cascade the ranks, because scores of different
+    `rank_batch` ranks the lists. mteb measures the scores, or with a cascade the ranks, because scores of different
     exits cannot be compared.
 
-    mteb stores results by name, revision and `experiment_kwargs`. These hold everything that scores depend on, so that
-    two settings never share a result. They do not hold `encode_kwargs`, of which only mteb's own are allowed. Its
-    `batch_size` is for encoders and has no effect.
+    mteb stores results by name, revision and `experiment_kwargs`. These have everything that scores depend on, so that
+    two settings never share a result. `encode_kwargs` are not stored, so only those that mteb sets itself are allowed.
+    Its `batch_size` is for encoders and has no effect.
 
-    If the model's template has a place for an instruction, it holds the query's own instruction, or else the option
-    `instruction`, or else the task's prompt. If it has none, mteb appends the query's own instruction to the query, and
-    the task's prompt is not used.
+    If the model's template has a place for an instruction, it gets the first of these that exists: the query's own
+    instruction, the option `instruction`, the task's prompt. If the template has no such place, mteb appends the
+    query's own instruction to the query, and the task's prompt is not used.
 
     mteb gives a re-ranker its candidates without scores. With fusion, the first stage's scores are read from the folder
-    of its predictions, or the order of the candidates replaces them. mteb then measures the fused scores, in a cascade
-    the ranks.
+    of its predictions, or the order of the candidates replaces them. mteb then measures the fused scores, or with a
+    cascade the ranks.
 
     Args:
         reranker: a re-ranker, or the path of one.
@@ -70,15 +70,15 @@ class MatryoshkaSearch:
             that the first stage did not find gets the lowest score of its query. Needs `fusion`, or a re-ranker with a
             default weight.
         first_stage: "order" uses the order of the candidates, for `task.convert_to_reranking(DIR)`, which sorts them by
-            the first stage's scores. Tasks of type re-ranking are refused: the order of their candidates is not a first
-            stage's. None is no fusion, unless `first_stage_scores` is given.
+            the first stage's scores. Tasks of type re-ranking are refused, because the order of their candidates is not
+            that of a first stage. None is no fusion, unless `first_stage_scores` is given.
         options: as in [`~flagembedding_matryoshka.integrations.adapter.RankingAdapter`], except options that do not
             change the order.
 
     Raises:
         FileNotFoundError: if the folder has no predictions.
-        TypeError, ValueError: if the options do not fit the model, an option has no effect here, `fusion` is given
-            without the first stage's scores or order, or these are given without a weight.
+        TypeError, ValueError: if the options do not fit the model; if an option has no effect here; if `fusion` is
+            given without the first stage's scores or order; or if these are given without a weight.
     """
 
     def __init__(

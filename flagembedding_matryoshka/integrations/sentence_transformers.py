@@ -47,7 +47,7 @@ FUSION_ARGUMENTS = ("first_stage_scores", "first_stage", "fusion")
 
 
 class MatryoshkaCrossEncoder(CrossEncoder):
-    """A CrossEncoder whose `predict` and `rank` take depth and width, and `rank` a first stage's scores too.
+    """A CrossEncoder whose `predict` and `rank` take depth and width. `rank` also takes the first stage's scores.
 
     Arguments that sentence-transformers has deprecated, such as `sentences`, are accepted with its warnings.
     """
@@ -87,7 +87,8 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         fusion: float | None = None,
         **depth_and_width: Any,
     ) -> list[dict[str, int | float | str]]:
-        """Rank documents as `CrossEncoder.rank`, by the scores before the activation, which may make scores equal.
+        """Rank documents as `CrossEncoder.rank`, by the scores before the activation, which can round them to equal
+        scores.
 
         Args:
             first_stage_scores, first_stage, fusion: as in `MatryoshkaReranker.rank`; None, the default, is no fusion.
@@ -101,9 +102,9 @@ class MatryoshkaCrossEncoder(CrossEncoder):
         Raises:
             TypeError: if `documents` is not a list of strings, an argument is unknown, or a first-stage score or
                 `fusion` is not a number.
-            ValueError: if `top_k` is less than 1, the number of first-stage scores is not the number of documents, a
-                first-stage score is not finite, both `first_stage_scores` and `first_stage` are given, one of them is
-                given without `fusion`, or `fusion` is given without them, is negative, not finite or "auto".
+            ValueError: if `top_k` is less than 1; if the number of first-stage scores is not that of documents, or one
+                is not finite; if both `first_stage_scores` and `first_stage` are given; if one of them is given without
+                `fusion`, or `fusion` without them; or if `fusion` is negative, not finite or "auto".
         """
         if top_k is not None:
             top_k = as_count("top_k", top_k, ", or None for all documents")
@@ -500,7 +501,7 @@ Depth and width of this re-ranker can be chosen for each call
 
 ```python
 model.predict(pairs, cutoff_layers=[{exit}], compress_layers=[{compressed}], compress_ratio=2)
-model.max_seq_length  # {max_length}: tokens of query and passage; set it to cut elsewhere
+model.max_seq_length  # {max_length}: tokens of query and passage; it can be set
 
 from flagembedding_matryoshka import MatryoshkaReranker
 
@@ -548,7 +549,7 @@ class MatryoshkaModelCardData(CrossEncoderModelCardData):
 
 
 def use_our_card(model: CrossEncoder, base: str | None) -> None:
-    """Let a CrossEncoder write a `MatryoshkaModelCardData`, with the user's own values of language, license and so on.
+    """Make a CrossEncoder write a `MatryoshkaModelCardData`, with the user's own values of language, license and so on.
 
     Args:
         base: path of the base model; a name on the hub is written into the card.

@@ -69,7 +69,7 @@ def test_all_candidates_or_none_need_first_stage_scores(scores, message):
 
 def test_a_query_that_bm25_misses_has_no_candidates_and_is_named(beir, caplog):
     assert from_bm25(read_collection(beir, "test"), 3).passages["q2"] == []
-    assert "BM25 finds nothing for 1 queries, which count with 0, such as 'q2'" in caplog.text
+    assert "BM25 finds nothing for 1 queries, whose measures are 0, such as 'q2'" in caplog.text
 
 
 def test_a_query_that_is_a_passage_is_no_candidate_of_its_own(collection, run):

@@ -90,7 +90,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The candidates in a line."""
+        """One line about the candidates."""
         passages = self.candidates.passages
         return f"{len(passages)} queries, {len(self.candidates)} pairs, {self.candidates.source}"
 
@@ -102,7 +102,7 @@ class Report:
         """
         choosing = f"{len(self.halves.choosing)} queries, drawn by the hashes of their ids"
         others = f"the {len(self.halves.held_out)} others"
-        heading = "All queries; changes are against the full network, with 95 % intervals, p-values after Holm for all"
+        heading = "All queries; changes are against the full network, p-values with Holm's correction"
         tables = [Table(heading, settings_table(self.settings, self.baselines, chosen), SETTINGS)]
         if self.choices:
             heading = (
@@ -116,11 +116,11 @@ class Report:
             heading = f"Fusion weights of the first stage, tried on {choosing}; {self.fusion.weight:g} is chosen"
             tables.append(Table(heading, weights_table(self.fusion)))
             heading = f"{QUALITY} of {others}, plain and fused at weight {self.fusion.weight:g}"
-            tested = "p-values after Holm, one family for the full network and one for all other settings"
+            tested = "Holm's correction has one family for the full network and one for all other settings"
             tables.append(Table(f"{heading}; {tested}", fusion_table(self.fusion), FUSED))
         if self.fusion is not None and self.fusion.orders:
             heading = f"{QUALITY} of {others} by one scorer and by several, with weights that the choosing half chose"
-            changes = f"changes are against {self.fusion.full} + {FIRST_STAGE}, p-values after Holm for all"
+            changes = f"changes are against {self.fusion.full} + {FIRST_STAGE}, p-values have Holm's correction"
             tables.append(Table(f"{heading}; {changes}", orders_table(self.fusion), ORDERS))
         return tables
 

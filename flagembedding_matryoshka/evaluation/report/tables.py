@@ -58,7 +58,7 @@ def settings_table(
 
 def choice_table(choices: Sequence[Choice]) -> str:
     """Tabulate the settings that the choosing half chooses, with their values on the held-out half."""
-    rows = [["chosen", "operations", "nDCG@10 where chosen", "held out", "change", "95 %", "p"]]
+    rows = [["chosen", "operations", "nDCG@10, choosing half", "held-out half", "change", "95 %", "p"]]
     rows += [
         [
             str(item.setting),
@@ -84,7 +84,7 @@ def weights_table(fusion: FusionResult) -> str:
     """Tabulate nDCG@10 on the choosing half for every weight that was tried."""
     tried = fusion.choice.qualities.items()
     rows = [["weight", *(f"{weight:g}" for (weight,), _ in tried)]]
-    rows.append([f"{QUALITY} where chosen", *(f"{quality:.4f}" for _, quality in tried)])
+    rows.append([f"{QUALITY}, choosing half", *(f"{quality:.4f}" for _, quality in tried)])
     return markdown_table(rows)
 
 
