@@ -9,14 +9,22 @@ import pytest
 
 from flagembedding_matryoshka.evaluation.baselines import Baseline, as_given
 from flagembedding_matryoshka.evaluation.fusion import Order, WeightChoice, compare_fusion
-from flagembedding_matryoshka.evaluation.report.html import Point, chart, page, ticks
 from flagembedding_matryoshka.evaluation.report.report import Report, first_stages_table
 from flagembedding_matryoshka.evaluation.results import Result
 from flagembedding_matryoshka.setting import Setting
 
+pytest.importorskip("matplotlib")
+from flagembedding_matryoshka.evaluation.report import plot
+from flagembedding_matryoshka.evaluation.report.html import page
+
 FULL = Setting(6)
 NAME = 'a <b>"bold"</b> encoder & co'
 VOID = {"meta", "path", "circle"}
+
+
+def points_of(text):
+    """The attributes of every point, in the order of the arrow keys."""
+    return [found for _, found in Elements(text).found if "point" in found.get("class", "").split()]
 
 
 class Elements(HTMLParser):
@@ -84,19 +92,20 @@ def test_it_is_well_formed_and_asks_for_nothing_of_elsewhere(text):
     assert not elements.open
     for name, attributes in elements.found:
         assert name not in ("link", "img", "iframe", "object") and not {"src", "href"} & set(attributes)
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(", text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)|fetch\(", text)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert ids and len(ids) == len(set(ids))
 
 
 def test_names_are_text_and_no_markup(text):
     assert "<b>" not in text and "c &amp; d/test" in text
-    found = [attributes for _, attributes in Elements(text).found]
-    (label,) = {attributes["aria-label"] for attributes in found if attributes.get("class") == "point baseline"}
-    assert label.startswith(f"{NAME}: nDCG@10 0.2000") and "0.2 GFLOP and 1.111 ms per pair" in label
+    labels = [point["aria-label"] for point in points_of(text) if point["data-row"] == "s0r1"]
+    assert len(labels) == 2 and labels[0] == labels[1]
+    assert labels[0].startswith(f"{NAME}: nDCG@10 0.2000") and "0.2 GFLOP and 1.111 ms per pair" in labels[0]
 
 
 def test_points_are_reached_by_the_keyboard_and_belong_to_a_row(text):
-    found = Elements(text).found
-    points = [attributes for tag, attributes in found if tag == "g"]
+    found, points = Elements(text).found, points_of(text)
     rows = [attributes["data-row"] for tag, attributes in found if tag == "tr" and "data-row" in attributes]
     assert len(points) == 2 * 5 and len(rows) == len(set(rows)) == 6
     assert all(point["tabindex"] == "0" and point["data-row"] in rows for point in points)
@@ -105,29 +114,27 @@ def test_points_are_reached_by_the_keyboard_and_belong_to_a_row(text):
     assert "prefers-color-scheme: dark" in text
 
 
-def test_fused_points_are_hollow_and_belong_to_rows_of_their_own(fused_report, text):
-    fused = Elements(page("c", [fused_report], None, {}))
+def test_fused_points_belong_to_rows_of_their_own(fused_report, text):
+    fused_text = page("c", [fused_report], None, {})
+    fused = Elements(fused_text)
     assert not fused.open
-    points = [attributes for tag, attributes in fused.found if tag == "g"]
+    points = points_of(fused_text)
     rows = [attributes["data-row"] for tag, attributes in fused.found if tag == "tr" and "data-row" in attributes]
     assert len(rows) == len(set(rows)) and all(point["data-row"] in rows for point in points)
-    hollow = [point for point in points if point["class"].endswith(" fused")]
-    assert len(points) == 2 * (5 + 5) and len(hollow) == 2 * 5
-    labels = {point["data-row"]: point["aria-label"] for point in hollow}
+    of_fused = [point for point in points if point["data-row"][:3] in ("s0f", "s0o")]
+    assert len(points) == 2 * (5 + 5) and len(of_fused) == 2 * 5
+    labels = {point["data-row"]: point["aria-label"] for point in of_fused}
     assert labels["s0f2"].startswith("6 layers, fused: nDCG@10 0.7000; held out ")
     assert labels["s0o2"].startswith(f"{NAME} + first stage: nDCG@10 0.7000; held out ")
     # Each row of the table has the name that its points have.
-    cells = re.findall(r'<tr data-row="(s0f\d)"><td>([^<]+)', page("c", [fused_report], None, {}))
+    cells = re.findall(r'<tr data-row="(s0f\d)"><td>([^<]+)', fused_text)
     named = {row: name for row, name in cells if row != "s0f0"}
     assert len(named) == 4 and all(labels[row].startswith(f"{name}, fused") for row, name in named.items())
-    plain = [point["aria-label"] for point in points if point not in hollow]
-    assert plain == [attributes["aria-label"] for tag, attributes in Elements(text).found if tag == "g"]
+    plain = [point["aria-label"] for point in points if point not in of_fused]
+    assert plain == [point["aria-label"] for point in points_of(text)]
 
 
 def test_the_picture_has_fused_points(fused_report, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from flagembedding_matryoshka.evaluation.report import plot
-
     drawn = []
     monkeypatch.setattr(plot.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
     monkeypatch.setattr(plot, "replacing", nullcontext)
@@ -174,30 +181,21 @@ def test_a_browser_marks_what_is_pointed_at_and_goes_on_with_the_arrow_keys(text
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
     dom = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     found = Elements(dom).found
-    labels = [attributes["aria-label"] for tag, attributes in found if tag == "g"]
+    labels = [point["aria-label"] for point in points_of(dom)]
     (details,) = re.findall(r'<p class="details"[^>]*>([^<]*)</p>', dom)
     assert details == labels[1] and details.startswith("3 layers: nDCG@10")
     marked = [attributes["data-row"] for _, attributes in found if attributes.get("class", "").endswith("marked")]
     assert len(marked) == 3 and len(set(marked)) == 1  # a point in each chart, and the row
 
 
-def test_a_chart_stands_each_point_in_its_place():
-    points = [Point("a", 1.0, 0.2, "low", 0), Point("b", 4.0, 0.6, "high", 1, on_front=True)]
-    svg = chart(points, [("level", 0.4)], "cost", "quality")
-    (low, high) = [tuple(map(float, place)) for place in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    assert low[0] < high[0] and low[1] > high[1]
-    (level,) = re.findall(r'class="level" d="M\d+ ([\d.]+)H', svg)
-    assert high[1] < float(level) < low[1]
-    assert float(level) == pytest.approx((high[1] + low[1]) / 2, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.47, 0.56, [0.48, 0.5, 0.52, 0.54, 0.56]), (0, 13.5, [0, 5, 10])],
-)
-def test_ticks_are_round(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-def test_settings_that_are_all_equal_have_a_chart():
-    assert "<svg" in chart([Point("a", 1.0, 0.0, "x", 0), Point("b", 1.0, 0.0, "y", 0)], [], "cost", "quality")
+def test_a_point_is_where_its_setting_is_drawn(fused_report):
+    places = {}
+    for number, panel in enumerate(plot.PANELS):
+        axes = plot.Figure().subplots()
+        plot._draw(axes, fused_report, panel)
+        found = {circle.get_gid(): tuple(circle.get_offsets()[0]) for circle in axes.collections if circle.get_gid()}
+        assert list(found.values()) == sorted(found.values()) and len(found) == 10
+        places[number] = found
+    assert places[0]["r2"] == pytest.approx((0.5, 0.7 / 3)) and places[1]["r2"] == pytest.approx((5, 0.7 / 3))
+    assert places[0]["f1"] == pytest.approx((0.5, 0.7)) and places[0]["o2"] == pytest.approx((0.2, 0.7))
+    assert places[0]["r1"] == pytest.approx((0.2, 0.2)) and places[1]["r1"] == pytest.approx((1000 / 900, 0.2))
