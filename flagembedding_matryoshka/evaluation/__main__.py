@@ -29,6 +29,7 @@ from flagembedding_matryoshka.evaluation.runs import first_stage_run
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.mining.pickles import BI_ENCODERS, refuse_pickled_modules
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--run names files by their name without its suffix, and {repeated[0]} is given twice")
     cascades = as_cascades(parser, options.cascade)
     exits = {"start_layer": options.start_layer, "layer_sep": options.layer_sep}
-    checkpoint = inspect_checkpoint(options.model, **exits, template=options.template)
+    checkpoint = inspect_checkpoint(
+        options.model, **exits, template=options.template, allow_pickle=options.allow_pickle
+    )
     config = checkpoint.config
     weights = partial(weights_fingerprint, checkpoint, options.peft_path)
     settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_path=options.peft_path,
         dtype=options.dtype,
         template=options.template,
+        allow_pickle=options.allow_pickle,
         **exits,
         batch_size=options.batch_size,
         query_max_length=options.query_max_length,
@@ -111,8 +115,11 @@ def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Ca
 
     Raises:
         ImportError: as `check_calibration`.
-        ValueError: as `Halves.check`, `check_calibration` and `first_stage_run`.
+        ValueError: as `Halves.check`, `check_calibration`, `first_stage_run` and `refuse_pickled_modules`.
     """
+    for _, path in options.bi_encoder:
+        if not options.allow_pickle:
+            refuse_pickled_modules(path, BI_ENCODERS)
     if options.write_plan or options.calibrate or options.fusion is not None:
         halves.check()
     for candidates in first_stages:
@@ -146,7 +153,8 @@ def _measure(
     baselines = [as_given(candidates, options.recall_at)]
     if options.random_order:
         baselines.append(at_random(candidates, options.recall_at))
-    encoder_options = (options.timed_pairs, options.recall_at, reranker.target_devices[0], reranker.model.dtype)
+    device, dtype = reranker.target_devices[0], reranker.model.dtype
+    encoder_options = (options.timed_pairs, options.recall_at, device, dtype, options.allow_pickle)
     baselines += [by_bi_encoder(candidates, label, path, *encoder_options) for label, path in options.bi_encoder]
     calibrations = []
     if options.calibrate:

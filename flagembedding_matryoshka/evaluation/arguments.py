@@ -37,6 +37,12 @@ def build_parser() -> Parser:
     model = parser.add_argument_group("re-ranker", "as in MatryoshkaReranker")
     model.add_argument("--model", required=True, help="name, such as smollm2, or path")
     model.add_argument("--peft_path", nargs="+", default=[], help="adapters to merge or attach, in order")
+    model.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read weights, also of bi-encoders, from pytorch_model.bin and adapter_model.bin if there are no "
+        "safetensors; a pickle can run code",
+    )
     model.add_argument("--start_layer", type=int, help="shallowest exit of a raw checkpoint (default: 4)")
     model.add_argument("--layer_sep", type=int, help="layers between the exits of a raw checkpoint (default: 1)")
     model.add_argument(
