@@ -1,7 +1,6 @@
 """The order of copies and kernels, checked without a GPU: on torch's meta device, which computes nothing."""
 
 import copy
-from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -15,6 +14,7 @@ from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.models import attention, flash
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
+from tests.batches import ImmediateExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("a wing", f"passage {number} " * number) for number in range(8)]
@@ -100,27 +100,6 @@ def test_the_first_stage_of_a_cascade_is_queued_before_the_scores_of_the_task_be
     assert order == ["queue", "queue", *first, *later, *first]
 
 
-class Immediate:
-    """A pool of threads that is always faster than its caller: what is submitted is done at once."""
-
-    def __init__(self, count):
-        assert count == 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 def rank_one_by_one(reranker, queries, lists, **options):
     return list(reranker.rank_iter(queries, lists, **options))
 
@@ -130,7 +109,7 @@ def small_windows(monkeypatch):
     """A window for each list, tokenised before it is needed."""
     monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 1)
     monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 1)
-    monkeypatch.setattr(scoring, "ThreadPoolExecutor", Immediate)
+    monkeypatch.setattr(scoring, "ThreadPoolExecutor", ImmediateExecutor)
 
 
 @pytest.mark.parametrize("rank", [MatryoshkaReranker.rank_batch, rank_one_by_one])

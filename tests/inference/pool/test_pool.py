@@ -19,6 +19,7 @@ from flagembedding_matryoshka.inference.engine import Engine, Task
 from flagembedding_matryoshka.inference.pool.pool import SHARED_MEMORY, TASKS_AHEAD
 from flagembedding_matryoshka.inference.pool.worker import Worker
 from flagembedding_matryoshka.setting import Setting
+from tests.batches import ImmediateExecutor
 
 QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
 PASSAGES = ["", "a wing", "heat flux", "air flows over a wing. " * 6, "the flow of energy", "a blunt cone"]
@@ -103,6 +104,23 @@ def test_rankings_come_one_by_one_and_the_workers_are_free_in_between(one, two, 
     for ranking, expected in zip(found, one.rank_iter(lists, cascade=cascade), strict=True):
         assert [hit["corpus_id"] for hit in ranking] == [hit["corpus_id"] for hit in expected]
         close([hit["score"] for hit in ranking], [hit["score"] for hit in expected])
+
+
+def test_a_run_outlives_its_windows_unless_rankings_are_taken_one_by_one(one, two, monkeypatch):
+    for name in ("PAIRS_TOKENIZED_FIRST", "PAIRS_TOKENIZED_AHEAD"):
+        monkeypatch.setattr(f"flagembedding_matryoshka.inference.scoring.{name}", len(PASSAGES))
+    monkeypatch.setattr("flagembedding_matryoshka.inference.scoring.ThreadPoolExecutor", ImmediateExecutor)
+    runs, run = [], two._engine.run
+    monkeypatch.setattr(two._engine, "run", lambda tasks, **options: runs.append(1) or run(tasks, **options))
+    lists, options = (QUERIES * 2, [PASSAGES] * 4), {"cascade": {2: 0.5}}
+    together = two.rank_batch(*lists, **options)
+    assert len(runs) == 1
+    one_by_one = list(two.rank_iter(*lists, **options))
+    assert len(runs) >= 1 + 4
+    for rankings in (together, one_by_one):
+        for ranking, expected in zip(rankings, one.rank_batch(*lists, **options), strict=True):
+            assert [hit["corpus_id"] for hit in ranking] == [hit["corpus_id"] for hit in expected]
+            close([hit["score"] for hit in ranking], [hit["score"] for hit in expected])
 
 
 def test_work_is_shared_by_tokens(two, monkeypatch):
