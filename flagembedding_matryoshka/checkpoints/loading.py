@@ -332,7 +332,7 @@ def load_model(
     base = resolve(located, hub.get("cache_dir"))
     of_base = checkpoint.hub_of(checkpoint.base, hub)
     if not checkpoint.allow_pickle:
-        _refuse_pickled(checkpoint.base, base, **of_base)
+        refuse_pickled(checkpoint.base, base, **of_base)
     stored, depth = read_config(base, **of_base), depth_of(checkpoint, **hub)
     _refuse_other_vocabulary(checkpoint, stored, tokenizer, adapters)
     self_check(causal_lm_class(config), config)
@@ -385,13 +385,25 @@ def load_model(
     return model.eval()
 
 
-def _refuse_pickled(base: str, place: str, **hub: Any) -> None:
-    """Raise ValueError if the weights of `base`, which lie at `place`, are in pickled files alone. None is fetched."""
-    if any(has_file(place, name, **hub) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+def refuse_pickled(model: str, place: str, folder: str = "", **hub: Any) -> None:
+    """Refuse weights that are in pickled files alone. No file is fetched.
+
+    Args:
+        model: the model, as the caller says it.
+        place: the directory where it lies, or its name on the hub.
+        folder: the folder of the weights in `place`.
+        hub: `cache_dir`, `token`, `revision`, … as in transformers.
+
+    Raises:
+        OSError: if there is no such model on the hub.
+        ValueError: naming the first pickled file.
+    """
+    prefix = f"{folder}/" if folder else ""
+    if any(has_file(place, prefix + name, **hub) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return
     for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        if has_file(place, name, **hub):
-            raise ValueError(PICKLED.format(path=base, file=name, instead=SAFE_WEIGHTS_NAME))
+        if has_file(place, prefix + name, **hub):
+            raise ValueError(PICKLED.format(path=model, file=prefix + name, instead=prefix + SAFE_WEIGHTS_NAME))
 
 
 def _refuse_other_vocabulary(

@@ -37,6 +37,7 @@ from flagembedding_matryoshka.inference.arguments import given_options
 from flagembedding_matryoshka.inference.options import ScoringOptions
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Plan, adapter_names, load_plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.mining.pickles import BI_ENCODERS, refuse_pickled_modules
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.collections import read_collection
 
@@ -110,8 +111,11 @@ def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Ca
 
     Raises:
         ImportError: as `check_calibration`.
-        ValueError: as `Halves.check`, `check_calibration` and `first_stage_run`.
+        ValueError: as `Halves.check`, `check_calibration`, `first_stage_run` and `refuse_pickled_modules`.
     """
+    for _, path in options.bi_encoder:
+        if not getattr(options, "allow_pickle", False):
+            refuse_pickled_modules(path, BI_ENCODERS)
     if options.write_plan or options.calibrate or options.fusion is not None:
         halves.check()
     for candidates in first_stages:
@@ -145,7 +149,9 @@ def _measure(
     baselines = [as_given(candidates, options.recall_at)]
     if options.random_order:
         baselines.append(at_random(candidates, options.recall_at))
-    encoder_options = (options.timed_pairs, options.recall_at, reranker.target_devices[0], reranker.model.dtype)
+    device, dtype = reranker.target_devices[0], reranker.model.dtype
+    allow_pickle = getattr(options, "allow_pickle", False)
+    encoder_options = (options.timed_pairs, options.recall_at, device, dtype, allow_pickle)
     baselines += [by_bi_encoder(candidates, label, path, *encoder_options) for label, path in options.bi_encoder]
     calibrations = []
     if options.calibrate:

@@ -13,7 +13,7 @@ from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from flagembedding_matryoshka.parser import Parser
 
 BM25 = "bm25"
-CHECKPOINT = ("start_layer", "layer_sep", "template")
+CHECKPOINT = ("start_layer", "layer_sep", "template", "allow_pickle")
 RERANKER = ("peft_path", *CHECKPOINT, "dtype", "devices", "batch_size", "query_max_length", "max_length")
 """Options of the re-ranker; those of the checkpoint are read before it is loaded."""
 DESCRIPTION = """Measure quality and cost of a re-ranker's depths, widths and cascades on a collection in BEIR layout.

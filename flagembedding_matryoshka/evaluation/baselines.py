@@ -51,7 +51,14 @@ def at_random(candidates: Candidates, recall_at: int) -> Baseline:
 
 
 def by_bi_encoder(
-    candidates: Candidates, name: str, path: str, timed_pairs: int, recall_at: int, device: str, dtype: torch.dtype
+    candidates: Candidates,
+    name: str,
+    path: str,
+    timed_pairs: int,
+    recall_at: int,
+    device: str,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
 ) -> Baseline:
     """Measure the order by the cosine of query and passage. Passages are encoded list by list, as by a re-ranker.
 
@@ -63,9 +70,10 @@ def by_bi_encoder(
         recall_at: number of first passages in recall.
         device: device of the model.
         dtype: dtype of the model; the re-ranker's, so that speeds can be compared.
+        allow_pickle: as in `BiEncoder`.
 
     Raises:
-        ValueError: if a vector is not finite.
+        ValueError: if a vector is not finite, or weights are pickled and `allow_pickle` is False.
     """
     encoder = BiEncoder(
         path,
@@ -73,6 +81,7 @@ def by_bi_encoder(
         device=device,
         use_fp16=dtype == torch.float16,
         use_bf16=dtype == torch.bfloat16,
+        allow_pickle=allow_pickle,
     )
 
     def score(query: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -75,7 +76,7 @@ PAIRS_TOKENIZED_AHEAD = 8192
 BATCHES_AT_ONCE = 16
 """Batches of a cascade's task. Their states are in memory at the same time."""
 BATCHES_TOKENIZED_AHEAD = 64
-"""Batches of lists in a window, for each device. The first ranking waits for a window, and devices wait at its end."""
+"""Batches of lists in a window, for each device. The first ranking waits for a window."""
 ROWS_READ_AHEAD = 2
 """Lists of `rank_iter` that are read before a window takes them."""
 SECONDS_WITHOUT_INPUT = 0.05
@@ -123,10 +124,11 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
         (cutoff layers, pairs) float32, the layers in the order asked for.
     """
     scores = torch.empty(len(call.setting.cutoff_layers), len(pairs))
+    windows: Generator[Window | None, None, None]
     windows = windows_of([Candidates((), pairs)], call, PAIRS_TOKENIZED_AHEAD)
     if len(pairs) > PAIRS_TOKENIZED_FIRST:
         windows = _one_ahead(windows)
-    tasks = chain.from_iterable(tasks_of(window, call) for window in windows)
+    tasks = chain.from_iterable(tasks_of(window, call) for window in windows if window is not None)
     with _progress(len(pairs), show_progress_bar) as progress, closing(windows), closing(run(tasks)) as results:
         for task, scored in results:
             (places,) = task.places
@@ -140,7 +142,7 @@ def score_lists(
 ) -> Generator[list[Hit], None, None]:
     """Score lists of pairs.
 
-    Only the lists of the current window and of the next one, which is tokenised meanwhile, are read ahead.
+    Only the lists of the current window and of the next two are read ahead. One of these is tokenised meanwhile.
 
     Args:
         lists: the candidates of each query; None in between, if there is no other list yet.
@@ -158,45 +160,71 @@ def score_lists(
             yield hits
 
 
+@dataclass
+class WindowHits:
+    """The hits of a window's pairs.
+
+    Attributes:
+        hits: the hit of each pair, in order; None for pairs without a score yet.
+        missing: number of pairs without a score yet.
+    """
+
+    window: Window
+    hits: list[Any]
+    missing: int
+
+
 def _scored(
     run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
-    """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score"."""
-    hits: list[Hit] = []
+    """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score".
+
+    A run goes on with the next window if that is tokenised. Its first task is then queued before the results of the
+    last one are waited for. With `total` None the caller may score other pairs between two lists. A run of several
+    devices, whose workers are locked, then ends with its window.
+    """
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
+    windows: Generator[Window | None, None, None]
     windows = windows_of(lists, call, min(max(1, tokens // TOKENS_OF_A_PAIR), PAIRS_TOKENIZED_AHEAD))
+    goes_on = False
     if total is None or total > PAIRS_TOKENIZED_FIRST:
         windows = _one_ahead(windows)
+        goes_on = call.shares == 1 or total is not None
+    begun: deque[WindowHits] = deque()
+
+    def tasks(window: Window | None) -> Iterator[Task]:
+        while window is not None:
+            begun.append(WindowHits(window, [None] * len(window.inputs), len(window.inputs)))
+            yield from tasks_of(window, call)
+            window = next(windows, None) if goes_on else None
+
+    hits: list[Hit] = []
     with _progress(total, show_progress_bar) as progress, closing(windows):
-        for window in windows:
-            if not window.portions:
-                continue
-            # The caller may score other pairs between two rankings, so no task may be left unfinished.
-            found = iter(_hits(run, window, call, progress))
-            for portion in window.portions:
-                hits += islice(found, len(portion.pairs))
-                if portion.is_last:
-                    yield portion.candidates, hits
-                    hits = []
-
-
-def _hits(run: Run, window: Window, call: Call, progress: Any) -> list[Hit]:
-    """Return a hit for each pair of a window, in order."""
-    hits: list[Any] = [None] * len(window.inputs)
-    with closing(run(tasks_of(window, call))) as results:
-        for task, scored in results:
-            places = [place - window.first for place in chain(*task.places)]
-            for number, place in enumerate(places):
-                hit: Hit = {"score": scored.scores[0][number]}
-                if task.owners is not None:
-                    hit["cutoff_layer"] = scored.exits[number]
-                if task.fusion is not None:
-                    hit["fused_score"] = scored.fused[number]
-                if window.inputs[place].is_cut:
-                    hit["is_truncated"] = True
-                hits[place] = hit
-            progress.update(len(places))
-    return hits
+        for following in filter(None, windows):
+            with closing(run(tasks(following))) as results:
+                for found in chain(results, (None,)):  # None: the run has ended
+                    if found is not None:
+                        task, scored = found
+                        places = list(chain(*task.places))
+                        own = next(one for one in begun if places[0] < one.window.first + len(one.hits))
+                        for number, place in enumerate(place - own.window.first for place in places):
+                            own.hits[place] = hit = Hit(score=scored.scores[0][number])
+                            if task.owners is not None:
+                                hit["cutoff_layer"] = scored.exits[number]
+                            if task.fusion is not None:
+                                hit["fused_score"] = scored.fused[number]
+                            if own.window.inputs[place].is_cut:
+                                hit["is_truncated"] = True
+                        own.missing -= len(places)
+                        progress.update(len(places))
+                    while begun and not begun[0].missing and (goes_on or found is None):
+                        complete = begun.popleft()
+                        rest = iter(complete.hits)
+                        for portion in complete.window.portions:
+                            hits += islice(rest, len(portion.pairs))
+                            if portion.is_last:
+                                yield portion.candidates, hits
+                                hits = []
 
 
 def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Generator[Window, None, None]:
@@ -299,12 +327,19 @@ def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> I
         yield range(start, end)
 
 
-def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield items, each made in a thread while its predecessor is used."""
+def _one_ahead(items: Iterator[T]) -> Generator[T | None, None, None]:
+    """Yield items, each made in a thread while its predecessor is used.
+
+    If the next item is not ready, or cannot be made, None comes before it, or before the exception.
+    """
     end: Any = object()
     with ThreadPoolExecutor(1) as thread:
         following: Future[T] = thread.submit(next, items, end)
-        while (current := following.result()) is not end:
+        while True:
+            if not following.done() or following.exception() is not None:
+                yield None
+            if (current := following.result()) is end:
+                return
             following = thread.submit(next, items, end)
             yield current
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.mining.digests import digest_model, digest_texts
+from flagembedding_matryoshka.mining.pickles import ALLOW_PICKLE, BI_ENCODERS, refuse_pickled_modules
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ LISTS_PROBED = 64
 """Number of an index's lists that are searched for a query."""
 SAMPLES_PER_LIST = 64
 """Number of vectors for each list of an index, that its centroids are trained with."""
-ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "use_bf16", "trust_remote_code")
+ENCODER_OPTIONS = ("batch_size", "max_length", "device", "use_fp16", "use_bf16", "trust_remote_code", "allow_pickle")
 Retriever = Callable[[Sequence[str], Sequence[str], int], Iterable[Sequence[int]]]
 """Takes passages, queries and k; yields, for each query, the indices of at most k passages, best first."""
 Search = Callable[[Tensor, int], list[list[int]]]
@@ -65,7 +66,11 @@ class BiEncoder:
         device: None is the choice of sentence-transformers.
         use_fp16, use_bf16: compute in float16 or bfloat16. Vectors are float32 all the same.
         trust_remote_code: run code that comes with the model.
+        allow_pickle: read weights from `pytorch_model.bin` if there are no safetensors. A pickle can run code.
         stored: directory where `lists` stores vectors of passages, for later runs; None stores nothing.
+
+    Raises:
+        ValueError: if weights are pickled and `allow_pickle` is False, before anything is loaded.
     """
 
     def __init__(
@@ -77,14 +82,20 @@ class BiEncoder:
         use_fp16: bool = False,
         use_bf16: bool = False,
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
         stored: Path | None = None,
     ) -> None:
         from sentence_transformers import SentenceTransformer
 
+        if not allow_pickle:
+            refuse_pickled_modules(model, BI_ENCODERS)
         self.name, self.batch_size, self.max_length, self.stored = model, batch_size, max_length, stored
         dtype = torch.float16 if use_fp16 else torch.bfloat16 if use_bf16 else torch.float32
         self.model = SentenceTransformer(
-            model, device=device, trust_remote_code=trust_remote_code, model_kwargs={"dtype": dtype}
+            model,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": dtype, "use_safetensors": None if allow_pickle else True},
         )
         self.dtype = dtype
         if max_length is not None:
@@ -238,6 +249,7 @@ def add_retrievers(parser: argparse.ArgumentParser) -> None:
     encoder.add_argument("--use_fp16", action="store_true", help="encode in float16, for GPUs")
     encoder.add_argument("--use_bf16", action="store_true", help="encode in bfloat16, for devices that support it")
     encoder.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    encoder.add_argument("--allow_pickle", action="store_true", help=ALLOW_PICKLE)
     encoder.add_argument(
         "--vectors",
         type=Path,
@@ -273,8 +285,9 @@ class Retrieval:
         return retrievers
 
     def conditions(self) -> dict[str, Any]:
-        """Return all conditions of the lists. Batch size and device are left out: they change only rounding."""
-        options = {name: value for name, value in self.encoder_options.items() if name not in ("batch_size", "device")}
+        """Return all conditions of the lists. Those that change only rounding or what may be read are left out."""
+        unconditional = ("batch_size", "device", "allow_pickle")
+        options = {name: value for name, value in self.encoder_options.items() if name not in unconditional}
         weights = None if self.bi_encoder is None else digest_model(self.bi_encoder)
         return {"miner": self.miner, "bi_encoder": self.bi_encoder, "weights": weights, **options}
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from flagembedding_matryoshka.mining.digests import digest_files, digest_model
 from flagembedding_matryoshka.mining.endpoint import Answer, Endpoint
+from flagembedding_matryoshka.mining.pickles import ALLOW_PICKLE
 from flagembedding_matryoshka.mining.resuming import add_shard, partial_path
 from flagembedding_matryoshka.mining.rows import (
     clean_row,
@@ -72,6 +73,7 @@ MODEL_DEFAULTS = {
     "device": None,
     "use_fp16": False,
     "trust_remote_code": False,
+    "allow_pickle": False,
 }
 RERANKER_DEFAULTS = {
     **MODEL_DEFAULTS,
@@ -92,7 +94,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "openai": {"model": None, "url": None, "answer": "yes_no", "concurrency": 8, "retries": 5, "scale": 1.0},
 }
 """Options of each backend, with their defaults."""
-UNCONDITIONAL = ("batch_size", "device", "url", "concurrency", "retries")
+UNCONDITIONAL = ("batch_size", "device", "allow_pickle", "url", "concurrency", "retries")
 """Options that may change between an interrupted run and its continuation."""
 
 
@@ -252,6 +254,7 @@ def _build_parser() -> argparse.ArgumentParser:
     teacher.add_argument("--use_fp16", action="store_true", help="score in float16, for GPUs")
     teacher.add_argument("--use_bf16", action="store_true", help="score in bfloat16; for bi_encoder and cross_encoder")
     teacher.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    teacher.add_argument("--allow_pickle", action="store_true", help=ALLOW_PICKLE)
     student = parser.add_argument_group("matryoshka", argument_default=argparse.SUPPRESS)
     student.add_argument("--cutoff_layers", type=int, help="the exit (default: the deepest)")
     student.add_argument("--compress_layers", type=int, nargs="+", help="layers after which the passage is compressed")

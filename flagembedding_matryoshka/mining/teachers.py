@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.mining.bm25 import BM25
+from flagembedding_matryoshka.mining.pickles import CROSS_ENCODERS, refuse_pickled_modules
 from flagembedding_matryoshka.mining.retrievers import BiEncoder
 from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import Layers
@@ -25,7 +26,9 @@ Scorer = Callable[[list[tuple[str, str]]], Sequence[float] | np.ndarray]
 """Takes pairs of query and passage; returns one score for each."""
 
 
-def flag_embedding_teacher(model: str, batch_size: int, max_length: int, device: str | None, **options: Any) -> Scorer:
+def flag_embedding_teacher(
+    model: str, batch_size: int, max_length: int, device: str | None, allow_pickle: bool = False, **options: Any
+) -> Scorer:
     """Return a scorer: the raw scores of a FlagEmbedding re-ranker, which `FlagAutoReranker` finds by its name.
 
     Args:
@@ -33,13 +36,17 @@ def flag_embedding_teacher(model: str, batch_size: int, max_length: int, device:
         batch_size: pairs per batch.
         max_length: tokens of a pair.
         device: None is FlagEmbedding's choice.
+        allow_pickle: as in `BiEncoder`.
         options: further arguments of `FlagAutoReranker.from_finetuned`, such as `model_class`.
 
     Raises:
-        ValueError: if the name is unknown and `model_class` is missing, or the model has several labels.
+        ValueError: if the name is unknown and `model_class` is missing, or the model has several labels. Also, before
+            anything is loaded, if its weights are pickled and `allow_pickle` is False.
     """
     from FlagEmbedding import FlagAutoReranker, FlagReranker
 
+    if not allow_pickle:
+        refuse_pickled_modules(model)
     reranker = FlagAutoReranker.from_finetuned(
         model, devices=device, batch_size=batch_size, max_length=max_length, normalize=False, **options
     )
@@ -62,6 +69,7 @@ def matryoshka_teacher(
     cutoff_layers: int | None = None,
     compress_layers: Layers = None,
     compress_ratio: int = 1,
+    allow_pickle: bool = False,
 ) -> Scorer:
     """Return a scorer: `scale` times the raw scores of a re-ranker that `MatryoshkaReranker` loads.
 
@@ -75,9 +83,11 @@ def matryoshka_teacher(
         scale: factor of the scores.
         cutoff_layers: the exit; None is the deepest.
         compress_layers, compress_ratio: the width, as in `MatryoshkaReranker`.
+        allow_pickle: read weights from `pytorch_model.bin` and `adapter_model.bin` if there are no safetensors.
 
     Raises:
-        ValueError: if the checkpoint has no such setting, before its weights are read.
+        ValueError: if the checkpoint has no such setting, or its weights are pickled and `allow_pickle` is False,
+            before its weights are read.
     """
     reranker = MatryoshkaReranker(
         model,
@@ -90,6 +100,7 @@ def matryoshka_teacher(
         cutoff_layers=cutoff_layers,
         compress_layers=compress_layers,
         compress_ratio=compress_ratio,
+        allow_pickle=allow_pickle,
     )
     return lambda pairs: scale * np.array(reranker.compute_score(pairs, show_progress_bar=False))
 
@@ -103,6 +114,7 @@ def cross_encoder_teacher(
     use_bf16: bool = False,
     trust_remote_code: bool = False,
     scale: float = 1.0,
+    allow_pickle: bool = False,
     **setting: Any,
 ) -> Scorer:
     """Return a scorer: `scale` times the raw scores of a cross-encoder, without a sigmoid.
@@ -116,10 +128,12 @@ def cross_encoder_teacher(
         use_fp16, use_bf16: score in float16 or bfloat16; default float32.
         trust_remote_code: run code that comes with the model.
         scale: factor of the scores.
+        allow_pickle: as in `BiEncoder`.
         setting: for a layer-wise checkpoint: `cutoff_layers`, `compress_layers`, `compress_ratio`, `query_max_length`.
 
     Raises:
-        ValueError: if `setting` is given for a model without exits, or the checkpoint has no such setting.
+        ValueError: if `setting` is given for a model without exits, or the checkpoint has no such setting. Also,
+            before anything is loaded, if weights are pickled and `allow_pickle` is False.
     """
     if is_layer_wise(model):
         return matryoshka_teacher(
@@ -131,6 +145,7 @@ def cross_encoder_teacher(
             use_bf16=use_bf16,
             trust_remote_code=trust_remote_code,
             scale=scale,
+            allow_pickle=allow_pickle,
             **setting,
         )
     given = {name: value for name, value in setting.items() if value not in (None, 1)}
@@ -138,13 +153,15 @@ def cross_encoder_teacher(
         raise ValueError(f"{model} is not a layer-wise checkpoint and has no exits and widths: leave out {given}.")
     from sentence_transformers import CrossEncoder
 
+    if not allow_pickle:
+        refuse_pickled_modules(model, CROSS_ENCODERS)
     encoder = CrossEncoder(
         model,
         max_length=max_length or 512,
         device=device,
         trust_remote_code=trust_remote_code,
         activation_fn=torch.nn.Identity(),
-        model_kwargs={"dtype": _dtype(use_fp16, use_bf16)},
+        model_kwargs={"dtype": _dtype(use_fp16, use_bf16), "use_safetensors": None if allow_pickle else True},
     )
     return lambda pairs: scale * np.asarray(encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False))
 

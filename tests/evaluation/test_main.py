@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.evaluation import measure
@@ -238,6 +239,16 @@ def test_a_half_without_queries_is_refused_before_anything_is_measured(evaluate,
     with pytest.raises(ValueError, match="3 queries choose and 0 are held out"):
         evaluate("--write_plan")
     assert not (model / PLAN_NAME).exists()
+
+
+def test_a_pickled_bi_encoder_is_refused_before_anything_is_measured(evaluate, tmp_path):
+    encoder = save_bi_encoder(tmp_path / "encoder")
+    weights = encoder / "model.safetensors"
+    torch.save(load_file(weights), encoder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match=rf"the weights of {encoder} are pickled"):
+        evaluate("--bi_encoder", "tiny", str(encoder))
+    assert not (tmp_path / "output").exists()
 
 
 def test_calibrated_scores_come_from_the_plan_that_was_written(evaluate, model, tmp_path):

@@ -180,6 +180,35 @@ def test_survivors_join_scores_are_waited_for_once_a_stage_and_dropped_states_ar
     assert scores.tolist() == [2.0 + 4 * number + 3 for number in range(10)] * 4
 
 
+def test_batches_of_survivors_join_and_no_state_of_a_dropped_candidate_is_alive(reranker):
+    """Counts the tokens of all states that layers returned and that are alive when a layer starts."""
+    alive, tokens = {}, []
+
+    def before(layer, given):
+        tokens.append((layer.self_attn.layer_idx + 1, given[0].shape[1], sum(alive.values())))
+
+    def after(layer, given, options, output):
+        if not options["only_last"]:
+            key = len(alive) + len(tokens) * 1000
+            alive[key] = output[0].shape[1]
+            weakref.finalize(output[0].untyped_storage(), alive.pop, key)
+
+    layers = reranker.model.model.layers
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
+    (pair,) = reranker.tokenize([(QUERIES[0], "wing")])
+    reranker.rank(QUERIES[0], ["wing"] * 20, cascade={2: 0.2}, batch_size=5)
+    for hook in hooks:
+        hook.remove()
+    batch, joined = (pair.query_length + count * pair.own_length for count in (5, 4))
+    assert [(layer, row) for layer, row, _ in tokens] == [
+        *[(1, batch), (2, batch)] * 4,
+        *[(layer, joined) for layer in (2, 3, 4, 5, 6)],
+    ]
+    states = {layer: count for layer, _, count in tokens[8:]}
+    assert states == {2: 0, 3: joined, 4: joined, 5: joined, 6: joined}
+
+
 def test_no_documents_no_ranking(reranker):
     assert reranker.rank("wing", [], cascade={2: 0.5}) == []
 

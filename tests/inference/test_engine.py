@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.models import attention, flash
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
+from tests.batches import ImmediateExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("a wing", f"passage {number} " * number) for number in range(8)]
@@ -96,6 +98,77 @@ def test_the_first_stage_of_a_cascade_is_queued_before_the_scores_of_the_task_be
     assert reranker.rank_batch(queries, lists, **options) == expected
     first, later = ["wait", "queue", "wait"], ["queue", "wait", "queue", "wait"]
     assert order == ["queue", "queue", *first, *later, *first]
+
+
+def rank_one_by_one(reranker, queries, lists, **options):
+    return list(reranker.rank_iter(queries, lists, **options))
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """A window for each list, tokenised before it is needed."""
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_FIRST", 1)
+    monkeypatch.setattr(scoring, "PAIRS_TOKENIZED_AHEAD", 1)
+    monkeypatch.setattr(scoring, "ThreadPoolExecutor", ImmediateExecutor)
+
+
+@pytest.mark.parametrize("rank", [MatryoshkaReranker.rank_batch, rank_one_by_one])
+def test_the_next_windows_first_stage_is_queued_before_the_last_scores_are_read(
+    reranker, rank, small_windows, monkeypatch
+):
+    queries, lists = ["a wing", "the heat", "air"], [[text for _, text in PAIRS]] * 3
+    options = {"cascade": {2: 0.5}}
+    expected = rank(reranker, queries, lists, **options)
+    windows, order = [], []
+    cut = scoring.tasks_of
+
+    def copied(values):
+        order.append("queue")
+        return lambda: order.append("wait") or values
+
+    monkeypatch.setattr(scoring, "tasks_of", lambda window, call: windows.append(window) or cut(window, call))
+    monkeypatch.setattr(cascade, "copy_to_host", copied)
+    monkeypatch.setattr(reranker._engine, "_ahead", 1)
+    assert rank(reranker, queries, lists, **options) == expected
+    assert [len(window.portions) for window in windows] == [1, 1, 1]
+    first, later = ["wait", "queue", "wait"], ["queue", "wait", "queue", "wait"]
+    assert order == ["queue", "queue", *first, *later, *first]
+
+
+def test_batches_of_the_next_window_are_started_before_the_last_scores_are_read(reranker, small_windows, monkeypatch):
+    queries, lists = ["a wing", "the heat", "air"], [["a", "b"]] * 3
+    expected = reranker.rank_batch(queries, lists)
+    order = []
+
+    def copied(values):
+        order.append("copy")
+        return lambda: order.append("wait") or values
+
+    monkeypatch.setattr(engine, "copy_to_host", copied)
+    monkeypatch.setattr(reranker._engine, "_ahead", 1)
+    assert reranker.rank_batch(queries, lists) == expected  # each list is cut into windows of one pair
+    assert order == ["copy", *["copy", "wait"] * 5, "wait"]
+
+
+def test_rankings_come_before_the_error_of_the_next_window(reranker, small_windows, monkeypatch):
+    monkeypatch.setattr(reranker._engine, "_ahead", 1)
+    rankings = reranker.rank_iter(["a wing", "the heat", "air", 7], [["a"]] * 4, cascade={2: 0.5})
+    assert [len(next(rankings)) for _ in range(2)] == [1, 1]
+    with pytest.raises(TypeError, match="query 3 must be a string, got 7"):
+        next(rankings)
+
+
+@pytest.mark.parametrize("documents", [["a", "b"], []])
+def test_a_started_task_is_finished_if_the_input_has_nothing_yet(reranker, documents, monkeypatch):
+    """The next query is there only after the ranking before it."""
+    monkeypatch.setattr(reranker._engine, "_ahead", 1)
+    asked = SimpleQueue()
+    asked.put("a wing")
+    rankings = reranker.rank_iter(iter(lambda: (asked.get(timeout=60), documents), None), cascade={2: 0.5})
+    for query in ("the heat", "air", "a cone"):
+        assert len(next(rankings)) == len(documents)
+        asked.put(query)
+    rankings.close()
 
 
 def test_a_batchs_scores_are_copied_before_the_next_batch_is_started(reranker, monkeypatch):

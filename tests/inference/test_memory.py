@@ -1,3 +1,5 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -52,6 +54,25 @@ def test_a_first_shortage_after_many_batches_without_a_limit_waits_no_longer():
     first = limit.tokens
     for _ in range(PATIENCE):
         limit.fitted()
+    assert limit.tokens == 2 * first
+
+
+class SlowCount(int):
+    """A number to which another thread could add while this one adds."""
+
+    def __add__(self, other):
+        time.sleep(0.001)
+        return SlowCount(int(self) + other)
+
+
+def test_no_batch_of_another_thread_is_lost_in_the_count():
+    limit = TokenLimit()
+    limit.halve([pair(20), pair(20)], 0, OutOfMemory())
+    first, limit._fitted = limit.tokens, SlowCount()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: limit.fitted(), range(PATIENCE - 1)))
+    assert limit.tokens == first
+    limit.fitted()
     assert limit.tokens == 2 * first
 
 

@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from weakref import WeakSet
 
+import torch
+
 from flagembedding_matryoshka.inference.device import threads_of_each
 from flagembedding_matryoshka.inference.engine import Scored, Task
 from flagembedding_matryoshka.inference.pool.process import work
@@ -23,6 +25,9 @@ from flagembedding_matryoshka.inference.pool.worker import Assignment, RunEnded,
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 SHARED_MEMORY = Path("/dev/shm")
+TASKS_AHEAD = 2
+"""Tasks that a worker on a GPU has beside the one whose results it waits for. One is queued on the device, and one is
+started as soon as these results are there."""
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +56,8 @@ class WorkerPool:
         self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
     ) -> Generator[tuple[Task, Scored], None, None]:
         """Yield each task with its results, as they finish. A free worker takes the next task.
+
+        A worker on a GPU is given TASKS_AHEAD more, unless `between_batches` is given.
 
         Calls from several threads take turns, call after call or between the batches of a cascade. Exceptions of tasks
         and of `between_batches` leave the workers alive. If the generator is closed early, or interrupted, the workers
@@ -102,7 +109,8 @@ class WorkerPool:
                 if assignment.death is not None:
                     given.remove(assignment)
                     returned.append((assignment.number, assignment.task))
-                    _refuse_second(deaths, assignment)
+                    if not assignment.is_ahead:
+                        _refuse_second(deaths, assignment)
                 elif assignment.answer is not None:
                     given.remove(assignment)
                     if assignment.answer.error is not None:
@@ -113,15 +121,21 @@ class WorkerPool:
             workers = [worker for worker in self._workers if device in (None, worker.device)]
             if not workers:
                 raise RuntimeError(f"no worker is left; the last was {self._last_death}.")
-            for worker in [worker for worker in workers if worker.ready and not worker.is_between(given)]:
+            while returned or upcoming:
+                free = [worker for worker in workers if worker.ready and not worker.is_between(given)]
+                busy = [] if between else [worker for worker in workers if worker.takes_ahead(given)]
+                if not free and not busy:
+                    break
                 if returned:
                     following = returned.popleft()
-                elif upcoming:
-                    following, upcoming = upcoming, next(source, None)
                 else:
-                    break
+                    assert upcoming is not None
+                    following, upcoming = upcoming, next(source, None)
                 given.append(Assignment(*following))
-                worker.give(given[-1], pauses=between is not None)
+                if free:
+                    free[0].give(given[-1], pauses=between is not None)
+                else:
+                    min(busy, key=lambda worker: len(worker.ahead)).give_ahead(given[-1])
             # While `between` ran, another call may have received a pause.
             if between is None or not any(worker.is_between(given) for worker in self._workers):
                 self._hear([worker for worker in workers if not worker.ready])
@@ -151,7 +165,7 @@ class WorkerPool:
     def _bury(self, worker: Worker) -> None:
         self._workers.remove(worker)
         self._last_death = f"that of {worker.device}, which died with exit code {worker.end()}"
-        for assignment in worker.assignments:
+        for assignment in (*worker.assignments, *worker.ahead):
             assignment.death = self._last_death
 
     def close(self) -> None:
@@ -184,7 +198,8 @@ class WorkerPool:
             with _blocked_interrupts():
                 process.start()
             theirs.close()
-            self._workers.append(Worker(device, process, ours))
+            room = TASKS_AHEAD if torch.device(device).type == "cuda" else 0
+            self._workers.append(Worker(device, process, ours, room=room))
 
     def _share_weights(self) -> None:
         tensors = [*self._model.parameters(), *self._model.buffers()]

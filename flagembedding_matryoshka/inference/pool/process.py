@@ -1,19 +1,26 @@
-"""The worker process: it computes tasks one after the other, also while a cascade pauses between two batches."""
+"""The worker process: it computes tasks one after the other, also while a cascade pauses between two batches.
+
+A GPU gets the next task before the results of the one before are read, if the parent has sent it.
+"""
 
 from __future__ import annotations
 
 import pickle
 import signal
+import threading
 import traceback
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum, auto
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 
-from flagembedding_matryoshka.inference.engine import Engine, Task
+from flagembedding_matryoshka.inference.engine import Engine, Scored, Task
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 
@@ -56,25 +63,83 @@ def work(connection: Connection, model: CostWiseForCausalLM, device: str, thread
             connection.send(_failure(error))
             return
         connection.send(Answer())
+        parent = ParentConnection(connection)
         while True:
-            _answer(connection, engine, connection.recv())
+            answer(parent, engine, parent.receive())
 
 
-def _answer(connection: Connection, engine: Engine, order: Order) -> None:
-    between = partial(_pause, connection, engine) if order.pauses else None
+class ParentConnection:
+    """The connection to the parent.
+
+    A thread receives, so that the parent can always send: otherwise two full pipes would block both ends.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.send = connection.send
+        self._connection = connection
+        self._received: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=self._receive, name="orders", daemon=True).start()
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._received.put(self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._received.put(None)
+
+    def has_received(self) -> bool:
+        """Return whether a message is there."""
+        return not self._received.empty()
+
+    def receive(self) -> Any:
+        """Return the next message.
+
+        Raises:
+            EOFError: if the parent closed the connection.
+        """
+        received = self._received.get()
+        if received is None:
+            raise EOFError
+        return received
+
+
+def answer(parent: ParentConnection, engine: Engine, order: Order) -> None:
+    """Answer an order, and the orders that come before its answer.
+
+    An order that is there is started before the results of the one before are waited for.
+    """
+    started = deque([_start(parent, engine, order)])
+    while started:
+        if len(started) == 1 and parent.has_received():
+            started.append(_start(parent, engine, parent.receive()))
+        parent.send(started.popleft()())
+
+
+def _start(parent: ParentConnection, engine: Engine, order: Order) -> Callable[[], Answer]:
+    """Start a task, and return a callable that waits for its answer."""
     try:
-        answer = Answer(engine.start(order.task, between)())
+        wait = engine.start(order.task, partial(_pause, parent, engine) if order.pauses else None)
     except Exception as error:
-        answer = _failure(error)
-    connection.send(answer)
+        failure = _failure(error)
+        return lambda: failure
+    return partial(_answer_of, wait)
 
 
-def _pause(connection: Connection, engine: Engine) -> None:
-    connection.send(Word.PAUSE)
-    while (heard := connection.recv()) is not Word.GO_ON:
+def _answer_of(wait: Callable[[], Scored]) -> Answer:
+    try:
+        return Answer(wait())
+    except Exception as error:
+        return _failure(error)
+
+
+def _pause(parent: ParentConnection, engine: Engine) -> None:
+    parent.send(Word.PAUSE)
+    while (heard := parent.receive()) is not Word.GO_ON:
         if heard is Word.STOP:
             raise Stopped
-        _answer(connection, engine, heard)
+        answer(parent, engine, heard)
 
 
 def _failure(error: Exception) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Assignment:
         answer: the worker's answer; None before it.
         death: how the worker died while it had the task; None if it lives.
         is_abandoned: whether the run has ended, so that no answer is needed.
+        is_ahead: whether the worker has it behind another task of its run.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Assignment:
     answer: Answer | None = None
     death: str | None = None
     is_abandoned: bool = False
+    is_ahead: bool = False
 
 
 @dataclass(eq=False)
@@ -53,6 +56,8 @@ class Worker:
         loaded: whether it has loaded the model.
         assignments: its tasks. It computes the last one; the earlier ones are cascades that pause between two batches.
         is_paused: whether the last one pauses, too, and waits for `resume`.
+        ahead: the tasks that it computes after the last one, all of one run without pauses.
+        room: number of tasks in `ahead`, at most.
     """
 
     device: str
@@ -61,6 +66,8 @@ class Worker:
     loaded: bool = False
     assignments: list[Assignment] = field(default_factory=list)
     is_paused: bool = False
+    ahead: deque[Assignment] = field(default_factory=deque)
+    room: int = 0
 
     @property
     def ready(self) -> bool:
@@ -70,6 +77,17 @@ class Worker:
     def is_between(self, given: Sequence[Assignment]) -> bool:
         """Return whether the worker pauses in one of these tasks."""
         return self.is_paused and self.assignments[-1] in given
+
+    def takes_ahead(self, given: Sequence[Assignment]) -> bool:
+        """Return whether the worker, which computes one of these tasks without pauses, can take one more of its run."""
+        has_room = len(self.ahead) < self.room
+        return has_room and bool(self.assignments) and not self.is_paused and self.assignments[-1] in given
+
+    def give_ahead(self, assignment: Assignment) -> None:
+        """Send a task that is computed after the last one, without pauses."""
+        assignment.is_ahead = True
+        self.ahead.append(assignment)
+        self._send(Order(assignment.task, False))
 
     def give(self, assignment: Assignment, pauses: bool) -> None:
         """Send a task, which pauses between the batches of a cascade if `pauses` is true."""
@@ -99,6 +117,10 @@ class Worker:
             return
         if isinstance(heard, Answer):
             self.assignments.pop().answer = heard
+            if self.ahead:
+                self.assignments.append(self.ahead.popleft())
+                self.assignments[-1].is_ahead = False
+                return
         self.is_paused = bool(self.assignments)
         if self.is_paused and self.assignments[-1].is_abandoned:
             self.resume()

@@ -16,8 +16,10 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference.engine import Engine, Task
-from flagembedding_matryoshka.inference.pool.pool import SHARED_MEMORY
+from flagembedding_matryoshka.inference.pool.pool import SHARED_MEMORY, TASKS_AHEAD
+from flagembedding_matryoshka.inference.pool.worker import Worker
 from flagembedding_matryoshka.setting import Setting
+from tests.batches import ImmediateExecutor
 
 QUERIES = ["how does a wing lift", "heat flux at a blunt nose"]
 PASSAGES = ["", "a wing", "heat flux", "air flows over a wing. " * 6, "the flow of energy", "a blunt cone"]
@@ -102,6 +104,23 @@ def test_rankings_come_one_by_one_and_the_workers_are_free_in_between(one, two, 
     for ranking, expected in zip(found, one.rank_iter(lists, cascade=cascade), strict=True):
         assert [hit["corpus_id"] for hit in ranking] == [hit["corpus_id"] for hit in expected]
         close([hit["score"] for hit in ranking], [hit["score"] for hit in expected])
+
+
+def test_a_run_outlives_its_windows_unless_rankings_are_taken_one_by_one(one, two, monkeypatch):
+    for name in ("PAIRS_TOKENIZED_FIRST", "PAIRS_TOKENIZED_AHEAD"):
+        monkeypatch.setattr(f"flagembedding_matryoshka.inference.scoring.{name}", len(PASSAGES))
+    monkeypatch.setattr("flagembedding_matryoshka.inference.scoring.ThreadPoolExecutor", ImmediateExecutor)
+    runs, run = [], two._engine.run
+    monkeypatch.setattr(two._engine, "run", lambda tasks, **options: runs.append(1) or run(tasks, **options))
+    lists, options = (QUERIES * 2, [PASSAGES] * 4), {"cascade": {2: 0.5}}
+    together = two.rank_batch(*lists, **options)
+    assert len(runs) == 1
+    one_by_one = list(two.rank_iter(*lists, **options))
+    assert len(runs) >= 1 + 4
+    for rankings in (together, one_by_one):
+        for ranking, expected in zip(rankings, one.rank_batch(*lists, **options), strict=True):
+            assert [hit["corpus_id"] for hit in ranking] == [hit["corpus_id"] for hit in expected]
+            close([hit["score"] for hit in ranking], [hit["score"] for hit in expected])
 
 
 def test_work_is_shared_by_tokens(two, monkeypatch):
@@ -240,6 +259,61 @@ def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog
     assert "that of cpu, which died with exit code -9" in caplog.text
     two.compute_score(PAIRS)
     assert len(processes(two)) == 2, "a new one has taken its place"
+
+
+@pytest.fixture
+def two_with_room(two, monkeypatch):
+    """Workers on CPUs that are given tasks ahead, as those on GPUs are."""
+    score_until_all_are_ready(two)
+    for worker in two._engine._workers:
+        monkeypatch.setattr(worker, "room", TASKS_AHEAD)
+    return two
+
+
+def test_a_worker_with_room_has_tasks_ahead_and_scores_are_the_same(one, two_with_room, monkeypatch):
+    held = []
+
+    def noting(method):
+        def give(worker, *given, **options):
+            method(worker, *given, **options)
+            held.append(len(worker.assignments) + len(worker.ahead))
+
+        return give
+
+    monkeypatch.setattr(Worker, "give", noting(Worker.give))
+    monkeypatch.setattr(Worker, "give_ahead", noting(Worker.give_ahead))
+    close(two_with_room.compute_score(PAIRS, batch_size=1), one.compute_score(PAIRS))
+    assert held[:6] == [1, 1, 2, 2, 3, 3] and max(held) == 3 and len(held) == len(PAIRS)
+    found = two_with_room.rank_batch(QUERIES * 3, [PASSAGES] * 6, **CASCADE)
+    for hits, alone in zip(found, one.rank_batch(QUERIES * 3, [PASSAGES] * 6, **CASCADE), strict=True):
+        assert [hit["corpus_id"] for hit in hits] == [hit["corpus_id"] for hit in alone]
+        close([hit["score"] for hit in hits], [hit["score"] for hit in alone])
+    held.clear()
+    two_with_room.rank_batch(QUERIES, [PASSAGES] * 2, **CASCADE, between_batches=lambda: None)
+    assert set(held) == {1}  # between its batches a worker is free for others
+
+
+def test_tasks_ahead_of_a_run_that_fails_are_dropped(one, two_with_room):
+    before = processes(two_with_room)
+    good = Task([one_pair(one)], [[0]], Setting(6))
+    with (
+        closing(two_with_room._engine.run(iter([good, Task([[]], [[]], None), *[good] * 4]))) as results,
+        pytest.raises(ValueError, match="non-empty"),
+    ):
+        list(results)
+    close(two_with_room.compute_score(PAIRS), one.compute_score(PAIRS))
+    assert processes(two_with_room) == before
+
+
+@pytest.mark.slow
+def test_tasks_ahead_of_a_killed_worker_go_to_the_other(one, two_with_room):
+    victim = processes(two_with_room)[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(two_with_room.compute_score, PAIRS, batch_size=1)
+        assert eventually(lambda: len(two_with_room._engine._workers[0].ahead) == TASKS_AHEAD)
+        victim.kill()
+        close(found.result(timeout=30), one.compute_score(PAIRS))
 
 
 @pytest.mark.slow
