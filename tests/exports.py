@@ -3,6 +3,7 @@
 import random
 
 import torch
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from tests.backbones import BACKBONES, layer_wise, write_raw
@@ -40,6 +41,8 @@ SHORT = {
     "bos": "tokenizer",
 }
 """Few words, so that a window of 9 tokens at the end still holds words of the document."""
+CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+"""Backbones of which transformers has a sequence classifier."""
 CAPPED = tuple(name for name, tiny in BACKBONES.items() if "final_logit_softcapping" in tiny.values)
 
 

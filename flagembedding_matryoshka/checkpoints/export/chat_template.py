@@ -1,7 +1,8 @@
 """A template as a chat template in Jinja, with the roles system (the instruction), query and document.
 
-The rendered text is tokenised as a whole, but this package tokenises query, passage and fixed words apart. Where a
-tokenizer would join two of them, a `SEAM` stands between them, at which the exported tokenizer splits the text.
+Other runtimes tokenise the rendered text as a whole, but this package tokenises query, passage and fixed words
+separately. If a tokenizer would join two of them, the template puts a `SEAM` between them, at which the exported
+tokenizer splits the text.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ TASKS = (None, "", "Find the answer.", "a")
 def chat_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: Template, config: PreTrainedConfig
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer whose chat template renders what `template` says, and which gives the same tokens.
+    """Make a tokenizer whose chat template renders `template`, with the same tokens.
 
-    It adds no begin-of-sequence token, because the chat template writes it, and pads on the right.
+    The chat template writes the begin-of-sequence token, so that the tokenizer adds none. It pads on the right.
 
     Args:
         tokenizer: the re-ranker's; it is left as it is.
         template: with the instruction of calls that give none.
-        config: of the exported model. AutoTokenizer chooses the class by it, and some classes split text in their own
-            way, whatever tokenizer.json says.
+        config: of the exported model. AutoTokenizer chooses the class by it. Some classes ignore tokenizer.json, and
+            split text in their own way.
 
     Raises:
-        ValueError: if the tokenizer has no tokenizer.json, or the tokens of the rendered text are others. The error
-            names the texts, the tokens of the template and those of the rendered text.
+        ValueError: if the tokenizer has no tokenizer.json, or the rendered text has other tokens than the template. The
+            error names the texts and both lists of tokens.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -88,14 +89,14 @@ def chat_tokenizer(
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, seam: str = "") -> str:
-    """`template` in Jinja.
+    """Write `template` in Jinja.
 
-    An instruction is the content of the role system, or else the variable `instruction` or `instruct`, or else the
-    template's own.
+    The instruction is the content of the role system. Without this role it is the variable `instruction` or
+    `instruct`, and without these the template's own.
 
     Args:
-        tokenizer: says which begin-of-sequence token stands in front.
-        seam: what stands between two pieces that are tokenised apart.
+        tokenizer: gives the begin-of-sequence token.
+        seam: the text between two pieces that are tokenised separately.
     """
     pairs = PairTokenizer(tokenizer, template)
     opening = str(tokenizer.decode(pairs.opening(template), skip_special_tokens=False))
@@ -111,7 +112,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, seam: 
 
 
 def rendered_pieces(template: Template, seam: str, query: str, passage: str) -> str:
-    """The words of a template around two texts, with `seam` between pieces that are tokenised apart."""
+    """The words of a template around two texts, with `seam` between pieces that are tokenised separately."""
     texts = [template.query(query), template.between, template.passage(passage)]
     pieces: list[str] = []
     for words in (
@@ -204,7 +205,7 @@ def _backends(backend: Tokenizer) -> Iterator[tuple[str, Tokenizer]]:
 def _with_backend(
     tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, chat_template: str
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of no model's own class: those of some models build their backend anew from the vocabulary."""
+    """A tokenizer of the general class. The classes of some models build their backend anew from the vocabulary."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,

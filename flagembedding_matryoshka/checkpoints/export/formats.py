@@ -1,4 +1,4 @@
-"""Which format writes what: single exits for other runtimes."""
+"""Write single exits for other runtimes, each format by its own module."""
 
 from __future__ import annotations
 

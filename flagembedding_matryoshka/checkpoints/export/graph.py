@@ -1,4 +1,4 @@
-"""What ONNX and OpenVINO share: the graph of a classifier, and the directory that its files are written to."""
+"""The graph of a classifier and its directory, for ONNX and OpenVINO."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def write_graph(
     Args:
         format: as of `MatryoshkaReranker.export`; the file is written to a folder of this name, where
             sentence-transformers and optimum look for it.
-        file: its name.
-        convert: returns the graph. Warnings of torch and of the converter about themselves are not shown.
-        save: takes the graph and a path.
+        file: name of the graph's file.
+        convert: returns the graph. Its warnings are not shown: they are about torch and the converter themselves.
+        save: writes the graph to a path.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -25,8 +25,8 @@ def export_openvino(
     """Write an exit to `openvino/openvino_model.xml`, with tokenizer and configuration. Batch and length are free.
 
     Args:
-        precision: "f32" and "bf16" are the format of matrices in the file. In "int8", products of matrices are of 8-bit
-            integers; nncf measures the ranges of their inputs and moves outliers into the weights (SmoothQuant, arXiv
+        precision: "f32" and "bf16" are the format of matrices in the file. "int8" multiplies 8-bit integer matrices:
+            nncf measures the ranges of their inputs and moves outliers into the weights (SmoothQuant, arXiv
             2211.10438).
         sample: pairs of query and document that int8 measures ranges on. None is `SAMPLE`.
         allow_uncapped: as of `classifier_of`.

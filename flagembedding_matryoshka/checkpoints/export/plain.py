@@ -76,7 +76,7 @@ class Classifier:
         model: of transformers, on the CPU, with `num_labels` 1.
         tokenizer: with the chat template; it adds no token of its own.
         max_length: tokens of a whole sequence.
-        temperature: what raw scores are divided by before the sigmoid.
+        temperature: divides raw scores before the sigmoid.
         exit: what it was made of.
     """
 
@@ -147,7 +147,7 @@ def exportable_backbones() -> list[str]:
 
 @contextmanager
 def package_of(format: str) -> Iterator[None]:
-    """Say how the packages of a format are installed, if one that is imported here is missing."""
+    """Add to an ImportError of this block the line that installs the packages of a format."""
     try:
         yield
     except ImportError as error:
@@ -190,9 +190,9 @@ def write_files(classifier: Classifier, directory: str | Path, format: str) -> N
         "module_output_name": "scores",
     }
     if instruction:
-        # For an empty prompt sentence-transformers sends no system message, which then stands for no instruction. vLLM
-        # (0.33.0) sends none ever and would take this variable, too. It starts without --chat-template only if
-        # `tools` is not among these; for sentence-transformers None is the default.
+        # sentence-transformers sends no system message for an empty prompt, and the variable says that this means no
+        # instruction. vLLM (0.33.0) never sends one, and would blank the default instruction. With `tools` among the
+        # variables it refuses to start without --chat-template. None is the default of sentence-transformers.
         transformer["processing_kwargs"] = {"chat_template": {"instruction": "", "tools": None}}
     contents: dict[str, Any] = {
         MODULES_FILE: [
@@ -238,7 +238,7 @@ def _activation(exit: Exit) -> str:
 
 
 def _stock_config_class(config: Any) -> type[PreTrainedConfig]:
-    """The configuration of transformers that ours adds fields to."""
+    """The class of transformers that a configuration of this package inherits from."""
     own = config if isinstance(config, type) else type(config)
     return next(
         base for base in own.__mro__ if issubclass(base, PreTrainedConfig) and not issubclass(base, CostWiseConfig)
@@ -271,7 +271,7 @@ def _stock_config(exit: Exit, config_class: type[PreTrainedConfig]) -> PreTraine
 
 
 def _scale(exit: Exit, allow_uncapped: bool) -> float:
-    """What the decoder multiplies its scores by.
+    """The factor that the decoder applies to its scores.
 
     Raises:
         ValueError: if it caps them, unless `allow_uncapped`.
@@ -290,10 +290,12 @@ def _scale(exit: Exit, allow_uncapped: bool) -> float:
 
 
 def _pad_token_id(exit: Exit) -> int:
-    """A token that no sequence ends with: classifiers of transformers read the score at the last other token.
+    """A token for padding that no sequence ends with.
+
+    Classifiers of transformers read the score at the last token that is not this one.
 
     Raises:
-        ValueError: if there is none that the model has an embedding of.
+        ValueError: if all candidates end a sequence or have no embedding.
     """
     words = exit.template.with_instruction(None)
     built = PairTokenizer(exit.tokenizer, words).build(list(probes()), 10**6, 10**6, 3 * 10**6)

@@ -4,8 +4,10 @@ python -I -S stock.py SITE_PACKAGES JOBS.json SCORES.json
 
 A job is a directory, its pairs and its instructions.
 
-With -I and -S Python has no packages beside its own: neither the working directory, nor PYTHONPATH, nor site-packages,
-whose .pth file makes an editable install importable. Then site-packages alone is added.
+With -I Python leaves out the working directory and PYTHONPATH, with -S site-packages. SITE_PACKAGES is then added to
+sys.path. Python runs .pth files only of directories that `site` adds, and an editable install is importable by its .pth
+file alone. So our package cannot be imported here, which is asserted before and after scoring. An install that copies
+our package into site-packages fails the assertion.
 """
 
 import importlib.util
@@ -40,10 +42,15 @@ def score(directory, pairs, instructions):
     return found
 
 
+def assert_alone():
+    spec = importlib.util.find_spec("flagembedding_matryoshka")
+    assert spec is None, f"flagembedding_matryoshka can be imported from {spec.origin}"
+
+
 def main():
     site_packages, given, output = sys.argv[1:]
     sys.path.append(site_packages)
-    assert importlib.util.find_spec("flagembedding_matryoshka") is None
+    assert_alone()
 
     import torch
 
@@ -51,6 +58,7 @@ def main():
     found = {}
     for job in json.loads(Path(given).read_text()):
         found |= score(*job)
+    assert_alone()
     Path(output).write_text(json.dumps(found))
 
 

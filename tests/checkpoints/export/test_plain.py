@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.checkpoints.export import plain
@@ -20,11 +20,11 @@ from flagembedding_matryoshka.inference.plan import PLAN_NAME
 from tests.backbones import BACKBONES
 from tests.batches import close
 from tests.checkpoints.export.stock import score
-from tests.exports import CAPPED, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
+from tests.exports import CAPPED, CLASSIFIERS, EXITS, SHORT, load, mixed_pairs, uncapped, write_reranker
 from tests.leftovers import OWN, files, leave
+from tests.pages import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSIFIERS = [name for name, tiny in BACKBONES.items() if tiny.config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
 FIRST = ("mistral",)  # with a window
 BACKBONE = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CLASSIFIERS]
@@ -67,12 +67,16 @@ QUICK = {name: case for name, case in EACH.items() if name in FIRST} | WORDS
 SLOW = {name: case for name, case in EACH.items() if name not in FIRST}
 
 
+def run_stock(packages, jobs, scores):
+    """stock.py in a process of its own, with `packages` as its site-packages."""
+    arguments = [Path(__file__).with_name("stock.py"), packages, jobs, scores]
+    return subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
+
+
 def scores_alone(jobs, folder):
-    """What stock.py finds in a process to which this package is not importable."""
+    """What stock.py finds in a process that cannot import this package."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    script, packages = Path(__file__).with_name("stock.py"), Path(transformers.__file__).parents[1]
-    arguments = [script, packages, folder / "jobs.json", folder / "scores.json"]
-    run = subprocess.run([sys.executable, "-I", "-S", *map(str, arguments)], capture_output=True, text=True)
+    run = run_stock(Path(transformers.__file__).parents[1], folder / "jobs.json", folder / "scores.json")
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "scores.json").read_text())
 
@@ -109,6 +113,12 @@ def exported(tmp_path_factory):
         return found[name]
 
     return of
+
+
+def test_stock_libraries_are_not_asked_where_our_package_can_be_imported(tmp_path):
+    run = run_stock(ROOT, tmp_path / "jobs.json", tmp_path / "scores.json")
+    assert run.returncode == 1
+    assert f"flagembedding_matryoshka can be imported from {ROOT / 'flagembedding_matryoshka'}" in run.stderr
 
 
 @pytest.mark.slow
