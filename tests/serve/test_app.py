@@ -313,7 +313,7 @@ def test_texts_are_made_of_no_more_documents_than_are_allowed(monkeypatch):
     with pytest.raises(ValueError, match="4 documents are more than 3"):
         parse(body, RERANK, 3)
     assert not made
-    assert len(parse(body, RERANK, 4).lists[0][1]) == len(made) == 4
+    assert len(parse(body, RERANK, 4).lists[0].documents) == len(made) == 4
 
 
 @pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers"])
