@@ -266,7 +266,8 @@ class Service:
         if asked.counts_operations:
             counted = map(scorer.count_operations, tasks, found)
             operations = await self._tokenizers.run(sum, counted)
-        fusion = tasks[0].fusion
+        # A query without documents may have no first-stage scores beside others that do.
+        fusion = next((task.fusion for task in tasks if task.fusion is not None), None)
         return RequestScores(
             [task.hits(own) for task, own in zip(tasks, found, strict=True)],
             tokens,

@@ -93,6 +93,16 @@ def test_a_query_may_have_an_instruction(tmp_path_factory):
         assert message.startswith("queries.1: ") and "instruction" in message
 
 
+def test_a_query_without_documents_needs_no_first_stage_scores(reranker, monkeypatch):
+    monkeypatch.setattr(reranker, "fusion", 1.0)
+    none = {"query": "nothing", "documents": []}
+    with client_of(reranker) as client:
+        (empty, found) = rankings_of(client, {"queries": [none, QUERIES[0] | {"first_stage_scores": [1, 3, 2]}]})
+    assert empty == [] and [hit["first_stage_score"] for hit in found].count(3) == 1
+    assert [hit["fused_score"] for hit in found] == sorted((hit["fused_score"] for hit in found), reverse=True)
+    assert [hit["relevance_score"] for hit in found] != [hit["model_score"] for hit in found]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

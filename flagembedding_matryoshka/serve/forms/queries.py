@@ -73,11 +73,11 @@ class QueriesRequest(ObjectsRequest):
             query.documents = []
             self._read.append((query, read))
         self.queries = []
-        has_scores = {read.first_stage is not None for _, read in self._read if read.texts}
-        if len(has_scores) > 1:
-            without = next(number for number, (_, read) in enumerate(self._read) if read.first_stage is None)
+        with_texts = [(number, read.first_stage) for number, (_, read) in enumerate(self._read) if read.texts]
+        without = [number for number, first_stage in with_texts if first_stage is None]
+        if 0 < len(without) < len(with_texts):
             raise ValueError(
-                f"{_place(without)} has no first-stage scores, but other queries do: give all of them some"
+                f"{_place(without[0])} has no first-stage scores, but other queries do: give all of them some"
             )
         return self
 
