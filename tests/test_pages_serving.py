@@ -97,14 +97,25 @@ def test_the_dockerfile_installs_and_starts_the_server_of_the_first_block():
 @needs_smollm2
 @pytest.mark.slow
 def test_the_requests_get_the_answers_that_the_page_shows(tmp_path):
-    open_server, keyed_server = (command for command in COMMANDS if command[:2] == SERVE)
-    plain, half, authorized = curl_requests()
+    open_server, keyed_server, cached_server = (command for command in COMMANDS if command[:2] == SERVE)
+    plain, half, authorized, several = curl_requests()
     with serving(open_server, tmp_path) as client:
         for (path, headers, body), block in zip((plain, half), blocks(PAGE, "json"), strict=False):
             answer, shown = client.post(path, headers=headers, content=body).json(), json.loads(block)
             for hit, expected in zip(answer["results"], shown["results"], strict=True):
                 assert hit == pytest.approx(expected, abs=0.03)
             assert {name: answer[name] for name in shown} | {"id": 0, "results": 0} == shown | {"id": 0, "results": 0}
+        path, headers, body = several
+        (shown,) = (json.loads(block) for block in blocks(PAGE, "json") if "rankings" in block)
+        for results, expected in zip(
+            client.post(path, content=body).json()["rankings"], shown["rankings"], strict=True
+        ):
+            assert results == [pytest.approx(hit, abs=0.03) for hit in expected]
+    with serving(cached_server, tmp_path) as client:
+        for _ in range(2):
+            path, headers, body = plain
+            assert client.post(path, content=body).status_code == 200
+        assert 'matryoshka_cache_pairs_total{result="found"} 2.0' in client.get("/metrics").text
     (tmp_path / "key.txt").write_text("secret")
     with serving(keyed_server, tmp_path) as client:
         path, headers, body = authorized

@@ -3,24 +3,27 @@
 python -m flagembedding_matryoshka.serve --model smollm2
 
 POST /rerank, /v1/rerank, /v2/rerank or /score; GET /live, /ready, /health, /metrics, /info, /v1/models and, with a
-browser, / and /docs. The server listens at once. It is ready when the model is loaded. If the environment variable
-MATRYOSHKA_API_KEY or a file holds a key, re-ranking requires it as bearer token. All answers and logs have the
-X-Request-ID of their request.
+browser, / and /docs. The server listens at once. It is ready when the model is loaded. SIGHUP loads it again. If the
+environment variable MATRYOSHKA_API_KEY or a file holds a key, re-ranking requires it as bearer token. All answers and
+logs have the X-Request-ID of their request.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import logging
 import os
-import threading
+import signal
+import socket
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 
@@ -30,8 +33,9 @@ from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.keys import Keys
 from flagembedding_matryoshka.serve.logs import configure_logging
-from flagembedding_matryoshka.serve.model import check_degrade_to
+from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
 from flagembedding_matryoshka.serve.protocol import impatient_protocol
+from flagembedding_matryoshka.serve.threads import in_background
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -71,6 +75,7 @@ OF_LIMITS = {
     "batch_requests": "max_batch_requests",
     "body_seconds": "body_seconds",
     "degrade_to": "degrade_to",
+    "cache_bytes": "cache_bytes",
 }
 """Option of each field of `Limits`, which has its default and its explanation."""
 OF_CONNECTIONS = {
@@ -80,7 +85,6 @@ OF_CONNECTIONS = {
 """Default and explanation of arguments of `impatient_protocol`."""
 WARM_UP = ([("query", "a document")], [("query", "a longer document " * 9), ("another query", "document")])
 """Pairs of two batches of different shapes."""
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -145,8 +149,9 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
     Args:
         model, options: arguments of `MatryoshkaReranker`.
 
-    Raises: as `MatryoshkaReranker` and `check_degrade_to`.
+    Raises: as `MatryoshkaReranker`, `check_degrade_to` and `check_cache`.
     """
+    check_cache(limits.cache_bytes, options.get("batch_invariant", False))
     reranker = MatryoshkaReranker(model, **options)
     check_degrade_to(limits.degrade_to, reranker)
     for device in dict.fromkeys(reranker.target_devices):
@@ -157,25 +162,26 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
     return reranker
 
 
-def in_background(function: Callable[[], T]) -> Future[T]:
-    """Call a function in a thread that does not keep the process alive. Return the future of its result."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()
+class Server(uvicorn.Server):
+    """uvicorn's server, which calls a function when it receives SIGHUP. Windows has no such signal.
 
-    def call() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+    Args:
+        hang_up: the function.
+    """
 
-    threading.Thread(target=call, daemon=True).start()
-    return future
+    def __init__(self, config: uvicorn.Config, hang_up: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._hang_up = hang_up
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+        await super().serve(sockets)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. SIGTERM and SIGINT end it when all requests that have arrived are answered.
+    """Command line. SIGTERM and SIGINT end it when all requests that have arrived are answered. SIGHUP loads the model
+    again.
 
     Raises: errors of loading the model.
     """
@@ -193,35 +199,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _serve(options: argparse.Namespace, limits: Limits, keys: Keys | None) -> None:
     """Load the model and answer requests until the process is told to end."""
 
-    loading = in_background(lambda: load_reranker(options.model, limits, **given_options(options)))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(
-                loading,
-                Path(options.model).name,
-                limits,
-                keys,
-                options.protect_all,
-                options.allow_origins,
-                options.allowed_hosts or (LOOPBACK if options.host in LOOPBACK and options.uds is None else ["*"]),
-            ),
-            http=impatient_protocol(options.header_seconds, options.body_seconds, options.answer_seconds),
-            ws="none",
-            access_log=False,
-            log_config=None,
-            **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()},
-        )
+    def load() -> MatryoshkaReranker:
+        return load_reranker(options.model, limits, **given_options(options))
+
+    loading = in_background(load)
+    app = create_app(
+        loading,
+        Path(options.model).name,
+        limits,
+        keys,
+        options.protect_all,
+        options.allow_origins,
+        options.allowed_hosts or (LOOPBACK if options.host in LOOPBACK and options.uds is None else ["*"]),
     )
+    config = uvicorn.Config(
+        app,
+        http=impatient_protocol(options.header_seconds, options.body_seconds, options.answer_seconds),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()},
+    )
+    server = Server(config, partial(app.state.service.reload, load))
+    failures: list[BaseException] = []
 
     def end_if_failed(loading: Future[MatryoshkaReranker]) -> None:
-        if loading.exception() is not None:
+        if (error := loading.exception()) is not None:
+            failures.append(error)
             server.should_exit = True
 
     loading.add_done_callback(end_if_failed)
+    del loading  # it would hold the model after another one has replaced it
     with suppress(KeyboardInterrupt):  # under Python 3.10 uvicorn raises it again after its shutdown
         server.run()
-    if loading.done():
-        loading.result()
+    if failures:
+        raise failures[0]
 
 
 if __name__ == "__main__":

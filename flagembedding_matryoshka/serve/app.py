@@ -47,7 +47,7 @@ from flagembedding_matryoshka.serve.forms import (
 from flagembedding_matryoshka.serve.keys import Keys
 from flagembedding_matryoshka.serve.limits import Limits
 from flagembedding_matryoshka.serve.logs import AccessLog
-from flagembedding_matryoshka.serve.model import check_degrade_to
+from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
 from flagembedding_matryoshka.serve.page import add_page
 from flagembedding_matryoshka.serve.service import Admission, Service
 from flagembedding_matryoshka.serve.tracing import trace_requests
@@ -59,6 +59,8 @@ FOLDERS = re.compile(r"(?<=: ).*[/\\]|[^\s'\"]*[/\\]")
 """Everything of a path except its last component."""
 REQUEST_ID = re.compile("[!-~]{1,128}")
 """Values of X-Request-ID that clients may choose."""
+FINGERPRINT = "X-Model-Fingerprint"
+"""The header of an answer with the fingerprint of the model that computed it."""
 PIECE = 2**16
 """Bytes of an answer that are sent at a time."""
 
@@ -93,9 +95,13 @@ def create_app(
         allow_origins: origins of other sites' pages that may ask the server, such as "https://example.com"; "*" is all.
         allowed_hosts: values of the Host header that are answered, without port; "*" is all.
 
+    Returns:
+        The application. `app.state.service.reload` replaces its re-ranker, see `Service.reload`.
+
     Raises:
-        ValueError: if the API key is empty, `protect_all` is without a key, or the re-ranker is loaded and
-            `limits.degrade_to` is not one of its exits, or not shallower than its own depth.
+        ValueError: if the API key is empty, `protect_all` is without a key, `limits.cache_bytes` has no room for a
+            score, or the re-ranker is loaded and `limits.degrade_to` is not one of its exits, or not shallower than its
+            own depth, or `limits.cache_bytes` is given and its scores depend on their batch.
     """
     limits = limits or Limits()
     keys = Keys.of_one(api_key.encode(), "api_key") if isinstance(api_key, str) else api_key
@@ -103,6 +109,7 @@ def create_app(
         raise ValueError("protect_all needs an API key.")
     if not isinstance(reranker, Future):
         check_degrade_to(limits.degrade_to, reranker)
+        check_cache(limits.cache_bytes, reranker.model.model.batch_invariant)
         loaded: Future[MatryoshkaReranker] = Future()
         loaded.set_result(reranker)
         reranker = loaded
@@ -115,6 +122,7 @@ def create_app(
             yield
 
     app = FastAPIOffline(title="flagembedding_matryoshka", redoc_url=None, lifespan=lifespan)
+    app.state.service = service
     if allow_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
@@ -139,7 +147,8 @@ def create_app(
     def answering(form: Any) -> Callable[[Request], Any]:
         async def answer(request: Request, admission: Admission = admission) -> Response:
             authorize(request)
-            answer = Answer(await service.answer(request, admission, form))
+            content, fingerprint = await service.answer(request, admission, form)
+            answer = Answer(content, headers={FINGERPRINT: fingerprint})
             admission.share.hold(len(answer.body))
             return answer
 
@@ -166,7 +175,7 @@ def create_app(
 
     async def health() -> dict[str, str]:
         await service.check_health()
-        return {"status": "ok", "model": service.name}
+        return {"status": "ok", "model": service.name, "fingerprint": service.fingerprint}
 
     for path, probe, call in (("/live", live, LIVE), ("/health", health, READY), ("/ready", health, READY)):
         app.get(path, **call.described(path))(probe)
@@ -193,6 +202,7 @@ def create_app(
         reranker = service.reranker
         return {
             "model_id": name,
+            "fingerprint": service.fingerprint,
             "model_dtype": str(reranker.model.dtype).removeprefix("torch."),
             "model_type": {"reranker": {"id2label": {"0": "relevance"}, "label2id": {"relevance": 0}}},
             "max_input_length": reranker.max_length,

@@ -34,16 +34,6 @@ class QueuedTask:
         is_interrupted: whether it is between two of its steps, while others are computed.
     """
 
-    @property
-    def waits(self) -> bool:
-        """Whether a batch can take it."""
-        return not self.is_interrupted and not self.future.done()
-
-    @property
-    def all_tokens(self) -> int:
-        """Number of tokens of all items."""
-        return self.shared_tokens + sum(self.tokens)
-
     key: Hashable
     items: Sequence[Any]
     shared_tokens: int
@@ -55,6 +45,16 @@ class QueuedTask:
     arrived: float = field(default_factory=perf_counter)
     results: list[Any] = field(default_factory=list)
     is_interrupted: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch can take it."""
+        return not self.is_interrupted and not self.future.done()
+
+    @property
+    def all_tokens(self) -> int:
+        """Number of tokens of all items."""
+        return self.shared_tokens + sum(self.tokens)
 
     def fitting(self, room: int) -> int:
         """Return how many of the remaining items fit into `room` tokens: all or none if the task is not divisible."""
@@ -115,7 +115,8 @@ class Batcher:
         compute: (key, items of each task, between) to results of each task's items, in order. It calls `between` where
             it can be interrupted. `between` computes other tasks in another thread, or raises `Abandoned` if all
             clients have left.
-        max_tokens: most tokens of a batch, unless a single item, or a task that is not divisible, has more.
+        max_tokens: most tokens of a batch, unless a single item, or a task that is not divisible, has more. It may
+            change between two batches.
         max_tasks: most tasks in a batch; None is no limit.
         report: called after each computation that succeeded.
     """
@@ -128,7 +129,7 @@ class Batcher:
         report: Callable[[BatchReport], None] = lambda report: None,
     ) -> None:
         self._compute = compute
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._max_tasks = max_tasks
         self._report = report
         self._waiting: list[QueuedTask] = []
@@ -218,11 +219,11 @@ class Batcher:
             raise Abandoned
         end = batch[0].task.end
         # A cascade's first stage computes about one batch of its tokens in a step.
-        left = sum(slice.tokens for slice in batch) - steps * self._max_tokens
+        left = sum(slice.tokens for slice in batch) - steps * self.max_tokens
         for slice in batch:
             slice.task.is_interrupted = True
         try:
-            await self._take_turn(level + 1, end, left / 2 if end == math.inf else self._max_tokens)
+            await self._take_turn(level + 1, end, left / 2 if end == math.inf else self.max_tokens)
         finally:
             for slice in batch:
                 slice.task.is_interrupted = False
@@ -230,8 +231,8 @@ class Batcher:
     def _next_batch(self, tasks: list[QueuedTask]) -> list[TaskSlice]:
         first = tasks[0]
         smallest = 1 if first.divisible else len(first.items)
-        batch = [first.next_slice(max(first.fitting(self._max_tokens), smallest))]
-        room = self._max_tokens - batch[0].tokens
+        batch = [first.next_slice(max(first.fitting(self.max_tokens), smallest))]
+        room = self.max_tokens - batch[0].tokens
         for task in tasks[1:]:
             if len(batch) == self._max_tasks:
                 break

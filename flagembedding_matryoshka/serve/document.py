@@ -12,11 +12,15 @@ QUERY, DOCUMENTS = "how to sort a list", ["Open a file.", "Sort the items of the
 USAGE = {"prompt_tokens": 50, "total_tokens": 50}
 SCORES = {1: 0.8896, 0: 0.0001}
 MODEL = {"id": "smollm2", "object": "model", "created": 1767225600, "owned_by": "flagembedding_matryoshka"}
-HEALTH = {"status": "ok", "model": "smollm2"}
+FINGERPRINT = "f86b6e4b24632d1cf2c8b655ca52d87840f0121dc781503c10dbe20ff3a6b085"
+HEALTH = {"status": "ok", "model": "smollm2", "fingerprint": FINGERPRINT}
 BODIES_OF_RERANK = {
     "Cohere, Jina, Xinference, vLLM": {"query": QUERY, "documents": DOCUMENTS, "top_n": 2},
     "Voyage": {"query": QUERY, "documents": DOCUMENTS, "top_k": 2},
     "text-embeddings-inference": {"query": QUERY, "texts": DOCUMENTS},
+    "Several queries": {
+        "queries": [{"query": QUERY, "documents": DOCUMENTS}, {"query": "how to open a file", "documents": DOCUMENTS}]
+    },
     "A cascade": {"query": QUERY, "documents": DOCUMENTS, "cascade": {"9": 0.5}},
     "A deadline": {"query": QUERY, "documents": DOCUMENTS, "deadline_ms": 200},
     "First-stage scores": {"query": QUERY, "documents": DOCUMENTS, "first_stage": "order", "fusion": 0.35},
@@ -117,6 +121,7 @@ INFO = Call(
     "model",
     {
         "model_id": "smollm2",
+        "fingerprint": FINGERPRINT,
         "model_dtype": "float32",
         "model_type": {"reranker": {"id2label": {"0": "relevance"}, "label2id": {"relevance": 0}}},
         "max_input_length": 512,

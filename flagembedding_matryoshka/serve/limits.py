@@ -31,6 +31,8 @@ class Limits:
         body_seconds: time from a request's header to the end of its body; a later one gets 408.
         degrade_to: exit of requests that name no depth, no `min_score` and no calibration, while there are more than
             half as many other requests as allowed; each result then has its `cutoff_layer`. None is off.
+        cache_bytes: bytes of memory for scores of pairs, which are then not computed again; with `batch_invariant`
+            only, and not for cascades and deadlines. None is off.
 
     Raises:
         ValueError: if `bytes` is less than `body_bytes`.
@@ -43,6 +45,7 @@ class Limits:
     batch_requests: int | None = None
     body_seconds: float = 30.0
     degrade_to: int | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.bytes < self.body_bytes:

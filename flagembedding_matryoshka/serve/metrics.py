@@ -5,15 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from flagembedding_matryoshka.serve.batching import BatchReport
+from flagembedding_matryoshka.serve.cache import ScoreCache
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 POWERS = tuple(2**exponent for exponent in range(11))
 TOKENS = tuple(2**exponent for exponent in range(6, 20))
+
+
+class _OfCache(Collector):
+    """Metrics that are read from the cache of scores."""
+
+    def __init__(self, cache: ScoreCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterator[Metric]:
+        about = "Pairs that were looked for in the cache of scores; result is found or missed"
+        pairs = CounterMetricFamily("matryoshka_cache_pairs", about, labels=["result"])
+        pairs.add_metric(["found"], self._cache.found)
+        pairs.add_metric(["missed"], self._cache.missed)
+        yield pairs
+        about = "Bytes of memory that the cache of scores holds"
+        yield GaugeMetricFamily("matryoshka_cache_bytes", about, self._cache.held)
 
 
 class Metrics:
@@ -24,9 +44,17 @@ class Metrics:
         limit: limit of requests.
         held: returns the bytes of memory that requests hold.
         most_bytes: limit of these bytes.
+        cache: the cache of scores; None is no cache.
     """
 
-    def __init__(self, requests: Callable[[], int], limit: int, held: Callable[[], int], most_bytes: int) -> None:
+    def __init__(
+        self,
+        requests: Callable[[], int],
+        limit: int,
+        held: Callable[[], int],
+        most_bytes: int,
+        cache: ScoreCache | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()) -> Histogram:
@@ -47,13 +75,19 @@ class Metrics:
             "matryoshka_degraded_requests", "Requests answered at the exit of --degrade_to", registry=self.registry
         )
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"matryoshka_{name}", text, registry=self.registry)
+        about = "Models that were loaded while the server ran; result is loaded or failed"
+        self._reloads = Counter("matryoshka_reloads", about, ["result"], registry=self.registry)
+
+        def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+            return Gauge(f"matryoshka_{name}", text, labels, registry=self.registry)
 
         gauge("queue_requests", "Requests from the end of their body to the end of their answer").set_function(requests)
         gauge("queue_limit", "Most of these requests").set(limit)
         gauge("request_bytes", "Bytes of memory that requests hold").set_function(held)
         gauge("request_bytes_limit", "Most of these bytes").set(most_bytes)
+        self._model = gauge("model_info", "1 for the model that computes", ["fingerprint"])
+        if cache is not None:
+            self.registry.register(_OfCache(cache))
 
     @contextmanager
     def request(self, path: str) -> Iterator[None]:
@@ -68,6 +102,15 @@ class Metrics:
         finally:
             self._requests.labels(path, status).inc()
             self._latency.labels(path, f"{status // 100}xx").observe(perf_counter() - start)
+
+    def model(self, fingerprint: str) -> None:
+        """Show the fingerprint of the model that computes from now on."""
+        self._model.clear()
+        self._model.labels(fingerprint).set(1)
+
+    def reloaded(self, result: Literal["loaded", "failed"]) -> None:
+        """Count a model that was loaded, or could not be loaded, in place of the one before."""
+        self._reloads.labels(result).inc()
 
     def degraded(self) -> None:
         """Count a request that is answered at the exit of `degrade_to`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from flagembedding_matryoshka.inference.batching import count_input_tokens
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
+from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.inference.fusion import AUTO, Fusion
 from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions, ranking_weight
 from flagembedding_matryoshka.inference.plan import Plan
@@ -48,6 +50,15 @@ def check_degrade_to(exit: int | None, reranker: MatryoshkaReranker) -> None:
     possible = [layer for layer in reranker.config.exit_layers if is_shallower(layer, setting)]
     if exit not in possible:
         raise ValueError(f"degrade_to is {exit}, but must be an exit shallower than {setting}: one of {possible}.")
+
+
+def check_cache(cache_bytes: int | None, batch_invariant: bool) -> None:
+    """Raise ValueError if scores are to be kept, but depend on the other pairs of their batch."""
+    if cache_bytes is not None and not batch_invariant:
+        raise ValueError(
+            f"cache_bytes is {cache_bytes}, but scores depend on their batch: give batch_invariant, too, or leave "
+            "cache_bytes out."
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,14 @@ class Task:
         """Whether documents can be scored in several batches: no cascade or deadline compares them."""
         return self.end is None and not self.setting.cascade
 
+    def plain_hits(self, scores: Sequence[float]) -> list[Hit]:
+        """Return the hits that `Scorer.compute` makes of scores of `pairs`, if the task is divisible."""
+        hits: list[Hit] = [{"score": score} for score in scores]
+        for hit, pair in zip(hits, self.pairs, strict=True):
+            if pair.is_cut:
+                hit["is_truncated"] = True
+        return hits
+
     def hits(self, found: Sequence[Hit]) -> Sequence[Hit]:
         """Return the hit of each document from the hits of `pairs`."""
         if self.shows_exit:
@@ -129,6 +148,12 @@ class Task:
         if self.cut is not None:
             found = best_chunks(found, self.cut)
         return found if self.fusion is None else fuse_hits(found, self.fusion.first_stage, self.fusion.weight)
+
+    def of_pairs(self, numbers: Sequence[int]) -> Task:
+        """Return the task of some of the pairs."""
+        pairs = [self.pairs[number] for number in numbers]
+        shared_tokens, tokens = count_input_tokens(pairs)
+        return replace(self, pairs=pairs, shared_tokens=shared_tokens, tokens=tokens)
 
     @property
     def all_tokens(self) -> int:
@@ -143,13 +168,35 @@ class Scorer:
         reranker: the re-ranker.
 
     Attributes:
+        fingerprint: the model's, see `model_fingerprint`.
         deadlines: number of tasks with a deadline that wait or are computed.
     """
 
     def __init__(self, reranker: MatryoshkaReranker) -> None:
         self.reranker = reranker
+        self.fingerprint = model_fingerprint(reranker)
         self.deadlines = 0
+        self._requests = 0
+        self._unused = asyncio.Event()
         self._truncator = Truncator(reranker)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep `end` waiting while the context is open."""
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._unused.set()
+
+    async def end(self) -> None:
+        """Wait until no request uses the re-ranker, and end its worker processes."""
+        while self._requests:
+            self._unused.clear()
+            await self._unused.wait()
+        await asyncio.to_thread(self.reranker.close)
 
     @property
     def max_tokens(self) -> int:
@@ -255,6 +302,7 @@ class Scorer:
         setting: Mapping[str, Any],
         lengths: Lengths,
         max_pairs: int,
+        others: int,
         chunks: Mapping[str, Any] | None = None,
         instruction: str | None = None,
         fusion: Fusion | None = None,
@@ -264,7 +312,8 @@ class Scorer:
         Args:
             setting: arguments of `MatryoshkaReranker.setting`.
             lengths: most tokens of the texts.
-            max_pairs: most documents, or chunks.
+            max_pairs: most documents, or chunks, of a request.
+            others: documents, or chunks, of other queries of the request.
             chunks: arguments of `MatryoshkaReranker.cut_chunks`; None is no chunks.
             instruction: instruction of the query; None is the model's own, "" is none.
             fusion: first-stage scores of the documents, and their weight; None is no fusion.
@@ -283,10 +332,10 @@ class Scorer:
             ]
             return Task(chosen, pairs, *count_input_tokens(pairs), fusion=fusion)
         # Of a document with too many chunks one chunk more than allowed is made, and no others.
-        most = min(max_pairs + 1, chunks["max_chunks_per_doc"] or math.inf)
+        most = min(max_pairs - others + 1, chunks["max_chunks_per_doc"] or math.inf)
         own = {**chunks, "max_chunks_per_doc": most}
         whole = self.reranker.cut_chunks(short.query, short.documents, **own, instruction=instruction)
-        if (count := sum(len(document.chunks) for document in whole)) > max_pairs:
+        if (count := others + sum(len(document.chunks) for document in whole)) > max_pairs:
             raise ValueError(f"{count} chunks are more than {max_pairs}")
         cut = [
             document._replace(is_truncated=document.is_truncated or is_cut)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.serve import Limits, create_app
 from flagembedding_matryoshka.serve.forms import RERANK, SCORE, cohere, parse
 from tests.serve.conftest import client_of, serving, wait_for
@@ -180,7 +181,11 @@ def test_a_failing_request_among_good_ones(reranker, gate, monkeypatch):
 
 def test_health_asks_a_model_that_failed(reranker, monkeypatch):
     with client_of(reranker) as client:
-        assert client.get("/health").json() == {"status": "ok", "model": "tiny"}
+        assert client.get("/health").json() == {
+            "status": "ok",
+            "model": "tiny",
+            "fingerprint": model_fingerprint(reranker),
+        }
         with monkeypatch.context() as broken:
             broken.setattr(reranker, "score_lists", lambda *_, **__: 1 / 0)
             assert client.post("/rerank", json={"query": "q", "texts": ["t"]}).status_code == 500
@@ -313,7 +318,7 @@ def test_texts_are_made_of_no_more_documents_than_are_allowed(monkeypatch):
     with pytest.raises(ValueError, match="4 documents are more than 3"):
         parse(body, RERANK, 3)
     assert not made
-    assert len(parse(body, RERANK, 4).lists[0][1]) == len(made) == 4
+    assert len(parse(body, RERANK, 4).lists[0].documents) == len(made) == 4
 
 
 @pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers"])

@@ -14,8 +14,9 @@ def posted(document, path):
 def test_the_forms_are_documented(client):
     document = client.get("/openapi.json").json()
     schema = posted(document, "/rerank")["requestBody"]["content"]["application/json"]["schema"]
-    assert ["documents" in form["properties"] for form in schema["anyOf"]] == [True, False]
+    assert ["documents" in form["properties"] for form in schema["anyOf"]] == [True, False, False]
     assert "$ref" not in json.dumps(schema)
+    assert schema["anyOf"][2]["properties"]["queries"]["items"]["required"] == ["query", "documents"]
     cascade = schema["anyOf"][0]["properties"]["cascade"]["anyOf"][0]
     assert re.match(cascade["propertyNames"]["pattern"], "3") and cascade["additionalProperties"]["maximum"] == 1
 

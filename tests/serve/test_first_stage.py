@@ -102,7 +102,7 @@ def test_shown_scores_of_two_exits_do_not_overlap(is_raw):
                 {"score": 0.0, "cutoff_layer": draw.choice([2, 3, 4]), "fused_score": draw.gauss(0, 1 + weight)}
                 for _ in range(20)
             ]
-            scored = RequestScores(hits, 0, "m", lambda score, layer: score, 4, fusion=weight, is_raw=is_raw)
+            scored = RequestScores([hits], 0, "m", lambda score, layer: score, 4, fusion=weight, is_raw=is_raw)
             found = scored.best("shown", None)
             keys = [(-hit["cutoff_layer"], -hit["fused_score"]) for hit in found]
             scores = [hit["shown"] for hit in found]
@@ -377,6 +377,7 @@ def test_the_document_explains_the_fields(client):
         "#/components/schemas/CohereAnswer",
         "#/components/schemas/VoyageAnswer",
         "array",
+        "#/components/schemas/QueriesAnswer",
     ]
     for name in ("CohereResult", "VoyageResult", "TeiResult"):
         assert {"model_score", "first_stage_score", "fused_score"} <= set(models[name]["properties"])

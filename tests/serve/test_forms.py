@@ -263,3 +263,21 @@ def test_who_the_server_is(client, reranker):
     assert (info["model_id"], info["max_input_length"], info["exits"]) == ("tiny", 64, [2, 3, 4, 5, 6])
     for path in ("/live", "/ready", "/health"):
         assert (client.get(path).status_code, client.head(path).content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/rerank", {"query": QUERY, "documents": TEXTS}),
+        ("/rerank", {"query": QUERY, "texts": TEXTS}),
+        ("/rerank", {"queries": [{"query": QUERY, "documents": TEXTS}]}),
+        ("/score", {"text_1": QUERY, "text_2": TEXTS}),
+    ],
+)
+def test_all_requests_have_the_same_priority(client, path, body):
+    """So that no client passes others; a priority is refused rather than ignored."""
+    for priority in (0, None):
+        assert client.post(path, json=body | {"priority": priority}).status_code == 200
+    for priority in (1, -1, 0.5, "0"):
+        answer = client.post(path, json=body | {"priority": priority})
+        assert answer.status_code == 422 and "body.priority: Input should be 0" in answer.json()["message"], priority

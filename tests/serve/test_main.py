@@ -6,6 +6,7 @@ import json
 import logging.config
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import httpx
 import pytest
 import uvicorn
 from asgi_correlation_id import correlation_id
+from safetensors.torch import load, save_file
 from transformers.utils import logging as transformers_logging
 
 from flagembedding_matryoshka import MatryoshkaReranker
@@ -36,6 +38,7 @@ from flagembedding_matryoshka.serve.__main__ import (
 )
 from flagembedding_matryoshka.serve.logs import log_config
 from tests.qwen import write_causal_lm
+from tests.serve.conftest import wait_for
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -130,6 +133,13 @@ def test_what_cannot_be_loaded_ends_the_server(tmp_path):
 def test_an_exit_to_degrade_to_that_there_is_not_ends_the_server(tiny_layerwise_path):
     arguments = ["--model", str(tiny_layerwise_path), "--port", "0", "--degrade_to", "99"]
     with restored_logging(), pytest.raises(ValueError, match="degrade_to is 99, but must be an exit shallower than 6"):
+        main(arguments)
+
+
+def test_a_cache_of_scores_that_depend_on_their_batch_ends_the_server(tmp_path):
+    """Before the model is looked for."""
+    arguments = ["--model", str(tmp_path / "nothing"), "--port", "0", "--cache_bytes", "1000000"]
+    with restored_logging(), pytest.raises(ValueError, match=r"cache_bytes is 1000000, but .*: give batch_invariant"):
         main(arguments)
 
 
@@ -238,6 +248,33 @@ def test_an_interrupt_ends_the_server_without_a_traceback(tiny_layerwise_path):
     with process(tiny_layerwise_path, "--dtype", "float32") as (server, _):
         server.send_signal(signal.SIGINT)
         assert server.wait(40) == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+@pytest.mark.slow
+def test_a_hangup_loads_the_model_again(tiny_layerwise_path, tmp_path):
+    """A model that cannot be loaded changes nothing."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_layerwise_path, model)
+    body = {"query": "lift", "documents": ["air flows", "a wing"]}
+    with process(model, "--dtype", "float32") as (server, address), httpx.Client(base_url=address) as client:
+
+        def hang_up(result):
+            server.send_signal(signal.SIGHUP)
+            wait_for(client, f'matryoshka_reloads_total{{result="{result}"}} 1.0')
+            return client.get("/ready").json()["fingerprint"], client.post("/rerank", json=body).json()["results"]
+
+        first = client.get("/ready").json()["fingerprint"], client.post("/rerank", json=body).json()["results"]
+        weights = model / "model.safetensors"
+        kept = weights.read_bytes()
+        weights.unlink()
+        assert hang_up("failed") == first
+        changed = load(kept)
+        changed["model.norm.weight"] = -changed["model.norm.weight"]
+        save_file(changed, weights, {"format": "pt"})
+        fingerprint, results = hang_up("loaded")
+        assert fingerprint != first[0] and results != first[1]
+    assert "cannot be loaded again, and stays as it was" in "".join(server.log)
     assert "Traceback" not in "".join(server.log)
 
 

@@ -15,6 +15,7 @@ from flagembedding_matryoshka.serve.forms.cohere import (
     VoyageAnswer,
 )
 from flagembedding_matryoshka.serve.forms.common import MAX_DOCUMENTS
+from flagembedding_matryoshka.serve.forms.queries import QueriesAnswer, QueriesRequest
 from flagembedding_matryoshka.serve.forms.tei import TeiResult, TextsRequest
 from flagembedding_matryoshka.serve.forms.vllm import ScoreAnswer, ScoreRequest
 
@@ -23,16 +24,20 @@ MAX_ERRORS = 5
 
 
 def _tag(body: Any) -> str:
-    """Return the form of a body to /rerank: with `texts` TEI's."""
-    return "texts" if isinstance(body, dict) and body.get("texts") is not None else "documents"
+    """Return the form of a body to /rerank: with `queries` that of several queries, with `texts` TEI's."""
+    given = [name for name in ("queries", "texts") if isinstance(body, dict) and body.get(name) is not None]
+    return given[0] if given else "documents"
 
 
 AnyRerank = Annotated[
-    Annotated[DocumentsRequest, Tag("documents")] | Annotated[TextsRequest, Tag("texts")], Discriminator(_tag)
+    Annotated[DocumentsRequest, Tag("documents")]
+    | Annotated[TextsRequest, Tag("texts")]
+    | Annotated[QueriesRequest, Tag("queries")],
+    Discriminator(_tag),
 ]
-RERANK: TypeAdapter[DocumentsRequest | TextsRequest] = TypeAdapter(AnyRerank)
-RERANK_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest)]}
-RerankAnswer = CohereAnswer | VoyageAnswer | list[TeiResult]
+RERANK: TypeAdapter[DocumentsRequest | TextsRequest | QueriesRequest] = TypeAdapter(AnyRerank)
+RERANK_SCHEMA = {"anyOf": [form.model_json_schema() for form in (DocumentsRequest, TextsRequest, QueriesRequest)]}
+RerankAnswer = CohereAnswer | VoyageAnswer | list[TeiResult] | QueriesAnswer
 INFINITY: TypeAdapter[InfinityRequest] = TypeAdapter(InfinityRequest)
 INFINITY_SCHEMA = InfinityRequest.model_json_schema()
 SCORE: TypeAdapter[ScoreRequest] = TypeAdapter(ScoreRequest)

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, FailFast, Field, ValidationInfo, model_validator
 from typing_extensions import NotRequired, Self, TypedDict
@@ -16,6 +16,7 @@ from flagembedding_matryoshka.serve.forms.common import (
     FIRST_STAGE_SCORE,
     Document,
     Flag,
+    QueryDocuments,
     RankedResult,
     Request,
     RequestScores,
@@ -35,6 +36,14 @@ RankFields = Annotated[
     list[str],
     Field(min_length=1, max_length=MAX_RANK_FIELDS, fail_fast=True, json_schema_extra={"uniqueItems": True}),
     AfterValidator(_refuse_repeated),
+]
+Documents = Annotated[
+    list[str | Document],
+    FailFast(),
+    Field(
+        description=f"texts, or objects with a text. An object may have the first stage's score, a number or null, in "
+        f"{FIRST_STAGE_SCORE}, which is not ranked as text"
+    ),
 ]
 
 
@@ -91,22 +100,25 @@ class VoyageAnswer(TypedDict):
     usage: Usage
 
 
-class DocumentsRequest(Request):
-    """Cohere's form, and Jina's, Voyage's, Xinference's and vLLM's."""
+class DocumentsRead(NamedTuple):
+    """The documents of a query, as they are ranked and answered.
 
-    other_texts = ("texts",)
+    Attributes:
+        texts: the ranked text of each document.
+        returned: JSON of each document, if the answer repeats it; otherwise empty. It is smaller than the object, and
+            its memory is known.
+        first_stage: the first stage's score of each document; None without such scores.
+    """
 
-    query: str
-    documents: Annotated[
-        list[str | Document],
-        FailFast(),
-        Field(
-            description=f"texts, or objects with a text. An object may have the first stage's score, a number or null, "
-            f"in {FIRST_STAGE_SCORE}, which is not ranked as text"
-        ),
-    ]
-    top_n: int | None = Field(None, ge=1, description="most documents in the answer. Default: all")
-    top_k: int | None = Field(None, ge=1, description="Voyage's name of top_n; the answer is then in Voyage's format")
+    texts: list[str]
+    returned: list[str]
+    first_stage: list[float] | None
+
+
+class ObjectsRequest(Request):
+    """Fields of forms whose documents may be objects."""
+
+    top_n: int | None = Field(None, ge=1, description="most documents of a query in the answer. Default: all")
     return_documents: Flag | None = Field(None, description="whether results have their document. Default: false")
     return_operations: Flag | None = Field(
         None, description="whether `usage` has the floating-point operations. Default: false"
@@ -124,35 +136,39 @@ class DocumentsRequest(Request):
         description="tokens that a chunk shares with the previous one; cuts documents as max_chunks_per_doc does",
     )
     return_len: Flag | None = Field(None, description="does nothing: answers always count tokens")
-    _texts: list[str]
-    _returned: list[str]
-    """JSON of each document, if the answer repeats it."""
 
-    @model_validator(mode="after")
-    def _check_documents(self, info: ValidationInfo) -> Self:
-        self._refuse_more_documents(len(self.documents), info)
-        if None not in (self.top_n, self.top_k):
-            raise ValueError("top_n and top_k are one option with two names: give one of them")
+    def _check_options(self) -> None:
+        """Raise ValueError if options contradict each other."""
         lengths = self.lengths
         if self.chunks is not None and (lengths.refuse or lengths.keep_end or lengths.pair is not None):
             raise ValueError(
                 "max_chunks_per_doc and overlap cut documents that are too long into chunks: leave out truncate=false, "
                 "a truncation_direction of Left and truncate_prompt_tokens"
             )
-        fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
-        if FIRST_STAGE_SCORE in fields:
+        if FIRST_STAGE_SCORE in (self.rank_fields or ()):
             raise ValueError(
                 f"rank_fields: {FIRST_STAGE_SCORE!r} is the first stage's score of a document and not a text: leave it "
                 "out"
             )
-        own = [_first_stage_score(number, document) for number, document in enumerate(self.documents)]
-        has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in self.documents)
-        self._read_first_stage(len(self.documents), own if has_own else None)
-        self._texts = [_ranked_text(number, document, fields) for number, document in enumerate(self.documents)]
-        # As JSON, whose memory is known, and smaller than that of objects.
-        self._returned = [_returned(document) for document in self.documents] if self._repeats_documents else []
-        self.documents = []
-        return self
+
+    def _read_documents(
+        self, documents: Sequence[str | Mapping[str, Any]], scores: Sequence[float | None] | None, returned: bool
+    ) -> DocumentsRead:
+        """Read the documents of a query.
+
+        Args:
+            scores: the query's `first_stage_scores`.
+            returned: whether the answer has whole documents.
+
+        Raises:
+            ValueError: naming the document.
+        """
+        fields = ("text",) if self.rank_fields is None else tuple(self.rank_fields)
+        own = [_first_stage_score(number, document) for number, document in enumerate(documents)]
+        has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in documents)
+        first_stage = self._read_first_stage(len(documents), scores, own if has_own else None)
+        texts = [_ranked_text(number, document, fields) for number, document in enumerate(documents)]
+        return DocumentsRead(texts, [_returned(document) for document in documents] if returned else [], first_stage)
 
     @property
     def chunks(self) -> dict[str, Any] | None:
@@ -164,9 +180,30 @@ class DocumentsRequest(Request):
     def counts_operations(self) -> bool:
         return bool(self.return_operations)
 
+
+class DocumentsRequest(ObjectsRequest):
+    """Cohere's form, and Jina's, Voyage's, Xinference's and vLLM's."""
+
+    other_texts = ("texts",)
+
+    query: str
+    documents: Documents
+    top_k: int | None = Field(None, ge=1, description="Voyage's name of top_n; the answer is then in Voyage's format")
+    _read: DocumentsRead
+
+    @model_validator(mode="after")
+    def _check_documents(self, info: ValidationInfo) -> Self:
+        self._refuse_more_documents(len(self.documents), info)
+        if None not in (self.top_n, self.top_k):
+            raise ValueError("top_n and top_k are one option with two names: give one of them")
+        self._check_options()
+        self._read = self._read_documents(self.documents, self.first_stage_scores, self._repeats_documents)
+        self.documents = []
+        return self
+
     @property
-    def lists(self) -> list[tuple[str, Sequence[str]]]:
-        return [(self.query, self._texts)]
+    def lists(self) -> list[QueryDocuments]:
+        return [QueryDocuments(self.query, self._read.texts, self.any_instruction, self._read.first_stage)]
 
     @property
     def _is_voyage(self) -> bool:
@@ -184,12 +221,12 @@ class DocumentsRequest(Request):
 
     @property
     def _held_texts(self) -> Iterable[str]:
-        return chain(self._texts, self._returned)
+        return chain(self._read.texts, self._read.returned)
 
     def drop_texts(self) -> None:
         self.query = ""
         if not self._repeats_texts:
-            self._texts = []
+            self._read = self._read._replace(texts=[])
 
     def answer(self, scores: RequestScores) -> CohereAnswer | VoyageAnswer:
         """Return Voyage's answer to a request with `top_k`, Cohere's otherwise."""
@@ -203,19 +240,19 @@ class DocumentsRequest(Request):
             "id": str(uuid.uuid4()),
             "model": scores.model,
             "results": results,
-            "meta": {"api_version": {"version": "2"}, "tokens": {"input_tokens": scores.tokens, "output_tokens": 0}},
+            "meta": scores.meta,
             "usage": scores.usage,
         }
 
     def _shown(self, index: int) -> Any:
         """Return a document as an answer repeats it."""
-        return json.loads(self._returned[index])
+        return json.loads(self._read.returned[index])
 
     def _voyage_answer(self, scores: RequestScores) -> VoyageAnswer:
         data = scores.best("relevance_score", self.top_k)
         if self.return_documents:
             for result in data:
-                result["document"] = self._texts[result["index"]]
+                result["document"] = self._read.texts[result["index"]]
         return {"object": "list", "data": data, "model": scores.model, "usage": scores.usage}
 
 
@@ -227,7 +264,7 @@ class InfinityRequest(DocumentsRequest):
         return bool(self.return_documents)
 
     def _shown(self, index: int) -> str:
-        return self._texts[index]
+        return self._read.texts[index]
 
 
 def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:

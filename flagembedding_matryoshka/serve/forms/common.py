@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -141,6 +142,23 @@ class Usage(TypedDict):
     operations: NotRequired[int]
 
 
+class QueryDocuments(NamedTuple):
+    """A query of a request, with its documents.
+
+    Attributes:
+        query, documents: the texts.
+        instruction: instruction of the query; None is the model's own, "" is none.
+        first_stage: the first stage's score of each document; None without such scores.
+        place: the query's place in a body with several, for errors.
+    """
+
+    query: str
+    documents: Sequence[str]
+    instruction: str | None
+    first_stage: Sequence[float] | None = None
+    place: str | None = None
+
+
 class Request(BaseModel):
     """Fields of all forms. Null means the same as a missing field: the server's default.
 
@@ -214,7 +232,6 @@ class Request(BaseModel):
     priority: Literal[0] | None = Field(
         None, description="vLLM's order of requests, of which only 0 is allowed: all requests have the same priority"
     )
-    _first_stage: list[float] | None = None
     _unknown: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
@@ -308,16 +325,14 @@ class Request(BaseModel):
         normalize = not (self.raw_scores or self.use_activation is False) if self.normalize is None else self.normalize
         return {"normalize": normalize, "min_score": self.min_score}
 
-    @property
-    def first_stage_of_documents(self) -> Sequence[float] | None:
-        """The first stage's score of each document; None if the request gives none."""
-        return self._first_stage
-
-    def _read_first_stage(self, documents: int, own: Sequence[float | None] | None = None) -> None:
-        """Check the first stage's scores and store them.
+    def _read_first_stage(
+        self, documents: int, scores: Sequence[float | None] | None, own: Sequence[float | None] | None = None
+    ) -> list[float] | None:
+        """Return the first stage's score of each document of a query; None if the request gives none.
 
         Args:
             documents: number of documents.
+            scores: the query's `first_stage_scores`.
             own: scores in the documents; None if no document has one.
 
         Raises:
@@ -325,7 +340,7 @@ class Request(BaseModel):
                 without scores.
         """
         ways = {
-            "first_stage_scores": self.first_stage_scores,
+            "first_stage_scores": scores,
             f"first_stage={self.first_stage!r}": self.first_stage,
             f"the {FIRST_STAGE_SCORE} of documents": own,
         }
@@ -341,12 +356,11 @@ class Request(BaseModel):
                 )
             own = []
         if self.first_stage is not None:
-            self._first_stage = reciprocal_ranks(documents)
-            return
-        values = self.first_stage_scores if own is None else own
+            return reciprocal_ranks(documents)
+        values = scores if own is None else own
         if values is not None and len(values) != documents:
             raise ValueError(f"first_stage_scores: {len(values)} scores for {documents} documents")
-        self._first_stage = None if values is None else as_first_stage(0, values, documents)
+        return None if values is None else as_first_stage(0, values, documents)
 
     @property
     def counts_operations(self) -> bool:
@@ -354,8 +368,8 @@ class Request(BaseModel):
         return False
 
     @property
-    def lists(self) -> list[tuple[str, Sequence[str]]]:
-        """Each query with its documents."""
+    def lists(self) -> list[QueryDocuments]:
+        """Each query with its documents, in the order of the answer."""
         raise NotImplementedError
 
     def answer(self, scores: RequestScores) -> Any:
@@ -368,7 +382,8 @@ class RequestScores:
     """The scores of a request.
 
     Attributes:
-        hits: hit of each document, as `MatryoshkaReranker.rank` returns it, not normalised.
+        hits_of_queries: for each query the hit of each document, as `MatryoshkaReranker.rank` returns it, not
+            normalised.
         tokens: number of tokens that were read for the request.
         model: name of the model.
         scale: turns raw scores into the scores that the answer shows.
@@ -379,7 +394,7 @@ class RequestScores:
         is_raw: whether the answer has raw scores.
     """
 
-    hits: Sequence[Hit]
+    hits_of_queries: Sequence[Sequence[Hit]]
     tokens: int
     model: str
     scale: Scale
@@ -389,8 +404,18 @@ class RequestScores:
     fusion: float | None = None
     is_raw: bool = False
 
+    @cached_property
+    def hits(self) -> Sequence[Hit]:
+        """The hits of all queries."""
+        return list(chain.from_iterable(self.hits_of_queries))
+
+    @property
+    def of_queries(self) -> list[RequestScores]:
+        """The scores of each query alone."""
+        return [replace(self, hits_of_queries=[hits]) for hits in self.hits_of_queries]
+
     def best(self, name: str, count: int | None) -> list[Any]:
-        """Return the best documents, best first; documents of deeper exits rank first.
+        """Return the best documents of all queries, best first; documents of deeper exits rank first.
 
         Args:
             name: field of the score.
@@ -433,6 +458,11 @@ class RequestScores:
             for place, score in zip(places, fused, strict=True):
                 shown[place] = score + lowered
         return shown if self.is_raw else [sigmoid(score / (1 + weight)) for score in shown]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Version and tokens, as in Cohere's answer."""
+        return {"api_version": {"version": "2"}, "tokens": {"input_tokens": self.tokens, "output_tokens": 0}}
 
     @property
     def usage(self) -> Usage:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from pydantic import Field, ValidationInfo, model_validator
 from typing_extensions import NotRequired, Self
 
-from flagembedding_matryoshka.serve.forms.common import Flag, RankedResult, Request, RequestScores, Texts
+from flagembedding_matryoshka.serve.forms.common import (
+    Flag,
+    QueryDocuments,
+    RankedResult,
+    Request,
+    RequestScores,
+    Texts,
+)
 
 
 class TeiResult(RankedResult):
@@ -27,16 +34,17 @@ class TextsRequest(Request):
     texts: Texts
     top_n: int | None = Field(None, ge=1, description="most texts in the answer. Default: all")
     return_text: Flag | None = Field(None, description="whether results have their text. Default: false")
+    _first_stage: list[float] | None = None
 
     @model_validator(mode="after")
     def _check_texts(self, info: ValidationInfo) -> Self:
         self._refuse_more_documents(len(self.texts), info)
-        self._read_first_stage(len(self.texts))
+        self._first_stage = self._read_first_stage(len(self.texts), self.first_stage_scores)
         return self
 
     @property
-    def lists(self) -> list[tuple[str, Sequence[str]]]:
-        return [(self.query, self.texts)]
+    def lists(self) -> list[QueryDocuments]:
+        return [QueryDocuments(self.query, self.texts, self.any_instruction, self._first_stage)]
 
     @property
     def _held_texts(self) -> Iterable[str]:

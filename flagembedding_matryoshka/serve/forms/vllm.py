@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain, groupby
 from typing import Literal
 
@@ -14,6 +14,7 @@ from typing_extensions import Self, TypedDict
 from flagembedding_matryoshka.serve.forms.common import (
     FUSION_FIELDS,
     OneOrMore,
+    QueryDocuments,
     Request,
     RequestScores,
     Result,
@@ -76,8 +77,11 @@ class ScoreRequest(Request):
         return self
 
     @property
-    def lists(self) -> list[tuple[str, Sequence[str]]]:
-        return [(query, [text for _, text in pairs]) for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])]
+    def lists(self) -> list[QueryDocuments]:
+        return [
+            QueryDocuments(query, [text for _, text in pairs], self.any_instruction)
+            for query, pairs in groupby(self.pairs, key=lambda pair: pair[0])
+        ]
 
     @property
     def _held_texts(self) -> Iterable[str]:
