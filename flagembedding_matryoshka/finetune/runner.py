@@ -67,6 +67,7 @@ from flagembedding_matryoshka.finetune.rows import (
 )
 from flagembedding_matryoshka.finetune.sharding import unsharded_loading
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer, ranking_metrics
+from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.quantization import use_nf4
@@ -178,6 +179,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
         if args.use_lora and args.from_peft is None:
             targets = convert_target_modules(args.target_modules)
             refuse_unknown_modules(checkpoint.config, targets, args.modules_to_save)
+        if self.training_args.device.type == "cpu":
+            keep_freed_memory()
         with unsharded_loading(self.training_args):
             model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)
         if args.load_in_4bit:

@@ -19,7 +19,7 @@ from flagembedding_matryoshka.inference.batching import count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
-from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed
+from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed, keep_freed_memory
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
@@ -73,6 +73,8 @@ class Scored(NamedTuple):
 class Engine:
     """Runs tasks on the device of its model. It may be called from several threads.
 
+    On a CPU, the process keeps the memory that a pass frees: see `keep_freed_memory`.
+
     Args:
         model: a model, which may have token adapters; each task uses the adapter of its ratio.
         compile: compile the layers.
@@ -80,6 +82,8 @@ class Engine:
 
     def __init__(self, model: CostWiseForCausalLM, compile: bool = False) -> None:
         self.model = model
+        if model.device.type == "cpu":
+            keep_freed_memory()
         if compile:
             model.model.compile_layers()
         self._ahead = 1 if model.device.type == "cuda" else 0

@@ -33,6 +33,7 @@ from flagembedding_matryoshka.inference.device import (
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import as_fusion
 from flagembedding_matryoshka.inference.inputs import Pair, are_tokenized, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.inference.options import (
     CALIBRATED,
     DEPTH_AND_WIDTH,
@@ -246,6 +247,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self._follow_plan(budget, quality)
         self._choose_fusion(fusion)
         self._normalizer(*resolve_call(self, {}))
+        if self.target_devices == ["cpu"]:
+            keep_freed_memory()  # before loading starts threads, each with an arena of its own
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, words)
         self.model = load_model(checkpoint, self.tokenizer, resolved, peft_paths, attach_token_adapters=True, **hub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,9 @@ pass then takes a quarter (bfloat16) or half (float32) of the fused kernel's tim
 LONGEST_PRODUCT = 256
 """Tokens of a context up to which a CPU scores in bfloat16 with whole attention maps: products are much faster than the
 fused kernel. Longer maps do not stay in the caches."""
-
+WIDTH_MULTIPLE = 32
+"""Widths of attention maps are multiples of this. In bfloat16 a softmax over 192 columns takes half of the time of one
+over 190, whose last columns fill no vector of the processor."""
 
 Kernel = Literal["flash", "flex", "groups", "products", "segments", "last tokens"]
 
@@ -60,8 +63,9 @@ class GroupIndices(NamedTuple):
     """The contexts of segments as rectangles, contexts of similar length together, for kernels that want a batch.
 
     Attributes:
-        groups: for each group (segments, width) int64: the tokens in the row. A shorter context repeats its last token,
-            and none has less than half of the group's width.
+        groups: for each group (segments, width) int64: the tokens in the row. The width is the longest context's
+            length, rounded up to a multiple of `WIDTH_MULTIPLE`. A shorter context repeats its last token, and none has
+            less than half of the longest one's tokens.
         own: (total_tokens,) int64: the place of each token of the row in all rectangles, flattened.
     """
 
@@ -77,8 +81,8 @@ def group_indices(packed: PackedBatch) -> GroupIndices:
     size = 0
     while len(order):
         lengths = packed.context_lengths[order]
-        width = int(lengths[0])
-        group = order[: int((2 * lengths >= width).sum())]
+        group = order[: int((2 * lengths >= lengths[0]).sum())]
+        width = math.ceil(int(lengths[0]) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         order = order[len(group) :]
         begins = ends[group] + 1 - packed.context_lengths[group]
         places = torch.minimum(begins[:, None] + torch.arange(width), ends[group][:, None])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from flagembedding_matryoshka.models.attention import (
+    WIDTH_MULTIPLE,
     Logits,
     _in_groups,
     _in_products,
@@ -219,9 +220,11 @@ def test_attention_that_is_not_understood_is_refused():
         packed_attention(None, *arguments, s_aux=torch.zeros(4))
 
 
-def test_no_context_of_a_group_is_padded_to_more_than_twice_its_length():
-    lengths = torch.arange(1, 60)
+def test_the_contexts_of_a_group_have_similar_lengths_and_its_width_fills_vectors():
+    lengths = torch.arange(1, 90)
     groups, _ = PackedBatch(lengths, lengths * 0, lengths * 0, torch.device("cpu")).indices(group_indices)
-    assert sum(len(group) for group in groups) == 59
-    assert sum(group.numel() for group in groups) <= 2 * lengths.sum()
-    assert len(groups) <= 6
+    assert sum(len(group) for group in groups) == 89 and len(groups) <= 7
+    for group in groups:
+        contexts = [row.unique().numel() for row in group]
+        assert max(contexts) <= 2 * min(contexts)
+        assert group.shape[1] % WIDTH_MULTIPLE == 0 and 0 <= group.shape[1] - max(contexts) < WIDTH_MULTIPLE
