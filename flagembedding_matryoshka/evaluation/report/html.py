@@ -83,8 +83,9 @@ def _section(report: Report, prefix: str, chosen: Mapping[float, Setting]) -> st
 
 def _labels(report: Report) -> dict[str, str]:
     """Return the text of each point, by the id of its row: settings, baselines, and fused settings and orders."""
+    items: list[SettingComparison | BaselineComparison] = [*report.baselines, *report.settings]
     found = {}
-    for number, item in enumerate([*report.baselines, *report.settings]):
+    for number, item in enumerate(items):
         name, result = _named_result(item)
         change, interval, p_value = difference(item)
         against = ""
