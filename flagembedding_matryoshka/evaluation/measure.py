@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.results import Result, Store
 from flagembedding_matryoshka.evaluation.runs import Run, first_stage_run, fuse_runs, in_order, per_query
+from flagembedding_matryoshka.inference.memory import return_freed_memory
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_first
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -335,7 +336,7 @@ def peak_memory(work: Callable[[], object], devices: Sequence[str]) -> int | Non
     """Run `work` and return its peak memory in bytes.
 
     On a CUDA device it is the memory that torch allocated. On a CPU it is the resident memory of the process: Python,
-    the weights, and freed memory that was not returned to the system.
+    the weights, and what `work` allocates. Freed memory is returned to the system before.
 
     Returns:
         None on other devices, on systems other than Linux, and for several devices, which have worker processes.
@@ -348,6 +349,7 @@ def peak_memory(work: Callable[[], object], devices: Sequence[str]) -> int | Non
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
+    return_freed_memory()
     resettable = device.type == "cpu" and _reset_high_water_mark()
     work()
     return _high_water_mark() if resettable else None

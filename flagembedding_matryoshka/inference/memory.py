@@ -45,12 +45,22 @@ def keep_freed_memory() -> bool:
         whether malloc was told to.
     """
     is_configured = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    if is_configured or platform.libc_ver()[0] != "glibc":
+    if is_configured or not _has_glibc():
         return False
     set_option = ctypes.CDLL(None).mallopt
     set_option(M_ARENA_MAX, 1)
     set_option(M_TRIM_THRESHOLD, LARGEST_INT)
     return any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST_BLOCKS)
+
+
+def return_freed_memory() -> None:
+    """Return the memory that `keep_freed_memory` keeps to the system, once. Without glibc nothing is done."""
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 class OutOfMemory(Exception):
