@@ -31,7 +31,7 @@ LARGEST_BLOCKS = (2**30, 2**25)
 
 
 @cache
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let glibc's malloc keep freed memory for the next pass, in this process and from now on.
 
     By default it returns every large block to the system, and the next operation faults it in again page by page:
@@ -40,17 +40,16 @@ def keep_freed_memory() -> bool:
 
     Nothing is changed if a variable of the environment already configures malloc (`MALLOC_…` or `GLIBC_TUNABLES`), or
     if the C library is not glibc.
-
-    Returns:
-        whether malloc was told to.
     """
     is_configured = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     if is_configured or not _has_glibc():
-        return False
+        return
     set_option = ctypes.CDLL(None).mallopt
     set_option(M_ARENA_MAX, 1)
     set_option(M_TRIM_THRESHOLD, LARGEST_INT)
-    return any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST_BLOCKS)
+    largest, before_2_35 = LARGEST_BLOCKS
+    if not set_option(M_MMAP_THRESHOLD, largest):
+        set_option(M_MMAP_THRESHOLD, before_2_35)
 
 
 def return_freed_memory() -> None:

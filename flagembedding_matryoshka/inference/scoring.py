@@ -173,6 +173,18 @@ class WindowHits:
     hits: list[Any]
     missing: int
 
+    def take(self, task: Task, scored: Scored) -> None:
+        """Make the hits of a task's pairs, which are pairs of this window."""
+        for number, place in enumerate(chain(*task.places)):
+            self.hits[place - self.window.first] = hit = Hit(score=scored.scores[0][number])
+            if task.owners is not None:
+                hit["cutoff_layer"] = scored.exits[number]
+            if task.fusion is not None:
+                hit["fused_score"] = scored.fused[number]
+            if self.window.inputs[place - self.window.first].is_cut:
+                hit["is_truncated"] = True
+        self.missing -= sum(map(len, task.places))
+
 
 def _scored(
     run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
@@ -205,18 +217,9 @@ def _scored(
                 for found in chain(results, (None,)):  # None: the run has ended
                     if found is not None:
                         task, scored = found
-                        places = list(chain(*task.places))
-                        own = next(one for one in begun if places[0] < one.window.first + len(one.hits))
-                        for number, place in enumerate(place - own.window.first for place in places):
-                            own.hits[place] = hit = Hit(score=scored.scores[0][number])
-                            if task.owners is not None:
-                                hit["cutoff_layer"] = scored.exits[number]
-                            if task.fusion is not None:
-                                hit["fused_score"] = scored.fused[number]
-                            if own.window.inputs[place].is_cut:
-                                hit["is_truncated"] = True
-                        own.missing -= len(places)
-                        progress.update(len(places))
+                        first = task.places[0][0]
+                        next(one for one in begun if first < one.window.first + len(one.hits)).take(task, scored)
+                        progress.update(sum(map(len, task.places)))
                     while begun and not begun[0].missing and (goes_on or found is None):
                         complete = begun.popleft()
                         rest = iter(complete.hits)

@@ -220,7 +220,11 @@ def choose_kernel(
         return "flex"
     if not on_cpu:
         return "groups"
-    if not dropout and packed.context_lengths.max() <= _longest_product(query, softcap):
+    if query.requires_grad:
+        longest = LONGEST_LEARNT_PRODUCT
+    else:
+        longest = LONGEST_PRODUCT if query.dtype == torch.bfloat16 and softcap is None else 0
+    if not dropout and packed.context_lengths.max() <= longest:
         return "products"
     return "segments"
 
@@ -229,13 +233,6 @@ def refuse_not_causal(module: nn.Module | None) -> None:
     """Raise ValueError if attention in `module` is not causal."""
     if not getattr(module, "is_causal", True):
         raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
-
-
-def _longest_product(query: Tensor, softcap: float | None) -> int:
-    """Return the number of tokens of a context up to which plain products are faster on a CPU."""
-    if query.requires_grad:
-        return LONGEST_LEARNT_PRODUCT
-    return LONGEST_PRODUCT if query.dtype == torch.bfloat16 and softcap is None else 0
 
 
 def _segment_by_segment(

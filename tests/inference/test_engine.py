@@ -82,6 +82,16 @@ def test_a_later_stage_is_a_copy_of_what_is_selected_and_one_of_its_indices(rera
     assert recorder.copies == [True] * 3 and not recorder.waits
 
 
+def recording(order, name):
+    """A stand-in for `copy_to_host`: appends `name` to `order` when a copy is queued, and "wait" when it is read."""
+
+    def copied(values):
+        order.append(name)
+        return lambda: order.append("wait") or values
+
+    return copied
+
+
 def test_the_first_stage_of_a_cascade_is_queued_before_the_scores_of_the_task_before_are_read(reranker, monkeypatch):
     queries, lists = ["a wing", "the heat", "air"], [[text for _, text in PAIRS]] * 3
     options = {"cascade": {2: 0.5}}
@@ -89,11 +99,7 @@ def test_the_first_stage_of_a_cascade_is_queued_before_the_scores_of_the_task_be
     expected = reranker.rank_batch(queries, lists, **options)
     order = []
 
-    def copied(values):
-        order.append("queue")
-        return lambda: order.append("wait") or values
-
-    monkeypatch.setattr(cascade, "copy_to_host", copied)
+    monkeypatch.setattr(cascade, "copy_to_host", recording(order, "queue"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert reranker.rank_batch(queries, lists, **options) == expected
     first, later = ["wait", "queue", "wait"], ["queue", "wait", "queue", "wait"]
@@ -122,12 +128,8 @@ def test_the_next_windows_first_stage_is_queued_before_the_last_scores_are_read(
     windows, order = [], []
     cut = scoring.tasks_of
 
-    def copied(values):
-        order.append("queue")
-        return lambda: order.append("wait") or values
-
     monkeypatch.setattr(scoring, "tasks_of", lambda window, call: windows.append(window) or cut(window, call))
-    monkeypatch.setattr(cascade, "copy_to_host", copied)
+    monkeypatch.setattr(cascade, "copy_to_host", recording(order, "queue"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert rank(reranker, queries, lists, **options) == expected
     assert [len(window.portions) for window in windows] == [1, 1, 1]
@@ -140,11 +142,7 @@ def test_batches_of_the_next_window_are_started_before_the_last_scores_are_read(
     expected = reranker.rank_batch(queries, lists)
     order = []
 
-    def copied(values):
-        order.append("copy")
-        return lambda: order.append("wait") or values
-
-    monkeypatch.setattr(engine, "copy_to_host", copied)
+    monkeypatch.setattr(engine, "copy_to_host", recording(order, "copy"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert reranker.rank_batch(queries, lists) == expected  # each list is cut into windows of one pair
     assert order == ["copy", *["copy", "wait"] * 5, "wait"]
@@ -176,12 +174,8 @@ def test_a_batchs_scores_are_copied_before_the_next_batch_is_started(reranker, m
     order = []
     forward = Engine._forward
 
-    def copied(values):
-        order.append("copy")
-        return lambda: order.append("wait") or values
-
     monkeypatch.setattr(Engine, "_forward", lambda *given: order.append("run") or forward(*given))
-    monkeypatch.setattr(engine, "copy_to_host", copied)
+    monkeypatch.setattr(engine, "copy_to_host", recording(order, "copy"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert reranker.compute_score(PAIRS, batch_size=2) == expected
     assert order == ["run", "copy", *["run", "copy", "wait"] * 3, "wait"]

@@ -38,7 +38,7 @@ def own_functions(call):
 @pytest.mark.parametrize(
     ("arguments", "functions", "files"),
     [
-        pytest.param({}, 97, 18, id="compute_score"),
+        pytest.param({}, 96, 18, id="compute_score"),
         pytest.param({"cascade": {3: 0.5}}, 123, 23, id="rank with a cascade"),
     ],
 )

@@ -142,16 +142,10 @@ def count_faults(path, **variables):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_a_pass_on_a_cpu_faults_no_memory_in_that_an_earlier_pass_had(tiny_tokenizer, tmp_path):
+def test_a_pass_on_a_cpu_faults_no_memory_in_that_an_earlier_pass_had(tiny_raw_model_path, tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=256,
-        intermediate_size=2048,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 2048, "num_hidden_layers": 2}
+    config = MistralConfig.from_pretrained(tiny_raw_model_path, max_position_embeddings=1024, **wide)
     MistralForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     kept = count_faults(tmp_path)
