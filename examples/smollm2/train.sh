@@ -9,7 +9,7 @@
 set -euo pipefail
 data=$1 from=$2 out=$3 steps=$4 decay=${5:-400} seed=${6:-1} tokens=${7:-128}
 base=$(python -c 'from flagembedding_matryoshka.checkpoints.gguf import smollm2_base; print(smollm2_base())')
-[ "$from" = - ] && adapters=(--lora_rank 32 --lora_alpha 64 --learning_rate 7e-4) || adapters=(--from_peft "$from" --learning_rate 4e-4)
+[ "$from" = - ] && adapters=(--lora_rank 32 --lora_alpha 64 --learning_rate 7e-4) || adapters=(--from_peft "$from" --learning_rate 2e-4)
 exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetune --use_cpu True --bf16 \
     --model_name_or_path "$base" "${adapters[@]}" --train_data "$data" --output_dir "$out" --cache_path "$out.cache" \
     --exits 6 9 12 15 18 --exit_weights 0.4 0.6 0.8 0.8 1 --compress_layers 3 6 9 --compress_ratios 1 1 2 4 \

@@ -26,6 +26,7 @@ from flagembedding_matryoshka.finetune.callbacks import DataOrder, SavedSteps
 from flagembedding_matryoshka.finetune.checkpoints import average_weights
 from flagembedding_matryoshka.finetune.collapse import CollapseGuard, ExitState
 from flagembedding_matryoshka.finetune.data import PADDING, MatryoshkaEvalCollator
+from flagembedding_matryoshka.finetune.folding import fold_adapters
 from flagembedding_matryoshka.finetune.sampling import BalancedSampler, OneSourceSampler, sample_setting
 from flagembedding_matryoshka.finetune.sharding import keep_loss_in_float32
 from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
@@ -82,6 +83,9 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             )
         if beir is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("eval_beir does not work with FSDP and DeepSpeed, which shard the model: leave it out.")
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # weights are gathered by the layers' own hooks
+        if isinstance(self.model.model, PeftModel) and self.args.device.type == "cpu" and not is_sharded:
+            fold_adapters(self.model.model)
         self.beir, self.lengths = beir, lengths
         self.eval_collator = eval_collator
         self.one_source_per_batch = one_source_per_batch
