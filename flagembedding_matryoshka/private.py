@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,14 +46,21 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 }
 """For each class of a library, the private names that a subclass of this package overrides or calls."""
 
-onednn_linear: Callable[..., Tensor] | None = None
+onednn_linear: Any = None
 """oneDNN's linear layer on a CPU, without a gradient; None if torch was built without oneDNN.
 
-Arguments are states, (..., in), weight, (out, in), bias or None, and "none", [], "" for no operation after it.
-torch.compile takes it when it freezes a model.
+Arguments are states, (..., in), weight, (out, in), bias or None, and the operation after it: "none" or "swish", [], "".
+`onednn_linear.binary` takes states, factor, (..., out), weight, bias, "mul". torch.compile takes both when it freezes a
+model.
 """
+onednn_order: Any = None
+"""Takes a weight, (out, in), and None; returns it in the order in which `onednn_linear` reads it fastest."""
 if torch.backends.mkldnn.is_available():
     onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    onednn_order = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""Returns how often a tensor was changed in place."""
 
 
 class BackboneAttention:

@@ -1,5 +1,6 @@
 import ast
 import importlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,14 @@ from flagembedding_matryoshka.private import (
     get_whole_modules,
     ignore_on_load,
     onednn_linear,
+    onednn_order,
     save_under_own_names,
     selected_rows,
     takes_attention_from_interface,
     tree_flatten,
     tree_unflatten,
     untie_weights,
+    version_of,
 )
 
 PACKAGE = Path(flagembedding_matryoshka.__file__).parent
@@ -167,13 +170,20 @@ def test_compiler_options_hold_inside():
     assert torch._dynamo.config.recompile_limit == before
 
 
-def test_this_build_of_torch_has_the_linear_layer_of_onednn():
-    assert onednn_linear is not None
+def test_the_linear_layer_of_onednn_takes_a_weight_in_either_order_and_an_operation_after_it():
     states, weight, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
-    for added in (bias, None):
-        torch.testing.assert_close(
-            onednn_linear(states, weight, added, "none", [], ""),
-            nn.functional.linear(states, weight, added),
-            rtol=1e-5,
-            atol=1e-6,
-        )
+    factor = torch.randn(5, 4)
+    for given in (weight, onednn_order(weight, None)):
+        for added in (bias, None):
+            product = nn.functional.linear(states, weight, added)
+            close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+            close(onednn_linear(states, given, added, "none", [], ""), product)
+            close(onednn_linear(states, given, added, "swish", [], ""), nn.functional.silu(product))
+            close(onednn_linear.binary(states, factor, given, added, "mul"), product * factor)
+
+
+def test_a_change_in_place_is_counted():
+    tensor = torch.zeros(3)
+    before = version_of(tensor)
+    tensor.add_(1)
+    assert version_of(tensor) > before

@@ -7,11 +7,13 @@ from queue import SimpleQueue
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import cascade, engine, scoring
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.models import attention, flash
+from flagembedding_matryoshka.models.onednn import OneDnnLinear, OneDnnMlp
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import ImmediateExecutor
@@ -179,3 +181,28 @@ def test_a_batchs_scores_are_copied_before_the_next_batch_is_started(reranker, m
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert reranker.compute_score(PAIRS, batch_size=2) == expected
     assert order == ["run", "copy", *["run", "copy", "wait"] * 3, "wait"]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN needs AVX-512 to be chosen")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_on_a_cpu_computes_by_onednn_and_its_model_is_exported(tiny_layerwise_path, dtype, tmp_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype=dtype, devices="cpu")
+    layers = reranker.model.model.layers
+    linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(type(linear) is OneDnnLinear for linear in linears)
+    assert all(type(layer.mlp) is OneDnnMlp for layer in layers)
+    scores = reranker.compute_score(PAIRS)
+    assert all(linear._packed is not None for linear in linears)
+    plain = Engine(copy.deepcopy(reranker.model))  # as it was before it scored
+    for linear in plain.model.model.layers.modules():
+        if isinstance(linear, OneDnnLinear):
+            linear.__class__ = torch.nn.Linear
+    for layer in plain.model.model.layers:
+        layer.mlp.__class__ = MistralMLP
+    task = engine.Task([reranker.tokenize(PAIRS)], [range(len(PAIRS))], Setting(6))
+    ((_, expected),) = plain.run([task])
+    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected.scores[0]), atol=tolerance, rtol=0)
+    reranker.export(tmp_path / "cut", cutoff_layers=[4, 6])
+    exported = MatryoshkaReranker(str(tmp_path / "cut"), dtype=dtype, devices="cpu")
+    assert exported.compute_score(PAIRS) == scores

@@ -1,63 +1,188 @@
-"""Float32 products by oneDNN: the same numbers as torch's, and torch's own layers where they do not apply."""
+"""Products by oneDNN: the numbers of torch's layers, and torch's layers where they do not apply."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Gemma2Config, Glm4Config, LlamaConfig, MistralConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+from transformers.models.glm4.modeling_glm4 import Glm4MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from flagembedding_matryoshka.models import onednn
-from flagembedding_matryoshka.models.onednn import OneDnnLinear, use_onednn
+from flagembedding_matryoshka.models.onednn import OneDnnLinear, OneDnnMlp, use_onednn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is chosen on a processor with AVX-512"
+    ),
+]
+CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of the inputs of oneDNN's products."""
     shapes = []
+    product = OneDnnLinear.product
 
-    def noted(states, *others):
+    def noted(self, states, *others):
         shapes.append(tuple(states.shape))
-        return product(states, *others)
+        return product(self, states, *others)
 
-    product = onednn.onednn_linear
-    monkeypatch.setattr(onednn, "onednn_linear", noted)
+    monkeypatch.setattr(OneDnnLinear, "product", noted)
     return shapes
 
 
-def converted(bias, dtype=torch.float32):
+def converted(bias=True, dtype=torch.float32):
     torch.manual_seed(0)
     linear = nn.Linear(24, 10, bias=bias, dtype=dtype)
     use_onednn(nn.Sequential(linear))
-    assert type(linear) is OneDnnLinear
+    assert type(linear) is OneDnnLinear and linear.packs
     return linear
 
 
+def expected(linear, inputs):
+    return nn.functional.linear(inputs, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (7, 24), (1, 33, 24), (2, 3, 5, 24), (0, 24)])
-def test_without_a_gradient_the_product_is_that_of_torch(shape, bias, calls):
-    linear, inputs = converted(bias), torch.randn(shape)
+def test_without_a_gradient_the_product_is_that_of_torch(shape, bias, dtype, packs, calls):
+    linear, inputs = converted(bias, dtype), torch.randn(shape).to(dtype)
+    linear.packs = packs
     with torch.inference_mode():
-        output = linear(inputs)
-    torch.testing.assert_close(output, nn.functional.linear(inputs, linear.weight, linear.bias), rtol=1e-5, atol=1e-6)
-    assert calls == [shape]
+        for _ in range(2):
+            torch.testing.assert_close(linear(inputs), expected(linear, inputs), **CLOSE[dtype])
+    assert calls == [shape] * 2
 
 
 @pytest.mark.parametrize(
     "strided", [torch.randn(24, 7).t(), torch.randn(7, 48)[:, ::2], torch.randn(1, 24).expand(7, 24)]
 )
 def test_rows_may_have_any_strides(strided):
-    linear = converted(True)
+    linear = converted()
     with torch.no_grad():
-        torch.testing.assert_close(linear(strided), nn.functional.linear(strided, linear.weight, linear.bias))
+        torch.testing.assert_close(linear(strided), expected(linear, strided), **CLOSE[torch.float32])
 
 
 def test_with_a_gradient_the_layer_is_that_of_torch(calls):
-    linear = converted(True)
+    linear = converted()
     linear(torch.randn(7, 24)).sum().backward()
     assert linear.weight.grad is not None and not calls
 
 
-def test_in_bfloat16_the_layer_is_that_of_torch(calls):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_in_other_dtypes_the_layer_is_that_of_torch(dtype, calls):
     with torch.inference_mode():
-        assert converted(True, torch.bfloat16)(torch.randn(7, 24).bfloat16()).dtype == torch.bfloat16
+        assert converted(True, dtype)(torch.randn(7, 24).to(dtype)).dtype == dtype
     assert not calls
+
+
+@torch.no_grad()
+def test_a_weight_that_changes_is_stored_anew():
+    linear, inputs = converted(), torch.randn(7, 24)
+    linear(inputs)
+    for change in (
+        lambda: linear.weight.mul_(2),
+        lambda: linear.load_state_dict({"weight": torch.ones(10, 24), "bias": torch.zeros(10)}),
+        lambda: setattr(linear, "weight", nn.Parameter(torch.randn(10, 24))),
+    ):
+        before = linear(inputs)
+        change()
+        torch.testing.assert_close(linear(inputs), expected(linear, inputs), **CLOSE[torch.float32])
+        assert not torch.allclose(linear(inputs), before)
+
+
+@torch.no_grad()
+def test_a_used_layer_is_copied_saved_and_pickled_as_one_of_torch():
+    linear, inputs = converted(), torch.randn(7, 24)
+    output = linear(inputs)
+    assert linear._packed is not None
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert other._packed is None
+        assert torch.equal(other(inputs), output)
+    assert set(linear.state_dict()) == {"weight", "bias"}
+
+
+def test_large_weights_are_not_stored_twice(monkeypatch):
+    monkeypatch.setattr(onednn, "MOST_PACKED_BYTES", 24 * 10 * 4 - 1)
+    linear = nn.Linear(24, 10)
+    use_onednn(nn.Sequential(linear))
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(torch.ones(2, 24)), expected(linear, torch.ones(2, 24)))
+    assert type(linear) is OneDnnLinear and linear._packed is None
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_other_processors_keep_the_layers_of_torch(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layers = nn.Sequential(nn.Linear(24, 10), mlp(MistralMLP, MistralConfig))
+    use_onednn(layers)
+    assert not any(isinstance(part, OneDnnLinear | OneDnnMlp) for part in layers.modules())
+
+
+def mlp(kind, config, **options):
+    torch.manual_seed(0)
+    return kind(config(hidden_size=24, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "config"), [(MistralMLP, MistralConfig), (LlamaMLP, LlamaConfig)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_gated_by_silu_is_fused(kind, config, bias, dtype):
+    options = {"mlp_bias": True} if bias and kind is LlamaMLP else {}
+    plain = mlp(kind, config, **options).to(dtype)
+    fused = copy.deepcopy(plain)
+    use_onednn(nn.Sequential(fused))
+    assert type(fused) is OneDnnMlp
+    inputs = torch.randn(1, 9, 24).to(dtype)
+    with torch.inference_mode():
+        output = fused(inputs)
+    torch.testing.assert_close(output, plain(inputs).detach(), **CLOSE[dtype])
+    assert not torch.equal(output, torch.zeros_like(output))
+
+
+def test_a_fused_block_passes_gradients():
+    fused = mlp(MistralMLP, MistralConfig)
+    use_onednn(nn.Sequential(fused))
+    fused(torch.randn(3, 24)).sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in fused.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options"),
+    [
+        (Gemma2MLP, Gemma2Config, {}),  # GELU
+        (MistralMLP, MistralConfig, {"hidden_act": "relu"}),
+        (Glm4MLP, Glm4Config, {}),  # gate and up in one matrix
+    ],
+)
+def test_other_blocks_keep_their_forward(kind, config, options):
+    plain = mlp(kind, config, **options)
+    other = copy.deepcopy(plain)
+    use_onednn(nn.Sequential(other))
+    assert type(other) is kind
+    inputs = torch.randn(5, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(inputs), plain(inputs).detach(), **CLOSE[torch.float32])
+
+
+@torch.no_grad()
+def test_operations_are_counted_as_those_of_torch():
+    plain = mlp(MistralMLP, MistralConfig)
+    fused = copy.deepcopy(plain)
+    use_onednn(nn.Sequential(fused))
+    counts = []
+    for block in (plain, fused):
+        with FlopCounterMode(display=False) as counter:
+            block(torch.randn(2, 5, 24))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 10 * 3 * 24 * 40
