@@ -67,6 +67,7 @@ from flagembedding_matryoshka.finetune.rows import (
 )
 from flagembedding_matryoshka.finetune.sharding import unsharded_loading
 from flagembedding_matryoshka.finetune.trainer import MatryoshkaTrainer, ranking_metrics
+from flagembedding_matryoshka.inference.device import follow_cpu_quota
 from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -180,6 +181,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             targets = convert_target_modules(args.target_modules)
             refuse_unknown_modules(checkpoint.config, targets, args.modules_to_save)
         if self.training_args.device.type == "cpu":
+            follow_cpu_quota()
             keep_freed_memory()
         with unsharded_loading(self.training_args):
             model = load_model(checkpoint, tokenizer, self._weights_dtype(), raw_peft, **self._hub)

@@ -27,6 +27,7 @@ from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
     check_devices,
     fast_batch_tokens,
+    follow_cpu_quota,
     resolve_dtype,
     threads_of_each,
 )
@@ -233,6 +234,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self.quantization = quantization
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, first, quantization)
         self.dtype = str(resolved).removeprefix("torch.")
+        if any(torch.device(device).type == "cpu" for device in self.target_devices):
+            follow_cpu_quota()
         threads = threads_of_each(self.target_devices)
         fast = fast_batch_tokens(first, resolved, checkpoint.config.hidden_size, threads)
         self.max_tokens_per_batch = fast if max_tokens_per_batch is None else max_tokens_per_batch
