@@ -9,6 +9,9 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from flagembedding_matryoshka.models.onednn import OneDnnLinear, product
 
 
 class FoldedProduct(Function):
@@ -34,16 +37,18 @@ class FoldedProduct(Function):
         rows = states.reshape(-1, states.shape[-1]).to(dtype)
         ctx.save_for_backward(rows, weight, a, b)
         ctx.scale, ctx.shape, ctx.dtype = scale, states.shape, states.dtype
-        return torch.mm(rows, _folded(weight, a, b, scale, dtype).t()).view(*states.shape[:-1], -1)
+        return product(rows, _folded(weight, a, b, scale, dtype)).view(*states.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of states, A and B."""
         rows, weight, a, b = ctx.saved_tensors
         gradient = outputs[0].reshape(-1, outputs[0].shape[-1]).to(rows.dtype)
         of_states = None
         if ctx.needs_input_grad[0]:
-            of_states = gradient.mm(_folded(weight, a, b, ctx.scale, rows.dtype)).view(ctx.shape).to(ctx.dtype)
+            of_rows = product(gradient, _folded(weight, a, b, ctx.scale, rows.dtype).t())
+            of_states = of_rows.view(ctx.shape).to(ctx.dtype)
         of_a = gradient.mm(b.to(rows.dtype)).t().mm(rows).to(a.dtype) * ctx.scale
         of_b = gradient.t().mm(rows.mm(a.to(rows.dtype).t())).to(b.dtype) * ctx.scale
         return of_states, None, of_a, of_b, None
@@ -85,7 +90,7 @@ def fold_adapters(model: PeftModel) -> int:
 def _can_fold(layer: LoraLinear) -> bool:
     base, names = layer.base_layer, layer.active_adapters
     return (
-        type(base) is nn.Linear
+        type(base) in (nn.Linear, OneDnnLinear)
         and base.bias is None
         and not base.weight.requires_grad
         and len(names) == 1

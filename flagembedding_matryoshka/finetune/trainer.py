@@ -33,6 +33,7 @@ from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
+from flagembedding_matryoshka.models.onednn import use_onednn
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
@@ -84,8 +85,10 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         if beir is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("eval_beir does not work with FSDP and DeepSpeed, which shard the model: leave it out.")
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # weights are gathered by the layers' own hooks
-        if isinstance(self.model.model, PeftModel) and self.args.device.type == "cpu" and not is_sharded:
-            fold_adapters(self.model.model)
+        if self.args.device.type == "cpu" and not is_sharded:
+            use_onednn(self.model.model, packs=False)
+            if isinstance(self.model.model, PeftModel):
+                fold_adapters(self.model.model)
         self.beir, self.lengths = beir, lengths
         self.eval_collator = eval_collator
         self.one_source_per_batch = one_source_per_batch

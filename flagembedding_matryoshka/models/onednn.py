@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.activations import SiLUActivation
 from transformers.models.mistral.modeling_mistral import MistralMLP
@@ -17,14 +19,45 @@ from flagembedding_matryoshka.private import onednn_linear, onednn_order, versio
 MOST_PACKED_BYTES = 2**30
 """Weights of a model that are stored a second time, in oneDNN's order, are at most this large together."""
 DTYPES = (torch.float32, torch.bfloat16)
+HAS_ONEDNN = onednn_linear is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class OneDnnProduct(Function):
+    """Float32 product of rows and a weight, and its gradients, (rows, out), (out, in) and (out,)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return rows Wᵀ + bias, (rows, out)."""
+        ctx.save_for_backward(rows, weight)
+        return onednn_linear(rows, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows, weight and bias that are asked for."""
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(gradient, weight.t()) if of_rows else None,
+            product(gradient.t(), rows.t()) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows Wᵀ, (rows, out), of (rows, in) and (out, in), without a gradient. Both may be transposed."""
+    if HAS_ONEDNN and rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32:
+        return onednn_linear(rows, weight, None, "none", [], "")
+    return torch.mm(rows, weight.t())
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer whose products on a CPU are oneDNN's where no gradient is computed.
+    """A linear layer whose products on a CPU are oneDNN's.
 
     torch computes float32 products by MKL, which uses no AVX-512 on a processor that is not Intel's. On two cores of an
     AMD EPYC oneDNN computes 2,048 rows times a matrix of 576 × 1,536 at 454 GFLOP/s instead of 212, and with the weight
-    in its own order at 498. In bfloat16 torch takes oneDNN itself (790 GFLOP/s), and the order counts alone (945).
+    in its own order at 498. In bfloat16 torch takes oneDNN itself (790 GFLOP/s), and the order counts alone (945), so
+    that gradients are left to torch.
 
     Attributes:
         packs: store the weight in oneDNN's order, too, once it is used.
@@ -37,15 +70,22 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.product(input) if self.is_onednn(input) else super().forward(input)
+        if not self.is_onednn(input):
+            return super().forward(input)
+        if not torch.is_grad_enabled():
+            return self.product(input)
+        if input.dtype != torch.float32:
+            return super().forward(input)
+        rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+        return rows.view(*input.shape[:-1], -1)
 
     def is_onednn(self, states: Tensor) -> bool:
-        """Return whether `product` can compute with these states and is not slower than torch."""
+        """Return whether oneDNN can compute with these states."""
         return (
             states.device.type == "cpu"
             and states.dtype in DTYPES
             and states.dtype == self.weight.dtype
-            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
         )
 
     def product(self, states: Tensor, then: str = "none", factor: Tensor | None = None) -> Tensor:
@@ -83,20 +123,23 @@ class OneDnnMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) to (..., hidden)."""
-        if not self.gate_proj.is_onednn(x):
+        if torch.is_grad_enabled() or not self.gate_proj.is_onednn(x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj.product(self.up_proj.product(x, factor=self.gate_proj.product(x, then="swish")))
 
 
-def use_onednn(module: nn.Module) -> None:
+def use_onednn(module: nn.Module, packs: bool = True) -> None:
     """Turn linear layers and feed-forward blocks of a module into those of this file, in place.
 
     Nothing changes if this build of torch has no oneDNN, or the processor no AVX-512. torch then keeps its products.
+
+    Args:
+        packs: store weights in oneDNN's order, too. They must not change often.
     """
-    if onednn_linear is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not HAS_ONEDNN:
         return
     linears = [part for part in module.modules() if type(part) is nn.Linear]
-    packs = sum(part.weight.nbytes for part in linears) <= MOST_PACKED_BYTES
+    packs = packs and sum(part.weight.nbytes for part in linears) <= MOST_PACKED_BYTES
     for part in linears:
         part.__class__ = OneDnnLinear
         part.packs = packs  # type: ignore[assignment]
