@@ -15,11 +15,11 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import count_tokens
+from flagembedding_matryoshka.inference.batching import OutOfMemory, TokenLimit, computed, count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
-from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed, keep_freed_memory
+from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
