@@ -6,11 +6,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -87,8 +87,9 @@ class Engine:
         if compile:
             model.model.compile_layers()
         self._ahead = 1 if model.device.type == "cuda" else 0
-        self._has_token_adapters = bool(token_adapter_ratios(model))
-        self._switching = threading.Lock()
+        self._adapted: Callable[[int], AbstractContextManager[Any]] = nullcontext
+        if token_adapter_ratios(model):
+            self._adapted = partial(_token_adapter, model, threading.Lock())
         self._limit = TokenLimit()
         self._limit_of_cascades = TokenLimit()
 
@@ -233,21 +234,16 @@ class Engine:
         with self._adapted(setting.compress_ratio):
             states = [self._embed(pairs, setting) for pairs in batches]
         if deadline is not None:
-            exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
+            score, exits = partial(self._read, setting, None), self.model.config.exit_layers
+            reading = reading_share(self.model.config)
+            return AnytimeRun(score, states, setting, exits, reading, deadline, between, fusion).run()
+        return (yield from run_cascade(partial(self._read, setting, between), states, owners, setting, fusion))
 
-            def read(states: PackedStates, layer: int) -> torch.Tensor:
-                return self._read(states, layer, setting).cpu()
-
-            return AnytimeRun(read, states, setting, exits, reading, deadline, between, fusion).run()
-
-        def score_one(states: PackedStates, layer: int) -> torch.Tensor:
-            if between is not None:
-                between()
-            return self._read(states, layer, setting)
-
-        return (yield from run_cascade(score_one, states, owners, setting, fusion))
-
-    def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
+    def _read(
+        self, setting: Setting, between: Callable[[], None] | None, states: PackedStates, layer: int
+    ) -> torch.Tensor:
+        if between is not None:
+            between()
         with self._adapted(setting.compress_ratio):
             return self.model.scores(states, setting, (layer,))[0]
 
@@ -273,15 +269,13 @@ class Engine:
         decoder = self.model.model
         return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant), setting)
 
-    @contextmanager
-    def _adapted(self, ratio: int) -> Iterator[None]:
-        """Use the token adapter of a ratio inside. Other threads that switch adapters wait."""
-        if not self._has_token_adapters:
-            yield
-            return
-        with self._switching:
-            use_token_adapter(self.model, ratio)
-            yield
+
+@contextmanager
+def _token_adapter(model: CostWiseForCausalLM, switching: threading.Lock, ratio: int) -> Iterator[None]:
+    """Use the token adapter of a ratio inside. Other threads that switch adapters wait."""
+    with switching:
+        use_token_adapter(model, ratio)
+        yield
 
 
 def _of_queries(task: Task, owners: Sequence[Sequence[int]], chosen: Sequence[Sequence[bool]], value: bool) -> Task:
