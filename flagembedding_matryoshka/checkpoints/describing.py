@@ -42,12 +42,12 @@ OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
 OURS = "flagembedding_matryoshka."
 
 
-class Published(NamedTuple):
-    """A line of published re-rankers.
+class PublishedModel(NamedTuple):
+    """A family of published re-rankers.
 
     Attributes:
-        name: how their names go, in lower case.
-        template: the name of theirs.
+        name: part of the names of their checkpoints, in lower case.
+        template: name of their template.
         backbones: their model types.
     """
 
@@ -57,15 +57,15 @@ class Published(NamedTuple):
 
 
 PUBLISHED = (
-    Published("matroyshka-reranker", "cost_wise", ("mistral",)),
-    Published("qwen3-reranker", "qwen3-reranker", ("qwen3",)),
-    Published("zerank", "zerank", ("qwen3",)),
-    Published("mxbai-rerank-base-v2", "mxbai-v2", ("qwen2",)),
-    Published("mxbai-rerank-large-v2", "mxbai-v2", ("qwen2",)),
-    Published("ctxl-rerank-v2", "ctxl-v2", ("qwen3", "mistral")),
-    Published("bge-reranker-v2-gemma", "bge-gemma", ("gemma",)),
-    Published("bge-reranker-v2-minicpm-layerwise", "minicpm", ("minicpm",)),
-    Published("bge-reranker-v2.5-gemma2-lightweight", "gemma2-lightweight", ("gemma2", "cost_wise_gemma")),
+    PublishedModel("matroyshka-reranker", "cost_wise", ("mistral",)),
+    PublishedModel("qwen3-reranker", "qwen3-reranker", ("qwen3",)),
+    PublishedModel("zerank", "zerank", ("qwen3",)),
+    PublishedModel("mxbai-rerank-base-v2", "mxbai-v2", ("qwen2",)),
+    PublishedModel("mxbai-rerank-large-v2", "mxbai-v2", ("qwen2",)),
+    PublishedModel("ctxl-rerank-v2", "ctxl-v2", ("qwen3", "mistral")),
+    PublishedModel("bge-reranker-v2-gemma", "bge-gemma", ("gemma",)),
+    PublishedModel("bge-reranker-v2-minicpm-layerwise", "minicpm", ("minicpm",)),
+    PublishedModel("bge-reranker-v2.5-gemma2-lightweight", "gemma2-lightweight", ("gemma2", "cost_wise_gemma")),
 )
 
 

@@ -55,7 +55,7 @@ class Task:
     fusion: Fusion | None = None
 
 
-class Scored(NamedTuple):
+class TaskScores(NamedTuple):
     """The results of a task, pair after pair in the order of its batches.
 
     Attributes:
@@ -95,14 +95,14 @@ class Engine:
 
     def run(
         self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
-    ) -> Generator[tuple[Task, Scored], None, None]:
+    ) -> Generator[tuple[Task, TaskScores], None, None]:
         """Yield each task with its results, in order. A GPU gets a task before the previous results are read.
 
         Args:
             device: the only device, or None. `WorkerPool.run` chooses a device by it.
             between_batches: as in `start`.
         """
-        started: deque[tuple[Task, Callable[[], Scored]]] = deque()
+        started: deque[tuple[Task, Callable[[], TaskScores]]] = deque()
         for task in tasks:
             started.append((task, self.start(task, between_batches)))
             if len(started) > self._ahead:
@@ -114,7 +114,7 @@ class Engine:
     def close(self) -> None:
         """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
-    def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], Scored]:
+    def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], TaskScores]:
         """Queue a batch on the device and the copy of its scores, without waiting for them.
 
         Of a task with `owners` the first stage is queued on a GPU, and the others run when it is waited for. With a
@@ -153,16 +153,16 @@ class Engine:
 
         on_host = copy_to_host(torch.cat(scores, dim=1))
 
-        def wait() -> Scored:
+        def wait() -> TaskScores:
             found = on_host()
             self._refuse_no_number(found, places)
-            return Scored(found.tolist())
+            return TaskScores(found.tolist())
 
         return wait
 
     def _score_in_stages(
         self, task: Task, owners: Sequence[Sequence[int]], between: Callable[[], None] | None
-    ) -> Generator[None, None, Scored]:
+    ) -> Generator[None, None, TaskScores]:
         """Score the pairs of a cascade, or of one query until a deadline. Yields as `run_cascade`.
 
         After an out-of-memory error all pairs start again, each half of the queries by itself, and those of a single
@@ -204,11 +204,11 @@ class Engine:
             self._limit_of_cascades.fitted()
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
             self._refuse_no_number(torch.stack([scores.double(), fused.double()]), places_of_all)
-            return Scored([scores.tolist()], exits.tolist(), fused.tolist())
+            return TaskScores([scores.tolist()], exits.tolist(), fused.tolist())
 
     def _in_halves(
         self, task: Task, owners: Sequence[Sequence[int]], queries: Sequence[int], between: Callable[[], None] | None
-    ) -> Generator[None, None, Scored]:
+    ) -> Generator[None, None, TaskScores]:
         """Score a cascade of several queries as two, one after the other."""
         first = set(queries[: len(queries) // 2])
         in_first = [[number in first for number in numbers] for numbers in owners]
@@ -219,7 +219,7 @@ class Engine:
             (scores,), exits, fused = yield from self._score_in_stages(own, own.owners, between)
             found[half] = iter(list(zip(scores, exits, fused, strict=True)))
         merged_scores, merged_exits, merged_fused = zip(*(next(found[half]) for half in chain(*in_first)), strict=True)
-        return Scored([list(merged_scores)], merged_exits, merged_fused)
+        return TaskScores([list(merged_scores)], merged_exits, merged_fused)
 
     @torch.inference_mode()
     def _run_stages(

@@ -29,14 +29,14 @@ from typing_extensions import Required, TypedDict
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
-from flagembedding_matryoshka.inference.engine import Scored, Task
+from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
 
 T = TypeVar("T")
-Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
+Run = Callable[[Iterator[Task]], Generator[tuple[Task, TaskScores], None, None]]
 """Computes tasks and yields each one with its results."""
 
 
@@ -173,7 +173,7 @@ class WindowHits:
     hits: list[Any]
     missing: int
 
-    def take(self, task: Task, scored: Scored) -> None:
+    def take(self, task: Task, scored: TaskScores) -> None:
         """Make the hits of a task's pairs, which are pairs of this window."""
         for number, place in enumerate(chain(*task.places)):
             self.hits[place - self.window.first] = hit = Hit(score=scored.scores[0][number])

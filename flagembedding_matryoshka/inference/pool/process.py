@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flagembedding_matryoshka.inference.engine import Engine, Scored, Task
+from flagembedding_matryoshka.inference.engine import Engine, Task, TaskScores
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 
@@ -127,7 +127,7 @@ def _start(parent: ParentConnection, engine: Engine, order: Order) -> Callable[[
     return partial(_answer_of, wait)
 
 
-def _answer_of(wait: Callable[[], Scored]) -> Answer:
+def _answer_of(wait: Callable[[], TaskScores]) -> Answer:
     try:
         return Answer(wait())
     except Exception as error:
