@@ -192,8 +192,8 @@ class RankingOptions:
             clock: the clock of the deadline.
 
         Raises:
-            TypeError: if `top_k` or a number of chunks is not an int, `deadline_ms` is not a number, or an instruction
-                is neither a string nor None, or the instructions are not in a list.
+            TypeError: if `top_k` or a number of chunks is not an int, `deadline_ms` is not a number, the instructions
+                are not in a list, or one of them is neither a string nor None.
             ValueError: if a number is too small, or an argument of chunks is given without `chunk`.
         """
         chosen = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
@@ -207,8 +207,8 @@ class RankingOptions:
         first_stage = (arguments["first_stage_scores"], arguments["first_stage"])
         chosen["has_first_stage"] = any(one is not None for one in first_stage)
         given = chosen["overrides"].get("instruction")
-        chosen["instructions"] = None if given is None or isinstance(given, str) else given
-        if chosen["instructions"] is not None:
+        chosen["instructions"] = None
+        if given is not None and not isinstance(given, str):
             if not isinstance(given, list | tuple):
                 raise TypeError(
                     f"instruction must be a string, or a list with one for each query, got {excerpt(given)}."
@@ -216,7 +216,7 @@ class RankingOptions:
             for number, one in enumerate(given):
                 if not isinstance(one, str | None):
                     raise TypeError(f"instruction {number} must be a string or None, got {excerpt(one)}.")
-            chosen["overrides"] = chosen["overrides"] | {"instruction": None}
+            chosen["instructions"], chosen["overrides"] = given, chosen["overrides"] | {"instruction": None}
         return cls(**chosen)
 
 
