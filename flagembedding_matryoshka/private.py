@@ -7,12 +7,13 @@ name in its own class, and `OVERRIDDEN` lists it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 from transformers import PreTrainedModel
@@ -43,6 +44,15 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "transformers.PreTrainedModel": ("_no_split_modules",),
 }
 """For each class of a library, the private names that a subclass of this package overrides or calls."""
+
+onednn_linear: Callable[..., Tensor] | None = None
+"""oneDNN's linear layer on a CPU, without a gradient; None if torch was built without oneDNN.
+
+Arguments are states, (..., in), weight, (out, in), bias or None, and "none", [], "" for no operation after it.
+torch.compile takes it when it freezes a model.
+"""
+if torch.backends.mkldnn.is_available():
+    onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class BackboneAttention:

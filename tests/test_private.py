@@ -21,6 +21,7 @@ from flagembedding_matryoshka.private import (
     find_file,
     get_whole_modules,
     ignore_on_load,
+    onednn_linear,
     save_under_own_names,
     selected_rows,
     takes_attention_from_interface,
@@ -164,3 +165,15 @@ def test_compiler_options_hold_inside():
     with compiler_options({"recompile_limit": before + 1}):
         assert torch._dynamo.config.recompile_limit == before + 1
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_this_build_of_torch_has_the_linear_layer_of_onednn():
+    assert onednn_linear is not None
+    states, weight, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+    for added in (bias, None):
+        torch.testing.assert_close(
+            onednn_linear(states, weight, added, "none", [], ""),
+            nn.functional.linear(states, weight, added),
+            rtol=1e-5,
+            atol=1e-6,
+        )

@@ -24,6 +24,7 @@ from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share
+from flagembedding_matryoshka.models.onednn import use_onednn
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -84,6 +85,7 @@ class Engine:
         self.model = model
         if model.device.type == "cpu":
             keep_freed_memory()
+            use_onednn(model.model.layers)
         if compile:
             model.model.compile_layers()
         self._ahead = 1 if model.device.type == "cuda" else 0

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flagembedding_matryoshka.models.onednn import OneDnnLinear
+
 ROWS = 512
 """Rows of a tile; the last tile of a batch is padded. With weights of 512 × 512, 512 rows reached 0.83 of the matrix
 peak and 1,024 rows 0.96, on two cores in bfloat16."""
 
 
-class TiledLinear(nn.Linear):
+class TiledLinear(OneDnnLinear):
     """A linear layer that always multiplies `ROWS` rows at a time.
 
     The number of rows determines the kernel of a product, and so the order of its sums. In bfloat16 the result of a row

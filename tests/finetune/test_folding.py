@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from flagembedding_matryoshka.finetune import trainer
 from flagembedding_matryoshka.finetune.folding import FoldedLinear, FoldedProduct, fold_adapters
+from tests.finetune.runs import close, runner
 
 
 class Two(nn.Module):
@@ -100,3 +102,17 @@ def test_a_base_that_learns_stays():
     for weight in model.parameters():
         weight.requires_grad_()
     assert fold_adapters(model) == 0
+
+
+def test_a_run_with_folded_adapters_learns_the_same(tiny_raw_model_path, training_file, tmp_path, monkeypatch):
+    folded = runner(tiny_raw_model_path, training_file, tmp_path / "folded")
+    folded.run()
+    assert sum(isinstance(module, FoldedLinear) for module in folded.model.modules()) > 0
+    monkeypatch.setattr(trainer, "fold_adapters", lambda model: 0)
+    plain = runner(tiny_raw_model_path, training_file, tmp_path / "plain")
+    plain.run()
+    assert not any(isinstance(module, FoldedLinear) for module in plain.model.modules())
+    trained = {name: weight for name, weight in plain.model.named_parameters() if weight.requires_grad}
+    for name, weight in folded.model.named_parameters():
+        if weight.requires_grad:
+            close(weight, trained[name])
