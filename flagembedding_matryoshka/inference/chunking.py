@@ -110,8 +110,8 @@ class Chunking:
             yield Chunk(start, end, pair)
             if not NO_SPACE.search(text, end):
                 return
-            behind = start + int(offsets[max(kept - self.overlap, 0), 0]) if self.overlap else end
-            following = NO_SPACE.search(text, max(start + 1, min(behind, end)))
+            overlapped = start + int(offsets[max(kept - self.overlap, 0), 0]) if self.overlap else end
+            following = NO_SPACE.search(text, max(start + 1, min(overlapped, end)))
             assert following is not None
             start = following.start()
 

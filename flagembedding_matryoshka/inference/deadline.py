@@ -217,8 +217,8 @@ class AnytimeRun:
         missing = numbers[index + 1] - int((self._reached > layer).sum())
         if missing <= 0:
             return True
-        behind = range(index + 1, len(self._exits) - 1)
-        goal = self._exits[next((exit for exit in behind if numbers[exit + 1] < numbers[exit]), -1)]
+        deeper = range(index + 1, len(self._exits) - 1)
+        goal = self._exits[next((exit for exit in deeper if numbers[exit + 1] < numbers[exit]), -1)]
         waiting = (self._reached == layer).nonzero()[:, 0]
         scores = self._scores[waiting]
         fused = scores if self._fusion is None else self._fusion.fuse(self._scores, waiting)

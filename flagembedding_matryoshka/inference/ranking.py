@@ -118,14 +118,15 @@ class RankingMixin:
 
         Raises:
             FileNotFoundError: if `fusion` is "auto", and the model has no plan.
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
-                above 0, `min_score` is no number or would be compared with scores of several exits that are not
-                calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
-                or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand. Also if the number of first-stage scores is
-                not the number of documents, a first-stage score is not finite, both `first_stage_scores` and
-                `first_stage` are given, one of them is given without a weight, or `fusion` is given without them, is
-                negative, not finite, or "auto" while the plan has no weight.
+            TypeError, ValueError: as in `compute_score`, and if several cutoff layers are given, `top_k` is below 1,
+                `deadline_ms` is not a number above 0, `min_score` is not a number or would be compared with scores of
+                several exits that are not calibrated, or the cascade does not fit the model or keeps fewer than
+                `top_k`.
+                Chunks: if their arguments are given without `chunk` or are too small, the overlap is too large, or the
+                tokenizer has no offsets.
+                Fusion: if the number of first-stage scores is not the number of documents, a score is not finite, both
+                `first_stage_scores` and `first_stage` are given, one of them is given without a weight, or the weight
+                is given without them, is negative, not finite, or "auto" while the plan has no weight.
         """
         (ranking,) = self.rank_batch(
             [query],

@@ -90,7 +90,7 @@ class ParentConnection:
             self._received.put(None)
 
     def has_received(self) -> bool:
-        """Return whether a message is there."""
+        """Return whether a message waits to be read."""
         return not self._received.empty()
 
     def receive(self) -> Any:
@@ -108,7 +108,7 @@ class ParentConnection:
 def answer(parent: ParentConnection, engine: Engine, order: Order) -> None:
     """Answer an order, and the orders that come before its answer.
 
-    An order that is there is started before the results of the one before are waited for.
+    If an order waits, it is started before the results of the previous order are waited for.
     """
     started = deque([_start(parent, engine, order)])
     while started:
