@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measuring import environment
 from benchmarks.scoring.checkpoints import SHAPES, config_of, write_checkpoint
-from benchmarks.scoring.settings import Timed
+from benchmarks.scoring.settings import Workload
 from benchmarks.scoring.texts import random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
@@ -72,7 +72,7 @@ def measure(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     score = partial(reranker.compute_score, pairs, show_progress_bar=False)
     own = reranker.max_tokens_per_batch
     timed = [
-        Timed(str(tokens), partial(score, max_tokens_per_batch=tokens), len(pairs), None)
+        Workload(str(tokens), partial(score, max_tokens_per_batch=tokens), len(pairs), None)
         for tokens in sorted({own, *args.tokens})
     ]
     seconds = {int(name): statistics.median(each) for name, each in take_turns(timed, args.rounds, "cpu").items()}

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from scipy.stats import kendalltau
 
-from benchmarks.ablations.ranking import Ranked
+from benchmarks.ablations.ranking import Outcome
 from flagembedding_matryoshka.evaluation.runs import Run, ranking
 
 
@@ -43,7 +43,7 @@ MEASURES: dict[str, Callable[[Run, Run], list[float]]] = {
 
 
 def agreement(
-    measure: str, ranked: Mapping[str, Ranked], reference: Mapping[str, Ranked], scope: Sequence[str]
+    measure: str, ranked: Mapping[str, Outcome], reference: Mapping[str, Outcome], scope: Sequence[str]
 ) -> float:
     """Return the mean over all queries of the collections in `scope`.
 

@@ -23,7 +23,7 @@ Collections = Mapping[str, Candidates]
 """Candidates by the name of their collection."""
 
 
-class Ranked(NamedTuple):
+class Outcome(NamedTuple):
     """Result and run of a setting on a collection."""
 
     result: Result
@@ -50,21 +50,21 @@ def measure(
     settings: Sequence[Setting],
     folder: Path,
     timed_pairs: int = 1,
-) -> dict[Setting, dict[str, Ranked]]:
+) -> dict[Setting, dict[str, Outcome]]:
     """Return result and run of every setting on each collection. Results in `folder` are not measured again.
 
     Args:
         timed_pairs: number of pairs whose time is measured; 1 if speed does not matter.
     """
-    found: dict[Setting, dict[str, Ranked]] = {setting: {} for setting in settings}
+    found: dict[Setting, dict[str, Outcome]] = {setting: {} for setting in settings}
     for name, candidates in collections.items():
         store = Store(folder / name, conditions(reranker, candidates, timed_pairs, RECALL_AT))
         for result in measure_settings(reranker, candidates, settings, store, timed_pairs, RECALL_AT):
-            found[result.setting][name] = Ranked(result, store.run(result.setting))
+            found[result.setting][name] = Outcome(result, store.run(result.setting))
     return found
 
 
-def quality(ranked: Mapping[str, Ranked], scope: Sequence[str]) -> list[float]:
+def quality(ranked: Mapping[str, Outcome], scope: Sequence[str]) -> list[float]:
     """Return nDCG@10 of each query of the collections in `scope`."""
     return [value for name in scope for value in ranked[name].result.per_query[QUALITY]]
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measuring import matrix_flops_per_second
 from benchmarks.scoring.checkpoints import config_of, write_checkpoint
-from benchmarks.scoring.settings import CANDIDATES, Timed, quantizations, settings_of
+from benchmarks.scoring.settings import CANDIDATES, Workload, quantizations, settings_of
 from benchmarks.scoring.texts import random_lists, random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
@@ -61,10 +61,10 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     for place, (name, model) in enumerate(others.items(), start=2):
         score = partial(model.compute_score, pairs, show_progress_bar=False)
         correlations[name] = torch.corrcoef(torch.stack([torch.tensor(score()), reference]))[0, 1].item()
-        settings.insert(place, Timed(name, score, len(pairs), None))
+        settings.insert(place, Workload(name, score, len(pairs), None))
     seconds = take_turns(settings, args.rounds, args.device)
     (tokenizing,) = take_turns(
-        [Timed("tokenizing", partial(ours.tokenize, pairs), len(pairs), None)], args.rounds, args.device
+        [Workload("tokenizing", partial(ours.tokenize, pairs), len(pairs), None)], args.rounds, args.device
     ).values()
     peak = matrix_flops_per_second(args.device, ours.model.dtype)
 
@@ -89,7 +89,7 @@ def measure_shape(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def throughput(setting: Timed, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def throughput(setting: Workload, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Pairs per second, and how many times as many as what the setting is against."""
     own = seconds[setting.name]
     return {
@@ -100,7 +100,7 @@ def throughput(setting: Timed, seconds: dict[str, list[float]]) -> dict[str, Any
     }
 
 
-def arithmetic(setting: Timed, full: Timed, seconds: dict[str, list[float]], peak: float) -> dict[str, float]:
+def arithmetic(setting: Workload, full: Workload, seconds: dict[str, list[float]], peak: float) -> dict[str, float]:
     """How fast a setting computes, and its arithmetic and time as shares of full depth's."""
     median = statistics.median(seconds[setting.name])
     return {

@@ -1,4 +1,4 @@
-"""What is timed: the plain cross-encoder, and ours in every setting."""
+"""Workloads that are timed: the plain cross-encoder, and this package in every setting."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ PLAIN, PLAIN_SHARED = "plain cross-encoder", "plain, shared query"
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What is timed, its arithmetic per call (None: not counted), and the setting that its speedup is against."""
+class Workload:
+    """A call that is timed.
+
+    Attributes:
+        score: the call.
+        pairs: number of pairs that it scores.
+        flops: floating-point operations of the call; None if they are not counted.
+        against: name of the workload that its speedup is relative to.
+    """
 
     name: str
     score: Callable[[], Any]
@@ -29,7 +36,7 @@ class Timed:
     against: str = PLAIN
 
 
-def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Timed]:
+def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: dict[str, list[str]]) -> list[Workload]:
     """The plain cross-encoder, then ours: depth and width, a query that candidates share, dropping candidates."""
     layers = ours.config.num_hidden_layers
     quarter = layers // 4
@@ -42,15 +49,15 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
     def width(ratio: int, *compress_layers: int) -> dict[str, Any]:
         return {"compress_layers": compress_layers, "compress_ratio": ratio}
 
-    def scoring(name: str, **options: Any) -> Timed:
+    def scoring(name: str, **options: Any) -> Workload:
         flops = ours.estimate_flops(pairs, **options)
-        return Timed(name, lambda: ours.compute_score(pairs, show_progress_bar=False, **options), len(pairs), flops)
+        return Workload(name, lambda: ours.compute_score(pairs, show_progress_bar=False, **options), len(pairs), flops)
 
     queries, documents = list(lists), list(lists.values())
     shared = [(query, text) for query, texts in lists.items() for text in texts]
     cascade = {quarter: 0.3, half: TOP / CANDIDATES}
     settings = [
-        Timed(PLAIN, lambda: plain.compute_score(pairs), len(pairs), None),
+        Workload(PLAIN, lambda: plain.compute_score(pairs), len(pairs), None),
         scoring("full depth"),
         scoring("half depth", cutoff_layers=[half]),
         scoring("full depth, ratio 2", **width(2, quarter)),
@@ -62,15 +69,15 @@ def settings_of(ours: MatryoshkaReranker, pairs: list[tuple[str, str]], lists: d
         return settings
     return [
         *settings,
-        Timed(PLAIN_SHARED, lambda: plain.compute_score(shared), len(shared), None, PLAIN_SHARED),
-        Timed(
+        Workload(PLAIN_SHARED, lambda: plain.compute_score(shared), len(shared), None, PLAIN_SHARED),
+        Workload(
             "shared query",
             lambda: ours.compute_score(shared, show_progress_bar=False),
             len(shared),
             ours.estimate_flops(shared),
             PLAIN_SHARED,
         ),
-        Timed(
+        Workload(
             f"cascade to {TOP} of {CANDIDATES}",
             lambda: ours.rank_batch(queries, documents, top_k=TOP, cascade=cascade),
             len(shared),

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from benchmarks.measuring import synchronize
-from benchmarks.scoring.settings import Timed
+from benchmarks.scoring.settings import Workload
 
 
-def take_turns(settings: Sequence[Timed], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(settings: Sequence[Workload], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call, by setting."""
     seconds: dict[str, list[float]] = {setting.name: [] for setting in settings}
     for number in tqdm(range(-1, rounds), desc="rounds", leave=False):

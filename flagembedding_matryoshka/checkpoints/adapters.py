@@ -1,4 +1,4 @@
-"""Adapters: what they note of themselves, how they are merged, and which of them act."""
+"""Adapters: their configuration, merging them, and switching between them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MERGED_TYPES = (
     PeftType.LN_TUNING,
     PeftType.TRAINABLE_TOKENS,
 )
-"""Kinds of adapters that become weights of the model. Merged models were compared with peft's for each of them."""
+"""Types of adapters that can be merged. For each of them a merged model was compared with peft's."""
 PICKLED = (
     "the weights of {path} are pickled ({file}), and a pickle can run code when it is read. If its source can be "
     "trusted, give allow_pickle=True (--allow_pickle). Otherwise ask for {instead}."
@@ -47,13 +47,13 @@ VOCABULARY = ("embed_tokens", "lm_head")
 
 
 class Adapter(NamedTuple):
-    """An adapter that is read.
+    """The content of an adapter's files.
 
     Attributes:
-        path: where it lies, as the caller says it.
-        config: its adapter_config.json.
-        weights: its tensors, by peft's names without "base_model.model.".
-        of_exits: whether it was trained on a layer-wise model, with its scoring heads.
+        path: path or name, as the caller gives it.
+        config: the adapter_config.json.
+        weights: tensors by peft's names without "base_model.model.".
+        of_exits: whether the adapter was trained on a layer-wise model, with its scoring heads.
     """
 
     path: str
@@ -63,15 +63,15 @@ class Adapter(NamedTuple):
 
     @property
     def has_score(self) -> bool:
-        """Whether it brings the head of a sequence classifier."""
+        """Whether the adapter has the head of a sequence classifier."""
         return any(name.startswith("score.") for name in self.weights)
 
     def names(self, parts: Collection[str]) -> list[str]:
-        """The weights in modules of these names."""
+        """Return the names of weights in modules of these names."""
         return [name for name in self.weights if not {*name.split(".")}.isdisjoint(parts)]
 
     def rows(self, module: str) -> int:
-        """The rows that it brings of the embedding ("embed_tokens") or the vocabulary head ("lm_head"); 0 for none."""
+        """Return the rows of the adapter's "embed_tokens" (embedding) or "lm_head" (vocabulary head); 0 without one."""
         pattern = re.compile(
             rf"(.*\.)?{module}\.((token_adapter\.)?base_layer\.|original_module\.|modules_to_save\.)?weight"
         )
@@ -79,16 +79,16 @@ class Adapter(NamedTuple):
 
     @property
     def vocabulary_size(self) -> int:
-        """The tokens of the language model that it was trained on; 0 if it does not say."""
+        """Vocabulary size of the language model that the adapter was trained on; 0 if it is unknown."""
         return 0 if self.of_exits else self.rows("embed_tokens") or self.rows("lm_head")
 
 
 def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
-    """What an adapter notes as its base, and the base's revision if it notes one.
+    """Return the base in an adapter's configuration, and the base's revision, or None.
 
     Raises:
-        FileNotFoundError: if that is a path which is no longer there.
-        ValueError: if it notes none, or adapters of its kind cannot become weights of the model.
+        FileNotFoundError: if the base is a path that does not exist.
+        ValueError: if the configuration has no base, or adapters of this type cannot be merged.
     """
     noted = _config(adapter, **hub)
     base = noted.base_model_name_or_path
@@ -107,18 +107,18 @@ def base_of(adapter: str, **hub: Any) -> tuple[str, str | None]:
 
 
 def place_of_config(adapter: str, base: str, base_revision: str | None, **hub: Any) -> tuple[str, dict[str, Any]]:
-    """Where the configuration of a base with its adapter lies.
+    """Find the configuration of a base with its adapter.
 
-    Fine-tuning in this package writes a config.json into the adapter's directory. Other programs, as FlagEmbedding's
-    runners, write none; then it is the base's.
+    Fine-tuning in this package writes a config.json into the adapter's directory. Other programs, such as
+    FlagEmbedding's runners, do not. The configuration is then that of the base.
 
     Args:
         adapter: the adapter's directory or name.
-        base, base_revision: as `base_of` returns them.
-        hub: as of `hub_options`; `revision` is that of the adapter.
+        base, base_revision: the result of `base_of`.
+        hub: as in `hub_options`; `revision` is of the adapter.
 
     Returns:
-        the directory or name, and the options of `hub` for it.
+        the directory or name that has the configuration, and the options of `hub` for it.
 
     Raises:
         FileNotFoundError: if neither the adapter nor the base has a configuration that can be read.
@@ -145,10 +145,10 @@ def _no_base(adapter: str, base: str, error: OSError | None = None) -> FileNotFo
 
 
 def adapter_file(adapter: str, **hub: Any) -> Path:
-    """Where the weights of an adapter lie.
+    """Return the file of an adapter's weights.
 
     Raises:
-        FileNotFoundError: if it has none.
+        FileNotFoundError: if there is no such file.
     """
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         file = find_file(adapter, name, **hub)
@@ -160,10 +160,12 @@ def adapter_file(adapter: str, **hub: Any) -> Path:
 
 
 def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None:
-    """Adapters find heads by their number: those of other exits would go into the wrong ones without a word.
+    """Refuse an adapter that was fine-tuned with other exits than the model's.
+
+    peft finds heads by their number, so it would put weights of other exits into the wrong heads.
 
     Raises:
-        ValueError: if fine-tuning noted exits beside the adapter that do not begin with those of `config`.
+        ValueError: if the exits in the adapter's config.json do not begin with the exits of `config`.
     """
     if _noted(adapter, **hub).get("layer_wise"):
         exits = read_config(adapter, **hub).exit_layers
@@ -172,11 +174,11 @@ def refuse_other_heads(adapter: str, config: CostWiseConfig, **hub: Any) -> None
 
 
 def refuse_other_head(adapter: Adapter, model: str, after: str | None = None) -> None:
-    """Refuse an adapter of a language model or classifier whose head it changes, where the model has heads of exits.
+    """Refuse an adapter that changes the head of a language model or classifier, if the model is layer-wise.
 
     Args:
-        model: what the error calls the model.
-        after: the adapter of the layer-wise model that comes before it; None if the model was layer-wise before.
+        model: name of the model, for the error.
+        after: path of the first adapter of the layer-wise model; None if the checkpoint is layer-wise.
 
     Raises:
         ValueError: if the adapter changes the head or, with `after`, the embedding.
@@ -203,8 +205,7 @@ def read_adapter(path: str, allow_pickle: bool = False, **hub: Any) -> Adapter:
 
     Raises:
         FileNotFoundError: if it has no weights.
-        ValueError: if adapters of its kind cannot become weights of the model, or its weights are pickled and
-            `allow_pickle` is False.
+        ValueError: if adapters of this type cannot be merged, or the weights are pickled and `allow_pickle` is False.
     """
     config = _config(path, **hub)
     for name in ("alora_invocation_tokens", "layer_replication", "arrow_config", "target_parameters"):
@@ -224,7 +225,7 @@ def read_adapter(path: str, allow_pickle: bool = False, **hub: Any) -> Adapter:
 
 
 def trains_classifier(path: str, allow_pickle: bool = False, **hub: Any) -> bool:
-    """Whether an adapter was trained on a sequence classifier, and brings its head. It may raise as `read_adapter`."""
+    """Return whether an adapter was trained on a sequence classifier and has its head. Raises as `read_adapter`."""
     return _config(path, **hub).task_type == TaskType.SEQ_CLS and read_adapter(path, allow_pickle, **hub).has_score
 
 
@@ -232,7 +233,7 @@ def _config(adapter: str, **hub: Any) -> PeftConfig:
     """Read adapter_config.json.
 
     Raises:
-        ValueError: if adapters of its kind cannot become weights of the model, or peft does not know it.
+        ValueError: if adapters of this type cannot be merged.
     """
     file = cached_file(adapter, ADAPTER_CONFIG_NAME, **hub)
     kind = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("peft_type")
@@ -245,24 +246,23 @@ def _config(adapter: str, **hub: Any) -> PeftConfig:
 
 
 def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_trainable: bool = False) -> PeftModel:
-    """Put an adapter into a model, without merging it.
+    """Add an adapter to a model without merging it.
 
     Args:
         model: a layer-wise model, or a language model or classifier with the module names of transformers.
-        depth: the layers of the whole checkpoint, of which `model` may have fewer. Weights of layers that are not there
-            are left out.
-        name: what the adapter is called in the model.
-        is_trainable: let the adapter learn.
+        depth: number of layers of the whole checkpoint. The model may have fewer; weights of other layers are left out.
+        name: name of the adapter in the model.
+        is_trainable: whether the adapter is trained.
 
     Raises:
-        ValueError: if it has weights that no module of the model takes, lacks weights of the modules that it names, or
-            has weights of other shapes.
+        ValueError: if the adapter has weights that no module of the model takes, lacks weights of modules that its
+            configuration names, or has weights of other shapes.
     """
     config: Any = adapter.config
     kind = type(model).__name__.removeprefix("_")
     weights = {PREFIX + key: value for key, value in adapter.weights.items() if not _is_cut(key, model.config, depth)}
     if adapter.has_score and "score" not in (config.modules_to_save or ()) and f"{PREFIX}score.weight" in weights:
-        # Older releases of peft train the head of every SEQ_CLS model and do not note it.
+        # Older releases of peft train the head of every SEQ_CLS model, but do not name it in the configuration.
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
     config.inference_mode = not is_trainable
     try:
@@ -273,7 +273,7 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_t
     with _no_warnings_of_ties():
         expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     present = peft_model.state_dict()
-    # A trainer that resized the vocabulary saves its embedding and head, too, by the names that they have inside peft.
+    # A trainer that resized the vocabulary also saves embedding and head, under their names inside peft.
     present |= {re.sub(rf"\.{name}(?=\.|$)", "", key): value for key, value in present.items()}
     unused = [key.removeprefix(PREFIX) for key in weights if key not in expected and key not in present]
     missing = [key.removeprefix(PREFIX) for key in expected if key not in weights]
@@ -295,15 +295,15 @@ def attach(model: Any, adapter: Adapter, depth: int, name: str = "default", is_t
 
 
 def merge(model: Any, adapter: Adapter, depth: int) -> Any:
-    """Merge an adapter into a model, whose weights change.
+    """Merge an adapter into the weights of a model, and return the model.
 
-    A language model whose vocabulary head is tied to its embedding keeps two matrices if the adapter changes them.
+    If a language model ties head and embedding, and the adapter changes one of them, the result has two matrices.
 
     Args:
-        model, depth: as of `attach`.
+        model, depth: as in `attach`.
 
     Raises:
-        ValueError: as `attach`, or if peft cannot merge it.
+        ValueError: as in `attach`, or if peft cannot merge the adapter.
     """
     if adapter.vocabulary_size not in (0, model.config.vocab_size):
         model.resize_token_embeddings(adapter.vocabulary_size, mean_resizing=False)
@@ -323,7 +323,7 @@ def merge(model: Any, adapter: Adapter, depth: int) -> Any:
 
 
 def _untie(peft_model: PeftModel) -> None:
-    """Give a tied vocabulary head its own matrix, as a model with an adapter that is not merged computes."""
+    """Give a tied vocabulary head a matrix of its own, as peft computes it before a merge."""
     language_model: Any = peft_model.get_base_model()
     of_embedding = {id(parameter) for parameter in language_model.get_input_embeddings().parameters()}
     for module in language_model.lm_head.modules():
@@ -333,7 +333,7 @@ def _untie(peft_model: PeftModel) -> None:
 
 
 def _is_cut(name: str, config: CostWiseConfig, depth: int) -> bool:
-    """Whether a weight belongs to a layer, or to a head of an exit, that is not loaded."""
+    """Return whether a weight is of a layer, or of an exit's head, that is not loaded."""
     if config.num_hidden_layers == depth:
         return False
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -352,19 +352,19 @@ def _no_warnings_of_ties() -> Iterator[None]:
 
 
 def token_adapter_ratio(path: str, **hub: Any) -> int | None:
-    """The ratio that an adapter makes up for, as fine-tuning noted beside it; None for any other adapter."""
+    """Return the compression ratio that an adapter compensates for, by its config.json; None for other adapters."""
     compensation = _noted(path, **hub).get("compensation") or {}
     return compensation.get("compress_ratio") if compensation.get("axis") == "token" else None
 
 
 def _noted(adapter: str, **hub: Any) -> dict[str, Any]:
-    """The model's configuration, as fine-tuning wrote it beside an adapter; empty where another program wrote it."""
+    """Return the config.json that fine-tuning wrote beside an adapter; {} without this file."""
     file = find_file(adapter, CONFIG_NAME, **hub)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
-    """The ratios that a model has adapters attached for."""
+    """Return the compression ratios for which a model has token adapters."""
     return {
         ratio
         for layer in model.modules()
@@ -375,7 +375,7 @@ def token_adapter_ratios(model: CostWiseForCausalLM) -> set[int]:
 
 
 def use_token_adapter(model: CostWiseForCausalLM, ratio: int) -> None:
-    """Let the adapter that is attached for `ratio` act, alone, or none where there is none. No weight changes."""
+    """Use the token adapter of `ratio` only, or no adapter if there is none. No weight changes."""
     name = token_adapter_name(ratio)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):

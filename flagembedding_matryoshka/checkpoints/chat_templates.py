@@ -1,9 +1,9 @@
-"""A checkpoint's own chat template, as sentence-transformers (5.4 and later) renders pairs with it, cut into the fields
-of a [`Template`][flagembedding_matryoshka.text.templates.Template].
+"""Conversion of a checkpoint's chat template to a [`Template`][flagembedding_matryoshka.text.templates.Template].
 
-The tokenizer renders messages of the roles system (the instruction), query and document. Characters of the private use
-area mark the texts. The words between the marks are cut where the tokenizer begins a new token whatever the texts are,
-so that the fields, tokenised apart, give the tokens of the whole text.
+sentence-transformers (5.4 and later) renders pairs with such a template, as messages with the roles system (the
+instruction), query and document. Here the tokenizer renders characters of the private use area in place of the texts.
+The words between these marks are cut at places where a new token begins, whatever the texts are. The fields can then be
+tokenised separately and have the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PROBES = (
     *("a", "Wing?", " b", "x ", "\nc\n", "1, 2", "(d).", "中文", "é🙂", "", "a\n\nb. ", "'s it"),
     *("\tq", "  two", "end:\n", "“q”", "<tag>", "#5 -", "A.\r\n", "it’s", "\u00a0z"),
 )
-"""Texts whose ends a tokenizer may join with the words beside them."""
+"""Texts whose first or last characters a tokenizer may join with the words beside them."""
 NOT_LITERAL = "a'\"<b> & {{c}} {% d %} \\ 中\n\nE" + " f" * 50_000
-"""A text that escaping, changing case or shortening changes."""
+"""A text that changes if a template escapes, truncates or changes the case of texts."""
 
 
 def template_from_chat(
@@ -38,26 +38,27 @@ def template_from_chat(
     options: Mapping[str, Any] | None = None,
     is_structured: bool = False,
 ) -> Template:
-    """The fields of a tokenizer's chat template.
+    """Convert a tokenizer's chat template.
 
     Args:
-        tokenizer: with a chat template that takes the roles query and document.
-        head_tokens: of the result.
+        tokenizer: a tokenizer whose chat template takes the roles query and document.
+        head_tokens: head tokens of the result.
         options: keyword arguments of `apply_chat_template`, such as add_generation_prompt.
-        is_structured: whether a message's content is a list of objects with a text, or the text.
+        is_structured: True if a message's content is a list of objects with a text, False if it is the text.
 
     Raises:
-        ValueError: if the template leaves out or changes a text, or cannot be cut; the error holds what it renders.
+        ValueError: if the chat template leaves out or changes a text, or cannot be cut, with the rendered text.
     """
     return _Cutter(tokenizer, dict(options or {}), is_structured).template(head_tokens)
 
 
 def template_of_pairs(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequence[str | int]) -> Template:
-    """The template of a tokenizer that takes a query and a passage as a pair, without a chat template. An instruction
-    stands directly before the query.
+    """Return the template of a tokenizer without a chat template, which takes query and passage as a pair.
+
+    An instruction is directly before the query.
 
     Raises:
-        ValueError: if the tokenizer puts tokens of its own between or behind the texts.
+        ValueError: if the tokenizer adds tokens between or after the texts.
     """
     rules: tuple[Bos, ...] = ("tokenizer", "reference")
     for bos in rules:
@@ -88,25 +89,25 @@ def template_of_pairs(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequence[
 
 @dataclass(frozen=True)
 class _Layout:
-    """The rendered words, with the names of the texts between them.
+    """The words of a rendered chat template, with the names of the texts between them.
 
     Attributes:
-        words: one more than `names`.
-        names: of the texts, in their order.
+        words: the words before, between and after the texts, one item more than `names`.
+        names: names of the texts, in their order.
     """
 
     words: tuple[str, ...]
     names: tuple[str, ...]
 
     def filled(self, texts: Mapping[str, str]) -> str:
-        """The whole text."""
+        """Return the words with these texts between them."""
         parts = [self.words[0]]
         for name, words in zip(self.names, self.words[1:], strict=True):
             parts += [texts[name], words]
         return "".join(parts)
 
     def before(self, place: int, texts: Mapping[str, str]) -> int:
-        """Characters in front of the words at `place`."""
+        """Return the number of characters before the words at `place`."""
         parts = zip(self.words[:place], self.names[:place], strict=True)
         return sum(len(words) + len(texts[name]) for words, name in parts)
 
@@ -149,7 +150,7 @@ class _Cutter:
         return rendered
 
     def _stripped(self) -> list[Any]:
-        """The texts whose surrounding white space the template removes."""
+        """Return the names of texts whose surrounding white space the chat template removes."""
         found: list[Any] = []
         for name, mark in MARKS.items():
             given = {one: MARKS[one] for one in MARKS if one != "instruction"} | {name: f"\n {mark} "}
@@ -161,7 +162,11 @@ class _Cutter:
         return found
 
     def _layout(self, names: Sequence[str], strip: Sequence[str]) -> _Layout:
-        """Raises ValueError if a text is missing, comes twice, or is not the text that was given."""
+        """Render the chat template and split it at the texts.
+
+        Raises:
+            ValueError: if the chat template leaves out, repeats or changes a text.
+        """
         marks = {name: MARKS[name] for name in names}
         text = self._render(marks)
         for name, mark in marks.items():
@@ -181,7 +186,7 @@ class _Cutter:
         return layout
 
     def _fields(self, layout: _Layout) -> dict[str, Any]:
-        """The fields of a template with query and passage, and with an instruction where the layout has one."""
+        """Return the fields of a template, with an instruction if the layout has one."""
         order = [name for name in layout.names if name != "instruction"]
         groups = self._groups(layout)
         first_begin = self._cut(layout, groups[0][0], from_end=True)
@@ -205,8 +210,13 @@ class _Cutter:
         }
 
     def _groups(self, layout: _Layout) -> list[tuple[int, int]]:
-        """For both texts, the places in `layout.words` of the words before and behind; an instruction that no control
-        token parts from its query is in one group with it."""
+        """Return for both texts the places in `layout.words` of the words before and after them.
+
+        An instruction is in one group with its query if there is no control token between them.
+
+        Raises:
+            ValueError: if the instruction is between query and document, and not in one group with the query.
+        """
         places = {name: place for place, name in enumerate(layout.names)}
         groups = {name: (places[name], places[name] + 1) for name in ("query", "passage")}
         if "instruction" in places and abs(places["instruction"] - places["query"]) == 1:
@@ -222,11 +232,12 @@ class _Cutter:
         return found
 
     def _fixed(self, own: str, outer: str | None, at_end: bool) -> str | list[str]:
-        """`before` or `behind`: the words beside a text, and the words on the other side of an instruction that stands
-        further out.
+        """Return the field `before` or `behind` of the template.
 
         Args:
-            outer: None if no instruction does.
+            own: the words beside the text.
+            outer: the words on the other side of an instruction beside `own`; None without such an instruction.
+            at_end: whether the words are after the texts.
         """
         if outer is None:
             return own
@@ -237,7 +248,7 @@ class _Cutter:
         return [ahead[:begin], f"{ahead[begin:]}{INSTRUCTION}{behind[:stop]}", behind[stop:]]
 
     def _format(self, layout: _Layout, start: int, end: int, begin: int, stop: int) -> str:
-        """The format of a text with the words around it, and with an instruction that is in one group with it."""
+        """Return the format of a text, with the words around it and the instruction in its group."""
         names = layout.names[start:end]
         words = [layout.words[start][begin:], *layout.words[start + 1 : end], layout.words[end][:stop]]
         escaped = [part.replace("{", "{{").replace("}", "}}") for part in words]
@@ -247,13 +258,15 @@ class _Cutter:
         return f"{escaped[0]}{slots[0]}{escaped[1]}{slots[1]}{escaped[2]}"
 
     def _between(self, layout: _Layout, place: int) -> tuple[int, int]:
-        """Where the words between the texts are cut: up to the first number they go with the first text, from the
-        second on with the second text."""
+        """Return two places at which to cut the words between the texts.
+
+        The words before the first place go to the first text, and those after the second place to the second text.
+        """
         words = layout.words[place]
         spans = self._control_spans(words)
         if spans:
-            # A passage takes as few words with it as can be, for there are many. A query takes all: with an instruction
-            # or without, the same words are left between the texts.
+            # A passage takes as few words as possible, because there are many passages. A query takes as many as
+            # possible, so that the words between the texts are the same with and without an instruction.
             up_to_control = range(spans[0][0] + 1)
             is_query = layout.names[place - 1] != "passage"
             first = self._first_cut(layout, place, up_to_control[::-1] if is_query else up_to_control)
@@ -263,7 +276,7 @@ class _Cutter:
         return cut, cut
 
     def _cut(self, layout: _Layout, place: int, from_end: bool) -> int:
-        """Where the words at `place` are cut, as near to the text beside them as can be."""
+        """Return the place at which to cut the words at `place`, as near to their text as possible."""
         words = layout.words[place]
         spans = self._control_spans(words)
         if from_end:
@@ -271,17 +284,17 @@ class _Cutter:
         return self._first_cut(layout, place, range(spans[0][0] + 1 if spans else len(words) + 1))
 
     def _control_spans(self, words: str) -> list[tuple[int, int]]:
-        """Where control tokens begin and end."""
+        """Return (start, end) of each control token in words."""
         if not self.control:
             return []
         pattern = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
         return [match.span() for match in re.finditer(pattern, words)]
 
     def _first_cut(self, layout: _Layout, place: int, candidates: range) -> int:
-        """The first of the candidates where a token ends whatever the texts are.
+        """Return the first candidate at which a token ends, whatever the texts are.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no such candidate.
         """
         for cut in candidates:
             if all(self._is_boundary(layout, place, cut, texts) for texts in _probes_of(layout.names)):
@@ -296,7 +309,8 @@ class _Cutter:
         position = layout.before(place, texts) + cut
         if self._ids(whole) != self._ids(whole[:position]) + self._ids(whole[position:], continues=position > 0):
             return False
-        # Not by the vocabulary's chance, where the tokenizer splits text into words before it merges.
+        # A tokenizer that splits text into words before merges must split there, too: otherwise the boundary may be a
+        # coincidence of its vocabulary.
         spans = self._control_spans(whole)
         start = max((end for _, end in spans if end <= position), default=0)
         stop = min((begin for begin, _ in spans if begin >= position), default=len(whole))
@@ -304,7 +318,7 @@ class _Cutter:
         return self.mark_tokens > 0 or self._split(first + second) == self._split(first) + self._split(second)
 
     def _split(self, text: str) -> list[str]:
-        """The words that a tokenizer splits a text into before it merges; one that does not, gives none."""
+        """Return the words into which the tokenizer splits a text before merges; [] if it does not split texts."""
         backend = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
         if not text or backend is None or backend.pre_tokenizer is None:
             return []
@@ -319,7 +333,7 @@ class _Cutter:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _with_instruction(self, plain: Mapping[str, Any], strip: Sequence[str]) -> dict[str, Any] | None:
-        """The fields that an instruction changes; None if the template leaves it out."""
+        """Return the fields that an instruction changes; None if the chat template leaves it out."""
         names = ("instruction", "query", "passage")
         if MARKS["instruction"] not in self._render({name: MARKS[name] for name in names}):
             return None
@@ -336,7 +350,7 @@ class _Cutter:
         return changed
 
     def _check(self, template: Template) -> None:
-        """Raise ValueError unless the template's pieces have the tokens of the whole text."""
+        """Raise ValueError unless the template's parts have the tokens of the whole text."""
         takes: list[str | None] = [None] if template.instructed is None else [None, "Find the answer.", "a"]
         tokenize = PairTokenizer(self.tokenizer, template)
         for instruction in takes:
@@ -357,7 +371,7 @@ class _Cutter:
 
 
 def _probes() -> Iterator[tuple[str, str]]:
-    """Pairs of texts in which every text stands beside several others."""
+    """Yield pairs of texts. Each text is paired with several other texts."""
     yield from pairwise((*PROBES, *PROBES[::-1], *PROBES[::2]))
 
 

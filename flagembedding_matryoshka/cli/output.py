@@ -12,7 +12,7 @@ from flagembedding_matryoshka.text.output import FileOutput, join_lines
 
 
 class Output(Protocol):
-    """Where a command writes its lines."""
+    """The destination of a command's lines."""
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of an earlier run."""

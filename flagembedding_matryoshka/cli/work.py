@@ -88,15 +88,20 @@ class Work(ABC):
         """Compute the result of each row of a window.
 
         Raises:
-            ValueError: if the re-ranker refuses a row, or a score is not a finite number.
+            ValueError: if the re-ranker refuses a row, or a score is not a finite number. It names the first such row.
+                To find it, each half of the window is computed by itself, and so on. If no half fails alone, the error
+                names all rows of the window.
         """
         reranker = self.reranker  # outside of try: errors of its options are not errors of rows
         start = time.monotonic()
         try:
             return Results(self.results(reranker, window.rows), time.monotonic() - start)
         except (ArithmeticError, TypeError, ValueError) as error:
-            first = window.start + 1
-            raise ValueError(f"{window} of the input, where row {first} is number 0: {error}") from error
+            if len(window.rows) > 1:
+                half = len(window.rows) // 2
+                self.run(Window(window.start, window.rows[:half]))
+                self.run(Window(window.start + half, window.rows[half:]))
+            raise ValueError(f"{window} of the input: {error}") from error
 
 
 class Windows(Iterator[Window]):

@@ -75,11 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in runs
     ]
     halves = Halves.of(collection.relevant)
-    _check_before_loading(options, first_stages, halves)
+    allow_pickle = given.get("allow_pickle", False)
+    _check_before_loading(options, allow_pickle, first_stages, halves)
     reranker = MatryoshkaReranker(options.model, **given)
     full = full_network(config)
     reports = {
-        name: _measure(options, reranker, candidates, settings, full, options.output / (name if runs[1:] else ""))
+        name: _measure(
+            options, allow_pickle, reranker, candidates, settings, full, options.output / (name if runs[1:] else "")
+        )
         for name, candidates in zip(names, first_stages, strict=True)
     }
     name = collection_name(options.data, options.split)
@@ -106,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Wrote {path}: {plan.queries} queries choose, {plan.held_out_queries} others were held out.")
 
 
-def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Candidates], halves: Halves) -> None:
+def _check_before_loading(
+    options: argparse.Namespace, allow_pickle: bool, first_stages: Sequence[Candidates], halves: Halves
+) -> None:
     """Make checks that would otherwise fail after minutes of scoring.
 
     Raises:
@@ -114,7 +119,7 @@ def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Ca
         ValueError: as `Halves.check`, `check_calibration`, `first_stage_run` and `refuse_pickled_modules`.
     """
     for _, path in options.bi_encoder:
-        if not getattr(options, "allow_pickle", False):
+        if not allow_pickle:
             refuse_pickled_modules(path, BI_ENCODERS)
     if options.write_plan or options.calibrate or options.fusion is not None:
         halves.check()
@@ -127,6 +132,7 @@ def _check_before_loading(options: argparse.Namespace, first_stages: Sequence[Ca
 
 def _measure(
     options: argparse.Namespace,
+    allow_pickle: bool,
     reranker: MatryoshkaReranker,
     candidates: Candidates,
     settings: Sequence[Setting],
@@ -137,6 +143,7 @@ def _measure(
 
     Args:
         options: the command line.
+        allow_pickle: whether bi-encoders may be read from pickles.
         reranker: the re-ranker.
         candidates: the candidates.
         settings: the settings, those of a width as neighbours.
@@ -150,7 +157,6 @@ def _measure(
     if options.random_order:
         baselines.append(at_random(candidates, options.recall_at))
     device, dtype = reranker.target_devices[0], reranker.model.dtype
-    allow_pickle = getattr(options, "allow_pickle", False)
     encoder_options = (options.timed_pairs, options.recall_at, device, dtype, allow_pickle)
     baselines += [by_bi_encoder(candidates, label, path, *encoder_options) for label, path in options.bi_encoder]
     calibrations = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -50,33 +49,6 @@ class Chunking:
     call: Call
     most: int | None = None
     overlap: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        call: Call,
-        chunk: bool,
-        max_chunks_per_doc: int | None,
-        overlap: int | None,
-    ) -> Chunking | None:
-        """Return the value for the arguments of `MatryoshkaReranker.rank`; None without `chunk`.
-
-        Raises:
-            TypeError: if a number is not an int.
-            ValueError: if a number is too small, or given without `chunk`.
-        """
-        for name, value in (("max_chunks_per_doc", max_chunks_per_doc), ("overlap", overlap)):
-            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-                raise TypeError(f"{name} must be an int, got {value!r}.")
-        most = None if max_chunks_per_doc is None else operator.index(max_chunks_per_doc)
-        overlap = 0 if overlap is None else operator.index(overlap)
-        if most is not None and most < 1:
-            raise ValueError(f"max_chunks_per_doc is {most}, but must be at least 1, or None for all.")
-        if overlap < 0:
-            raise ValueError(f"overlap is {overlap}, but must be at least 0.")
-        if not chunk and (most is not None or overlap):
-            raise ValueError(f"max_chunks_per_doc={most} and overlap={overlap} need chunk=True.")
-        return cls(call, most, overlap) if chunk else None
 
     def cut(self, query: str, documents: Sequence[str]) -> list[CutDocument]:
         """Return the chunks of each document. A document that fits is one chunk.
@@ -138,8 +110,8 @@ class Chunking:
             yield Chunk(start, end, pair)
             if not NO_SPACE.search(text, end):
                 return
-            behind = start + int(offsets[max(kept - self.overlap, 0), 0]) if self.overlap else end
-            following = NO_SPACE.search(text, max(start + 1, min(behind, end)))
+            overlapped = start + int(offsets[max(kept - self.overlap, 0), 0]) if self.overlap else end
+            following = NO_SPACE.search(text, max(start + 1, min(overlapped, end)))
             assert following is not None
             start = following.start()
 

@@ -37,15 +37,13 @@ class Deadline:
     end: float | None = None
 
     @classmethod
-    def of(cls, deadline_ms: float | None, clock: Callable[[], float]) -> Deadline | None:
-        """Return the deadline for the argument of `MatryoshkaReranker.rank`, not started; None for None.
+    def of(cls, deadline_ms: float, clock: Callable[[], float]) -> Deadline:
+        """Return the deadline for the argument of `MatryoshkaReranker.rank`, not started.
 
         Raises:
             TypeError: if `deadline_ms` is not a number.
             ValueError: if it is not above 0.
         """
-        if deadline_ms is None:
-            return None
         if not isinstance(deadline_ms, Real) or isinstance(deadline_ms, bool):
             raise TypeError(f"deadline_ms must be a number, or None for no deadline, got {excerpt(deadline_ms)}.")
         if not deadline_ms > 0:
@@ -135,7 +133,7 @@ class AnytimeRun:
     time is enough for all remaining work, this work is the next step.
 
     Args:
-        score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on the CPU.
+        score: runs candidates up to an exit and returns their (sequences,) float32 scores there, on any device.
         batches: candidates before the first layer.
         setting: with one cutoff layer, the deepest exit; its cascade limits the number of candidates that go deeper.
         exits: the model's exits, ascending; `choose_stops` chooses among them.
@@ -219,8 +217,8 @@ class AnytimeRun:
         missing = numbers[index + 1] - int((self._reached > layer).sum())
         if missing <= 0:
             return True
-        behind = range(index + 1, len(self._exits) - 1)
-        goal = self._exits[next((exit for exit in behind if numbers[exit + 1] < numbers[exit]), -1)]
+        deeper = range(index + 1, len(self._exits) - 1)
+        goal = self._exits[next((exit for exit in deeper if numbers[exit + 1] < numbers[exit]), -1)]
         waiting = (self._reached == layer).nonzero()[:, 0]
         scores = self._scores[waiting]
         fused = scores if self._fusion is None else self._fusion.fuse(self._scores, waiting)
@@ -262,7 +260,7 @@ class AnytimeRun:
 
     def _advance(self, part: Part, goal: int) -> None:
         with self._pace.measured(*self._work(part.states, goal)):
-            self._scores[part.places] = self._score(part.states, goal)
+            self._scores[part.places] = self._score(part.states, goal).cpu()
         self._reached[part.places] = goal
 
     def _seconds_of_all(self) -> float:

@@ -6,20 +6,20 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import count_tokens
+from flagembedding_matryoshka.inference.batching import OutOfMemory, TokenLimit, computed, count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
-from flagembedding_matryoshka.inference.memory import OutOfMemory, TokenLimit, computed, keep_freed_memory
+from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
@@ -56,7 +56,7 @@ class Task:
     fusion: Fusion | None = None
 
 
-class Scored(NamedTuple):
+class TaskScores(NamedTuple):
     """The results of a task, pair after pair in the order of its batches.
 
     Attributes:
@@ -89,21 +89,22 @@ class Engine:
         if compile:
             model.model.compile_layers()
         self._ahead = 1 if model.device.type == "cuda" else 0
-        self._has_token_adapters = bool(token_adapter_ratios(model))
-        self._switching = threading.Lock()
+        self._adapted: Callable[[int], AbstractContextManager[Any]] = nullcontext
+        if token_adapter_ratios(model):
+            self._adapted = partial(_token_adapter, model, threading.Lock())
         self._limit = TokenLimit()
         self._limit_of_cascades = TokenLimit()
 
     def run(
         self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
-    ) -> Generator[tuple[Task, Scored], None, None]:
+    ) -> Generator[tuple[Task, TaskScores], None, None]:
         """Yield each task with its results, in order. A GPU gets a task before the previous results are read.
 
         Args:
             device: the only device, or None. `WorkerPool.run` chooses a device by it.
             between_batches: as in `start`.
         """
-        started: deque[tuple[Task, Callable[[], Scored]]] = deque()
+        started: deque[tuple[Task, Callable[[], TaskScores]]] = deque()
         for task in tasks:
             started.append((task, self.start(task, between_batches)))
             if len(started) > self._ahead:
@@ -115,7 +116,7 @@ class Engine:
     def close(self) -> None:
         """Return at once: an engine has no processes to end. `WorkerPool.close` has."""
 
-    def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], Scored]:
+    def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], TaskScores]:
         """Queue a batch on the device and the copy of its scores, without waiting for them.
 
         Of a task with `owners` the first stage is queued on a GPU, and the others run when it is waited for. With a
@@ -154,16 +155,16 @@ class Engine:
 
         on_host = copy_to_host(torch.cat(scores, dim=1))
 
-        def wait() -> Scored:
+        def wait() -> TaskScores:
             found = on_host()
             self._refuse_no_number(found, places)
-            return Scored(found.tolist())
+            return TaskScores(found.tolist())
 
         return wait
 
     def _score_in_stages(
         self, task: Task, owners: Sequence[Sequence[int]], between: Callable[[], None] | None
-    ) -> Generator[None, None, Scored]:
+    ) -> Generator[None, None, TaskScores]:
         """Score the pairs of a cascade, or of one query until a deadline. Yields as `run_cascade`.
 
         After an out-of-memory error all pairs start again, each half of the queries by itself, and those of a single
@@ -205,11 +206,11 @@ class Engine:
             self._limit_of_cascades.fitted()
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
             self._refuse_no_number(torch.stack([scores.double(), fused.double()]), places_of_all)
-            return Scored([scores.tolist()], exits.tolist(), fused.tolist())
+            return TaskScores([scores.tolist()], exits.tolist(), fused.tolist())
 
     def _in_halves(
         self, task: Task, owners: Sequence[Sequence[int]], queries: Sequence[int], between: Callable[[], None] | None
-    ) -> Generator[None, None, Scored]:
+    ) -> Generator[None, None, TaskScores]:
         """Score a cascade of several queries as two, one after the other."""
         first = set(queries[: len(queries) // 2])
         in_first = [[number in first for number in numbers] for numbers in owners]
@@ -220,7 +221,7 @@ class Engine:
             (scores,), exits, fused = yield from self._score_in_stages(own, own.owners, between)
             found[half] = iter(list(zip(scores, exits, fused, strict=True)))
         merged_scores, merged_exits, merged_fused = zip(*(next(found[half]) for half in chain(*in_first)), strict=True)
-        return Scored([list(merged_scores)], merged_exits, merged_fused)
+        return TaskScores([list(merged_scores)], merged_exits, merged_fused)
 
     @torch.inference_mode()
     def _run_stages(
@@ -235,21 +236,16 @@ class Engine:
         with self._adapted(setting.compress_ratio):
             states = [self._embed(pairs, setting) for pairs in batches]
         if deadline is not None:
-            exits, reading = self.model.config.exit_layers, reading_share(self.model.config)
+            score, exits = partial(self._read, setting, None), self.model.config.exit_layers
+            reading = reading_share(self.model.config)
+            return AnytimeRun(score, states, setting, exits, reading, deadline, between, fusion).run()
+        return (yield from run_cascade(partial(self._read, setting, between), states, owners, setting, fusion))
 
-            def read(states: PackedStates, layer: int) -> torch.Tensor:
-                return self._read(states, layer, setting).cpu()
-
-            return AnytimeRun(read, states, setting, exits, reading, deadline, between, fusion).run()
-
-        def score_one(states: PackedStates, layer: int) -> torch.Tensor:
-            if between is not None:
-                between()
-            return self._read(states, layer, setting)
-
-        return (yield from run_cascade(score_one, states, owners, setting, fusion))
-
-    def _read(self, states: PackedStates, layer: int, setting: Setting) -> torch.Tensor:
+    def _read(
+        self, setting: Setting, between: Callable[[], None] | None, states: PackedStates, layer: int
+    ) -> torch.Tensor:
+        if between is not None:
+            between()
         with self._adapted(setting.compress_ratio):
             return self.model.scores(states, setting, (layer,))[0]
 
@@ -275,15 +271,13 @@ class Engine:
         decoder = self.model.model
         return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant), setting)
 
-    @contextmanager
-    def _adapted(self, ratio: int) -> Iterator[None]:
-        """Use the token adapter of a ratio inside. Other threads that switch adapters wait."""
-        if not self._has_token_adapters:
-            yield
-            return
-        with self._switching:
-            use_token_adapter(self.model, ratio)
-            yield
+
+@contextmanager
+def _token_adapter(model: CostWiseForCausalLM, switching: threading.Lock, ratio: int) -> Iterator[None]:
+    """Use the token adapter of a ratio inside. Other threads that switch adapters wait."""
+    with switching:
+        use_token_adapter(model, ratio)
+        yield
 
 
 def _of_queries(task: Task, owners: Sequence[Sequence[int]], chosen: Sequence[Sequence[bool]], value: bool) -> Task:

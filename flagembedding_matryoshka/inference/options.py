@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fusion import as_fusion
-from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized, as_count
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized, as_count, excerpt
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting, resolve_alias
 from flagembedding_matryoshka.text.pairs import PairTokenizer
@@ -165,7 +166,9 @@ class RankingOptions:
 
     Attributes:
         top_k, return_documents, cascade, chunk, max_chunks_per_doc, overlap, min_score: as in `rank`.
+        deadline: deadline of each query; None is no deadline.
         has_first_stage: whether the call gives first-stage scores or an order.
+        instructions: an instruction, or None, for each query; None if the call gives at most one instruction.
         overrides: the other arguments, as in `compute_score`.
     """
 
@@ -176,28 +179,72 @@ class RankingOptions:
     max_chunks_per_doc: int | None
     overlap: int
     min_score: float | None
+    deadline: Deadline | None
     has_first_stage: bool
+    instructions: Sequence[str | None] | None
     overrides: Mapping[str, Any]
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> RankingOptions:
+    def of(cls, arguments: Mapping[str, Any], clock: Callable[[], float]) -> RankingOptions:
         """Return the options among the arguments of `rank_batch` or `rank_iter`, by name.
 
+        Args:
+            clock: the clock of the deadline.
+
         Raises:
-            TypeError: if `top_k` is not an int.
-            ValueError: if it is less than 1.
+            TypeError: if `top_k` or a number of chunks is not an int, `deadline_ms` is not a number, the instructions
+                are not in a list, or one of them is neither a string nor None.
+            ValueError: if a number is too small, or an argument of chunks is given without `chunk`.
         """
         chosen = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
         if chosen["top_k"] is not None:
             chosen["top_k"] = as_count("top_k", chosen["top_k"], ", or None for all documents")
-        given = (arguments["first_stage_scores"], arguments["first_stage"])
-        return cls(**chosen, has_first_stage=any(one is not None for one in given))
+        chosen["max_chunks_per_doc"], chosen["overlap"] = as_chunks(
+            chosen["chunk"], chosen["max_chunks_per_doc"], chosen["overlap"]
+        )
+        deadline_ms = arguments["deadline_ms"]
+        chosen["deadline"] = None if deadline_ms is None else Deadline.of(deadline_ms, clock)
+        first_stage = (arguments["first_stage_scores"], arguments["first_stage"])
+        chosen["has_first_stage"] = any(one is not None for one in first_stage)
+        given = chosen["overrides"].get("instruction")
+        chosen["instructions"] = None
+        if given is not None and not isinstance(given, str):
+            if not isinstance(given, list | tuple):
+                raise TypeError(
+                    f"instruction must be a string, or a list with one for each query, got {excerpt(given)}."
+                )
+            for number, one in enumerate(given):
+                if not isinstance(one, str | None):
+                    raise TypeError(f"instruction {number} must be a string or None, got {excerpt(one)}.")
+            chosen["instructions"], chosen["overrides"] = given, chosen["overrides"] | {"instruction": None}
+        return cls(**chosen)
 
 
-def refuse_beside_tokens(pairs: Pairs, overrides: Mapping[str, Any]) -> None:
-    """Raise TypeError if a call gives options of tokenisation together with tokenised pairs."""
+def as_chunks(chunk: bool, max_chunks_per_doc: Any, overlap: Any) -> tuple[int | None, int]:
+    """Return `max_chunks_per_doc` and `overlap` of a ranking, arguments of `MatryoshkaReranker.rank`.
+
+    Raises:
+        TypeError: if a number is not an int.
+        ValueError: if a number is too small, or given without `chunk`.
+    """
+    for name, value in (("max_chunks_per_doc", max_chunks_per_doc), ("overlap", overlap)):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise TypeError(f"{name} must be an int, got {value!r}.")
+    most = None if max_chunks_per_doc is None else operator.index(max_chunks_per_doc)
+    overlap = 0 if overlap is None else operator.index(overlap)
+    if most is not None and most < 1:
+        raise ValueError(f"max_chunks_per_doc is {most}, but must be at least 1, or None for all.")
+    if overlap < 0:
+        raise ValueError(f"overlap is {overlap}, but must be at least 0.")
+    if not chunk and (most is not None or overlap):
+        raise ValueError(f"max_chunks_per_doc={most} and overlap={overlap} need chunk=True.")
+    return most, overlap
+
+
+def refuse_beside_tokens(overrides: Mapping[str, Any]) -> None:
+    """Raise TypeError if a call with tokenised pairs gives options of tokenisation."""
     given = {name: overrides[name] for name in OF_TEXTS if overrides.get(name) is not None}
-    if given and are_tokenized(pairs):
+    if given:
         raise TypeError(f"the pairs are tokenised already; {given} goes to tokenize.")
 
 

@@ -14,10 +14,11 @@ from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, Cu
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
-from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, excerpt, read_lists
+from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, read_lists
 from flagembedding_matryoshka.inference.options import (
     Call,
     RankingOptions,
+    as_chunks,
     ranking_weight,
     refuse_beside_tokens,
     refuse_beyond_positions,
@@ -117,14 +118,15 @@ class RankingMixin:
 
         Raises:
             FileNotFoundError: if `fusion` is "auto", and the model has no plan.
-            TypeError, ValueError: as in `compute_score`, and if `top_k` is less than 1, `deadline_ms` is no number
-                above 0, `min_score` is no number or would be compared with scores of several exits that are not
-                calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
-                or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand. Also if the number of first-stage scores is
-                not the number of documents, a first-stage score is not finite, both `first_stage_scores` and
-                `first_stage` are given, one of them is given without a weight, or `fusion` is given without them, is
-                negative, not finite, or "auto" while the plan has no weight.
+            TypeError, ValueError: as in `compute_score`, and if several cutoff layers are given, `top_k` is below 1,
+                `deadline_ms` is not a number above 0, `min_score` is not a number or would be compared with scores of
+                several exits that are not calibrated, or the cascade does not fit the model or keeps fewer than
+                `top_k`.
+                Chunks: if their arguments are given without `chunk` or are too small, the overlap is too large, or the
+                tokenizer has no offsets.
+                Fusion: if the number of first-stage scores is not the number of documents, a score is not finite, both
+                `first_stage_scores` and `first_stage` are given, one of them is given without a weight, or the weight
+                is given without them, is negative, not finite, or "auto" while the plan has no weight.
         """
         (ranking,) = self.rank_batch(
             [query],
@@ -167,13 +169,12 @@ class RankingMixin:
         Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
             first-stage scores is not the number of queries.
         """
-        options = RankingOptions.of(locals())
-        deadline = Deadline.of(deadline_ms, self._clock)
+        options = RankingOptions.of(locals(), self._clock)
         queries, lists = as_lists(queries, candidates)
-        if deadline is not None and len(lists) == 1:
-            deadline = deadline.start()
+        if options.deadline is not None and len(lists) == 1:
+            options = replace(options, deadline=options.deadline.start())
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        return list(self._rank(rows, sum(map(len, lists)), deadline, options))
+        return list(self._rank(rows, sum(map(len, lists)), options))
 
     def rank_iter(
         self,
@@ -209,9 +210,9 @@ class RankingMixin:
         Raises:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
-        options = RankingOptions.of(locals())
+        options = RankingOptions.of(locals(), self._clock)
         lists = ReadAhead(read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage))
-        rankings = self._rank(lists, None, Deadline.of(deadline_ms, self._clock), options)
+        rankings = self._rank(lists, None, options)
 
         def until_closed() -> Generator[list[Hit], None, None]:
             with closing(rankings):
@@ -226,7 +227,6 @@ class RankingMixin:
         self,
         lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None] | None],
         total: int | None,
-        deadline: Deadline | None,
         options: RankingOptions,
     ) -> Generator[list[Hit], None, None]:
         """Rank lists. Wrong options raise at once.
@@ -235,11 +235,10 @@ class RankingMixin:
             lists: each query with its documents and their first-stage scores, or None without such scores. None
                 instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
-            deadline: deadline of each query; None is no deadline.
         """
         top_k = options.top_k
-        instructions, overrides = _instructions(options.overrides)
-        call = self._call(options.cascade, deadline, overrides)
+        instructions, overrides = options.instructions, options.overrides
+        call = self._call(options.cascade, options.deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
         own: list[Call] | None = None
@@ -253,7 +252,7 @@ class RankingMixin:
             for one in of_text.values():
                 self._normalizer_of(one, options.min_score)
             own = [of_text[text] for text in instructions]
-        chunking = Chunking.of(call, options.chunk, options.max_chunks_per_doc, options.overlap)
+        chunking = Chunking(call, options.max_chunks_per_doc, options.overlap) if options.chunk else None
         must_keep = 0 if top_k is None or options.cascade is None else top_k
         if must_keep and chunking is None and isinstance(lists, Sequence):
             for number, (_, documents, _) in enumerate(filter(None, lists)):  # before the first pair is computed
@@ -296,9 +295,7 @@ class RankingMixin:
     ) -> list[CutDocument]:
         """Return the chunks of each document that `rank` scores with these arguments. Raises the same errors."""
         call = Call(self._pair_tokenizer, *resolve_call(self, overrides))
-        chunking = Chunking.of(call, True, max_chunks_per_doc, overlap)
-        assert chunking is not None
-        return chunking.cut(query, documents)
+        return Chunking(call, *as_chunks(True, max_chunks_per_doc, overlap)).cut(query, documents)
 
     def score_lists(
         self,
@@ -323,11 +320,12 @@ class RankingMixin:
         Raises:
             FileNotFoundError, TypeError, ValueError: as in `rank`, and TypeError if a pair is not tokenised.
         """
-        call = self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides)
+        deadline = None if deadline_ms is None else Deadline.of(deadline_ms, self._clock)
+        call = self._call(cascade, deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, first_stage_scores is not None))
         pairs = as_tokenized(lists)
-        for values in pairs:
-            refuse_beside_tokens(values, overrides)
+        if any(pairs):
+            refuse_beside_tokens(overrides)
         rows = read_first_stage((("", values) for values in pairs), first_stage_scores, None)
         candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
         call.tokenize([pair for values in pairs for pair in values])  # refuses pairs that are too long
@@ -368,7 +366,8 @@ class RankingMixin:
 
         Raises: as `rank`.
         """
-        return self._normalizer_of(self._call(cascade, Deadline.of(deadline_ms, self._clock), overrides), min_score)
+        deadline = None if deadline_ms is None else Deadline.of(deadline_ms, self._clock)
+        return self._normalizer_of(self._call(cascade, deadline, overrides), min_score)
 
     def _normalizer_of(self, call: Call, min_score: float | None) -> Normalizer | None:
         """Return the normalizer of a ranking.
@@ -381,23 +380,3 @@ class RankingMixin:
         layers, depth = self.config.exit_layers, call.setting.depth
         exits = [] if call.deadline is None else [layer for layer in layers if layer <= depth]
         return self._normalizer(call.options, call.setting, exits)
-
-
-def _instructions(overrides: Mapping[str, Any]) -> tuple[Sequence[str | None] | None, dict[str, Any]]:
-    """Separate a list of instructions, one for each query, from the other arguments of a call.
-
-    Returns:
-        the instructions, or None if the call gives at most one; and the other arguments.
-
-    Raises:
-        TypeError: if an instruction is neither a string nor None, or the instructions are not in a list.
-    """
-    given, others = overrides.get("instruction"), dict(overrides)
-    if given is None or isinstance(given, str):
-        return None, others
-    if not isinstance(given, list | tuple):
-        raise TypeError(f"instruction must be a string, or a list with one for each query, got {excerpt(given)}.")
-    for number, one in enumerate(given):
-        if not isinstance(one, str | None):
-            raise TypeError(f"instruction {number} must be a string or None, got {excerpt(one)}.")
-    return given, others | {"instruction": None}

@@ -299,9 +299,10 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         options, setting = resolve_call(self, overrides)
         normalize = self._normalizer(options, setting)
         pairs = as_pairs(sentence_pairs)
-        refuse_beside_tokens(pairs, overrides)
         if not pairs:
             return []
+        if are_tokenized(pairs):
+            refuse_beside_tokens(overrides)
         if overrides.get("max_length") is not None:
             refuse_beyond_positions(self.config, options.max_length)
         limit = self.model.model.max_positions
@@ -467,7 +468,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
-        refuse_beside_tokens(pairs, overrides)
+        if are_tokenized(pairs):
+            refuse_beside_tokens(overrides)
         inputs = Call(self._pair_tokenizer, options, setting).tokenize(pairs)
         if depths is not None:
             depths = as_layer_tuple("depths", depths) or ()

@@ -29,14 +29,14 @@ from typing_extensions import Required, TypedDict
 from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
-from flagembedding_matryoshka.inference.engine import Scored, Task
+from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
 
 T = TypeVar("T")
-Run = Callable[[Iterator[Task]], Generator[tuple[Task, Scored], None, None]]
+Run = Callable[[Iterator[Task]], Generator[tuple[Task, TaskScores], None, None]]
 """Computes tasks and yields each one with its results."""
 
 
@@ -153,7 +153,7 @@ def score_lists(
         For each list a hit for each pair, in the order given: "score", in a cascade "cutoff_layer", with fusion
         "first_stage_score" and "fused_score", and "is_truncated" if the pair was cut.
     """
-    with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
+    with closing(_scored_lists(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
             if call.fusion is not None:
                 hits = fuse_hits(hits, candidates.first_stage_of_pairs or (), call.fusion)
@@ -173,7 +173,7 @@ class WindowHits:
     hits: list[Any]
     missing: int
 
-    def take(self, task: Task, scored: Scored) -> None:
+    def take(self, task: Task, scored: TaskScores) -> None:
         """Make the hits of a task's pairs, which are pairs of this window."""
         for number, place in enumerate(chain(*task.places)):
             self.hits[place - self.window.first] = hit = Hit(score=scored.scores[0][number])
@@ -186,14 +186,13 @@ class WindowHits:
         self.missing -= sum(map(len, task.places))
 
 
-def _scored(
+def _scored_lists(
     run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
 ) -> Generator[tuple[Candidates, list[Hit]], None, None]:
     """Yield each list with its hits, without "first_stage_score"; only a cascade's hits have "fused_score".
 
-    A run goes on with the next window if that is tokenised. Its first task is then queued before the results of the
-    last one are waited for. With `total` None the caller may score other pairs between two lists. A run of several
-    devices, whose workers are locked, then ends with its window.
+    With `total` None the caller may score other pairs between two lists. A run of several devices, whose workers are
+    locked, then ends with its window.
     """
     tokens = BATCHES_TOKENIZED_AHEAD * call.options.max_tokens_per_batch * call.shares
     windows: Generator[Window | None, None, None]
@@ -202,6 +201,32 @@ def _scored(
     if total is None or total > PAIRS_TOKENIZED_FIRST:
         windows = _one_ahead(windows)
         goes_on = call.shares == 1 or total is not None
+    hits: list[Hit] = []
+    with (
+        _progress(total, show_progress_bar) as progress,
+        closing(windows),
+        closing(_scored_windows(run, windows, call, goes_on, progress)) as scored,
+    ):
+        for complete in scored:
+            rest = iter(complete.hits)
+            for portion in complete.window.portions:
+                hits += islice(rest, len(portion.pairs))
+                if portion.is_last:
+                    yield portion.candidates, hits
+                    hits = []
+
+
+def _scored_windows(
+    run: Run, windows: Iterator[Window | None], call: Call, goes_on: bool, progress: Any
+) -> Generator[WindowHits, None, None]:
+    """Yield the hits of each window, in order.
+
+    Args:
+        windows: the windows; None in between, if the next one is not tokenised yet.
+        goes_on: whether a run goes on with the next window if that is tokenised. Its first task is then queued before
+            the results of the last one are waited for. Otherwise a window's hits follow the end of its run.
+        progress: the progress bar.
+    """
     begun: deque[WindowHits] = deque()
 
     def tasks(window: Window | None) -> Iterator[Task]:
@@ -210,24 +235,16 @@ def _scored(
             yield from tasks_of(window, call)
             window = next(windows, None) if goes_on else None
 
-    hits: list[Hit] = []
-    with _progress(total, show_progress_bar) as progress, closing(windows):
-        for following in filter(None, windows):
-            with closing(run(tasks(following))) as results:
-                for found in chain(results, (None,)):  # None: the run has ended
-                    if found is not None:
-                        task, scored = found
-                        first = task.places[0][0]
-                        next(one for one in begun if first < one.window.first + len(one.hits)).take(task, scored)
-                        progress.update(sum(map(len, task.places)))
-                    while begun and not begun[0].missing and (goes_on or found is None):
-                        complete = begun.popleft()
-                        rest = iter(complete.hits)
-                        for portion in complete.window.portions:
-                            hits += islice(rest, len(portion.pairs))
-                            if portion.is_last:
-                                yield portion.candidates, hits
-                                hits = []
+    for following in filter(None, windows):
+        with closing(run(tasks(following))) as results:
+            for task, scored in results:
+                first = task.places[0][0]
+                next(one for one in begun if first < one.window.first + len(one.hits)).take(task, scored)
+                progress.update(sum(map(len, task.places)))
+                while goes_on and begun and not begun[0].missing:
+                    yield begun.popleft()
+        while begun:
+            yield begun.popleft()
 
 
 def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Generator[Window, None, None]:
@@ -416,7 +433,7 @@ def rank_lists(
     Args:
         normalize: as in `ranking_of`; the other arguments as in `score_lists`.
     """
-    with closing(_scored(run, lists, call, total, show_progress_bar)) as scored:
+    with closing(_scored_lists(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
             if candidates.cut is not None:
                 hits = best_chunks(hits, candidates.cut)

@@ -242,10 +242,14 @@ def _segment_by_segment(
     outputs = []
     prefixes = [-1] * len(packed.segments) if packed.prefixes is None else packed.prefixes.tolist()
     for (start, end), prefix in zip(packed.segments, prefixes, strict=True):
-        # A prefix's own rows are attended once more and dropped: no mask is needed for a square map.
-        rows = [slice(start, end)] if prefix < 0 else [slice(*packed.segments[prefix]), slice(start, end)]
-        attended = _attend(_rows(query, rows), _rows(key, rows), _rows(value, rows), logits, dropout)
-        outputs.append(attended[:, :, start - end :])
+        queries, keys, values = (part[:, :, start:end] for part in (query, key, value))
+        if prefix >= 0:
+            # A prefix's own rows are attended once more and dropped: no mask is needed for a square map.
+            before = slice(*packed.segments[prefix])
+            queries = torch.cat([query[:, :, before], queries], dim=2)
+            keys = torch.cat([key[:, :, before], keys], dim=2)
+            values = torch.cat([value[:, :, before], values], dim=2)
+        outputs.append(_attend(queries, keys, values, logits, dropout)[:, :, start - end :])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -308,12 +312,6 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch,
         attended = torch.bmm(maps, values).view(count, heads, width, head_dim)
         outputs.append(attended.transpose(1, 2).reshape(count * width, -1))
     return torch.cat(outputs).index_select(0, own).view(1, -1, heads, head_dim)
-
-
-def _rows(tensor: Tensor, rows: list[slice]) -> Tensor:
-    """Return some tokens of (1, heads, total_tokens, head_dim)."""
-    parts = [tensor[:, :, part] for part in rows]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logits) -> Tensor:

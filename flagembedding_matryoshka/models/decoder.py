@@ -186,11 +186,12 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             ValueError: if a sequence is longer than the positions that the model knows.
         """
         limit = self.max_positions
-        if packed.max_seqlen > limit:
-            longest, is_longrope = int(packed.sequence_lengths.argmax()), limit < self.config.max_position_embeddings
+        length, longest = packed.sequence_lengths.max(0)
+        if length > limit:
+            is_longrope = limit < self.config.max_position_embeddings
             reason = "original_max_position_embeddings of longrope" if is_longrope else "max_position_embeddings"
             raise ValueError(
-                f"row {longest} has {packed.max_seqlen} tokens, more than {reason}={limit}. Use a smaller max_length."
+                f"row {longest} has {length} tokens, more than {reason}={limit}. Use a smaller max_length."
             )
         indices: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]] = ()
         if setting is not None:

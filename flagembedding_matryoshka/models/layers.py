@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, row_indices
 from flagembedding_matryoshka.models.compiling import name_of
 
 
@@ -77,7 +77,7 @@ class CostWiseLayer(GradientCheckpointingLayer):
         packed: PackedBatch,
         attended: PackedBatch | Tensor,
     ) -> Tensor:
-        context, ends, positions = Context(), packed.segment_ends, packed.position_ids
+        context, (positions, ends, _, _) = Context(), packed.indices(row_indices)
         with suppress(ContextKnown):
             whole = super().forward(
                 hidden,

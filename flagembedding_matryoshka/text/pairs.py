@@ -266,7 +266,8 @@ class PairTokenizer:
 
         Args:
             query_max_length, passage_max_length: most tokens of query and passage, with their instructions.
-            max_length: most tokens of the sequence without `behind` and `prompt`. The passage is truncated to fit.
+            max_length: most tokens of the sequence without `behind` and `prompt`. The passage is truncated
+                before its end to fit.
             template: the words around the texts; None is the default template.
 
         Raises:
@@ -276,15 +277,28 @@ class PairTokenizer:
         words = self.ids_of(template)
         queries = [template.query(query) for query, _ in pairs]
         passages = [template.passage(passage) for _, passage in pairs]
-        encoded = self.encode(passages, passage_max_length, words.passage_end, template.is_continuous)
-        parts = {
-            text: _query_parts(query, words, template.passage_first)
-            for text, query in self.encode(queries, query_max_length, words.query_end, template.is_continuous).items()
-        }
-        return [
-            _join(parts[query], encoded[passage], words, max_length)
-            for query, passage in zip(queries, passages, strict=True)
-        ]
+        of_query = self.encode(queries, query_max_length, words.query_end, template.is_continuous)
+        of_passage = self.encode(passages, passage_max_length, words.passage_end, template.is_continuous)
+        around: dict[str, tuple[Prefix, Ids]] = {}  # the lead and the prompt part of each query
+        for text, query in of_query.items():
+            if template.passage_first:
+                around[text] = Prefix(words.opening), np.concatenate([words.between, query.ids, words.closing])
+            else:
+                around[text] = Prefix(np.concatenate([words.opening, query.ids, words.between])), words.closing
+        end, beside = words.passage_end, len(words.opening) + len(words.between)
+        found = []
+        for text, passage in zip(queries, passages, strict=True):
+            (lead, prompt_ids), query, (ids, is_cut) = around[text], of_query[text], of_passage[passage]
+            room = max_length - beside - len(query.ids)
+            if room < max(len(end), min(1, len(ids))):
+                raise ValueError(
+                    f"a query of {len(query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
+                    f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
+                )
+            if len(ids) > room:
+                ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
+            found.append(TokenizedPair(lead, ids, prompt_ids, query.is_cut, is_cut, template.passage_first))
+        return found
 
     def build_within(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int | None, max_length: int, template: Template
@@ -329,47 +343,6 @@ class PairTokenizer:
         of_query, of_passage, beside = self._own_words(template)
         lengths = query_max_length + of_query, passage_max_length + of_passage
         return self.build(pairs, *lengths, sum(lengths) + beside, template)
-
-
-class QueryParts(NamedTuple):
-    """The parts of a sequence that do not depend on its passage.
-
-    Attributes:
-        lead, prompt_ids, passage_first: as in `TokenizedPair`.
-        query: the encoded query.
-    """
-
-    lead: Prefix
-    prompt_ids: Ids
-    passage_first: bool
-    query: EncodedText
-
-
-def _query_parts(query: EncodedText, words: TemplateIds, passage_first: bool) -> QueryParts:
-    if passage_first:
-        behind = np.concatenate([words.between, query.ids, words.closing])
-        return QueryParts(Prefix(words.opening), behind, True, query)
-    return QueryParts(Prefix(np.concatenate([words.opening, query.ids, words.between])), words.closing, False, query)
-
-
-def _join(parts: QueryParts, passage: EncodedText, words: TemplateIds, max_length: int) -> TokenizedPair:
-    """Build a sequence. The passage is truncated before its end, so that the tokens without `behind` and `prompt` are
-    at most `max_length`.
-
-    Raises:
-        ValueError: if the query leaves no room for its passage.
-    """
-    (ids, is_cut), end, query = passage, words.passage_end, parts.query
-    beside = len(words.opening) + len(words.between)
-    room = max_length - beside - len(query.ids)
-    if room < max(len(end), min(1, len(ids))):
-        raise ValueError(
-            f"a query of {len(query.ids)} tokens leaves no room for its passage: with {beside} other tokens "
-            f"it must fit into {max_length}. Lower query_max_length, or raise max_length."
-        )
-    if len(ids) > room:
-        ids, is_cut = np.concatenate([ids[: room - len(end)], end]), True
-    return TokenizedPair(parts.lead, ids, parts.prompt_ids, query.is_cut, is_cut, parts.passage_first)
 
 
 def _as_ids(values: Sequence[int]) -> Ids:

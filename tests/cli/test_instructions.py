@@ -95,7 +95,7 @@ def test_a_template_without_a_place_refuses_the_command_or_the_row(desk, command
     desk.output.unlink()
     desk.output.with_name("out.jsonl.settings.json").unlink()
     desk.write([row, row | {"instruction": "find heat"}])
-    with pytest.raises(ValueError, match=f"rows 1 to 2 of the input, where row 1 is number 0: .*{PLACELESS}"):
+    with pytest.raises(ValueError, match=f"^row 2 of the input: .*{PLACELESS}"):
         command(desk.words())
     assert desk.output.read_text() == ""
 

@@ -55,7 +55,7 @@ def test_documents_that_are_objects_keep_what_they_have(desk, reranker):
 def test_a_list_that_is_refused_is_named_and_those_before_it_are_there(desk, monkeypatch):
     monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 1)
     desk.write([LISTS[0], LISTS[0], LISTS[2]])
-    fault = "row 3 of the input, where row 3 is number 0: cascade .* keeps 2 of the 4 candidates of query 0"
+    fault = "row 3 of the input: cascade .* keeps 2 of the 4 candidates of query 0"
     with pytest.raises(ValueError, match=fault):
         main(desk.words("--top_k", "3", "--cascade", "3:0.5"))
     assert len(desk.read()) == 2

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,16 +9,14 @@ from hypothesis import given
 from transformers import AutoTokenizer
 
 from flagembedding_matryoshka.text.pairs import (
-    EncodedText,
     PairTokenizer,
-    _join,
-    _query_parts,
     find_head_token_id,
     find_head_token_ids,
 )
 from flagembedding_matryoshka.text.templates import Template
 
-IDS = st.lists(st.integers(10, 99), max_size=8)
+DIGITS = st.text("0123456789", max_size=8)
+"""Texts of which each character is a token of `tiny_tokenizer`."""
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +38,23 @@ def test_pairs_become_the_ids_of_the_reference(shared_parity):
 
 
 def join(pair_tokenizer, query, passage, max_length):
-    query, passage = (EncodedText(np.array(ids, dtype=np.int32)) for ids in (query, passage))
-    words = pair_tokenizer.ids_of(pair_tokenizer.template)
-    return _join(_query_parts(query, words, passage_first=False), passage, words, max_length)
+    template = replace(pair_tokenizer.template, query_instruction="", passage_instruction="")
+    (pair,) = pair_tokenizer.build([(query, passage)], 100, 100, max_length, template)
+    return pair
 
 
-@given(query=IDS, passage=IDS, spare=st.integers(0, 12))
+@given(query=DIGITS, passage=DIGITS, spare=st.integers(0, 12))
 def test_the_passage_alone_is_cut(pair_tokenizer, query, passage, spare):
     between, behind, prompt = (pair_tokenizer.fixed(text).tolist() for text in ("\n", "\n", Template().prompt))
-    head = [*pair_tokenizer.opening(Template()).tolist(), *query, *between]
+    head = [*pair_tokenizer.opening(Template()).tolist(), *pair_tokenizer.fixed(query).tolist(), *between]
+    assert len(head) == 1 + len(query) + len(between)
     if spare == 0 and passage:
         with pytest.raises(ValueError, match=f"query of {len(query)} tokens leaves no room.* fit into {len(head)}"):
             join(pair_tokenizer, query, passage, len(head))
         return
     pair = join(pair_tokenizer, query, passage, len(head) + spare)
     assert pair.is_cut == (spare < len(passage))
-    assert pair.input_ids.tolist() == head + passage[:spare] + behind + prompt
+    assert pair.input_ids.tolist() == head + pair_tokenizer.fixed(passage[:spare]).tolist() + behind + prompt
     assert (pair.query_length, pair.prompt_length) == (len(head), len(behind + prompt))
 
 
@@ -62,8 +62,8 @@ def test_a_query_longer_than_the_limit_is_refused_even_without_passage(pair_toke
     with pytest.raises(
         ValueError, match=r"a query of 9 tokens leaves no room .* with 2 other tokens it must fit into 10"
     ):
-        join(pair_tokenizer, [5] * 9, [], 10)
-    assert join(pair_tokenizer, [5] * 9, [], 11).query_length == 11
+        join(pair_tokenizer, "5" * 9, "", 10)
+    assert join(pair_tokenizer, "5" * 9, "", 11).query_length == 11
 
 
 def test_a_query_of_which_nothing_would_be_left_is_refused(pair_tokenizer):
@@ -81,8 +81,8 @@ def test_bos_opens_a_sequence_unless_there_is_none_or_it_pads(tiny_tokenizer, bo
     tokenizer.bos_token, tokenizer.pad_token = bos, pad
     pair_tokenizer = PairTokenizer(tokenizer, Template(prompt=""))
     bos_ids, separator = [tiny_tokenizer.bos_token_id] if kept else [], pair_tokenizer.fixed("\n")
-    pair = join(pair_tokenizer, [20], [30], 10)
-    assert pair.input_ids.tolist() == [*bos_ids, 20, *separator, 30, *separator]
+    pair, (two, three) = join(pair_tokenizer, "2", "3", 10), pair_tokenizer.fixed("23")
+    assert pair.input_ids.tolist() == [*bos_ids, two, *separator, three, *separator]
     assert pair.query_length == len(bos_ids) + 1 + len(separator)
 
 

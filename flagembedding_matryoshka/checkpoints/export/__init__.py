@@ -1,4 +1,4 @@
-"""Checkpoints out: layer-wise ones, and single exits for other runtimes.
+"""Export of layer-wise checkpoints, and of single exits for other runtimes.
 
 Formats are `layerwise` (this package), `plain` (transformers, sentence-transformers, vLLM), `onnx`, `openvino` and
 `gguf` (llama.cpp).

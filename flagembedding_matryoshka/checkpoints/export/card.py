@@ -118,16 +118,16 @@ PROMPT = '  # or prompt="…", an instruction'
 def card(
     source: str, layer: int, layers: int, activation: str, format: str, has_instruction: bool, file: str = ""
 ) -> str:
-    """The text of a model card.
+    """Return the text of a model card.
 
     Args:
-        source: the name of the re-ranker.
+        source: name of the re-ranker.
         layer: the exit.
-        layers: of the source.
-        activation: as of `Description`.
-        format: as of `MatryoshkaReranker.export`.
-        has_instruction: whether a call without an instruction has one.
-        file: the name of the GGUF file.
+        layers: number of layers of the re-ranker.
+        activation: function that is applied to raw scores, as in `Description`.
+        format: as in `MatryoshkaReranker.export`.
+        has_instruction: whether the template has a default instruction.
+        file: name of the GGUF file.
     """
     scores = (
         "raw logits" if activation == "identity" else f"{activation} of the logit in sentence-transformers and vLLM"
@@ -147,5 +147,5 @@ def card(
 
 
 def is_own_card(text: str) -> bool:
-    """Whether a model card is one of an earlier export, which a new one replaces."""
+    """Return whether an earlier export wrote a model card. The next export replaces it."""
     return "\n- matryoshka-export\n" in text

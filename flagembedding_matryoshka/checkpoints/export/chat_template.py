@@ -44,9 +44,9 @@ INSTRUCTIONS = """\
 {{%- endif -%}}
 """
 ENDS = ("c\n\n", "  ", "\n\nd", "e \n", "\t\tf", "g  ", " \n h")
-"""Further texts whose ends a tokenizer may join with the words beside them."""
+"""Texts whose first or last characters a tokenizer may join with the words beside them."""
 TASKS = (None, "", "Find the answer.", "a")
-"""Instructions that a chat template is checked with."""
+"""Instructions that test a chat template."""
 
 
 def chat_tokenizer(
@@ -57,10 +57,10 @@ def chat_tokenizer(
     The chat template writes the begin-of-sequence token, so that the tokenizer adds none. It pads on the right.
 
     Args:
-        tokenizer: the re-ranker's; it is left as it is.
-        template: with the instruction of calls that give none.
-        config: of the exported model. AutoTokenizer chooses the class by it. Some classes ignore tokenizer.json, and
-            split text in their own way.
+        tokenizer: the re-ranker's tokenizer. It is not changed.
+        template: the template, with the default instruction.
+        config: configuration of the exported model, by which AutoTokenizer chooses a class. Some classes ignore
+            tokenizer.json and split text by their own rules.
 
     Raises:
         ValueError: if the tokenizer has no tokenizer.json, or the rendered text has other tokens than the template. The
@@ -89,14 +89,14 @@ def chat_tokenizer(
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, seam: str = "") -> str:
-    """Write `template` in Jinja.
+    """Return a template as a chat template in Jinja.
 
     The instruction is the content of the role system. Without this role it is the variable `instruction` or
-    `instruct`, and without these the template's own.
+    `instruct`, and without these variables the default instruction.
 
     Args:
-        tokenizer: gives the begin-of-sequence token.
-        seam: the text between two pieces that are tokenised separately.
+        tokenizer: a tokenizer with the begin-of-sequence token.
+        seam: text between two pieces that are tokenised separately.
     """
     pairs = PairTokenizer(tokenizer, template)
     opening = str(tokenizer.decode(pairs.opening(template), skip_special_tokens=False))
@@ -112,7 +112,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: Template, seam: 
 
 
 def rendered_pieces(template: Template, seam: str, query: str, passage: str) -> str:
-    """The words of a template around two texts, with `seam` between pieces that are tokenised separately."""
+    """Return two texts with the template's words, with `seam` between pieces that are tokenised separately."""
     texts = [template.query(query), template.between, template.passage(passage)]
     pieces: list[str] = []
     for words in (
@@ -126,7 +126,15 @@ def rendered_pieces(template: Template, seam: str, query: str, passage: str) -> 
 
 
 def difference(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase, template: Template) -> str:
-    """The first pair of texts whose tokens differ between a chat template and `template`; "" if there is none."""
+    """Describe the first pair of texts whose tokens differ between a chat template and `template`.
+
+    Args:
+        tokenizer: the exported tokenizer, with the chat template.
+        original: the re-ranker's tokenizer.
+
+    Returns:
+        The texts with both lists of tokens; "" if no tokens differ.
+    """
     pairs, tasks = PairTokenizer(original, template), TASKS if template.instructed is not None else (None,)
     for task in tasks:
         words = template.with_instruction(task)
@@ -147,13 +155,13 @@ def difference(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizer
 
 
 def probes() -> Iterator[tuple[str, str]]:
-    """Pairs of texts in which every text stands beside several others."""
+    """Yield pairs of texts. Each text is paired with several other texts."""
     texts = (*PROBES, *ENDS)
     yield from pairwise((*texts, *texts[::-1], *texts[::2]))
 
 
 def _expression(template: Template, opening: str, seam: str) -> str:
-    """A Jinja expression for the whole text."""
+    """Return a Jinja expression of the whole text."""
     text = opening + rendered_pieces(template, seam, MARKS["query"], MARKS["passage"])
     names = {mark: name for name, mark in MARKS.items()}
     parts = re.split(f"([{''.join(MARKS.values())}])", text)
@@ -168,7 +176,7 @@ def _expression(template: Template, opening: str, seam: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string literal of Jinja, which reads escapes as Python does."""
+    """Return a string literal of Jinja, whose escapes are those of Python."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     for character, name in (("\n", "n"), ("\r", "r"), ("\t", "t")):
         escaped = escaped.replace(character, f"\\{name}")
@@ -176,7 +184,7 @@ def _literal(text: str) -> str:
 
 
 def _backends(backend: Tokenizer) -> Iterator[tuple[str, Tokenizer]]:
-    """Seams and tokenizers that split at them, the plainest first."""
+    """Yield seams, each with a tokenizer that splits text there, the simplest first."""
 
     def plain() -> Tokenizer:
         made: Tokenizer = copy.deepcopy(backend)
@@ -205,7 +213,7 @@ def _backends(backend: Tokenizer) -> Iterator[tuple[str, Tokenizer]]:
 def _with_backend(
     tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, chat_template: str
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of the general class. The classes of some models build their backend anew from the vocabulary."""
+    """Return a tokenizer of the general class, because some classes rebuild their backend from the vocabulary."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,

@@ -1,4 +1,4 @@
-"""Write single exits for other runtimes, each format by its own module."""
+"""Formats of single exits for other runtimes. A module writes each of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def export_formats(
     """Write exits for another runtime: one to `output_dir`, several to its folders `exit-9`, `exit-12`, ….
 
     Args:
-        format, precision, sample, allow_uncapped: as of `MatryoshkaReranker.export`.
+        format, precision, sample, allow_uncapped: as in `MatryoshkaReranker.export`.
 
     Raises:
         ImportError: if a package is missing that the format needs, with the line that installs it.

@@ -1,4 +1,4 @@
-"""One exit of a Qwen3 as a GGUF file, which llama.cpp ranks with."""
+"""One exit of a Qwen3 as a GGUF file, for rankings by llama.cpp."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flagembedding_matryoshka.text.pairs import PairTokenizer
 ARCHITECTURE = "qwen3"
 GGUF_PRECISIONS = ("f32", "f16", "q8_0")
 BLOCK = 32
-"""Values that share a scale in q8_0. A matrix whose rows are no multiple of it stays in f32."""
+"""Number of values that share a scale in q8_0. A matrix stays in f32 if its row length is no multiple of it."""
 LABELS = ("yes", "no")
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -43,23 +43,23 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""Modules of transformers' Qwen3, those of a layer without its number, to tensors of llama.cpp."""
+"""Name in llama.cpp of each module of transformers' Qwen3. Modules of a layer are named without its number."""
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen's tokenizers split text before they merge, which llama.cpp knows as "qwen2"."""
+"""Pattern by which Qwen's tokenizers split text before merges. Its name in llama.cpp is "qwen2"."""
 
 
 def export_gguf(exit: Exit, directory: str | Path, precision: str = "f32", allow_uncapped: bool = False) -> None:
     """Write an exit to `model-f32.gguf` or another precision, with a model card.
 
-    llama.cpp answers with the softmax of two labels. The second has the score 0, so that this is the sigmoid of the
-    first.
+    llama.cpp answers with the softmax over two labels. The second label has the score 0, so the answer is the sigmoid
+    of the first label's score.
 
     Args:
-        precision: of the matrices.
-        allow_uncapped: as of `classifier_of`.
+        precision: precision of the matrices, one of `GGUF_PRECISIONS`.
+        allow_uncapped: as in `classifier_of`.
 
     Raises:
         ImportError: if the package `gguf` is missing.
@@ -102,10 +102,10 @@ def export_gguf(exit: Exit, directory: str | Path, precision: str = "f32", allow
 
 
 def rendered_words(exit: Exit) -> str:
-    """The template of llama.cpp: text with {query} and {document} in their places.
+    """Return llama.cpp's form of a template: text with {query} and {document} in place of the texts.
 
     Raises:
-        ValueError: if the template strips its texts, or its words hold one of these.
+        ValueError: if the template strips its texts, or its own words contain {query} or {document}.
     """
     template = exit.template.with_instruction(None)
     opening = str(exit.tokenizer.decode(PairTokenizer(exit.tokenizer, template).opening(template)))
@@ -142,10 +142,10 @@ def _refuse_other_models(classifier: Classifier) -> None:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer.json of a tokenizer.
+    """Return the content of a tokenizer's tokenizer.json.
 
     Raises:
-        ValueError: if it does not split and merge as Qwen's.
+        ValueError: if it does not split and merge text as Qwen's tokenizers do.
     """
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     if stored["model"]["type"] != "BPE" or json.dumps(SPLIT) not in json.dumps(stored["pre_tokenizer"]):
@@ -184,7 +184,7 @@ def _add_tokenizer(
 
 
 def _tensor_name(key: str) -> str:
-    """The name of llama.cpp for a weight of transformers.
+    """Return llama.cpp's name of a weight of transformers.
 
     >>> _tensor_name("model.layers.3.mlp.up_proj.weight")
     'blk.3.ffn_up.weight'

@@ -1,4 +1,4 @@
-"""The graph of a classifier and its directory, for ONNX and OpenVINO."""
+"""Graphs of classifiers and their directories, for ONNX and OpenVINO."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flagembedding_matryoshka.checkpoints.export.plain import Classifier, write_
 INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "logits"
 TRACED = 2, 9
-"""Sequences and tokens of the traced batch. Any other batch has the same graph."""
+"""Numbers of sequences and tokens of the traced batch. The graph is the same for any batch."""
 
 
 class Scores(nn.Module):
@@ -28,12 +28,12 @@ class Scores(nn.Module):
         self.classifier = classifier
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, 1) float32 scores of (batch, length) int64 tokens."""
+        """Return (batch, 1) float32 scores of (batch, length) int64 tokens."""
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
 
 
 def example_inputs() -> tuple[Tensor, Tensor]:
-    """A batch to trace with: token ids and mask, the second sequence padded."""
+    """Return token ids and mask of a batch to trace, whose second sequence is padded."""
     ids, mask = torch.ones(TRACED, dtype=torch.int64), torch.ones(TRACED, dtype=torch.int64)
     mask[1, 5:] = 0
     return ids, mask
@@ -50,11 +50,12 @@ def write_graph(
     """Convert a classifier, and replace the checkpoint in `directory` by its file, tokenizer and configuration.
 
     Args:
-        format: as of `MatryoshkaReranker.export`; the file is written to a folder of this name, where
-            sentence-transformers and optimum look for it.
+        format: as in `MatryoshkaReranker.export`. The file goes to a folder of this name, where sentence-transformers
+            and optimum look for it.
         file: name of the graph's file.
-        convert: returns the graph. Its warnings are not shown: they are about torch and the converter themselves.
-        save: writes the graph to a path.
+        convert: a callable that returns the graph. Its warnings are not shown, because they concern torch and the
+            converter alone.
+        save: a callable that writes the graph to a path.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

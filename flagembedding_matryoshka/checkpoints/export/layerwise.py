@@ -20,7 +20,7 @@ from flagembedding_matryoshka.text.templates import Template
 MERGED = "merged_model"
 """The folder in which fine-tuning writes the model with its adapters merged."""
 ACTIVATIONS = {"identity": "torch.nn.modules.linear.Identity", "sigmoid": "torch.nn.modules.activation.Sigmoid"}
-"""What sentence-transformers calls these activation functions."""
+"""Names of activation functions in sentence-transformers."""
 SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
 FOLDERS = (MERGED, "onnx", "openvino")
 """Folders of a checkpoint that hold files of `WRITTEN`."""
@@ -71,11 +71,11 @@ neither the checkpoints of a training run, nor a README.md, nor weights in other
 
 
 def remove_written(directory: str | Path, kept: Collection[str] = ()) -> None:
-    """Remove the files of an earlier checkpoint, right before a new one is written in its place.
+    """Remove the files of an earlier checkpoint, before a new checkpoint is written to its directory.
 
     Args:
-        directory: a directory; nothing happens if it does not exist.
-        kept: names of files that belong to the new checkpoint already.
+        directory: the directory, which need not exist.
+        kept: names of files to keep, because they belong to the new checkpoint.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -100,14 +100,14 @@ def export_exits(
 ) -> None:
     """Write a checkpoint with the layers up to the deepest of `cutoff_layers`, and with their heads.
 
-    It replaces the checkpoint that the directory holds, see `WRITTEN`.
+    It replaces a checkpoint in the directory, see `WRITTEN`.
 
     Args:
-        template: the words that the checkpoint is scored with; None is the model's.
-        activation: as of `write_sentence_transformers_files`.
+        template: template of the new checkpoint; None is the model's.
+        activation: as in `write_sentence_transformers_files`.
 
     Raises:
-        ValueError: if token adapters are attached, of which a checkpoint can hold one.
+        ValueError: if token adapters are attached, because a checkpoint holds at most one.
     """
     if token_adapters := token_adapter_ratios(model):
         raise ValueError(
@@ -142,7 +142,7 @@ def export_exits(
 
 
 def write_sentence_transformers_files(directory: str | Path, activation: str = "identity") -> None:
-    """Name our module beside a checkpoint, for sentence-transformers' CrossEncoder to load it with.
+    """Write the files by which sentence-transformers' CrossEncoder loads a checkpoint with this package's module.
 
     Args:
         activation: the function that CrossEncoder applies to raw scores, see
@@ -161,7 +161,9 @@ def write_sentence_transformers_files(directory: str | Path, activation: str = "
 
 
 def write_lengths(directory: str | Path, query_max_length: int | None, max_length: int) -> None:
-    """Note the lengths that texts are cut to, as `MatryoshkaModule` does: CrossEncoder and `MatryoshkaReranker` read
-    them."""
+    """Write the lengths that texts are truncated to, in the form of `MatryoshkaModule`.
+
+    CrossEncoder and `MatryoshkaReranker` read them.
+    """
     lengths = {"query_max_length": query_max_length, "max_length": max_length}
     Path(directory, MODULE_SETTINGS_FILE).write_text(json.dumps(lengths, indent=2) + "\n")

@@ -15,7 +15,7 @@ def export_onnx(exit: Exit, directory: str | Path, allow_uncapped: bool = False)
     """Write an exit in float32 to `onnx/model.onnx`, with tokenizer and configuration. Batch and length are free.
 
     Args:
-        allow_uncapped: as of `classifier_of`.
+        allow_uncapped: as in `classifier_of`.
 
     Raises:
         ImportError: if the package `onnxscript` is missing.

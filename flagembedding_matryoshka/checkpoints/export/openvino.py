@@ -25,11 +25,10 @@ def export_openvino(
     """Write an exit to `openvino/openvino_model.xml`, with tokenizer and configuration. Batch and length are free.
 
     Args:
-        precision: "f32" and "bf16" are the format of matrices in the file. "int8" multiplies 8-bit integer matrices:
-            nncf measures the ranges of their inputs and moves outliers into the weights (SmoothQuant, arXiv
-            2211.10438).
-        sample: pairs of query and document that int8 measures ranges on. None is `SAMPLE`.
-        allow_uncapped: as of `classifier_of`.
+        precision: "f32" and "bf16" store matrices in this format. "int8" multiplies matrices of 8-bit integers: nncf
+            measures the ranges of their inputs and moves outliers into the weights (SmoothQuant, arXiv 2211.10438).
+        sample: pairs of query and document on which nncf measures ranges for "int8". None is `SAMPLE`.
+        allow_uncapped: as in `classifier_of`.
 
     Raises:
         ImportError: if the package `openvino` is missing, or for int8 `nncf`.
@@ -66,7 +65,7 @@ def export_openvino(
 
 
 def _round_matrices(model: Any, openvino: Any) -> None:
-    """Store matrices in bfloat16. The graph stays in float32, so that a runtime chooses what it computes in."""
+    """Store matrices in bfloat16. The graph stays in float32, so that the runtime chooses the dtype of computation."""
     for constant in model.get_ops():
         is_float = constant.get_type_name() == "Constant" and constant.get_element_type() == openvino.Type.f32
         if is_float and len(constant.shape) == 2:
@@ -76,7 +75,7 @@ def _round_matrices(model: Any, openvino: Any) -> None:
 
 
 def tokens_of(classifier: Classifier, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The inputs of each pair, unpadded: (1, length) int64 arrays."""
+    """Return the inputs of each pair without padding, (1, length) int64 arrays."""
     batches = []
     for query, document in pairs:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]

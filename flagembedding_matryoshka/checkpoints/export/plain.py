@@ -1,4 +1,4 @@
-"""One exit as a sequence classifier of transformers, which stock sentence-transformers and vLLM load, too."""
+"""One exit as a sequence classifier of transformers, which sentence-transformers and vLLM load, too."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ FORWARD = {"method": "forward", "method_output_name": "logits"}
 
 @dataclass(frozen=True)
 class Exit:
-    """One exit of a re-ranker, with what its exported checkpoint says of itself.
+    """One exit of a re-ranker, with the facts that its exported checkpoint states.
 
     Attributes:
         model: the re-ranker's model, with its adapters merged.
         layer: the exit.
-        tokenizer: the re-ranker's.
-        template: the words around query and passage, with the instruction of calls that give none.
-        activation: the function that CrossEncoder and vLLM apply to raw scores, as of `Description`.
-        max_length: tokens of query and passage.
-        source: the name of the re-ranker.
-        fingerprint: of the weights of the source.
-        calibration: from scores of this exit to the probability of relevance, as JSON; None if there is none.
+        tokenizer: the re-ranker's tokenizer.
+        template: words around query and passage, with the default instruction.
+        activation: function that CrossEncoder and vLLM apply to raw scores, as in `Description`.
+        max_length: tokens of query and passage, at most.
+        source: name of the re-ranker.
+        fingerprint: fingerprint of the re-ranker's weights.
+        calibration: map from scores of this exit to probabilities of relevance, as JSON; None if there is none.
     """
 
     model: CostWiseForCausalLM
@@ -73,11 +73,11 @@ class Classifier:
     """An exit as a sequence classifier of transformers.
 
     Attributes:
-        model: of transformers, on the CPU, with `num_labels` 1.
-        tokenizer: with the chat template; it adds no token of its own.
-        max_length: tokens of a whole sequence.
-        temperature: divides raw scores before the sigmoid.
-        exit: what it was made of.
+        model: model of transformers, on the CPU, with `num_labels` 1.
+        tokenizer: tokenizer with the chat template. It adds no tokens.
+        max_length: tokens of a whole sequence, at most.
+        temperature: raw scores are divided by it before the sigmoid.
+        exit: the exit.
     """
 
     model: PreTrainedModel
@@ -88,18 +88,18 @@ class Classifier:
 
     @property
     def has_seams(self) -> bool:
-        """Whether the tokenizer splits texts at the seams of its chat template."""
+        """Whether the chat template has seams, at which the tokenizer splits the text."""
         return f"\\u{ord(SEAM):04x}" in str(self.tokenizer.chat_template)
 
 
 def classifier_of(exit: Exit, allow_uncapped: bool = False) -> Classifier:
     """Make a sequence classifier of an exit.
 
-    Where the activation is the sigmoid, the template's temperature is folded into the head, so that the sigmoid of the
-    classifier's score is the same.
+    If the activation is the sigmoid, the head is divided by the template's temperature. The sigmoid of the classifier's
+    score is then the re-ranker's normalised score.
 
     Args:
-        allow_uncapped: leave out a cap on logits, which no classifier of transformers has.
+        allow_uncapped: leave out a cap on scores, which no classifier of transformers has.
 
     Raises:
         ValueError: if transformers has no sequence classifier of the backbone, scores are capped, token adapters are
@@ -129,7 +129,7 @@ def classifier_of(exit: Exit, allow_uncapped: bool = False) -> Classifier:
     (empty,) = PairTokenizer(exit.tokenizer, words).build([("", "")], 10**6, 10**6, 3 * 10**6)
     max_length = exit.max_length + len(empty)
     tokenizer.model_max_length = max_length
-    with no_init_weights():  # and not on the meta device: buffers that no checkpoint holds are computed here
+    with no_init_weights():  # not on the meta device: the constructor computes buffers that no checkpoint holds
         classifier = model_class(config)
     wanted = classifier.state_dict().keys()
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in wanted}
@@ -140,14 +140,14 @@ def classifier_of(exit: Exit, allow_uncapped: bool = False) -> Classifier:
 
 
 def exportable_backbones() -> list[str]:
-    """The model types of `BACKBONES` of which transformers has sequence classifiers."""
+    """Return the model types of `BACKBONES` for which transformers has a sequence classifier."""
     configs = {_stock_config_class(backbone.config_class) for backbone in BACKBONES}
     return sorted(config.model_type for config in configs if config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
 
 
 @contextmanager
 def package_of(format: str) -> Iterator[None]:
-    """Add to an ImportError of this block the line that installs the packages of a format."""
+    """Add the line that installs the packages of a format to an ImportError inside."""
     try:
         yield
     except ImportError as error:
@@ -159,10 +159,10 @@ def package_of(format: str) -> Iterator[None]:
 def export_transformers(exit: Exit, directory: str | Path, allow_uncapped: bool = False) -> None:
     """Write an exit as a sequence classifier of transformers.
 
-    It replaces the checkpoint that the directory holds, see `WRITTEN`.
+    It replaces a checkpoint in the directory, see `WRITTEN`.
 
     Args:
-        allow_uncapped: as of `classifier_of`.
+        allow_uncapped: as in `classifier_of`.
 
     Raises:
         ValueError: as `classifier_of`.
@@ -174,10 +174,12 @@ def export_transformers(exit: Exit, directory: str | Path, allow_uncapped: bool 
 
 
 def write_files(classifier: Classifier, directory: str | Path, format: str) -> None:
-    """Write all but the weights: configuration, tokenizer, files of sentence-transformers, model card, `EXPORT_FILE`.
+    """Write all files but the weights.
+
+    These are configuration, tokenizer, files of sentence-transformers, model card and `EXPORT_FILE`.
 
     Args:
-        format: as of `MatryoshkaReranker.export`.
+        format: as in `MatryoshkaReranker.export`.
     """
     exit, directory = classifier.exit, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -220,11 +222,11 @@ def write_files(classifier: Classifier, directory: str | Path, format: str) -> N
 
 
 def write_card(exit: Exit, directory: str | Path, format: str, file: str = "") -> None:
-    """Write a model card, unless the directory has one of the user.
+    """Write a model card, unless the directory has a README.md that no export wrote.
 
     Args:
-        format: as of `MatryoshkaReranker.export`.
-        file: the name of the GGUF file.
+        format: as in `MatryoshkaReranker.export`.
+        file: name of the GGUF file.
     """
     path = Path(directory, CARD_FILE)
     if not path.exists() or is_own_card(path.read_text(encoding="utf-8")):
@@ -238,7 +240,7 @@ def _activation(exit: Exit) -> str:
 
 
 def _stock_config_class(config: Any) -> type[PreTrainedConfig]:
-    """The class of transformers that a configuration of this package inherits from."""
+    """Return the class of transformers from which a configuration of this package inherits."""
     own = config if isinstance(config, type) else type(config)
     return next(
         base for base in own.__mro__ if issubclass(base, PreTrainedConfig) and not issubclass(base, CostWiseConfig)
@@ -246,7 +248,7 @@ def _stock_config_class(config: Any) -> type[PreTrainedConfig]:
 
 
 def _stock_config(exit: Exit, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """The configuration of the classifier, without our fields."""
+    """Return the configuration of the classifier, without the fields of `CostWiseConfig`."""
     config = copy.deepcopy(exit.model.config)
     config.cut(exit.layer)
     values = config.to_dict()
@@ -271,10 +273,10 @@ def _stock_config(exit: Exit, config_class: type[PreTrainedConfig]) -> PreTraine
 
 
 def _scale(exit: Exit, allow_uncapped: bool) -> float:
-    """The factor that the decoder applies to its scores.
+    """Return the factor by which the decoder multiplies scores; 1 if it caps them and `allow_uncapped` is True.
 
     Raises:
-        ValueError: if it caps them, unless `allow_uncapped`.
+        ValueError: if it caps them and `allow_uncapped` is False.
     """
     probe = torch.tensor([0.5, 1.0, -4.0], device=exit.model.device)
     ratios: Tensor = exit.model.finish(probe) / probe
@@ -290,9 +292,9 @@ def _scale(exit: Exit, allow_uncapped: bool) -> float:
 
 
 def _pad_token_id(exit: Exit) -> int:
-    """A token for padding that no sequence ends with.
+    """Return a padding token that ends no sequence.
 
-    Classifiers of transformers read the score at the last token that is not this one.
+    Classifiers of transformers read the score at the last token that is not the padding token.
 
     Raises:
         ValueError: if all candidates end a sequence or have no embedding.

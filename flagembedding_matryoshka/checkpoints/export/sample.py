@@ -1,4 +1,4 @@
-"""Pairs of query and document of many kinds, on which int8 measures the ranges of activations."""
+"""Pairs of query and document of many kinds, on which nncf measures the ranges of activations for int8."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ PASSAGES = {
     "which planet has the most moons": "Saturn has more than 270 known moons, Jupiter about a hundred. Earth has one.",
 }
 SAMPLE = [(query, passage) for query in PASSAGES for passage in list(PASSAGES.values())[::3]] + list(PASSAGES.items())
-"""Every query with its answer and with four other passages."""
+"""Pairs of each query with its answer and with four other passages."""

@@ -19,7 +19,7 @@ from weakref import WeakSet
 import torch
 
 from flagembedding_matryoshka.inference.device import threads_of_each
-from flagembedding_matryoshka.inference.engine import Scored, Task
+from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.pool.process import work
 from flagembedding_matryoshka.inference.pool.worker import Assignment, RunEnded, Worker
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -54,7 +54,7 @@ class WorkerPool:
 
     def run(
         self, tasks: Iterable[Task], device: str | None = None, between_batches: Callable[[], None] | None = None
-    ) -> Generator[tuple[Task, Scored], None, None]:
+    ) -> Generator[tuple[Task, TaskScores], None, None]:
         """Yield each task with its results, as they finish. A free worker takes the next task.
 
         A worker on a GPU is given TASKS_AHEAD more, unless `between_batches` is given.
@@ -94,7 +94,7 @@ class WorkerPool:
         device: str | None,
         between: Callable[[], None] | None,
         given: list[Assignment],
-    ) -> Generator[tuple[Task, Scored], None, None]:
+    ) -> Generator[tuple[Task, TaskScores], None, None]:
         source = enumerate(tasks)
         upcoming = next(source, None)
         returned: deque[tuple[int, Task]] = deque()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flagembedding_matryoshka.inference.engine import Engine, Scored, Task
+from flagembedding_matryoshka.inference.engine import Engine, Task, TaskScores
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 
@@ -90,7 +90,7 @@ class ParentConnection:
             self._received.put(None)
 
     def has_received(self) -> bool:
-        """Return whether a message is there."""
+        """Return whether a message waits to be read."""
         return not self._received.empty()
 
     def receive(self) -> Any:
@@ -108,7 +108,7 @@ class ParentConnection:
 def answer(parent: ParentConnection, engine: Engine, order: Order) -> None:
     """Answer an order, and the orders that come before its answer.
 
-    An order that is there is started before the results of the one before are waited for.
+    If an order waits, it is started before the results of the previous order are waited for.
     """
     started = deque([_start(parent, engine, order)])
     while started:
@@ -127,7 +127,7 @@ def _start(parent: ParentConnection, engine: Engine, order: Order) -> Callable[[
     return partial(_answer_of, wait)
 
 
-def _answer_of(wait: Callable[[], Scored]) -> Answer:
+def _answer_of(wait: Callable[[], TaskScores]) -> Answer:
     try:
         return Answer(wait())
     except Exception as error:

@@ -37,7 +37,7 @@ class Assignment:
         answer: the worker's answer; None before it.
         death: how the worker died while it had the task; None if it lives.
         is_abandoned: whether the run has ended, so that no answer is needed.
-        is_ahead: whether the worker has it behind another task of its run.
+        is_ahead: whether the worker computes another task of the run first.
     """
 
     number: int
