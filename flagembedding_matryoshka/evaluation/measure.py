@@ -199,10 +199,19 @@ class TokenizedLists:
 
 
 def tokenize(reranker: MatryoshkaReranker, candidates: Candidates) -> TokenizedLists:
-    """Tokenise all lists. Within a call of the tokenizer, a passage that is in several lists is tokenised once."""
+    """Tokenise all lists. Within a call of the tokenizer, a passage that is in several lists is tokenised once.
+
+    A query with an instruction of its own has a call of its own.
+
+    Raises:
+        ValueError: if the template has no place for an instruction.
+    """
     inputs: dict[str, list[TokenizedPair]] = {}
     start = time.perf_counter()
-    for queries in candidates.batches(list(candidates.passages), PAIRS_AT_ONCE):
+    own = candidates.collection.instructions
+    for query in filter(own.__contains__, candidates.passages):
+        inputs[query] = reranker.tokenize(candidates.pairs([query]), instruction=own[query])
+    for queries in candidates.batches([query for query in candidates.passages if query not in own], PAIRS_AT_ONCE):
         rest = iter(reranker.tokenize(candidates.pairs(queries)))
         for query in queries:
             inputs[query] = list(islice(rest, len(candidates.passages[query])))
