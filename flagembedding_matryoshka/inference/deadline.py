@@ -121,7 +121,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """Number of tokens in the batch."""
-        return self.states.hidden.shape[1]
+        return self.states.packed.total_tokens
 
 
 class AnytimeRun:
@@ -159,7 +159,7 @@ class AnytimeRun:
     ) -> None:
         self._score = score
         self._setting = setting
-        self._exits = choose_stops([layer for layer in exits if layer <= setting.depth], dict(setting.cascade))
+        self._exits = choose_stops(setting.readable(exits), dict(setting.cascade))
         self._reading = reading
         self._deadline = deadline
         self._between = between
@@ -292,7 +292,8 @@ class AnytimeRun:
         for layer in range(states.layers_run + 1, goal + 1):
             weight = share(layer) * (1.0 if layer < goal else self._reading)
             layers += weight
-            tokens += weight * (fixed + int(passage.sum()))
+            is_split = states.split is not None and layer <= self._setting.store_layer
+            tokens += weight * (states.running.total_tokens if is_split else fixed + int(passage.sum()))
             if self._setting.compresses_after(layer):
                 passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens

@@ -378,8 +378,7 @@ class RankingMixin:
         """
         if min_score is not None:
             refuse_min_score(min_score, call)
-        layers, depth = self.config.exit_layers, call.setting.depth
-        exits = [] if call.deadline is None else [layer for layer in layers if layer <= depth]
+        exits = [] if call.deadline is None else call.setting.readable(self.config.exit_layers)
         return self._normalizer(call.options, call.setting, exits)
 
 

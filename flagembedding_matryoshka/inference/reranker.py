@@ -76,6 +76,10 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         cutoff_layers: exits to score at, an int or several; None is the deepest.
         compress_layers: numbers of layers after which the passage is compressed, an int or several.
         compress_ratio: number of neighbouring passage tokens that become one there: 1 (off), 2, 4 or 8.
+        store_layer: number of layers in which passages run apart from their queries, so that the states after them do
+            not depend on the query; 0 is none. Passages are then cut to the length that fits beside the longest query.
+            A ratio without `compress_layers` compresses after this layer. Scores are good if the model was trained with
+            this layer.
         budget: fraction of the full network's floating-point operations. Depth, width and for `rank` a cascade are then
             the best measured setting within it, of the `matryoshka_plan.json` beside the model.
         quality: fraction of the full network's nDCG@10. The cheapest measured setting that reaches it is used.
@@ -156,6 +160,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         cutoff_layers: Layers = None,
         compress_layers: Layers = None,
         compress_ratio: int = 1,
+        store_layer: int = 0,
         budget: float | None = None,
         quality: float | None = None,
         template: str | PathLike[str] | Mapping[str, Any] | None = None,
@@ -224,6 +229,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
+        self.store_layer = store_layer
         self.prompt = words.prompt
         self.instruction = instruction
         self.words = words
@@ -277,8 +283,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             device: one of the re-ranker's `devices`; None spreads the work over all of them.
             show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
-                spelling), `compress_ratio`, `prompt`, `batch_size`, `max_tokens_per_batch`, `query_max_length`,
-                `max_length`, `instruction`, `normalize` and FlagEmbedding's instructions; None keeps the default.
+                spelling), `compress_ratio`, `store_layer`, `prompt`, `batch_size`, `max_tokens_per_batch`,
+                `query_max_length`, `max_length`, `instruction`, `normalize` and FlagEmbedding's instructions; None
+                keeps the default.
 
         Returns:
             One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
@@ -425,8 +432,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """Tokenise pairs once for `compute_score`, `score_lists` and `estimate_flops`, at any depth and width.
 
         Args:
-            overrides: arguments of `compute_score` that tokens depend on: `prompt`, `query_max_length`, `max_length`
-                and instructions.
+            overrides: arguments of `compute_score` that tokens depend on: `prompt`, `query_max_length`, `max_length`,
+                instructions, and `store_layer`, with which passages are cut to fit beside the longest query.
 
         Returns:
             A `TokenizedPair` for each pair, with 4 bytes per token. Its `is_cut` is True if a text was truncated.

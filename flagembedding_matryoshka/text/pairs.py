@@ -287,7 +287,12 @@ class PairTokenizer:
         ]
 
     def build_within(
-        self, pairs: Sequence[tuple[str, str]], query_max_length: int | None, max_length: int, template: Template
+        self,
+        pairs: Sequence[tuple[str, str]],
+        query_max_length: int | None,
+        max_length: int,
+        template: Template,
+        fits_all_queries: bool = False,
     ) -> list[TokenizedPair]:
         """Build sequences with the lengths of FlagEmbedding's re-rankers.
 
@@ -297,6 +302,8 @@ class PairTokenizer:
                 `has_reference_lengths`: most tokens of a passage, and with the number of tokens of the prompt part
                 added, most tokens before the prompt part.
             template: the words around the texts.
+            fits_all_queries: truncate a passage to the length that fits beside the longest query, so that its tokens
+                do not depend on its query.
 
         Raises:
             ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
@@ -306,12 +313,22 @@ class PairTokenizer:
             raise ValueError(
                 f"max_length={max_length} leaves no token of a query, which gets three quarters: give at least 2."
             )
-        if template.has_reference_lengths:
-            beside = len(self.ids_of(template).closing)
-            return self.build(pairs, query_max_length, max_length, max_length + beside, template)
+        words = self.ids_of(template)
         of_query, of_passage, beside = self._own_words(template)
-        lengths = query_max_length + of_query, max_length + of_passage
-        return self.build(pairs, *lengths, max_length + of_query + of_passage + beside, template)
+        if template.has_reference_lengths:
+            query, passage, whole = query_max_length, max_length, max_length + len(words.closing)
+        else:
+            query, passage = query_max_length + of_query, max_length + of_passage
+            whole = max_length + of_query + of_passage + beside
+        if fits_all_queries:
+            room = whole - beside - query
+            if room < max(len(words.passage_end), 1):
+                raise ValueError(
+                    f"query_max_length={query_max_length} leaves no room for passages that fit beside every query: "
+                    f"lower it, or raise max_length={max_length}."
+                )
+            passage = min(passage, room)
+        return self.build(pairs, query, passage, whole, template)
 
     def _own_words(self, template: Template) -> tuple[int, int, int]:
         """Return the number of the template's tokens with a query, with a passage, and elsewhere before `behind`."""
