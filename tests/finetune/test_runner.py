@@ -693,9 +693,9 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
     steps = []
     from flagembedding_matryoshka.finetune import trainer
 
-    def recorded(config, layers, ratios, seed, step):
+    def recorded(config, layers, ratios, seed, step, store_layers):
         steps.append(step)
-        return sample_setting(config, layers, ratios, seed, step)
+        return sample_setting(config, layers, ratios, seed, step, store_layers)
 
     monkeypatch.setattr(trainer, "sample_setting", recorded)
     runner(
@@ -729,6 +729,7 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
             r"compress_ratios are \[2, 4\]",
         ),
         ({"finetune_type": "token"}, r"compress_ratios \[2\] need compress_layers"),
+        ({"store_layers": [3, 0]}, r"store_layers are \[3, 0\], but must be at least 1"),
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0, but must be at least 1"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_threshold=0.1 needs early_stopping_patience"),
@@ -753,6 +754,7 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
         ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
+        ({"store_layers": [2, 6]}, r"cutoff_layers \[6\] do not lie above store_layer=6"),
     ],
 )
 def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path, training_file, tmp_path):
