@@ -294,7 +294,8 @@ class AnytimeRun:
             layers += weight
             is_split = states.split is not None and layer <= self._setting.store_layer
             tokens += weight * (states.running.total_tokens if is_split else fixed + int(passage.sum()))
-            if self._setting.compresses_after(layer):
+            is_stored = is_split and states.split is not None and states.split.stored is not None
+            if self._setting.compresses_after(layer) and not is_stored:
                 passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from os import PathLike
 from typing import Any, Literal
 
 from flagembedding_matryoshka.inference.calibration import Normalizer
@@ -14,6 +15,7 @@ from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, Cu
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
+from flagembedding_matryoshka.inference.identity import model_fingerprint
 from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, excerpt, read_lists
 from flagembedding_matryoshka.inference.options import (
     Call,
@@ -32,6 +34,7 @@ from flagembedding_matryoshka.inference.scoring import (
     refuse_too_short,
     score_lists,
 )
+from flagembedding_matryoshka.inference.store import Conditions, PassageStore
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
@@ -58,7 +61,7 @@ class RankingMixin:
     def rank(
         self,
         query: str,
-        documents: Iterable[str],
+        documents: Iterable[str] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -69,11 +72,14 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[float | None] | None = None,
         first_stage: Literal["order"] | None = None,
+        ids: Iterable[str] | None = None,
+        store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[Hit]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
 
         Args:
+            documents: the texts; None with `ids` and `store`.
             top_k: number of hits to return at most; None is all.
             return_documents: also return each document's text.
             cascade: {exit: fraction of all documents that go deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after
@@ -101,6 +107,9 @@ class RankingMixin:
                 the candidates that wait at an exit by their fused scores. A chunk has the score of its document.
             first_stage: "order" if the documents are in the first stage's order, without scores: rank r, from 1, gets
                 the score 1 / (60 + r) (Cormack, Clarke and Büttcher, SIGIR 2009). None is no order.
+            ids: ids of stored passages, which are ranked instead of texts. Hits also have the "id".
+            store: the store that they are in: the path of a directory that `store` wrote, or the result of
+                `open_store`, which reads its index once for several calls. Its store layer and ratio are the call's.
             overrides: as in `compute_score`, with one cutoff layer; also `fusion`, the weight of the first stage's
                 scores: at least 0, "auto" for the plan's, or None for the default of the constructor. Also
                 `between_batches`, a callable without arguments that is called before each batch of a cascade, or of a
@@ -121,14 +130,16 @@ class RankingMixin:
                 above 0, `min_score` is no number or would be compared with scores of several exits that are not
                 calibrated, several cutoffs are given, the cascade does not fit the model or keeps fewer than `top_k`,
                 or an argument of chunks is given without `chunk`, asks for none of them or for too much overlap, or
-                meets a tokenizer that does not say where its tokens stand. Also if the number of first-stage scores is
+                meets a tokenizer that does not say where its tokens stand. Also unless either documents are given, or
+                ids and a store. Also if the store was made with another model, setting or other words, lacks an id, or
+                meets `chunk`, `return_documents` or several devices. Also if the number of first-stage scores is
                 not the number of documents, a first-stage score is not finite, both `first_stage_scores` and
                 `first_stage` are given, one of them is given without a weight, or `fusion` is given without them, is
                 negative, not finite, or "auto" while the plan has no weight.
         """
         (ranking,) = self.rank_batch(
             [query],
-            [documents],
+            None if documents is None else [documents],
             top_k,
             return_documents,
             cascade,
@@ -139,6 +150,8 @@ class RankingMixin:
             min_score,
             None if first_stage_scores is None else [first_stage_scores],
             first_stage,
+            None if ids is None else [ids],
+            store,
             **overrides,
         )
         return ranking
@@ -146,7 +159,7 @@ class RankingMixin:
     def rank_batch(
         self,
         queries: Iterable[str],
-        candidates: Iterable[Iterable[str]],
+        candidates: Iterable[Iterable[str]] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -157,9 +170,11 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         first_stage: Literal["order"] | None = None,
+        ids: Iterable[Iterable[str]] | None = None,
+        store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
-        """`rank` for many queries, in common batches; `candidates` are the documents of each query.
+        """`rank` for many queries, in common batches; `candidates` are the documents of each query, or `ids` the ids.
 
         `instruction` may also be a list with an instruction, or None, for each query.
         `first_stage_scores` has a list of scores for each query.
@@ -167,13 +182,80 @@ class RankingMixin:
         Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
             first-stage scores is not the number of queries.
         """
+        given = ids if candidates is None else candidates
+        if given is None or (candidates is not None and ids is not None) or (ids is None) != (store is None):
+            raise ValueError("a ranking needs either the documents of each query, or ids and store.")
         options = RankingOptions.of(locals())
         deadline = Deadline.of(deadline_ms, self._clock)
-        queries, lists = as_lists(queries, candidates)
+        queries, lists = as_lists(queries, given)
         if deadline is not None and len(lists) == 1:
             deadline = deadline.start()
+        if store is not None:
+            options = replace(options, store=self.open_store(store))
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        return list(self._rank(rows, sum(map(len, lists)), deadline, options))
+        rankings = list(self._rank(rows, sum(map(len, lists)), deadline, options))
+        if store is not None:
+            for names, ranking in zip(lists, rankings, strict=True):
+                for hit in ranking:
+                    hit["id"] = names[hit["corpus_id"]]
+        return rankings
+
+    def open_store(self, store: str | PathLike[str] | PassageStore) -> PassageStore:
+        """Open a store for rankings with this re-ranker. A store that is open stays as it is.
+
+        Raises:
+            FileNotFoundError: if there is no store.
+            ValueError: if another model wrote it, or the re-ranker has several devices.
+        """
+        self._engine_of_store()
+        store = store if isinstance(store, PassageStore) else PassageStore(store)
+        store.check(replace(store.conditions, model=self._model_fingerprint))
+        return store
+
+    def store(
+        self,
+        passages: Mapping[str, str] | Iterable[tuple[str, str]],
+        path: str | PathLike[str],
+        store_layer: int | None = None,
+        compress_ratio: int | None = None,
+        **overrides: Any,
+    ) -> PassageStore:
+        """Compute the states of passages after a store layer, and write them to a directory.
+
+        Passages that the store has already are not computed again: a run that was interrupted goes on, and a later one
+        appends. One process may write a store at a time.
+
+        Args:
+            passages: {id: text}, or an iterable of (id, text).
+            path: the directory.
+            store_layer: number of layers that run; None is the re-ranker's own.
+            compress_ratio: number of neighbouring tokens that become one after this layer; None is the re-ranker's own.
+            overrides: as in `compute_score`. Passages are cut to the length that fits beside the longest query, by
+                `max_length` and `query_max_length`.
+
+        Returns:
+            the store, which knows its `bytes_per_passage`.
+
+        Raises:
+            TypeError: if an id or a text is not a string.
+            ValueError: if the store was made with another model, setting or other words, has another text with an id,
+                or the re-ranker has several devices; also as in `compute_score`.
+        """
+        engine = self._engine_of_store()
+        given = {**overrides, "store_layer": store_layer, "compress_ratio": compress_ratio}
+        call = Call(self._pair_tokenizer, *resolve_call(self, given))
+        found = PassageStore.create(path, Conditions.of(self._model_fingerprint, call))
+        found.add(passages, call, partial(engine.passage_states, setting=call.setting))
+        return found
+
+    def _engine_of_store(self) -> Engine:
+        if not isinstance(self._engine, Engine):
+            raise ValueError(f"a store works on one device, and this re-ranker has {self.target_devices}.")
+        return self._engine
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
+        return model_fingerprint(self)
 
     def rank_iter(
         self,
@@ -239,9 +321,16 @@ class RankingMixin:
         """
         top_k = options.top_k
         instructions, overrides = _instructions(options.overrides)
+        store = options.store
+        if store is not None:
+            if options.chunk or options.return_documents:
+                raise ValueError("chunk and return_documents need texts, and a store has none.")
+            overrides = store.completed(overrides)
         call = self._call(options.cascade, deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
+        if store is not None:
+            store.check(Conditions.of(self._model_fingerprint, call))
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):
@@ -270,9 +359,12 @@ class RankingMixin:
                 if own is not None and number >= len(own):
                     raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
                 cut: Sequence[CutDocument] | None = None
-                if chunking is None:
+                pairs: Pairs
+                if store is not None:
+                    pairs = store.pairs(query, documents, call if own is None else own[number])
+                elif chunking is None:
                     texts = [(query, document) for document in documents]
-                    pairs: Pairs = texts if own is None else own[number].tokenize(texts)
+                    pairs = texts if own is None else own[number].tokenize(texts)
                 else:
                     cut = (chunking if own is None else replace(chunking, call=own[number])).cut(query, documents)
                     pairs = [chunk.pair for document in cut for chunk in document.chunks]

@@ -458,6 +458,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self,
         sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair],
         depths: Sequence[int] | None = None,
+        stored: bool = False,
         **overrides: Any,
     ) -> int:
         """Count the floating-point operations of `compute_score` for all of these pairs, in the batches that it uses.
@@ -465,13 +466,17 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         Args:
             depths: for each pair the exit where it stops, as the "cutoff_layer" of a cascade's hits, with all exits of
                 the cascade as `cutoff_layers`. None is the deepest cutoff layer.
+            stored: whether passages are in a store of the `store_layer` and ratio.
 
         Raises:
-            TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair.
+            TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair, or
+                `stored` is given without a store layer.
         """
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         refuse_beside_tokens(pairs, overrides)
+        if stored and not setting.store_layer:
+            raise ValueError("stored=True needs a store_layer.")
         inputs = Call(self._pair_tokenizer, options, setting).tokenize(pairs)
         if depths is not None:
             depths = as_layer_tuple("depths", depths) or ()
@@ -493,6 +498,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
                 passage_first=own[0].passage_first,
                 depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
                 read_alone=setting.cutoff_layers if depths is None else {*depths, setting.depth},
+                stored=stored,
             )
         return total
 

@@ -186,7 +186,13 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         """Return the input of the first layer, (1, total_tokens, hidden)."""
         return self.embed_tokens(token_ids)
 
-    def embed(self, token_ids: Tensor, packed: PackedBatch, setting: Setting | None = None) -> PackedStates:
+    def embed(
+        self,
+        token_ids: Tensor,
+        packed: PackedBatch,
+        setting: Setting | None = None,
+        stored: Sequence[Tensor] | None = None,
+    ) -> PackedStates:
         """Return the states of token ids before the first layer.
 
         Args:
@@ -194,6 +200,8 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             setting: the setting of the pass. Its indices, with a cascade those of the first stage, are copied to the
                 device in one copy with the token ids. With a store layer, passages are apart from their queries in the
                 states. None copies the token ids alone, and has no store layer.
+            stored: for each sequence the states of its passage, as in `split_passages`, of the setting's store layer
+                and compressed there. None: passages are computed.
 
         Raises:
             ValueError: if a sequence is longer than the positions that the model knows.
@@ -209,7 +217,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         split = None
         if setting is not None:
             if setting.store_layer:
-                token_ids, split = split_passages(token_ids, packed)
+                token_ids, split = split_passages(token_ids, packed, stored)
             exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
             indices = self._indices(packed, split, setting, exits)
         if token_ids.device.type == packed.device.type:
@@ -268,6 +276,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 yield running, INDICES[kernel]
             if split is not None and depth == setting.store_layer:
                 yield packed, split.tokens
+                compresses = compresses and split.stored is None
                 split = None
             if compresses:
                 yield packed, SlotsOf(setting.compress_ratio)
@@ -295,7 +304,8 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         """Run layers on `states` until `until` have run.
 
         After the store layer, queries and passages are joined to sequences. Passage tokens weigh the same if they are
-        compressed there, because the last token's attention depends on the query.
+        compressed there, because the last token's attention depends on the query. Stored passages are compressed
+        already.
 
         Yields:
             after each layer, before its compression: the number of layers that have run, the states (1, total_tokens,
@@ -304,7 +314,8 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         rotary = self.rotary_embeddings(states.hidden, states.running)
         for depth in range(states.layers_run + 1, until + 1):
             joins = states.split if depth == setting.store_layer else None
-            compresses = setting.compresses_after(depth)
+            is_stored = joins is not None and joins.stored is not None
+            compresses = setting.compresses_after(depth) and not is_stored
             weighs = compresses and joins is None and self.config.compress_weights == "attention"
             if weighs and states.packed.shares_passages:
                 # Each query weights the passage tokens differently.
@@ -326,6 +337,25 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             if compresses or joins is not None:
                 rotary = self.rotary_embeddings(hidden, states.packed)
             states.hidden, states.layers_run = hidden, depth
+
+    def passage_states(self, token_ids: Tensor, lengths: Tensor, setting: Setting) -> list[Tensor]:
+        """Compute the states of passages after the store layer of a setting, compressed there.
+
+        Args:
+            token_ids: (1, sum of lengths) int64 tokens of the passages, on the CPU.
+            lengths: (passages,) int64, CPU: tokens of each one, at least 1.
+
+        Returns:
+            For each passage its (tokens, hidden) states, on the model's device.
+        """
+        none = torch.zeros_like(lengths)
+        states = self.embed(token_ids, PackedBatch(none, lengths, none, self.embed_tokens.weight.device))
+        for _ in self.run(states, Setting(setting.cutoff_layers), setting.store_layer):
+            pass
+        hidden, packed = states.hidden, states.packed
+        if setting.compresses_after(setting.store_layer):
+            hidden, packed = compress(hidden, None, packed, setting.compress_ratio)
+        return list(hidden[0].split(packed.lengths.tolist()))
 
     def read(self, states: PackedStates) -> Tensor:
         """Return the (sequences, hidden) normalised states after the next layer, which runs for the last tokens alone.

@@ -42,6 +42,7 @@ def estimate_flops(
     depths: Tensor | None = None,
     layers_run: int = 0,
     read_alone: Collection[int] | None = None,
+    stored: bool = False,
 ) -> int:
     """Return the floating-point operations of matrix products in one pass; a multiplication and an addition are two.
 
@@ -57,6 +58,7 @@ def estimate_flops(
         depths: (batch,) int64, the exit where each sequence stops; None is the deepest of `setting`.
         layers_run: layers at full width that ran before the pass.
         read_alone: the exits that are read alone; None is all cutoff layers of `setting`.
+        stored: whether the states of passages after the store layer are read, and not computed.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query_width = config.num_attention_heads * head_dim
@@ -74,6 +76,7 @@ def estimate_flops(
     has_segment = group.bincount() > 1
     # Up to the store layer, a query part with its prompt part is a segment, and so is a passage.
     apart = [fixed, passage[~shares]] if passage_first else [fixed[~shares], passage]
+    apart = apart[:1] if stored else apart
     weighs_passages = passage_first and config.compress_weights == "attention"
 
     def running(depth: int) -> tuple[Tensor, Tensor, int]:

@@ -12,6 +12,8 @@ Two sequences, q q a b p | q q c p. The query part and prompt part of each are a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,11 +32,13 @@ class SplitBatch:
     Args:
         batch: where the segments lie.
         firsts: (segments of the whole sequences, 3) int64, CPU: the token of the row where each one's query part,
-            passage and prompt part begin.
+            passage and prompt part begin. Stored passages stand after the row.
+        stored: (1, tokens, hidden) states of stored passages after the store layer, compressed there; None if passages
+            are in the row.
     """
 
-    def __init__(self, batch: PackedBatch, firsts: Tensor) -> None:
-        self.batch, self.firsts = batch, firsts
+    def __init__(self, batch: PackedBatch, firsts: Tensor, stored: Tensor | None = None) -> None:
+        self.batch, self.firsts, self.stored = batch, firsts, stored
 
     def tokens(self, packed: PackedBatch) -> TokenIndices:
         """Return the tokens of the row that make up the row of whole sequences, on the CPU."""
@@ -51,15 +55,20 @@ class SplitBatch:
         Returns:
             (1, total_tokens of `packed`, hidden).
         """
-        return hidden[:, packed.indices(self.tokens).tokens]
+        row = hidden if self.stored is None else torch.cat([hidden, self.stored.to(hidden)], dim=1)
+        return row[:, packed.indices(self.tokens).tokens]
 
 
-def split_passages(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, SplitBatch]:
+def split_passages(
+    token_ids: Tensor, packed: PackedBatch, stored: Sequence[Tensor] | None = None
+) -> tuple[Tensor, SplitBatch]:
     """Split the passages of a packed row from their queries.
 
     Args:
         token_ids: (1, total_tokens) int64.
         packed: where the segments lie among them.
+        stored: for each sequence the (passage tokens, hidden) states of its passage, on the CPU. The split row then has
+            no passages, and their token ids do not matter. None: passages are in the row.
 
     Returns:
         (1, tokens) token ids of the split row, on the same device, and where its segments lie.
@@ -72,7 +81,7 @@ def split_passages(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Spli
     parts: list[NDArray[np.int64]] = []
     segments: list[tuple[int, int, int]] = []
     firsts = [[0, 0, 0] for _ in lengths]
-    size = 0
+    size = states_before = 0
 
     def add(tokens: list[NDArray[np.int64]], segment: tuple[int, int, int]) -> int:
         """Add a segment, and return its first token."""
@@ -97,8 +106,16 @@ def split_passages(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Spli
             firsts[number][0], firsts[number][2] = known[key] + len(shared), known[key] + len(shared) + query
             if prefix >= 0:
                 firsts[prefix][0] = known[key]
-        firsts[number][1] = add([own_passage], (0, passage, 0))
+        if stored is None:
+            firsts[number][1] = add([own_passage], (0, passage, 0))
+        else:
+            firsts[number][1], states_before = states_before, states_before + passage
     queries, passages, prompts = torch.tensor(segments).unbind(1)
     batch = PackedBatch(queries, passages, prompts, packed.device)
     (there,) = on_device([torch.from_numpy(np.concatenate(parts))], token_ids.device)
-    return token_ids[:, there], SplitBatch(batch, torch.tensor(firsts))
+    places = torch.tensor(firsts)
+    if stored is None:
+        return token_ids[:, there], SplitBatch(batch, places)
+    places[:, 1] += size
+    (states,) = on_device([torch.cat(list(stored))], packed.device)
+    return token_ids[:, there], SplitBatch(batch, places, states[None])
