@@ -328,8 +328,11 @@ def test_autocast_keeps_no_second_copy_of_what_adapters_are_fed(
     ("method", "use_lora"),
     [("distill_fix_layer_teacher", True), ("distill_fix_layer_teacher", False), ("self_distill", True)],
 )
+@pytest.mark.parametrize(
+    "setting", [Setting((2, 3, 4, 5, 6), (2,), 2), Setting((4, 5, 6), (3,), 2, store_layer=3)], ids=str
+)
 def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
-    method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
+    setting, method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
 ):
     """A pass without gradients must not fill autocast's cache of weights, from which torch before 2.11 takes them."""
     arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2, "use_lora": use_lora}
@@ -348,7 +351,7 @@ def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
         if isinstance(layer, CostWiseLayer):
             layer.register_forward_pre_hook(record)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = run.model.train()(**batch, setting=Setting((2, 3, 4, 5, 6), (2,), 2)).loss
+        loss = run.model.train()(**batch, setting=setting).loss
     loss.backward()
     assert [name for name, value in run.model.named_parameters() if value.requires_grad and value.grad is None] == []
     assert caching and not any(caching)

@@ -85,6 +85,19 @@ def test_with_a_store_layer_every_exit_learns_and_every_adapter_has_a_gradient(s
     assert (masked[below:] - plain[below:]).abs().mean() > 1e-2
 
 
+def test_the_full_width_of_a_store_layer_has_its_mask_and_exits_below_are_their_own(one_exit, lists, tmp_path):
+    """As deeper exits teach, with other methods."""
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 5, 6]})
+    pair = run.data_collator([run.train_dataset[0]])["pair"]
+    model = run.model.eval()
+    scores, full_width = model.encode(pair, Setting((4, 5, 6), (3,), 4, store_layer=3), return_full_width=True)
+    expected, _ = model.encode(pair, Setting((4, 5, 6), store_layer=3))
+    close(full_width, expected)
+    assert not full_width.requires_grad and scores.requires_grad
+    close(scores[0], full_width[0])
+    assert (scores[1:] - full_width[1:]).abs().mean() > 1e-2
+
+
 def test_training_with_store_layers_logs_all_exits_in_each_step(one_exit, lists, tmp_path):
     options = {"store_layers": [2, 5], "compress_ratios": [1, 4], "max_steps": 8}
     run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, **options)
