@@ -138,9 +138,9 @@ class PassageStore:
         self.nbytes = 0
         self._places: dict[str, Place] = {}
         self._shards: dict[int, Any] = {}
-        self._complete = 0
-        while self._index(self._complete).is_file():
-            self._add(json.loads(self._index(self._complete).read_text(encoding="utf-8")))
+        self._tokens: list[int] = []
+        while self._index(len(self._tokens)).is_file():
+            self._add(json.loads(self._index(len(self._tokens)).read_text(encoding="utf-8")))
 
     @classmethod
     def create(cls, path: str | PathLike[str], conditions: Conditions) -> PassageStore:
@@ -246,7 +246,8 @@ class PassageStore:
 
     def _write(self, shard: Sequence[tuple[str, str, bool, Tensor]]) -> None:
         """Write a shard: its states, and then its index."""
-        with replacing(self._states(self._complete)) as partial:
+        number = len(self._tokens)
+        with replacing(self._states(number)) as partial:
             save_file({"states": torch.cat([states for *_, states in shard])}, partial)
         names, digests, are_cut, states = zip(*shard, strict=True)
         index = {
@@ -256,7 +257,7 @@ class PassageStore:
             "cut": [place for place, is_cut in enumerate(are_cut) if is_cut],
             "bytes": sum(own.nbytes for own in states),
         }
-        write_text(self._index(self._complete), json.dumps(index, ensure_ascii=False) + "\n")
+        write_text(self._index(number), json.dumps(index, ensure_ascii=False) + "\n")
         self._add(index)
 
     def _add(self, index: Mapping[str, Any]) -> None:
@@ -264,15 +265,26 @@ class PassageStore:
         for place, (name, digest, length) in enumerate(
             zip(index["ids"], index["digests"], index["lengths"], strict=True)
         ):
-            self._places[name] = Place(self._complete, start, start + length, place in cut, digest)
+            self._places[name] = Place(len(self._tokens), start, start + length, place in cut, digest)
             start += length
         self.nbytes += index["bytes"]
-        self._complete += 1
+        self._tokens.append(start)
 
     def _read(self, place: Place) -> Tensor:
-        """Return (tokens, hidden) states. A shard is mapped into memory, and only these tokens are read."""
+        """Return (tokens, hidden) states. A shard is mapped into memory, and only these tokens are read.
+
+        Raises:
+            ValueError: if the shard does not have the tokens of its index.
+        """
         if place.shard not in self._shards:
-            self._shards[place.shard] = safe_open(self._states(place.shard), framework="pt").get_slice("states")
+            path = self._states(place.shard)
+            opened = safe_open(path, framework="pt").get_slice("states")
+            if opened.get_shape()[0] != self._tokens[place.shard]:
+                raise ValueError(
+                    f"{path} has {opened.get_shape()[0]} tokens, and its index {self._tokens[place.shard]}: delete the "
+                    "store, and store the passages again."
+                )
+            self._shards[place.shard] = opened
         states: Tensor = self._shards[place.shard][place.start : place.end]
         return states
 

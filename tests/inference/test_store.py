@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,6 +106,19 @@ def test_all_arguments_of_a_ranking_that_need_no_text_work(mistral, tmp_path):
     few = mistral.rank(QUERIES[0], ids=["d3", "d1", "d3"], store=str(path))
     assert sorted(hit["id"] for hit in few) == ["d1", "d3", "d3"] and few[0]["corpus_id"] in (0, 1, 2)
     assert mistral.rank(QUERIES[0], ids=[], store=path) == []
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_in_bfloat16_scores_that_do_not_depend_on_the_batch_are_the_same_bits(tiny_layerwise_path, ratio, tmp_path):
+    reranker = MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="bfloat16", devices="cpu", batch_invariant=True, **LENGTHS
+    )
+    setting = {"store_layer": 2, "compress_ratio": ratio}
+    store = reranker.store(TEXTS, tmp_path / "store", **setting)
+    assert load_file(store.path / "00000.safetensors")["states"].dtype == torch.bfloat16
+    stored = by_id(reranker.rank(QUERIES[0], ids=IDS[::-1], store=store))
+    texts = by_id(reranker.rank(QUERIES[0], list(TEXTS.values()), **setting))
+    assert {name: hit["score"] for name, hit in stored.items()} == {name: hit["score"] for name, hit in texts.items()}
 
 
 def test_layers_up_to_the_store_layer_see_no_passage(mistral, tmp_path, monkeypatch):
@@ -240,6 +253,12 @@ def test_wrong_requests_are_refused(mistral, tmp_path):
         mistral.store(TEXTS, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"there is no store .*nothing"):
         mistral.rank("wing", ids=IDS, store=tmp_path / "nothing")
+    states = load_file(path / "00000.safetensors")["states"]
+    save_file({"states": states[:-1].clone()}, path / "00000.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"00000.safetensors has {len(states) - 1} tokens, and its index {len(states)}"
+    ):
+        mistral.rank("wing", ids=IDS, store=path)
     noted = json.loads((path / "store.json").read_text())
     (path / "store.json").write_text(json.dumps(noted | {"version": 2}))
     with pytest.raises(ValueError, match="is not of version 1"):
