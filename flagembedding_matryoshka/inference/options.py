@@ -167,7 +167,6 @@ class RankingOptions:
         top_k, return_documents, cascade, chunk, max_chunks_per_doc, overlap, min_score: as in `rank`.
         has_first_stage: whether the call gives first-stage scores or an order.
         overrides: the other arguments, as in `compute_score`.
-        store: the opened store that the documents are in; None if they are texts.
     """
 
     top_k: int | None
@@ -179,7 +178,6 @@ class RankingOptions:
     min_score: float | None
     has_first_stage: bool
     overrides: Mapping[str, Any]
-    store: Any = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> RankingOptions:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from os import PathLike
 from typing import Any, Literal
 
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
@@ -190,11 +191,10 @@ class RankingMixin:
         queries, lists = as_lists(queries, given)
         if deadline is not None and len(lists) == 1:
             deadline = deadline.start()
-        if store is not None:
-            options = replace(options, store=self.open_store(store))
+        opened = None if store is None else self.open_store(store)
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        rankings = list(self._rank(rows, sum(map(len, lists)), deadline, options))
-        if store is not None:
+        rankings = list(self._rank(rows, sum(map(len, lists)), deadline, options, opened))
+        if opened is not None:
             for names, ranking in zip(lists, rankings, strict=True):
                 for hit in ranking:
                     hit["id"] = names[hit["corpus_id"]]
@@ -244,7 +244,7 @@ class RankingMixin:
         engine = self._engine_of_store()
         given = {**overrides, "store_layer": store_layer, "compress_ratio": compress_ratio}
         call = Call(self._pair_tokenizer, *resolve_call(self, given))
-        found = PassageStore.create(path, Conditions.of(self._model_fingerprint, call))
+        found = PassageStore.create(path, self._conditions(call))
         found.add(passages, call, partial(engine.passage_states, setting=call.setting))
         return found
 
@@ -252,6 +252,9 @@ class RankingMixin:
         if not isinstance(self._engine, Engine):
             raise ValueError(f"a store works on one device, and this re-ranker has {self.target_devices}.")
         return self._engine
+
+    def _conditions(self, call: Call) -> Conditions:
+        return Conditions.of(self._model_fingerprint, call, token_adapter_ratios(self.model))
 
     @cached_property
     def _model_fingerprint(self) -> str:
@@ -310,6 +313,7 @@ class RankingMixin:
         total: int | None,
         deadline: Deadline | None,
         options: RankingOptions,
+        store: PassageStore | None = None,
     ) -> Generator[list[Hit], None, None]:
         """Rank lists. Wrong options raise at once.
 
@@ -318,10 +322,10 @@ class RankingMixin:
                 instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
             deadline: deadline of each query; None is no deadline.
+            store: the store whose ids stand in place of documents; None if documents are texts.
         """
         top_k = options.top_k
         instructions, overrides = _instructions(options.overrides)
-        store = options.store
         if store is not None:
             if options.chunk or options.return_documents:
                 raise ValueError("chunk and return_documents need texts, and a store has none.")
@@ -330,7 +334,7 @@ class RankingMixin:
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
         if store is not None:
-            store.check(Conditions.of(self._model_fingerprint, call))
+            store.check(self._conditions(call))
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from os import PathLike
@@ -57,6 +57,7 @@ class Conditions:
         model: fingerprint of the weights as loaded, the tokenizer and the configuration.
         store_layer: number of layers that have run.
         compress_ratio: number of neighbouring tokens that became one after the store layer.
+        token_adapter: ratio of the token adapter that the layers ran with; None if they ran without one.
         passage_instruction, passage_format, strips_passage, follows_words: the template's words around a passage, and
             how they are tokenised.
         passage_max_length: most tokens of a passage with these words.
@@ -65,6 +66,7 @@ class Conditions:
     model: str
     store_layer: int
     compress_ratio: int
+    token_adapter: int | None
     passage_instruction: str
     passage_format: str
     strips_passage: bool
@@ -72,8 +74,12 @@ class Conditions:
     passage_max_length: int
 
     @classmethod
-    def of(cls, model: str, call: Call) -> Conditions:
+    def of(cls, model: str, call: Call, token_adapters: Collection[int] = ()) -> Conditions:
         """Return the conditions of a call.
+
+        Args:
+            model: fingerprint of the model.
+            token_adapters: the ratios that the model has token adapters for.
 
         Raises:
             ValueError: if the call has no store layer, its template begins with the passage, or its lengths leave no
@@ -91,6 +97,7 @@ class Conditions:
             model,
             setting.store_layer,
             setting.compress_ratio if is_compressed else 1,
+            setting.compress_ratio if setting.compress_ratio in token_adapters else None,
             template.passage_instruction,
             template.passage_format,
             "passage" in template.strip,

@@ -59,7 +59,10 @@ def pairs_of(shapes):
 PAIRS = pairs_of(SHAPES)
 
 
-@pytest.fixture(scope="module", params=FIRST)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in BACKBONES],
+)
 def backbone(request, tiny_tokenizer, tmp_path_factory):
     """A layer-wise model and transformers' own, of the same weights."""
     path = write_raw(request.param, tiny_tokenizer, tmp_path_factory.mktemp(request.param))
@@ -93,10 +96,10 @@ def run_layer(plain, index, hidden, positions, sees):
     return output, maps[0]
 
 
-def slow_scores(plain, heads, pair, setting):
+def slow_scores(plain, heads, pair, setting, scale=1.0):
     """(exits,) scores of one pair: all layers of transformers over the whole pair, with the mask of a store layer."""
     query, passage = pair.query_length, pair.passage_length
-    hidden = plain.model.embed_tokens(torch.tensor(pair.input_ids)[None].long())
+    hidden = plain.model.embed_tokens(torch.tensor(pair.input_ids)[None].long()) * scale
     found = {}
     for depth in range(1, setting.depth + 1):
         length = hidden.shape[1]
@@ -124,7 +127,7 @@ def scores(model, pairs, setting, apart=False):
 @EVERY_SETTING
 def test_a_batch_scores_as_transformers_layers_with_an_explicit_mask(backbone, setting):
     name, model, plain = backbone
-    slow = [slow_scores(plain, model.lm_head, pair, setting) for pair in PAIRS]
+    slow = [slow_scores(plain, model.lm_head, pair, setting, BACKBONES[name].embedding_scale) for pair in PAIRS]
     expected = BACKBONES[name].finish(torch.stack(slow, 1))
     assert expected.std() > 0.1
     close(scores(model, PAIRS, setting), expected, 5e-6)
@@ -196,7 +199,8 @@ def test_training_has_the_gradients_of_transformers_layers(backbone):
     setting, pairs = SETTINGS[4], PAIRS[:4]
     own = copy.deepcopy(model).train()
     scores(own, pairs, setting).square().mean().backward()
-    slow = torch.stack([slow_scores(plain, model.lm_head, pair, setting) for pair in pairs], 1)
+    scale = BACKBONES[name].embedding_scale
+    slow = torch.stack([slow_scores(plain, model.lm_head, pair, setting, scale) for pair in pairs], 1)
     parameters = dict(plain.model.named_parameters())
     gradients = torch.autograd.grad(BACKBONES[name].finish(slow).square().mean(), parameters.values())
     actual = dict(own.model.named_parameters())
