@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def full_network(config: CostWiseConfig) -> Setting:
 
 def sort_by_width(settings: Iterable[Setting]) -> list[Setting]:
     """Return the settings without repetition. Settings of a width are neighbours, so that one pass scores them."""
-    return sorted(dict.fromkeys(settings), key=lambda setting: (setting.compress_ratio, setting.compress_layers))
+    return sorted(dict.fromkeys(settings), key=attrgetter("width"))
 
 
 def grid(
@@ -121,7 +122,7 @@ def measure_settings(
         found[setting] = result = Result(setting, flops / len(candidates), speed, memory, quality)
         store.save(result, run)
 
-    for _, width in groupby(missing, key=lambda setting: (setting.compress_layers, setting.compress_ratio)):
+    for _, width in groupby(missing, key=attrgetter("width")):
         group = list(width)
         exits = [setting for setting in group if not setting.cascade]
         if exits:
