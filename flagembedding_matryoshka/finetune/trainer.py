@@ -33,7 +33,7 @@ from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.onednn import use_onednn
+from flagembedding_matryoshka.models.onednn import product, use_onednn
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
@@ -402,7 +402,7 @@ def product_peak(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
+        product(matrix, matrix)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
