@@ -86,6 +86,7 @@ class OneDnnLinear(nn.Linear):
             and states.dtype in DTYPES
             and states.dtype == self.weight.dtype
             and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()  # inductor has products of its own
         )
 
     def product(self, states: Tensor, then: str = "none", factor: Tensor | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class OneDnnLinear(nn.Linear):
             factor: (..., out_features); None is no factor.
         """
         weight: Tensor = self.weight
-        if self.packs and not torch.compiler.is_compiling():
+        if self.packs:
             source = weight.data_ptr(), version_of(weight)
             if self._packed is None or self._packed[1:] != source:
                 self._packed = (onednn_order(weight.detach(), None), *source)
