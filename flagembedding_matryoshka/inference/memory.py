@@ -12,8 +12,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 LARGEST_INT = 2**31 - 1
 LARGEST_BLOCKS = (2**30, 2**25)
 """Values of M_MMAP_THRESHOLD, in bytes, the first that glibc takes. Before 2.35 it takes 32 MiB at most."""
-KEPT_PRODUCTS = 32
-"""Products whose code is kept on a CPU. A layer has about seven, and a compressed batch has a few numbers of rows."""
 
 
 @cache
@@ -24,15 +22,9 @@ def keep_freed_memory() -> None:
     a million faults per 100 pairs with the shipped re-ranker. All threads share one arena, because others map blocks
     above 64 MiB. The process then holds the memory of its largest pass until it ends.
 
-    malloc stays as it is if a variable of the environment already configures it (`MALLOC_…` or `GLIBC_TUNABLES`), or if
-    the C library is not glibc.
-
-    oneDNN, and torch's layer around it, keep the code of 1,024 products each. Every number of rows needs its own, and
-    batches of all sizes took 700 MB. They keep `KEPT_PRODUCTS` each, unless the environment says otherwise or they have
-    computed already.
+    Nothing is changed if a variable of the environment already configures malloc (`MALLOC_…` or `GLIBC_TUNABLES`), or
+    if the C library is not glibc.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_PRODUCTS))
     is_configured = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     if is_configured or not _has_glibc():
         return

@@ -228,7 +228,7 @@ def test_an_engine_on_a_cpu_computes_by_onednn_and_its_model_is_exported(tiny_la
         layer.mlp.__class__ = MistralMLP
     task = engine.Task([reranker.tokenize(PAIRS)], [range(len(PAIRS))], Setting(6))
     ((_, expected),) = plain.run([task])
-    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+    tolerance = {"float32": 1e-5, "bfloat16": 4e-2}[dtype]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected.scores[0]), atol=tolerance, rtol=0)
     reranker.export(tmp_path / "cut", cutoff_layers=[4, 6])
     exported = MatryoshkaReranker(str(tmp_path / "cut"), dtype=dtype, devices="cpu")

@@ -58,36 +58,3 @@ def test_a_pass_on_a_cpu_faults_no_memory_in_that_an_earlier_pass_had(tiny_raw_m
     left_alone = count_faults(tmp_path, MALLOC_TRIM_THRESHOLD_="131072")
     assert min(left_alone) > 10_000
     assert min(kept) < 8 * 50 and sum(kept) < sum(left_alone) / 4  # some passes enlarge the heap, ever fewer of them
-
-
-ALL_SIZES = """
-import sys
-import torch
-from flagembedding_matryoshka.inference.memory import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-weights = [torch.ones(size, 32, dtype=torch.bfloat16) for size in (16, 32, 48, 64)]
-rows = torch.ones(400, 32, dtype=torch.bfloat16)
-before = resident()
-with torch.inference_mode():
-    for count in range(1, 400):
-        for weight in weights:
-            torch.nn.functional.linear(rows[:count], weight)
-print(resident() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN needs AVX-512 for bfloat16")
-def test_batches_of_all_sizes_keep_the_code_of_few_products():
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-
-    def grown(choice, **more):
-        command = [sys.executable, "-c", ALL_SIZES, choice]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more).stdout)
-
-    kept = grown("kept")
-    assert kept < 100 < grown("as torch")
-    assert grown("kept", **dict.fromkeys(names, "1024")) > 100

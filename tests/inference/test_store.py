@@ -12,7 +12,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import store as module
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.store import PassageStore
-from tests.backbones import BACKBONES, FIRST, layer_wise, write_raw
+from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
 from tests.qwen import write_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,10 +31,7 @@ CASCADES = [None, {4: 0.5, 5: 0.2}]
 def reranker(request, tiny_tokenizer, tmp_path_factory):
     """With heads that differ, of several backbones, of which two have windows."""
     model = layer_wise(write_raw(request.param, tiny_tokenizer, tmp_path_factory.mktemp(request.param)))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for head in model.lm_head:
-            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    let_heads_differ(model)
     path = tmp_path_factory.mktemp("layer_wise")
     model.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)

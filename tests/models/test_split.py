@@ -15,7 +15,7 @@ from flagembedding_matryoshka import Setting
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.split import split_passages
-from tests.backbones import BACKBONES, FIRST, layer_wise, write_raw
+from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
 from tests.batches import EXITS, close, slow_compress, tokenized_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,10 +67,7 @@ def backbone(request, tiny_tokenizer, tmp_path_factory):
     """A layer-wise model and transformers' own, of the same weights."""
     path = write_raw(request.param, tiny_tokenizer, tmp_path_factory.mktemp(request.param))
     model = layer_wise(path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for head in model.lm_head:
-            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    let_heads_differ(model)
     return request.param, model, AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
