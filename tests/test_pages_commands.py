@@ -26,8 +26,8 @@ def run(*commands):
         run_command(command)
 
 
-def commands_of(start, count):
-    found = [command for command in COMMANDS if command.startswith(start)]
+def commands_of(start, count, page=None):
+    found = [command for command in (COMMANDS if page is None else commands(page)) if command.startswith(start)]
     assert len(found) == count, found
     return found
 
@@ -66,7 +66,7 @@ def test_rank_and_score_write_what_the_page_shows(tmp_path, monkeypatch):
     files = {"lists.jsonl": lists, "retrieved.jsonl": retrieved, "pairs.tsv": pairs, "rank.yaml": config}
     for name, text in files.items():
         Path(name).write_text(text)
-    run(*commands_of("flagembedding-matryoshka rank ", 3), *commands_of("flagembedding-matryoshka score ", 1))
+    run(*commands_of("flagembedding-matryoshka rank ", 3, page), *commands_of("flagembedding-matryoshka score ", 1))
 
     (found,), (expected,) = read_rows(Path("ranked.jsonl").read_text()), read_rows(ranked)
     assert found | {"ranking": 0} == expected | {"ranking": 0}
@@ -79,6 +79,18 @@ def test_rank_and_score_write_what_the_page_shows(tmp_path, monkeypatch):
     fused = [row["ranking"] for row in read_rows(Path("fused.jsonl").read_text())]
     assert [[hit["corpus_id"] for hit in hits] for hits in fused] == [[1, 2, 0]] * 2
     assert {hit["first_stage_score"] for hits in fused for hit in hits} == {7.1, 9.4}
+
+
+@needs_smollm2
+def test_stored_passages_rank_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = "docs/stored.md"
+    for name, text in zip(("corpus.jsonl", "lists.jsonl"), blocks(page, "json"), strict=True):
+        Path(name).write_text(text)
+    run(*commands_of("flagembedding-matryoshka ", 2, page))
+    (row,) = read_rows(Path("ranked.jsonl").read_text())
+    assert sorted(hit["corpus_id"] for hit in row["ranking"]) == [0, 1, 2]
+    assert {hit["corpus_id"]: hit.get("id") for hit in row["ranking"]} == {0: "open", 1: "sort", 2: None}
 
 
 def read_rows(text):

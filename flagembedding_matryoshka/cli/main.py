@@ -15,6 +15,7 @@ PACKAGE = "flagembedding_matryoshka"
 COMMANDS = {
     "rank": ("cli.rank", "order the documents of each query of a file"),
     "score": ("cli.score", "score the pairs of a file"),
+    "store": ("cli.store", "compute the states of passages, to rank them by their ids"),
     "finetune": ("finetune.__main__", "train a model"),
     "mine": ("mining.negatives", "make training data of a collection, with hard negatives"),
     "lists": ("mining.lists", "make lists for training without labels"),

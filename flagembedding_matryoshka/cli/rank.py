@@ -12,23 +12,39 @@ other fields of the document. If the output file exists, the run resumes after i
 that are objects, or a list "bm25" of the line with a score for each document. Null means that the first stage did not
 find the document. Documents of the ranking then also have "first_stage_score" and "fused_score", and rank by
 "fused_score".
+
+--store DIR ranks passages that `store` has computed, by the "id" of documents that are objects. Such documents need no
+"text". The states of other documents are computed from their texts.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from flagembedding_matryoshka.cli.commands import add_files, run
-from flagembedding_matryoshka.cli.rows import DOCUMENTS, Row, as_list, first_stage_scores, name_of, text_of
+from flagembedding_matryoshka.cli.rows import (
+    DOCUMENTS,
+    Row,
+    as_list,
+    first_stage_scores,
+    id_of,
+    name_of,
+    text_of,
+)
 from flagembedding_matryoshka.cli.work import Work
 from flagembedding_matryoshka.inference.arguments import add_ranking, given_ranking
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit
+from flagembedding_matryoshka.inference.store import PassageStore
 from flagembedding_matryoshka.parser import Parser
 
 FIRST_STAGE_FIELD = "first_stage_field"
+STORE = "store"
+OF_STORE = ("store_layer", "compress_ratio")
+"""Options of the re-ranker that a store has."""
 WEIGHTS = ("fusion", "budget", "quality")
 """Options of the re-ranker that can give the weight of the first stage's scores."""
 
@@ -36,14 +52,15 @@ WEIGHTS = ("fusion", "budget", "quality")
 class Rank(Work):
     """Rankings by `MatryoshkaReranker.rank`, with the other fields of documents that are objects.
 
-    `call` may have "first_stage_field", the name of the field with the first stage's scores.
+    `call` may have "first_stage_field", the name of the field with the first stage's scores, and "store", the directory
+    of stored passages.
     """
 
     result = "ranking"
 
     @staticmethod
     def as_row(value: Any, call: Mapping[str, Any]) -> Row:
-        row = as_list(value)
+        row = as_list(value, STORE in call)
         if FIRST_STAGE_FIELD in call:
             first_stage_scores(row, call[FIRST_STAGE_FIELD])
         return row
@@ -56,13 +73,21 @@ class Rank(Work):
     def kept(row: Row) -> Row:
         return {name: value for name, value in row.items() if name not in DOCUMENTS}
 
+    @cached_property
+    def store(self) -> PassageStore:
+        """The store of `call`."""
+        return self.reranker.open_store(self.call[STORE])
+
     def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
         lists = [row[name_of(row, DOCUMENTS)] for row in rows]
         texts = [[text_of(document) for document in documents] for documents in lists]
         queries = [row["query"] for row in rows]
         own = [row.get("instruction") for row in rows]
         of_rows: dict[str, Any] = {} if own == [None] * len(own) else {"instruction": own}
-        call = {name: value for name, value in self.call.items() if name != FIRST_STAGE_FIELD}
+        if STORE in self.call:
+            of_rows["ids"] = [[id_of(document) for document in documents] for documents in lists]
+            of_rows[STORE] = self.store
+        call = {name: value for name, value in self.call.items() if name not in (FIRST_STAGE_FIELD, STORE)}
         if (field := self.call.get(FIRST_STAGE_FIELD)) is not None:
             of_rows["first_stage_scores"] = [first_stage_scores(row, field) for row in rows]
         rankings = reranker.rank_batch(queries, texts, show_progress_bar=False, **call, **of_rows)
@@ -83,6 +108,12 @@ def build_parser() -> Parser:
         help="field with the first stage's scores, to fuse with the re-ranker's: a number or null in documents that "
         "are objects, or a list in the line with a number or null for each document. Needs a weight: --fusion, or the "
         "plan's weight with --budget or --quality",
+    )
+    parser.add_argument(
+        f"--{STORE}",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="directory that `store` wrote, with the passages of documents that are objects with an id",
     )
     return parser
 
@@ -105,8 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the first stage's scores need a weight: give --fusion, a number of at least 0, or auto for the weight in "
             "the model's plan"
         )
+    if STORE in given and (own := [name for name in OF_STORE if name in given]):
+        parser.error(f"--{own[0]} {given[own[0]]} and --{STORE}: the store has been written with a {own[0]}")
+    stored = {STORE: options.store} if STORE in given else {}
     field = {FIRST_STAGE_FIELD: options.first_stage_field} if FIRST_STAGE_FIELD in given else {}
-    run(parser, Rank, options, given_ranking(options) | field)
+    run(parser, Rank, options, given_ranking(options) | field | stored)
 
 
 def _other_fields(document: Any, hit: Hit) -> dict[str, Any]:

@@ -107,12 +107,13 @@ def as_pair(value: Any) -> Row:
     return row
 
 
-def as_list(value: Any) -> Row:
+def as_list(value: Any, has_store: bool = False) -> Row:
     """Make a row of a query and its documents.
 
     Args:
         value: an object with the string `query` and the list `documents` or `passages`, and perhaps `instruction`, a
             string or None; or a list of query and documents. A document is a string, or an object with a string `text`.
+        has_store: whether a document may also be an object with a string `id`.
 
     Raises:
         ValueError: if a field is missing or has another type.
@@ -126,8 +127,11 @@ def as_list(value: Any) -> Row:
     if not isinstance(row[name], list):
         raise ValueError(f"{name} must be a list, got {excerpt(row[name])}")
     for index, document in enumerate(row[name]):
-        if not isinstance(text_of(document), str):
-            raise ValueError(f"document {index} must be a string or an object with a text, got {excerpt(document)}")
+        text = text_of(document)
+        is_stored = has_store and text is None and id_of(document) is not None
+        if not isinstance(text, str) and not is_stored:
+            wanted = "a text or an id" if has_store else "a text"
+            raise ValueError(f"document {index} must be a string or an object with {wanted}, got {excerpt(document)}")
     return row
 
 
@@ -146,6 +150,12 @@ def name_of(row: Row, names: Sequence[str]) -> str:
 def text_of(document: Any) -> Any:
     """Return the text of a document that is an object, or the document itself."""
     return document.get("text") if isinstance(document, dict) else document
+
+
+def id_of(document: Any) -> str | None:
+    """Return the `id` of a document that is an object; None if it has none that is a string."""
+    name = document.get("id") if isinstance(document, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def first_stage_scores(row: Row, field: str) -> list[float | None]:

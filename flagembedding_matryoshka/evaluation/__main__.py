@@ -63,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = inspect_checkpoint(options.model, **given_options(options, CHECKPOINT))
     config = checkpoint.config
     weights = partial(weights_fingerprint, checkpoint, adapters)
-    settings = grid(config, options.cutoff_layers, options.compress_layers, options.compress_ratios, cascades)
+    settings = grid(
+        config,
+        options.cutoff_layers,
+        options.compress_layers,
+        options.compress_ratios,
+        cascades,
+        options.store_layers,
+    )
     chosen: dict[float, Setting] = {}
     if options.budgets:
         plan = load_plan(options.model, config, adapters, weights)

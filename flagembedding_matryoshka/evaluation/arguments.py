@@ -46,6 +46,14 @@ def build_parser() -> Parser:
     settings.add_argument(
         "--compress_ratios", type=int, nargs="+", default=[1], help="compression ratios (default: 1, no compression)"
     )
+    settings.add_argument(
+        "--store_layers",
+        type=int,
+        nargs="+",
+        default=[],
+        help="also measure with passages that run apart from their queries in this number of layers, as stored "
+        "passages do, and that are compressed after them",
+    )
     add_cascades(settings)
     settings.add_argument(
         "--budgets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
@@ -47,11 +47,13 @@ def grid(
     compress_layers: Sequence[int] = (),
     compress_ratios: Iterable[int] = (1,),
     cascades: Iterable[Mapping[int, float]] = (),
+    store_layers: Collection[int] = (),
 ) -> list[Setting]:
-    """Return every cutoff layer, and every cascade, at every ratio.
+    """Return every cutoff layer, and every cascade, at every ratio, without a store layer and with each one.
 
     The full network, all cutoff layers at full width and the exits of cascades are always included, because the same
-    passes score them. Exits before the first compress layer of a ratio are left out.
+    passes score them. Exits before the first compress layer of a ratio, and up to a store layer, are left out. With a
+    store layer, passages are compressed after it alone.
 
     Args:
         config: configuration of the model.
@@ -59,22 +61,35 @@ def grid(
         compress_layers: layers after which ratios above 1 compress.
         compress_ratios: compression ratios.
         cascades: {exit: share of all candidates that goes deeper}.
+        store_layers: numbers of layers in which passages run apart from their queries.
 
     Raises:
-        ValueError: if the model has no such exit or layer, or a ratio has no layer to compress after.
+        ValueError: if the model has no such exit or layer, a ratio has no layer to compress after, or no cutoff layer
+            lies above a store layer.
     """
     cutoffs = config.exit_layers if cutoff_layers is None else list(cutoff_layers)
     sorted_cascades = [tuple(sorted(cascade.items())) for cascade in cascades]
     exits = {*cutoffs, *(layer for cascade in sorted_cascades for layer, _ in cascade)}
     settings = []
-    for ratio in sorted({1, *compress_ratios}):
-        width = Setting.resolve(config, cutoffs, compress_layers, ratio)
+    ratios = sorted({1, *compress_ratios})
+    widths: list[tuple[int, Sequence[int], list[int]]]
+    widths = [(0, compress_layers, ratios if compress_layers or not store_layers else [1])]
+    widths += [(layer, (layer,), ratios) for layer in sorted(set(store_layers) - {0})]
+    for store_layer, layers, ratio in ((layer, after, ratio) for layer, after, own in widths for ratio in own):
+        above = [depth for depth in cutoffs if depth > store_layer]
+        if not above:
+            raise ValueError(f"store_layers has {store_layer}, but none of the cutoff layers {cutoffs} lies above it.")
+        width = Setting.resolve(config, above, layers, ratio, store_layer=store_layer)
         after = width.compress_layers if ratio > 1 else ()
-        first = min(after, default=0)
-        plain = exits if ratio > 1 else exits | {full_network(config).depth}
-        settings += [Setting((depth,), after, ratio) for depth in sorted(plain) if depth > first]
+        first = min(after, default=store_layer)
+        plain = exits if ratio > 1 or store_layer else exits | {full_network(config).depth}
         settings += [
-            Setting((width.depth,), after, ratio, cascade) for cascade in sorted_cascades if width.depth > first
+            Setting((depth,), after, ratio, store_layer=store_layer) for depth in sorted(plain) if depth > first
+        ]
+        settings += [
+            Setting((width.depth,), after, ratio, cascade, store_layer)
+            for cascade in sorted_cascades
+            if width.depth > first and all(layer > store_layer for layer, _ in cascade)
         ]
     for setting in settings:
         setting.check(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from typing_extensions import TypeIs
 
@@ -15,6 +15,13 @@ Pair = Sequence[str]
 Inputs = Sequence[TokenizedPair]
 Pairs = Sequence[tuple[str, str]] | Inputs
 MISSING = object()
+
+
+class Passage(NamedTuple):
+    """A passage of a ranking with a store: its id, its text, or both. What the caller does not give is None."""
+
+    id: str | None
+    text: str | None
 
 
 def are_tokenized(pairs: Pairs) -> TypeIs[Inputs]:
@@ -60,7 +67,7 @@ def as_tokenized(lists: Iterable[Iterable[TokenizedPair]]) -> list[list[Tokenize
     return found
 
 
-def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[str]]) -> tuple[list[str], list[list[str]]]:
+def as_lists(queries: Iterable[str], candidates: Iterable[Iterable[Any]]) -> tuple[list[str], list[list[str]]]:
     """Return queries and their lists of documents, from any iterables, which are read once.
 
     Raises:
@@ -106,6 +113,49 @@ def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
                     f"there must be as many queries as lists of candidates, but {name} {number} is missing."
                 )
         yield query, _as_documents(number, query, documents)
+
+
+def read_passages(
+    queries: Iterable[Any], candidates: Iterable[Iterable[str | None]] | None, ids: Iterable[Iterable[str | None]]
+) -> Iterator[tuple[str, list[Passage]]]:
+    """Yield each query with its passages, as they are read.
+
+    Args:
+        candidates: the texts of each query's passages, or None; a text may be None.
+        ids: the ids of each query's passages; an id may be None.
+
+    Raises:
+        TypeError: if a query is not a string, or an id or a text neither a string nor None.
+        ValueError: if a query has no list, or a list no query; if a query has another number of ids than of texts; or
+            if a passage has neither. Errors of a list are raised when the list is read.
+    """
+    given = {"queries": queries, "ids": ids} | ({} if candidates is None else {"candidates": candidates})
+    rows = zip_longest(*(as_iterable(name, values) for name, values in given.items()), fillvalue=MISSING)
+    return (_as_passages(number, dict(zip(given, row, strict=True))) for number, row in enumerate(rows))
+
+
+def _as_passages(number: int, row: dict[str, Any]) -> tuple[str, list[Passage]]:
+    """Check a row of `read_passages`, and return its query and passages."""
+    for name, value in row.items():
+        if value is MISSING:
+            raise ValueError(f"{', '.join(row)} must have the same length, but {name} ends after {number}.")
+    query, *lists = row.values()
+    if not isinstance(query, str):
+        raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
+    columns = []
+    for name, values in zip(("id", "document"), lists, strict=False):
+        columns.append(list(as_iterable(f"the {name}s of query {number}", values)))
+        for place, value in enumerate(columns[-1]):
+            if not isinstance(value, str | None):
+                raise TypeError(f"{name} {place} of query {number} must be a string or None, got {excerpt(value)}.")
+    ids, texts = columns if len(columns) == 2 else (columns[0], [None] * len(columns[0]))
+    if len(ids) != len(texts):
+        raise ValueError(f"query {number} has {len(ids)} ids, but {len(texts)} documents.")
+    passages = [Passage(name, text) for name, text in zip(ids, texts, strict=True)]
+    if Passage(None, None) in passages:
+        place = passages.index(Passage(None, None))
+        raise ValueError(f"passage {place} of query {number} has neither an id nor a text.")
+    return query, passages
 
 
 def as_count(name: str, value: Any, otherwise: str = "") -> int:

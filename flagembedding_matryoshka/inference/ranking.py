@@ -17,7 +17,14 @@ from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
 from flagembedding_matryoshka.inference.identity import model_fingerprint
-from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, read_lists
+from flagembedding_matryoshka.inference.inputs import (
+    Pairs,
+    as_lists,
+    as_tokenized,
+    excerpt,
+    read_lists,
+    read_passages,
+)
 from flagembedding_matryoshka.inference.options import (
     Call,
     RankingOptions,
@@ -63,7 +70,7 @@ class RankingMixin:
     def rank(
         self,
         query: str,
-        documents: Iterable[str] | None = None,
+        documents: Iterable[str | None] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -74,16 +81,16 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[float | None] | None = None,
         first_stage: Literal["order"] | None = None,
-        ids: Iterable[str] | None = None,
+        ids: Iterable[str | None] | None = None,
         store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[Hit]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
 
         Args:
-            documents: the texts; None with `ids` and `store`.
+            documents: the texts. With `ids` and `store` None, or a text or None for each id.
             top_k: number of hits to return at most; None is all.
-            return_documents: also return each document's text.
+            return_documents: also return each document's text, if it is given.
             cascade: {exit: fraction of all documents that go deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after
                 exit 8 and a fifth of all after exit 16. Dropped documents rank after the documents of deeper exits. A
                 cascade is one pass, with the states of a query's documents in memory. None is the cascade that `budget`
@@ -109,9 +116,10 @@ class RankingMixin:
                 the candidates that wait at an exit by their fused scores. A chunk has the score of its document.
             first_stage: "order" if the documents are in the first stage's order, without scores: rank r, from 1, gets
                 the score 1 / (60 + r) (Cormack, Clarke and Büttcher, SIGIR 2009). None is no order.
-            ids: ids of stored passages, which are ranked instead of texts. Hits also have the "id".
-            store: the store that they are in: the path of a directory that `store` wrote, or the result of
-                `open_store`, which reads its index once for several calls. Its store layer and ratio are the call's.
+            ids: the id, or None, of each passage, beside its text or instead of it. Passages that the store has are
+                read from it, and the states of the others are computed from their texts. Hits also have the "id".
+            store: the store: the path of a directory that `store` wrote, or the result of `open_store`, which reads its
+                index once for several calls. Its store layer and ratio are the call's.
             overrides: as in `compute_score`, with one cutoff layer; also `fusion`, the weight of the first stage's
                 scores: at least 0, "auto" for the plan's, or None for the default of the constructor. Also
                 `between_batches`, a callable without arguments that is called before each batch of a cascade, or of a
@@ -137,8 +145,9 @@ class RankingMixin:
                 Fusion: if the number of first-stage scores is not the number of documents, a score is not finite, both
                 `first_stage_scores` and `first_stage` are given, one of them is given without a weight, or the weight
                 is given without them, is negative, not finite, or "auto" while the plan has no weight.
-                Stores: unless either documents are given, or ids and a store; if another model, setting or words made
-                the store, or it lacks an id; if it meets `chunk`, `return_documents` or several devices.
+                Stores: if ids are given without a store or the reverse; if another model, setting or words made the
+                store; if it lacks an id without a text, or has another text with an id; if it meets `chunk` or several
+                devices.
         """
         (ranking,) = self.rank_batch(
             [query],
@@ -162,7 +171,7 @@ class RankingMixin:
     def rank_batch(
         self,
         queries: Iterable[str],
-        candidates: Iterable[Iterable[str]] | None = None,
+        candidates: Iterable[Iterable[str | None]] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -173,11 +182,11 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         first_stage: Literal["order"] | None = None,
-        ids: Iterable[Iterable[str]] | None = None,
+        ids: Iterable[Iterable[str | None]] | None = None,
         store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
-        """`rank` for many queries, in common batches; `candidates` are the documents of each query, or `ids` the ids.
+        """`rank` for many queries, in common batches; `candidates` and `ids` have a list for each query.
 
         `instruction` may also be a list with an instruction, or None, for each query.
         `first_stage_scores` has a list of scores for each query.
@@ -185,21 +194,25 @@ class RankingMixin:
         Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
             first-stage scores is not the number of queries.
         """
-        given = ids if candidates is None else candidates
-        if given is None or (candidates is not None and ids is not None) or (ids is None) != (store is None):
-            raise ValueError("a ranking needs either the documents of each query, or ids and store.")
         options = RankingOptions.of(locals(), self._clock)
-        queries, lists = as_lists(queries, given)
+        opened = self._store_of(ids, store)
+        lists: list[tuple[str, list[Any]]]
+        if ids is not None:
+            lists = list(read_passages(queries, candidates, ids))
+        elif candidates is not None:
+            lists = list(zip(*as_lists(queries, candidates), strict=True))
+        else:
+            raise ValueError("a ranking needs the documents of each query, or ids and a store.")
         if options.deadline is not None and len(lists) == 1:
             options = replace(options, deadline=options.deadline.start())
-        opened = None if store is None else self.open_store(store)
-        rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        rankings = list(self._rank(rows, sum(map(len, lists)), options, opened))
-        if opened is not None:
-            for names, ranking in zip(lists, rankings, strict=True):
-                for hit in ranking:
-                    hit["id"] = names[hit["corpus_id"]]
-        return rankings
+        rows = list(read_first_stage(lists, first_stage_scores, first_stage))
+        return list(self._rank(rows, sum(len(documents) for _, documents in lists), options, opened))
+
+    def _store_of(self, ids: Any, store: str | PathLike[str] | PassageStore | None) -> PassageStore | None:
+        """Return the open store of a ranking; None if it has no ids."""
+        if (ids is None) != (store is None):
+            raise ValueError(f"ids are {excerpt(ids)} and store is {excerpt(store)}: give both of them or neither.")
+        return None if store is None else self.open_store(store)
 
     def open_store(self, store: str | PathLike[str] | PassageStore) -> PassageStore:
         """Open a store for rankings with this re-ranker. A store that is open stays as it is.
@@ -275,6 +288,8 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         first_stage: Literal["order"] | None = None,
+        ids: Iterable[Iterable[str | None]] | None = None,
+        store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> Generator[list[Hit], None, None]:
         """Rank lists that need not fit into memory: the rankings of `rank_batch`, in the same order, as soon as known.
@@ -286,7 +301,8 @@ class RankingMixin:
         may wait for their rankings.
 
         Args:
-            queries: the queries, or without `candidates` tuples of a query and its documents.
+            queries: the queries, or without `candidates` and `ids` tuples of a query and its documents.
+            ids: an iterable with a list of ids for each query; it is read together with the queries.
             first_stage_scores: an iterable with a list of scores for each query; it is read together with the queries.
 
         Yields:
@@ -296,8 +312,11 @@ class RankingMixin:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
         options = RankingOptions.of(locals(), self._clock)
-        lists = ReadAhead(read_first_stage(read_lists(queries, candidates), first_stage_scores, first_stage))
-        rankings = self._rank(lists, None, options)
+        opened = self._store_of(ids, store)
+        read: Iterable[tuple[str, list[Any]]]
+        read = read_lists(queries, candidates) if ids is None else read_passages(queries, candidates, ids)
+        lists = ReadAhead(read_first_stage(read, first_stage_scores, first_stage))
+        rankings = self._rank(lists, None, options, opened)
 
         def until_closed() -> Generator[list[Hit], None, None]:
             with closing(rankings):
@@ -310,7 +329,7 @@ class RankingMixin:
 
     def _rank(
         self,
-        lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None] | None],
+        lists: Iterable[tuple[str, Sequence[Any], Sequence[float] | None] | None],
         total: int | None,
         options: RankingOptions,
         store: PassageStore | None = None,
@@ -318,22 +337,25 @@ class RankingMixin:
         """Rank lists. Wrong options raise at once.
 
         Args:
-            lists: each query with its documents and their first-stage scores, or None without such scores. None
-                instead of a list: there is no other list yet.
+            lists: each query with its documents, texts or with a store `Passage`s, and their first-stage scores, or
+                None without such scores. None instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
-            store: the store whose ids stand in place of documents; None if documents are texts.
+            store: the open store; None without one.
         """
         top_k = options.top_k
         instructions, overrides = options.instructions, options.overrides
         if store is not None:
-            if options.chunk or options.return_documents:
-                raise ValueError("chunk and return_documents need texts, and a store has none.")
+            if options.chunk:
+                raise ValueError("chunk needs the texts of all documents, and a store has none.")
             overrides = store.completed(overrides)
         call = self._call(options.cascade, options.deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
+        passages_to_pairs: Callable[..., list[TokenizedPair]] | None = None
         if store is not None:
             store.check(self._conditions(call))
+            compute = partial(self._engine_of_store().passage_states, setting=call.setting)
+            passages_to_pairs = partial(store.pairs, compute=compute)
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):
@@ -363,8 +385,8 @@ class RankingMixin:
                     raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
                 cut: Sequence[CutDocument] | None = None
                 pairs: Pairs
-                if store is not None:
-                    pairs = store.pairs(query, documents, call if own is None else own[number])
+                if passages_to_pairs is not None:
+                    pairs = passages_to_pairs(query, documents, call if own is None else own[number])
                 elif chunking is None:
                     texts = [(query, document) for document in documents]
                     pairs = texts if own is None else own[number].tokenize(texts)

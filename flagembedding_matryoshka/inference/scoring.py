@@ -31,7 +31,7 @@ from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
-from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, Passage
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
 
@@ -52,7 +52,7 @@ class Hit(TypedDict, total=False):
 
     Attributes:
         corpus_id: index of the document in its list.
-        id: with a store, the id of the passage.
+        id: with a store, the id of the passage, if it has one.
         score: the re-ranker's score.
         text: the document, if asked for.
         cutoff_layer: with a cascade or a deadline, the exit where the score was read.
@@ -441,8 +441,7 @@ def rank_lists(
                 hits = best_chunks(hits, candidates.cut)
             if call.fusion is not None:
                 hits = fuse_hits(hits, candidates.first_stage or (), call.fusion)
-            texts = candidates.documents if options.return_documents else None
-            yield ranking_of(hits, texts, options.top_k, normalize, options.min_score, call.setting.depth)
+            yield ranking_of(hits, candidates.documents, options, normalize, call.setting.depth)
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
@@ -514,31 +513,33 @@ def refuse_min_score(min_score: Any, call: Call) -> None:
 
 def ranking_of(
     hits: Sequence[Hit],
-    documents: Sequence[str] | None,
-    top_k: int | None,
+    documents: Sequence[str] | Sequence[Passage],
+    options: RankingOptions,
     normalize: Normalizer | None,
-    min_score: float | None,
     depth: int,
 ) -> list[Hit]:
     """Rank hits, best first.
 
     Args:
-        documents: texts to include in the hits.
-        top_k: number of hits to return at most; None is all hits. Hits that `min_score` leaves out do not count.
-        min_score: hits with a lower normalised score are left out; None leaves out none.
+        documents: the document of each hit.
+        options: their `top_k` counts the hits whose normalised score is at least `min_score`.
         normalize: function of the returned scores; None returns raw scores. Hits are ordered by raw scores, because
             normalised ones may be equal by rounding.
         depth: the exit of hits without "cutoff_layer".
     """
     ranking: list[Hit] = []
     for place in best_first(hits):
-        if len(ranking) == top_k:
+        if len(ranking) == options.top_k:
             break
         hit: Hit = {"corpus_id": place, **hits[place]}
-        if documents is not None:
-            hit["text"] = documents[place]
+        document = documents[place]
+        name, text = document if isinstance(document, Passage) else (None, document)
+        if name is not None:
+            hit["id"] = name
+        if options.return_documents and text is not None:
+            hit["text"] = text
         if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
-        if min_score is None or hit["score"] >= min_score:
+        if options.min_score is None or hit["score"] >= options.min_score:
             ranking.append(hit)
     return ranking

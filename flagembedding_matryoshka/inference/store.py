@@ -1,7 +1,8 @@
 """Stored passages: their states after a store layer, computed once and read for any query.
 
 A store is a directory. `store.json` has the conditions that all states depend on. Each shard is a safetensors file of
-states, and a JSON file with the ids of its passages, which is written after it: a shard without it is not complete.
+states, and a JSON file with the ids of its passages, which is written after it: a shard without it is not complete. The
+id of a deleted passage is null there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flagembedding_matryoshka.files import replacing, write_text
-from flagembedding_matryoshka.inference.inputs import excerpt
+from flagembedding_matryoshka.inference.inputs import Passage, as_iterable, excerpt
 from flagembedding_matryoshka.inference.options import Call
 from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -130,7 +131,7 @@ class PassageStore:
     Attributes:
         path: the directory.
         conditions: the conditions of its states.
-        nbytes: bytes of all states.
+        nbytes: bytes of the states of its passages.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -142,9 +143,12 @@ class PassageStore:
         if values.pop("version", None) != VERSION:
             raise ValueError(f"{noted} is not of version {VERSION}: store the passages again, in another directory.")
         self.conditions = Conditions(**values)
+        self._shards: dict[int, Any] = {}
+        self._read_indices()
+
+    def _read_indices(self) -> None:
         self.nbytes = 0
         self._places: dict[str, Place] = {}
-        self._shards: dict[int, Any] = {}
         self._tokens: list[int] = []
         while self._index(len(self._tokens)).is_file():
             self._add(json.loads(self._index(len(self._tokens)).read_text(encoding="utf-8")))
@@ -194,22 +198,44 @@ class PassageStore:
         own = {"store_layer": self.conditions.store_layer, "compress_ratio": self.conditions.compress_ratio}
         return {**overrides, **own, **given}
 
-    def pairs(self, query: str, names: Sequence[str], call: Call) -> list[TokenizedPair]:
-        """Return the pairs of a query and stored passages.
+    def pairs(self, query: str, passages: Sequence[Passage], call: Call, compute: Compute) -> list[TokenizedPair]:
+        """Return the pairs of a query and passages. The states of passages that the store does not have are computed.
 
         Raises:
-            ValueError: if there is no passage with an id.
+            ValueError: if the store has another text with an id, or lacks an id that is given without a text.
         """
-        if unknown := [name for name in names if name not in self._places]:
-            raise ValueError(f"the store {self.path} has no passage with the id {excerpt(unknown[0])}.")
+        places = [self._place(number, *passage) for number, passage in enumerate(passages)]
+        texts = [text for place, (_, text) in zip(places, passages, strict=True) if place is None and text is not None]
+        computed = iter(self._compute(texts, call, compute))
         (pair,) = call.tokenize([(query, "")])
         found: list[TokenizedPair] = []
-        for name in names:
-            place = self._places[name]
-            states = self._read(place)
+        for place in places:
+            states, is_cut = next(computed) if place is None else (self._read(place), place.is_cut)
             ids = np.zeros(len(states), dtype=np.int32)
-            found.append(StoredPair(pair.lead, ids, pair.prompt_ids, pair.query_is_cut, place.is_cut, states=states))
+            found.append(StoredPair(pair.lead, ids, pair.prompt_ids, pair.query_is_cut, is_cut, states=states))
         return found
+
+    def _place(self, number: int, name: str | None, text: str | None) -> Place | None:
+        """Return where a passage is stored; None if the store does not have it."""
+        place = None if name is None else self._places.get(name)
+        if place is None and text is None:
+            raise ValueError(f"the store {self.path} has no passage with the id {excerpt(name)}.")
+        if place is not None and text is not None:
+            self._refuse_another_text(number, name, place.digest, _digest(text))
+        return place
+
+    def _refuse_another_text(self, number: int, name: str | None, own: str, other: str) -> None:
+        if own != other:
+            raise ValueError(
+                f"passage {number} has the id {name!r}, under which the store {self.path} has another text: give it "
+                "another id, or delete the stored passage."
+            )
+
+    def _compute(self, texts: Sequence[str], call: Call, compute: Compute) -> list[tuple[Tensor, bool]]:
+        """Return the states of each text, and whether it is truncated."""
+        encoded = call.tokenizer.passages(texts, self.conditions.passage_max_length, call.template)
+        states = _in_batches([one.ids for one in encoded], call.options.max_tokens_per_batch, compute)
+        return [(own, one.is_cut) for own, one in zip(states, encoded, strict=True)]
 
     def add(self, passages: Mapping[str, str] | Iterable[tuple[str, str]], call: Call, compute: Compute) -> None:
         """Compute and write the states of passages that the store does not have. Complete shards stay after an error.
@@ -233,23 +259,39 @@ class PassageStore:
                 name, text = _as_passage(number, item)
                 digest = _digest(text)
                 known = self._places[name].digest if name in self._places else pending.get(name)
-                if known not in (None, digest):
-                    raise ValueError(
-                        f"passage {number} has the id {name!r}, under which the store {self.path} has another text: "
-                        "give it another id, or store the passages in another directory."
-                    )
                 if known is None:
                     pending[name], texts[name] = digest, text
+                else:
+                    self._refuse_another_text(number, name, known, digest)
             read += len(window)
-            encoded = call.tokenizer.passages(list(texts.values()), self.conditions.passage_max_length, call.template)
-            states = _in_batches([one.ids for one in encoded], call.options.max_tokens_per_batch, compute)
-            for name, one, own in zip(texts, encoded, states, strict=True):
-                shard.append((name, pending[name], one.is_cut, own))
+            for name, (own, is_cut) in zip(texts, self._compute([*texts.values()], call, compute), strict=True):
+                shard.append((name, pending[name], is_cut, own))
             if sum(own.nbytes for *_, own in shard) >= SHARD_BYTES:
                 self._write(shard)
                 shard, pending = [], {}
         if shard:
             self._write(shard)
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Delete passages. Their bytes are free when all passages of their shard are deleted.
+
+        Stores that are open keep the passages, until they are opened anew or the shard's states are gone.
+
+        Raises:
+            ValueError: if there is no passage with an id; then none is deleted.
+        """
+        names = set(as_iterable("ids", ids))
+        if unknown := [name for name in names if name not in self._places]:
+            raise ValueError(f"the store {self.path} has no passage with the id {excerpt(unknown[0])}.")
+        for shard in sorted({self._places[name].shard for name in names}):
+            path = self._index(shard)
+            index = json.loads(path.read_text(encoding="utf-8"))
+            index["ids"] = [None if name in names else name for name in index["ids"]]
+            write_text(path, json.dumps(index, ensure_ascii=False) + "\n")
+            if not any(name is not None for name in index["ids"]):
+                self._shards.pop(shard, None)
+                self._states(shard).unlink()
+        self._read_indices()
 
     def _write(self, shard: Sequence[tuple[str, str, bool, Tensor]]) -> None:
         """Write a shard: its states, and then its index."""
@@ -269,12 +311,14 @@ class PassageStore:
 
     def _add(self, index: Mapping[str, Any]) -> None:
         start, cut = 0, set(index["cut"])
+        token_bytes = index["bytes"] // max(1, sum(index["lengths"]))
         for place, (name, digest, length) in enumerate(
             zip(index["ids"], index["digests"], index["lengths"], strict=True)
         ):
-            self._places[name] = Place(len(self._tokens), start, start + length, place in cut, digest)
+            if name is not None:
+                self._places[name] = Place(len(self._tokens), start, start + length, place in cut, digest)
+                self.nbytes += token_bytes * length
             start += length
-        self.nbytes += index["bytes"]
         self._tokens.append(start)
 
     def _read(self, place: Place) -> Tensor:

@@ -38,6 +38,22 @@ def test_cascades_end_at_the_deepest_asked_for_and_their_exits_are_measured():
     ]
 
 
+def test_store_layers_are_measured_beside_the_settings_without_one():
+    stages = ((4, 0.5),)
+    without = [*(Setting(depth) for depth in (2, 4, 5, 6)), Setting(5, (), 1, stages)]
+    assert grid(CONFIG, [2, 5], [], [2], [{4: 0.5}], [3, 4]) == [
+        *without,
+        *(Setting(depth, store_layer=3) for depth in (4, 5)),
+        Setting(5, (), 1, stages, 3),
+        *(Setting(depth, (3,), 2, store_layer=3) for depth in (4, 5)),
+        Setting(5, (3,), 2, stages, 3),
+        Setting(5, store_layer=4),
+        Setting(5, (4,), 2, store_layer=4),
+    ]
+    assert Setting(5, (3,), 2) in grid(CONFIG, [5], [3], [2], store_layers=[4])
+    assert Setting(5, (3,), 2) not in grid(CONFIG, [5], [], [2], store_layers=[4])
+
+
 def test_nothing_is_measured_twice():
     settings = grid(CONFIG, [6, 6, 3], [2, 2], [1, 2, 2], [{3: 0.5}, {3: 0.5}])
     assert len(settings) == len(set(settings)) == 6
@@ -52,6 +68,8 @@ def test_nothing_is_measured_twice():
         ({"compress_ratios": [2]}, r"compress_ratio=2 needs compress_layers"),
         ({"cascades": [{1: 0.5}]}, r"cutoff_layers \[1\] have no head|drops candidates after layer 1"),
         ({"cascades": [{3: 1.5}]}, r"keeps 1.5 of all candidates after layer 3"),
+        ({"cutoff_layers": [3, 4], "store_layers": [4]}, r"store_layers has 4, but none of .* \[3, 4\] lies above it"),
+        ({"store_layers": [-1]}, r"store_layer is -1, but must be a number of layers"),
         ({"cutoff_layers": [3], "cascades": [{4: 0.5}]}, r"drops candidates after layer 4, .* one of \[2\]"),
     ],
 )

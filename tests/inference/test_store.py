@@ -12,7 +12,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import store as module
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.store import PassageStore
-from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
+from tests.backbones import FIRST, layer_wise, let_heads_differ, write_raw
 from tests.qwen import write_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,6 @@ def reranker(request, tiny_tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("layer_wise")
     model.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
-    assert request.param in BACKBONES
     return MatryoshkaReranker(str(path), dtype="float32", devices="cpu", **LENGTHS)
 
 
@@ -192,6 +191,77 @@ def test_an_interrupted_run_goes_on_and_a_later_one_appends(mistral, tmp_path, m
     same(mistral.rank(QUERIES[0], ids=IDS, store=path), mistral.rank(QUERIES[0], list(TEXTS.values()), **options))
 
 
+@pytest.mark.parametrize("cascade", CASCADES)
+def test_a_list_may_have_stored_passages_and_texts(mistral, tmp_path, monkeypatch, cascade):
+    options = {"store_layer": 3, "compress_ratio": 4}
+    few = {name: TEXTS[name] for name in IDS[::3]}
+    store = mistral.store(few, tmp_path / "store", **options)
+    texts = mistral.rank_batch(QUERIES, [list(TEXTS.values())] * 3, cascade=cascade, **options)
+    counts = computed(monkeypatch)
+    without_texts = [None if name in few else text for name, text in TEXTS.items()]
+    for documents in (list(TEXTS.values()), without_texts):
+        found = mistral.rank_batch(QUERIES, [documents] * 3, ids=[IDS] * 3, store=store, cascade=cascade)
+        for own, expected in zip(found, texts, strict=True):
+            same(own, expected)
+        assert sum(counts) == 3 * (len(TEXTS) - len(few))
+        counts.clear()
+    ids = [name if name in few else None for name in IDS]
+    (own,) = mistral.rank_batch(QUERIES[:1], [without_texts], ids=[ids], store=store, return_documents=True)
+    expected = mistral.rank(QUERIES[0], list(TEXTS.values()), **options)
+    assert [hit["corpus_id"] for hit in own] == [hit["corpus_id"] for hit in expected]
+    for hit in own:
+        assert hit.get("id") == ids[hit["corpus_id"]] and hit.get("text") == without_texts[hit["corpus_id"]]
+    assert len(store) == len(few)
+
+
+def test_a_stream_of_lists_may_have_ids(mistral, tmp_path):
+    store = mistral.store(TEXTS, tmp_path / "store", store_layer=3, compress_ratio=4)
+    expected = mistral.rank_batch(QUERIES, ids=[IDS] * 3, store=store, top_k=4)
+    streamed = mistral.rank_iter(iter(QUERIES), ids=(iter(IDS) for _ in QUERIES), store=store.path, top_k=4)
+    for own, other in zip(streamed, expected, strict=True):
+        assert own == [hit | {"score": pytest.approx(hit["score"], abs=2e-6)} for hit in other]
+    with pytest.raises(ValueError, match="give both of them or neither"):
+        mistral.rank_iter(QUERIES, ids=[IDS] * 3)
+    with pytest.raises(ValueError, match="query 1 has 15 ids, but 16 documents"):
+        list(mistral.rank_iter(QUERIES[:2], [TEXTS.values()] * 2, ids=[IDS, IDS[:-1]], store=store))
+
+
+def test_deleted_passages_are_gone_and_may_be_stored_anew(mistral, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PASSAGES_AT_ONCE", 4)
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    path, options = tmp_path / "store", {"store_layer": 3, "compress_ratio": 2}
+    store = mistral.store(TEXTS, path, **options)
+    every = mistral.rank(QUERIES[0], ids=IDS, store=store)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"has no passage with the id 'd99'"):
+        store.delete(["d1", "d99"])
+    assert len(store) == len(PassageStore(path)) == len(TEXTS)
+    gone = [*IDS[4:8], IDS[0]]  # a whole shard, and a passage of another one
+    store.delete(gone)
+    for left in (store, PassageStore(path)):
+        assert list(left) == [name for name in IDS if name not in gone] and len(left) == len(TEXTS) - 5
+        assert left.nbytes == sum(load_file(file)["states"].nbytes for file in path.glob("*.safetensors")) - size_of(
+            mistral, TEXTS[IDS[0]], options
+        )
+        ranking = mistral.rank(QUERIES[0], ids=list(left), store=left)
+        assert [hit["id"] for hit in ranking] == [hit["id"] for hit in every if hit["id"] not in gone]
+        with pytest.raises(ValueError, match="has no passage with the id"):
+            mistral.rank(QUERIES[0], ids=IDS, store=left)
+    assert sorted(file.name for file in path.glob("*.safetensors")) == [files[0], *files[2:]]
+    changed = {name: f"{TEXTS[name]} and the wing" for name in gone}
+    mistral.store(changed, path, **options)
+    same(
+        mistral.rank(QUERIES[0], ids=IDS, store=path),
+        mistral.rank(QUERIES[0], list((TEXTS | changed).values()), **options),
+    )
+
+
+def size_of(reranker, text, setting):
+    """Bytes of the states of a passage."""
+    tokens = reranker.tokenize([("", text)], **setting)[0].passage_length
+    return -(-tokens // setting["compress_ratio"]) * reranker.config.hidden_size * 4
+
+
 def test_another_text_with_an_id_is_refused(mistral, tmp_path):
     path, options = tmp_path / "store", {"store_layer": 3}
     mistral.store({"a": "a wing", "b": "heat"}, path, **options)
@@ -236,16 +306,36 @@ def test_a_store_of_another_model_template_or_setting_is_refused_by_name(mistral
 def test_wrong_requests_are_refused(mistral, tmp_path):
     path = tmp_path / "store"
     mistral.store(TEXTS, path, store_layer=3)
-    for arguments in ({}, {"ids": IDS}, {"documents": ["a"], "store": path}, {"store": path}):
-        with pytest.raises(ValueError, match="either the documents of each query, or ids and store"):
+    with pytest.raises(ValueError, match="needs the documents of each query, or ids and a store"):
+        mistral.rank("wing")
+    for arguments in ({"ids": IDS}, {"documents": ["a"], "store": path}, {"store": path}):
+        with pytest.raises(ValueError, match=r"ids are .* and store is .*: give both of them or neither"):
             mistral.rank("wing", **arguments)
-    with pytest.raises(ValueError, match="either the documents of each query, or ids and store"):
-        mistral.rank("wing", ["a"], ids=IDS, store=path)
-    with pytest.raises(ValueError, match=r"the store .* has no passage with the id 'd99'"):
-        mistral.rank("wing", ids=["d1", "d99"], store=path)
-    for option in ("chunk", "return_documents"):
-        with pytest.raises(ValueError, match="chunk and return_documents need texts"):
-            mistral.rank("wing", ids=IDS, store=path, **{option: True})
+    for documents, ids, message in (
+        (None, ["d1", "d99"], r"the store .* has no passage with the id 'd99'"),
+        ([TEXTS["d1"], None], ["d1", "d99"], r"the store .* has no passage with the id 'd99'"),
+        (["a"], ["d1", "d2"], "query 0 has 2 ids, but 1 documents"),
+        ([TEXTS["d1"], "other"], ["d1", "d2"], r"passage 1 has the id 'd2', under which the store .* has another text"),
+        (["a", None], ["d1", None], "passage 1 of query 0 has neither an id nor a text"),
+        (None, ["d1", None], "passage 1 of query 0 has neither an id nor a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mistral.rank("wing", documents, ids=ids, store=path)
+    for documents, ids, message in (
+        (None, ["d1", 2], "id 1 of query 0 must be a string or None, got 2"),
+        (["a", 2], ["d1", None], "document 1 of query 0 must be a string or None, got 2"),
+        (None, "d1", "the ids of query 0 must be a list, got the string 'd1'"),
+        ("a", ["d1"], "the documents of query 0 must be a list, got the string 'a'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            mistral.rank("wing", documents, ids=ids, store=path)
+    for queries, ids, name in ((["wing"], [], "ids"), ([], [IDS], "queries")):
+        with pytest.raises(ValueError, match=f"queries, ids must have the same length, but {name} ends after 0"):
+            mistral.rank_batch(queries, ids=ids, store=path)
+    with pytest.raises(TypeError, match=r"query 0 must be a string, got 3"):
+        mistral.rank_batch([3], ids=[IDS], store=path)
+    with pytest.raises(ValueError, match="chunk needs the texts of all documents"):
+        mistral.rank("wing", ids=IDS, store=path, chunk=True)
     with pytest.raises(ValueError, match="store_layer is 0"):
         mistral.store(TEXTS, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"there is no store .*nothing"):
