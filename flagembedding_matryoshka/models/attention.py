@@ -175,7 +175,7 @@ def packed_attention(
     Raises:
         ValueError: if attention in `module` is not causal.
     """
-    refuse_not_causal(module)
+    refuse_not_causal_layer(module)
     logits = Logits(scaling, softcap, sliding_window)
     kernel = choose_kernel(query, packed, softcap, only_last, separately, compiled, dropout)
     if kernel == "last tokens":
@@ -229,7 +229,7 @@ def choose_kernel(
     return "segments"
 
 
-def refuse_not_causal(module: nn.Module | None) -> None:
+def refuse_not_causal_layer(module: nn.Module | None) -> None:
     """Raise ValueError if attention in `module` is not causal."""
     if not getattr(module, "is_causal", True):
         raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
