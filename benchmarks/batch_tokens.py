@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch_tokens --output batch_tokens.json
 
-Each shape's checkpoint, with random weights, scores the same pairs from texts to scores; numbers of tokens take turns,
-round after round, after one round that warms up. `lost` is how much slower the re-ranker's own number is than the
-fastest one. The last line is JSON.
+Each shape's checkpoint, with random weights, scores the same pairs from texts to scores, at full width and at ratio 4
+after a sixth of the layers. Numbers of tokens take turns, round after round, after one round that warms up. `lost` is
+how much slower the re-ranker's own number is than the fastest one. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
 from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
+
+RATIOS = (1, 4)
 
 
 def main() -> None:
@@ -53,34 +56,42 @@ def main() -> None:
         torch.set_num_threads(threads)
         for shape in args.shapes:
             for dtype in args.dtypes:
-                result = {"threads": threads, "shape": shape, "dtype": dtype, **measure(shape, dtype, args)}
-                report["results"].append(result)
-                print(f"{threads} threads, {shape} in {dtype}: {result}")
+                for result in measure(shape, dtype, args):
+                    report["results"].append({"threads": threads, "shape": shape, "dtype": dtype, **result})
+                    print(report["results"][-1])
     line = json.dumps(report)
     if args.output:
         args.output.write_text(line + "\n")
     print(line)
 
 
-def measure(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Pairs per second by tokens of a batch, median over rounds, and what the re-ranker's own number loses."""
+def measure(shape: str, dtype: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield for each ratio the pairs per second by tokens of a batch, and what the re-ranker's own number loses."""
     tokenizer = load_tokenizer(SMOLLM2_BASE_NAME)
     with tempfile.TemporaryDirectory() as path:
         write_checkpoint(config_of(shape, len(tokenizer)), tokenizer, path, getattr(torch, dtype))
         reranker = MatryoshkaReranker(path, dtype=dtype, devices="cpu")
     pairs = random_pairs(words_of(tokenizer), args.pairs, random.Random(0))
-    score = partial(reranker.compute_score, pairs, show_progress_bar=False)
-    own = reranker.max_tokens_per_batch
-    timed = [
-        Workload(str(tokens), partial(score, max_tokens_per_batch=tokens), len(pairs), None)
-        for tokens in sorted({own, *args.tokens})
-    ]
-    seconds = {int(name): statistics.median(each) for name, each in take_turns(timed, args.rounds, "cpu").items()}
-    return {
-        "own": own,
-        "lost": seconds[own] / min(seconds.values()) - 1,
-        "pairs_per_s": {tokens: len(pairs) / each for tokens, each in seconds.items()},
-    }
+    own, layers = reranker.max_tokens_per_batch, [max(1, reranker.config.num_hidden_layers // 6)]
+    for ratio in RATIOS:
+        score = partial(
+            reranker.compute_score,
+            pairs,
+            compress_layers=layers,
+            compress_ratio=ratio,
+            show_progress_bar=False,
+        )
+        timed = [
+            Workload(str(tokens), partial(score, max_tokens_per_batch=tokens), len(pairs), None)
+            for tokens in sorted({own, *args.tokens})
+        ]
+        seconds = {int(name): statistics.median(each) for name, each in take_turns(timed, args.rounds, "cpu").items()}
+        yield {
+            "ratio": ratio,
+            "own": own,
+            "lost": seconds[own] / min(seconds.values()) - 1,
+            "pairs_per_s": {tokens: len(pairs) / each for tokens, each in seconds.items()},
+        }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_TOKENS = 65_536
 MOST_VALUES = 2**26
 """Values in the hidden states of a batch, at most."""
-LEAST_TOKENS_OF_A_THREAD = 1024
+LEAST_TOKENS_OF_A_THREAD = 2048
 CACHE = 2**20
 """Assumed bytes of a core's second-level cache, if torch does not know them."""
 
@@ -70,8 +70,8 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_siz
     """Return the number of tokens in a batch that keeps an accelerator, or each thread of a CPU, busy.
 
     For a narrow model on a CPU, its hidden states about fill the cache of a thread. `benchmarks.batch_tokens` measured
-    512 to 8,192 tokens a thread: 1,024 were about the fastest for hidden sizes of 512 to 1,024. For a hidden size of
-    128, twice as many were in float32, and four times as many in bfloat16. On an H200, 65,536 tokens kept a model with
+    512 to 8,192 tokens a thread. With a hidden size of 576, 2,048 and 4,096 were about the fastest at full width, and
+    2,048 with compression. For a hidden size of 128, 2,048 were in float32, and 4,096 in bfloat16. On an H200, 65,536 tokens kept a model with
     hidden size 1,024 busy, and 16,384 did not. With hidden size 4,096, 16,384 tokens were as fast as more.
 
     Args:

@@ -95,8 +95,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             of FlagEmbedding, is the template's.
         batch_size: pairs in a pass, at most.
         max_tokens_per_batch: tokens in a pass, at most, unless a single pair has more. There is no padding, and a query
-            that pairs share counts once, so tokens determine time and memory of a pass. None is 1,024 for each thread
-            of a CPU, more for models with less than 512 values per token; on other devices 65,536, or 16,384 for a
+            that pairs share counts once, so tokens determine time and memory of a pass. None is 2,048 for each thread
+            of a CPU, more for models with less than 256 values per token; on other devices 65,536, or 16,384 for a
             model with a hidden size of 4,096.
         query_max_length: tokens of a query with its instruction; None is the length that the checkpoint was saved with,
             or three quarters of `max_length`.

@@ -18,7 +18,8 @@ def test_every_number_of_tokens_is_measured(tmp_path):
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     report = json.loads(output.splitlines()[-1])
     assert report == json.loads((tmp_path / "found.json").read_text())
-    (result,) = report["results"]
-    speeds = {int(tokens): speed for tokens, speed in result["pairs_per_s"].items()}
-    assert sorted(speeds) == [200, 400, result["own"]]
-    assert result["lost"] == pytest.approx(max(speeds.values()) / speeds[result["own"]] - 1)
+    assert [result["ratio"] for result in report["results"]] == [1, 4]
+    for result in report["results"]:
+        speeds = {int(tokens): speed for tokens, speed in result["pairs_per_s"].items()}
+        assert sorted(speeds) == [200, 400, result["own"]]
+        assert result["lost"] == pytest.approx(max(speeds.values()) / speeds[result["own"]] - 1)
