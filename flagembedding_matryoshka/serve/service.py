@@ -28,6 +28,7 @@ from flagembedding_matryoshka.serve.forms.common import Request as Asked
 from flagembedding_matryoshka.serve.limits import (
     CLIENT_CLOSED_REQUEST,
     CLOSE,
+    NOT_LOADED,
     RETRY_AFTER,
     Budget,
     Limits,
@@ -71,7 +72,7 @@ class Service:
             lambda: self._in_flight, limits.requests, lambda: self._budget.held, limits.bytes, self._cache
         )
         self._loading = loading
-        self._reloads: asyncio.Queue[Callable[[], MatryoshkaReranker]] = asyncio.Queue()
+        self._reloads: asyncio.Queue[Callable[[], MatryoshkaReranker]] = asyncio.Queue(1)
         self._scorer: Scorer | None = None
         self._in_flight = 0
         self._budget = Budget(limits.bytes)
@@ -106,9 +107,13 @@ class Service:
         The former re-ranker computes the requests that it has tokenised. Then its memory is released. If the new one
         cannot be loaded, the former stays, and the log says why. Call this in the event loop of `running`.
 
+        Only one re-ranker is loaded at a time. All calls while a load runs are one more load after it.
+
         Args:
-            load: loads the re-ranker, in a thread. Only one re-ranker is loaded at a time.
+            load: loads the re-ranker, in a thread. It replaces that of an earlier call whose load has not begun.
         """
+        if self._reloads.full():
+            self._reloads.get_nowait()
         self._reloads.put_nowait(load)
 
     async def _reload_after(self, starting: asyncio.Task[None]) -> None:
@@ -171,7 +176,7 @@ class Service:
 
     def _ready(self) -> Scorer:
         if self._scorer is None:
-            raise HTTPException(503, "the model is not loaded yet", RETRY_AFTER)
+            raise HTTPException(503, NOT_LOADED, RETRY_AFTER)
         return self._scorer
 
     @asynccontextmanager
