@@ -1,4 +1,4 @@
-"""Depth, width and cascade of one pass."""
+"""Depth, width, cascade and store layer of one pass."""
 
 from __future__ import annotations
 
@@ -36,9 +36,20 @@ def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
         raise TypeError(f"{name} must be an int or a list of ints, got the {type(layers).__name__} {layers!r}.")
     values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for value in values:
-        if not hasattr(value, "__index__") or isinstance(value, bool):
+        if not _is_int(value):
             raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
     return tuple(map(operator.index, values))
+
+
+def as_layer(name: str, layer: Any) -> int:
+    """Return a number of layers. Raises TypeError if it is not an int."""
+    if not _is_int(layer):
+        raise TypeError(f"{name} must be an int, got {layer!r}.")
+    return operator.index(layer)
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def resolve_alias(compress_layer: Layers, compress_layers: Layers) -> Layers:
@@ -92,7 +103,7 @@ def as_stages(cascade: Any) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Depth, width and cascade of one pass. A layer is the number of decoder layers that have run.
+    """Depth, width, cascade and store layer of one pass. A layer is the number of decoder layers that have run.
 
     Attributes:
         cutoff_layers: exits to score at, in the order of the returned scores.
@@ -100,19 +111,24 @@ class Setting:
         compress_ratio: number of consecutive passage tokens that become one: 1 (off), 2, 4 or 8.
         cascade: (exit, share of all candidates that go deeper) of each stage, the shallowest first; empty without a
             cascade.
+        store_layer: number of layers in which passages run apart from their queries, so that the states after them can
+            be stored for any query; 0 is none. All exits lie above it. A ratio without `compress_layers` then
+            compresses after this layer.
 
     An int stands for a list of one, and a dict for the pairs of a cascade.
 
     Raises:
         TypeError: if a layer is not an int, or a share not a number.
         ValueError: if there is no cutoff layer or no such ratio, a ratio has no layer to apply it at, an exit is named
-            twice, or a share is not in (0, 1] or exceeds the one before it.
+            twice, a share is not in (0, 1] or exceeds the one before it, `store_layer` is negative, an exit does not
+            lie above it, or passages are compressed below it.
     """
 
     cutoff_layers: tuple[int, ...]
     compress_layers: tuple[int, ...] = ()
     compress_ratio: int = 1
     cascade: tuple[tuple[int, float], ...] = ()
+    store_layer: int = 0
 
     def __post_init__(self) -> None:
         ratio = self.compress_ratio
@@ -126,11 +142,15 @@ class Setting:
             "compress_layers": tuple(sorted(set(as_layer_tuple("compress_layers", self.compress_layers) or ()))),
             "compress_ratio": int(ratio),
             "cascade": as_stages(self.cascade),
+            "store_layer": as_layer("store_layer", self.store_layer),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if not self.cutoff_layers:
             raise ValueError("cutoff_layers is empty.")
+        if self.compress_ratio > 1 and not self.compress_layers and self.store_layer:
+            object.__setattr__(self, "compress_layers", (self.store_layer,))
+        self._check_store_layer()
         if self.compress_ratio > 1 and not self.compress_layers:
             raise ValueError(f"compress_ratio={ratio} needs compress_layers that say where to compress.")
         before = 1.0
@@ -142,14 +162,39 @@ class Setting:
                 )
             before = share
 
+    def _check_store_layer(self) -> None:
+        """Raise ValueError unless exits lie above the store layer, and no passage is compressed below it."""
+        store = self.store_layer
+        if store < 0:
+            raise ValueError(f"store_layer is {store}, but must be a number of layers, or 0 for none.")
+        for name, layers in (("cutoff_layers", self.cutoff_layers), ("cascade", dict(self.cascade))):
+            if store and (below := [layer for layer in layers if layer <= store]):
+                raise ValueError(
+                    f"{name} {below} do not lie above store_layer={store}: up to it, a passage does not know its query."
+                )
+        if self.compress_ratio > 1 and (below := [layer for layer in self.compress_layers if layer < store]):
+            raise ValueError(
+                f"compress_layers {below} lie below store_layer={store}: stored passages are compressed after layer "
+                f"{store} first."
+            )
+
     @cached_property
     def depth(self) -> int:
         """Number of decoder layers that run: the deepest cutoff layer."""
         return max(self.cutoff_layers)
 
+    @property
+    def width(self) -> tuple[int, tuple[int, ...], int]:
+        """Ratio, compress layers and store layer. Exits of settings with the same width can be read in one pass."""
+        return self.compress_ratio, self.compress_layers, self.store_layer
+
     def compresses_after(self, layer: int) -> bool:
         """Return whether the passage is compressed after `layer`. After the last exit nothing is compressed."""
         return self.compress_ratio > 1 and layer < self.depth and layer in self.compress_layers
+
+    def readable(self, exits: Iterable[int]) -> list[int]:
+        """Return the exits where the scores of a pass can be read: those above the store layer, up to the depth."""
+        return [layer for layer in exits if self.store_layer < layer <= self.depth]
 
     def kept(self, candidates: int) -> int:
         """Return the number of candidates that reach the end of the cascade, at least one."""
@@ -163,6 +208,7 @@ class Setting:
         compress_layers: Layers = None,
         compress_ratio: int | None = None,
         cascade: Mapping[int, float] | None = None,
+        store_layer: int | None = None,
     ) -> Setting:
         """Make a setting and check it against the exits and layers of a model. None is the default of an argument.
 
@@ -181,6 +227,7 @@ class Setting:
             () if compress_layers is None else compress_layers,  # type: ignore[arg-type]
             1 if compress_ratio is None else compress_ratio,
             () if cascade is None else cascade,  # type: ignore[arg-type]
+            0 if store_layer is None else store_layer,
         )
         setting.check(config)
         return setting
@@ -202,11 +249,12 @@ class Setting:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Depth and width as keyword arguments of `MatryoshkaReranker.compute_score`."""
+        """Depth, width and store layer as keyword arguments of `MatryoshkaReranker.compute_score`."""
         return {
             "cutoff_layers": list(self.cutoff_layers),
             "compress_layers": list(self.compress_layers),
             "compress_ratio": self.compress_ratio,
+            "store_layer": self.store_layer,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -217,4 +265,5 @@ class Setting:
         stages = "".join(f"{layer}:{share:g} → " for layer, share in self.cascade)
         after = ", ".join(map(str, self.compress_layers))
         width = f", ratio {self.compress_ratio} after {after}" if self.compress_ratio > 1 else ""
-        return f"{stages}{', '.join(map(str, self.cutoff_layers))} layers{width}"
+        store = f", passages stored after {self.store_layer}" if self.store_layer else ""
+        return f"{stages}{', '.join(map(str, self.cutoff_layers))} layers{width}{store}"

@@ -194,3 +194,11 @@ def layer_wise(path, **changes):
     for name, value in ({"layer_wise": True, "start_layer": 2, "head_token_id": HEAD_TOKEN} | changes).items():
         setattr(config, name, value)
     return causal_lm_class(config).from_pretrained(path, config=config).eval()
+
+
+def let_heads_differ(model):
+    """Change the head of each exit, which all start from the same words, by its own draw."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for head in model.lm_head:
+            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)

@@ -16,6 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerB
 from flagembedding_matryoshka import CostWiseMistralConfig, CostWiseMistralForCausalLM
 from flagembedding_matryoshka.text.pairs import find_head_token_id
 from flagembedding_matryoshka.text.templates import Template
+from tests.backbones import let_heads_differ
 from tests.collection import write_collection
 from tests.hub import running
 
@@ -106,10 +107,7 @@ def tiny_layerwise_path(tiny_raw_model_path, tiny_tokenizer, tmp_path_factory) -
     config.layer_wise, config.start_layer, config.layer_sep = True, 2, 1
     config.head_token_id = find_head_token_id(tiny_tokenizer)
     model = CostWiseMistralForCausalLM.from_pretrained(tiny_raw_model_path, config=config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for head in model.lm_head:
-            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    let_heads_differ(model)
     path = tmp_path_factory.mktemp("layerwise_model")
     model.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)

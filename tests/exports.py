@@ -6,7 +6,7 @@ import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from tests.backbones import BACKBONES, layer_wise, write_raw
+from tests.backbones import BACKBONES, layer_wise, let_heads_differ, write_raw
 from tests.qwen import qwen_tokenizer
 
 EXITS = (3, 6)
@@ -61,10 +61,7 @@ def write_reranker(name, path, template, tokenizer=None, **values):
     tokenizer = qwen_tokenizer() if tokenizer is None else tokenizer
     raw = write_raw(name, tokenizer, path / "raw", **{"max_position_embeddings": 1024} | special | values)
     model = layer_wise(raw, template=template)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for head in model.lm_head:
-            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    let_heads_differ(model)
     model.save_pretrained(path / "ours")
     tokenizer.save_pretrained(path / "ours")
     return path / "ours"

@@ -45,6 +45,7 @@ DEPTH_AND_WIDTH = {
     "cutoff_layers": LAYERS,
     "compress_layers": LAYERS,
     "compress_ratio": mostly(st.sampled_from([None, 1, 2, 4, 8])),
+    "store_layer": mostly(st.none() | st.integers(-1, 6)),
 }
 OF_TEXTS = {
     "prompt": mostly(TEXT),

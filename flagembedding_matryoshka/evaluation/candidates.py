@@ -86,6 +86,8 @@ class Candidates:
         digest = hashlib.sha256()
         for query, passages in self.passages.items():
             row = [query, self.collection.queries[query], self.collection.relevant[query], passages, self.texts(query)]
+            if query in self.collection.instructions:
+                row.append(self.collection.instructions[query])
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def full_network(config: CostWiseConfig) -> Setting:
 
 def sort_by_width(settings: Iterable[Setting]) -> list[Setting]:
     """Return the settings without repetition. Settings of a width are neighbours, so that one pass scores them."""
-    return sorted(dict.fromkeys(settings), key=lambda setting: (setting.compress_ratio, setting.compress_layers))
+    return sorted(dict.fromkeys(settings), key=attrgetter("width"))
 
 
 def grid(
@@ -121,7 +122,7 @@ def measure_settings(
         found[setting] = result = Result(setting, flops / len(candidates), speed, memory, quality)
         store.save(result, run)
 
-    for _, width in groupby(missing, key=lambda setting: (setting.compress_layers, setting.compress_ratio)):
+    for _, width in groupby(missing, key=attrgetter("width")):
         group = list(width)
         exits = [setting for setting in group if not setting.cascade]
         if exits:
@@ -199,10 +200,19 @@ class TokenizedLists:
 
 
 def tokenize(reranker: MatryoshkaReranker, candidates: Candidates) -> TokenizedLists:
-    """Tokenise all lists. Within a call of the tokenizer, a passage that is in several lists is tokenised once."""
+    """Tokenise all lists. Within a call of the tokenizer, a passage that is in several lists is tokenised once.
+
+    A query with an instruction of its own has a call of its own.
+
+    Raises:
+        ValueError: if the template has no place for an instruction.
+    """
     inputs: dict[str, list[TokenizedPair]] = {}
     start = time.perf_counter()
-    for queries in candidates.batches(list(candidates.passages), PAIRS_AT_ONCE):
+    own = candidates.collection.instructions
+    for query in filter(own.__contains__, candidates.passages):
+        inputs[query] = reranker.tokenize(candidates.pairs([query]), instruction=own[query])
+    for queries in candidates.batches([query for query in candidates.passages if query not in own], PAIRS_AT_ONCE):
         rest = iter(reranker.tokenize(candidates.pairs(queries)))
         for query in queries:
             inputs[query] = list(islice(rest, len(candidates.passages[query])))

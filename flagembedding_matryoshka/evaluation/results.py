@@ -103,7 +103,10 @@ class Store:
         return self.directory / "runs" / f"{slug(setting)}.trec"
 
     def _fingerprint(self, setting: Setting) -> str:
-        conditions = json.dumps([self.conditions, asdict(setting)], sort_keys=True)
+        values = asdict(setting)
+        if not setting.store_layer:  # results from before there were store layers keep their fingerprint
+            del values["store_layer"]
+        conditions = json.dumps([self.conditions, values], sort_keys=True)
         return hashlib.sha256(conditions.encode()).hexdigest()
 
 
@@ -129,7 +132,8 @@ def slug(setting: Setting) -> str:
     """Return a name for the files of a setting."""
     cascade = [f"{layer}-{share}" for layer, share in setting.cascade]
     width = [f"ratio{setting.compress_ratio}", *map(str, setting.compress_layers)] if setting.compress_ratio > 1 else []
-    return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.depth}", *width])
+    store = [f"store{setting.store_layer}"] if setting.store_layer else []
+    return "_".join([*(["cascade", *cascade] if cascade else []), f"layer{setting.depth}", *width, *store])
 
 
 def machine_of(reranker: MatryoshkaReranker) -> dict[str, Any]:

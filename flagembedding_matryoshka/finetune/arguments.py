@@ -472,6 +472,14 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             "finetune_type layer 1, with finetune_type token 2."
         },
     )
+    store_layers: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Layers up to which passages run apart from their queries, so that their states can be stored. "
+            "Each step draws one of them or none, with the same probability, and compresses after it. Exits up to it "
+            "are scored without it, in a pass of their own. Default: none."
+        },
+    )
     finetune_type: Literal["layer", "token"] | None = field(
         default=None,
         metadata={
@@ -598,6 +606,10 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             raise ValueError(
                 f"finetune_type=token trains an adapter for one ratio above 1, but compress_ratios are "
                 f"{self.compress_ratios}: train an adapter for each ratio."
+            )
+        if any(layer < 1 for layer in self.store_layers):
+            raise ValueError(
+                f"store_layers are {self.store_layers}, but must be at least 1: each step draws one of them or none."
             )
         if 1 not in self.compress_ratios and not self.compress_layers:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flagembedding_matryoshka.text.templates import Template
 
 BEIR_METRIC = f"beir_{QUALITY}"
 """Name of the mean over all collections and settings."""
-SETTING_KEYS = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade")
+SETTING_KEYS = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade", "store_layer")
 
 
 class TrainedReranker(MatryoshkaReranker):
@@ -64,7 +65,7 @@ class TrainedReranker(MatryoshkaReranker):
         self.query_max_length, self.max_length = query_max_len, query_max_len + passage_max_len
         self.normalize, self.fusion, self.max_layer = False, None, None
         self.cutoff_layers = self.compress_layers = None
-        self.compress_ratio = 1
+        self.compress_ratio, self.store_layer = 1, 0
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,7 @@ class BeirEvaluation:
         found: dict[str, float] = {}
         for name, candidates in self.candidates.items():
             lists = tokenize(reranker, candidates)
-            for _, width in groupby(
-                self.settings, key=lambda setting: (setting.compress_layers, setting.compress_ratio)
-            ):
+            for _, width in groupby(self.settings, key=attrgetter("width")):
                 group = list(width)
                 exits = [setting for setting in group if not setting.cascade]
                 runs = dict(zip(exits, score_exits(reranker, candidates, lists, exits), strict=True)) if exits else {}

@@ -67,10 +67,9 @@ class FoldedLinear(LoraLinear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        product: Tensor = FoldedProduct.apply(
-            x, self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
-        return product
+        weight, a, b = self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight
+        output: Tensor = FoldedProduct.apply(x, weight, a, b, self.scaling[name])
+        return output
 
 
 def fold_adapters(model: PeftModel) -> int:

@@ -91,7 +91,8 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
 
         Args:
             features: the pairs.
-            setting: None is the full width at every exit.
+            setting: None is the full width at every exit. With a store layer, the exits up to it are scored, too, in a
+                pass of their own, at full width and without a store layer.
             return_full_width: also score without compression, and without a graph.
 
         Returns:
@@ -99,10 +100,15 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
         """
         setting = setting or self.full_width
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        states = model.model.embed(features.token_ids, features.packed)
-        outputs = model.forward_packed(states, setting, return_full_width)
-        full_width = torch.stack(outputs.full_width_logits) if return_full_width else None
-        return torch.stack(outputs.logits), full_width
+        below = [layer for layer in self.config.exit_layers if layer <= setting.store_layer]
+        logits: list[Tensor] = []
+        full_width: list[Tensor] = []
+        for of_pass in (*([Setting(tuple(below))] if below else []), setting):
+            states = model.model.embed(features.token_ids, features.packed, of_pass)
+            outputs = model.forward_packed(states, of_pass, return_full_width)
+            logits += outputs.logits
+            full_width += outputs.full_width_logits or ()
+        return torch.stack(logits), torch.stack(full_width) if return_full_width else None
 
     def original_scores(self, features: PackedPairs) -> Tensor:
         """Return the scores of the model before training, at its deepest exit and full width, (pairs,) float32."""
@@ -126,8 +132,8 @@ class MatryoshkaRerankerModel(Shardable, AbsRerankerModel):
             pair: queries · group pairs. When not training, groups may have any size.
             teacher_scores: (queries · group,) float; needed by methods that learn from the scores in the data.
             grades: (queries · group,) float; needed by losses with several positives in a group.
-            setting: the setting of the trained pass; None is the full width at every exit. Exits before the first
-                compression have the trained pass as their teacher, with the same dropout.
+            setting: the setting of the trained pass, as in `encode`. Exits before the first compression have the
+                trained pass as their teacher, with the same dropout.
         """
         # Before the trained pass, whose graph would take memory at the same time.
         original = self.original_scores(pair) if self.training and self.method.original else None

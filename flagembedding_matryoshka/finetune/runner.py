@@ -174,6 +174,8 @@ class MatryoshkaRunner(AbsRerankerRunner):
         for ratio in self.training_args.compress_ratios:
             layers = self.training_args.compress_layers
             Setting.resolve(checkpoint.config, compress_layers=layers, compress_ratio=ratio if layers else 1)
+        for store in self.training_args.store_layers:
+            Setting.resolve(checkpoint.config, store_layer=store)
         raw_peft = [locate(path) for path in args.raw_peft or []]
         if args.use_lora:
             self._refuse_to_replace([checkpoint.base, *checkpoint.adapters, *raw_peft])
@@ -314,6 +316,7 @@ class MatryoshkaRunner(AbsRerankerRunner):
             compute_metrics=partial(ranking_metrics, exits=self.model.config.exit_layers),
             compress_layers=args.compress_layers,
             compress_ratios=args.compress_ratios,
+            store_layers=args.store_layers,
             one_source_per_batch=self.data_args.one_source_per_batch,
             beir=self._load_beir_evaluation(),
             lengths=(self.data_args.query_max_len, self.data_args.passage_max_len),

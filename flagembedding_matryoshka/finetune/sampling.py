@@ -23,8 +23,12 @@ def sample_setting(
     compress_ratios: Sequence[int],
     seed: int,
     step: int,
+    store_layers: Sequence[int] = (),
 ) -> Setting:
     """Draw the setting of a pass: all exits, each compress layer with probability 1/2, and a uniform ratio.
+
+    With `store_layers`, also draw one of these or none, uniformly. The setting of a store layer has the exits above it,
+    and compresses after it instead of below it.
 
     The draw is a function of (seed, step). So all processes run the same layers in the same order; otherwise processes
     with sharded weights would wait for each other forever.
@@ -35,14 +39,19 @@ def sample_setting(
         compress_ratios: ratios to draw from.
         seed: the seed.
         step: number of forward passes before this one.
+        store_layers: store layers to draw from; empty is none.
 
     Raises:
-        ValueError: if the model has no such layer or ratio.
+        ValueError: if the model has no such layer or ratio, or no exit above a store layer.
     """
     draw = random.Random(f"{seed}-{step}")
     ratio = draw.choice(list(compress_ratios))
     layers = [layer for layer in compress_layers if draw.random() < 0.5]
-    return Setting.resolve(config, config.exit_layers, layers, ratio if layers else 1)
+    store = draw.choice([0, *store_layers]) if store_layers else 0
+    if store:
+        layers = [store, *(layer for layer in layers if layer > store)]
+    exits = [layer for layer in config.exit_layers if layer > store]
+    return Setting.resolve(config, exits or None, layers, ratio if layers else 1, store_layer=store)
 
 
 class OneSourceSampler(Sampler[int]):

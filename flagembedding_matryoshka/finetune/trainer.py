@@ -33,7 +33,7 @@ from flagembedding_matryoshka.metrics import ndcg, rank_grades, reciprocal_rank
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.onednn import use_onednn
+from flagembedding_matryoshka.models.onednn import product, use_onednn
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.templates import Template
 
@@ -50,7 +50,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
 
     Args:
         args, kwargs: as in transformers' `Trainer`.
-        compress_layers, compress_ratios: layers and ratios that the settings are drawn from.
+        compress_layers, compress_ratios, store_layers: layers and ratios that the settings are drawn from.
         eval_collator: packs lists in evaluation.
         one_source_per_batch: fill each pass of all processes with rows of one file.
         beir: collections to rank at each evaluation; None is none.
@@ -64,6 +64,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         *args: Any,
         compress_layers: Sequence[int] = (),
         compress_ratios: Sequence[int] = (1,),
+        store_layers: Sequence[int] = (),
         eval_collator: MatryoshkaEvalCollator | None = None,
         one_source_per_batch: bool = False,
         beir: BeirEvaluation | None = None,
@@ -94,6 +95,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
         self.one_source_per_batch = one_source_per_batch
         self.compress_layers = compress_layers
         self.compress_ratios = compress_ratios
+        self.store_layers = store_layers
         self._passes = (-1, 0)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None  # (terms,) over the passes since the last log
@@ -190,6 +192,7 @@ class MatryoshkaTrainer(AbsRerankerTrainer):
             self.compress_ratios,
             self.args.seed,
             self._pass_number(),
+            self.store_layers,
         )
         self._cost.add(inputs["pair"].packed, self.model.train_group_size, setting)
         loss, outputs = super().compute_loss(model, {**inputs, "setting": setting}, True, **kwargs)
@@ -356,6 +359,11 @@ class TrainingCost:
         self.tokens += int(packed.sequence_lengths.sum())
         self.packed_tokens += int(packed.cu_seqlens[-1])
         self.operations += self.passes * estimate_flops(self.config, setting, *parts, shares_prefix, read_alone=deepest)
+        if below := tuple(layer for layer in self.config.exit_layers if layer <= setting.store_layer):
+            without = Setting(below)
+            self.operations += self.passes * estimate_flops(
+                self.config, without, *parts, shares_prefix, read_alone=(without.depth,)
+            )
         if self.original_teacher:
             self.operations += estimate_flops(self.config, Setting.resolve(self.config), *parts, shares_prefix)
         first = next((layer for layer in setting.compress_layers if setting.compresses_after(layer)), None)
@@ -394,7 +402,7 @@ def product_peak(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
+        product(matrix, matrix)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 

@@ -13,8 +13,8 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 KINDS = (int, float, str)
 """Types of a value on a command line; the last one takes any text."""
-ROW_ARGUMENTS = ("first_stage_scores",)
-"""Arguments of `MatryoshkaReranker.rank_batch` that are read from rows of the input and have no option."""
+ROW_ARGUMENTS = ("candidates", "first_stage_scores", "ids", "store")
+"""Arguments of `MatryoshkaReranker.rank_batch` that have no option: they are read from rows, or name a store."""
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 

@@ -52,7 +52,7 @@ def run_cascade(
     fused = scores if fusion is None else torch.zeros(len(owner), dtype=torch.float64)
     running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    largest = max(sizes), max(states.hidden.shape[1] for states in batches)
+    largest = max(sizes), max(states.packed.total_tokens for states in batches)
     for layer, share in (*setting.cascade, (setting.depth, None)):
         if share is not None:
             kept = torch.tensor([share_of(share, count) for count in candidates.tolist()])
@@ -107,7 +107,7 @@ def _keep(
             continue
         if len(places) < len(sequences):
             states = states.select(places)
-        own = states.hidden.shape[1]
+        own = states.packed.total_tokens
         if not kept or len(kept[-1]) + len(places) > most or tokens + own > most_tokens:
             kept.append([])
             groups.append([])

@@ -119,7 +119,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """Number of tokens in the batch."""
-        return self.states.hidden.shape[1]
+        return self.states.packed.total_tokens
 
 
 class AnytimeRun:
@@ -157,7 +157,7 @@ class AnytimeRun:
     ) -> None:
         self._score = score
         self._setting = setting
-        self._exits = choose_stops([layer for layer in exits if layer <= setting.depth], dict(setting.cascade))
+        self._exits = choose_stops(setting.readable(exits), dict(setting.cascade))
         self._reading = reading
         self._deadline = deadline
         self._between = between
@@ -290,8 +290,10 @@ class AnytimeRun:
         for layer in range(states.layers_run + 1, goal + 1):
             weight = share(layer) * (1.0 if layer < goal else self._reading)
             layers += weight
-            tokens += weight * (fixed + int(passage.sum()))
-            if self._setting.compresses_after(layer):
+            is_split = states.split is not None and layer <= self._setting.store_layer
+            tokens += weight * (states.running.total_tokens if is_split else fixed + int(passage.sum()))
+            is_stored = is_split and states.split is not None and states.split.stored is not None
+            if self._setting.compresses_after(layer) and not is_stored:
                 passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens
 

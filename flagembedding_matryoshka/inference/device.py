@@ -6,9 +6,9 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 
 logger = logging.getLogger(__name__)
@@ -48,53 +48,16 @@ def _capabilities() -> Mapping[str, Any]:
 
 
 def follow_cpu_quota() -> None:
-    """Let torch compute with no more threads than the control groups of this process leave processors for.
+    """Let torch compute with no more threads than this process has processors, by its container's quota and affinity.
 
     torch starts with a thread for each core of the machine. A container with a limit of 2 processors on a machine of 64
     cores would be stopped for most of each period. Nothing changes if `OMP_NUM_THREADS` is set.
     """
-    quota = cpu_quota()
-    if quota is None or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= quota:
+    processors = joblib.cpu_count()
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= processors:
         return
-    threads = max(1, math.floor(quota))
-    logger.info("torch computes with %d threads, not %d: the CPU quota is %g.", threads, torch.get_num_threads(), quota)
-    torch.set_num_threads(threads)
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the number of processors whose time the control groups of this process may take; None without a limit.
-
-    Reads versions 1 and 2 (kernel.org, cgroup-v2, "CPU Interface Files"), of the process's group and all above it. In a
-    container the files of version 1 lie at the top, whatever the group is called.
-
-    Args:
-        root: where `proc` and `sys` lie.
-    """
-    groups = root / "proc/self/cgroup"
-    quotas = []
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        group = top / path.lstrip("/")
-        for directory in (group, *group.parents):
-            quotas += _quota_of(directory)
-            if directory == top:
-                break
-    return min(quotas, default=None)
-
-
-def _quota_of(directory: Path) -> list[float]:
-    """Return the quota of one control group in processors, nothing without a limit."""
-    if (file := directory / "cpu.max").is_file():
-        quota, period = file.read_text(encoding="utf-8").split()
-    elif (file := directory / "cpu.cfs_quota_us").is_file():
-        quota = file.read_text(encoding="utf-8").strip()
-        period = (directory / "cpu.cfs_period_us").read_text(encoding="utf-8")
-    else:
-        return []
-    return [] if quota in ("max", "-1") else [int(quota) / int(period)]
+    logger.info("The process has %d processors: torch gets no more threads than that.", processors)
+    torch.set_num_threads(processors)
 
 
 def threads_of_each(devices: Sequence[str]) -> int:

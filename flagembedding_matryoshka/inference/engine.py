@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
@@ -20,6 +21,7 @@ from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.memory import keep_freed_memory
+from flagembedding_matryoshka.inference.store import StoredPair
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
@@ -27,6 +29,7 @@ from flagembedding_matryoshka.models.flops import reading_share
 from flagembedding_matryoshka.models.onednn import use_onednn
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 T = TypeVar("T")
@@ -267,9 +270,33 @@ class Engine:
         """(cutoff layers, pairs) float32 scores, on the model's device."""
         return self.model.scores(self._embed(pairs, setting), setting)
 
+    @torch.inference_mode()
+    def passage_states(self, passages: Sequence[Ids], setting: Setting) -> list[torch.Tensor]:
+        """Compute the states of passages after the store layer of a setting, compressed there.
+
+        Args:
+            passages: the token ids of a batch, (tokens,) int32 each; a passage may have none.
+
+        Returns:
+            For each passage its (tokens, hidden) states, on the CPU.
+        """
+        decoder = self.model.model
+        lengths = torch.tensor(list(map(len, passages)))
+        none = torch.empty(0, self.model.config.hidden_size, dtype=decoder.embed_tokens.weight.dtype)
+        found = [none] * len(passages)
+        if lengths.any():
+            token_ids = torch.from_numpy(np.concatenate(passages, dtype=np.int64))[None]
+            with self._adapted(setting.compress_ratio):
+                states = decoder.passage_states(token_ids, lengths[lengths > 0], setting)
+            for place, own in zip(lengths.nonzero()[:, 0].tolist(), states, strict=True):
+                found[place] = own.cpu()
+        return found
+
     def _embed(self, pairs: Sequence[TokenizedPair], setting: Setting) -> PackedStates:
         decoder = self.model.model
-        return decoder.embed(*pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant), setting)
+        token_ids, packed = pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant)
+        stored = [pair.states for pair in pairs if isinstance(pair, StoredPair)]
+        return decoder.embed(token_ids, packed, setting, stored or None)
 
 
 @contextmanager

@@ -6,48 +6,19 @@ it. `weights_of` reads the files of a checkpoint without loading them.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Mapping
-from io import BytesIO
 from os import PathLike
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.inference.device import resolve_dtype
+from flagembedding_matryoshka.inference.identity import model_fingerprint
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
+__all__ = ["model_fingerprint", "resolved_dtype", "weights_of"]
 HUB = ("cache_dir", "token", "revision", "local_files_only")
 OF_A_CHECKPOINT = ("from_raw", "start_layer", "layer_sep", "max_layer", "template", "trust_remote_code", "allow_pickle")
-
-
-def model_fingerprint(reranker: MatryoshkaReranker) -> str:
-    """Return the SHA-256 of configuration, tokenizer, and weights as loaded, merged and quantized.
-
-    Scores depend on these and on the options of a call.
-    """
-    digest = hashlib.sha256()
-    config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
-    digest.update(json.dumps([config, reranker.quantization], sort_keys=True, default=str).encode())
-    for name, weight in reranker.model.state_dict().items():
-        if isinstance(weight, torch.Tensor):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:  # weights that PyTorch packs for products in int8
-            packed = BytesIO()
-            torch.save(weight, packed)
-            digest.update(name.encode() + packed.getvalue())
-    with tempfile.TemporaryDirectory() as folder:
-        reranker.tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def weights_of(model: str, options: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from flagembedding_matryoshka.text.templates import Template
 
 CALIBRATED = "calibrated"
 """The value of `normalize` for the probabilities of the plan's calibration."""
-DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio")
+DEPTH_AND_WIDTH = ("cutoff_layers", "compress_layers", "compress_ratio", "store_layer")
 OF_TEXTS = (
     "query_instruction_for_rerank",
     "query_instruction_format",
@@ -149,7 +149,7 @@ class Call:
             inputs: Inputs = pairs
         else:
             lengths = self.options.query_max_length, self.options.max_length
-            inputs = self.tokenizer.build_within(pairs, *lengths, self.template)
+            inputs = self.tokenizer.build_within(pairs, *lengths, self.template, self.setting.store_layer > 0)
         if self.max_tokens is not None:
             for number, pair in enumerate(inputs, start=first):
                 if len(pair) > self.max_tokens:
@@ -284,7 +284,8 @@ def refuse_beyond_positions(config: CostWiseConfig, max_length: int) -> None:
 def refuse_beside_plan(given: Any) -> None:
     """Raise ValueError if a re-ranker was given a depth or width beside a plan that chooses them."""
     values = {name: getattr(given, name) for name in (*DEPTH_AND_WIDTH, "max_layer")}
-    values = {name: value for name, value in values.items() if value != (1 if name == "compress_ratio" else None)}
+    unset = {"compress_ratio": 1, "store_layer": 0}
+    values = {name: value for name, value in values.items() if value != unset.get(name)}
     if values:
         raise ValueError(f"budget and quality choose depth and width themselves; leave out {values}.")
 

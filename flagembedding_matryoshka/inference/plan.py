@@ -176,7 +176,8 @@ class Plan:
 def _as_read(setting: Setting, layer: int) -> Setting:
     """Return the part of a setting that a score at an exit depends on. Only compress layers before the exit count."""
     before = tuple(after for after in setting.compress_layers if after < layer)
-    return Setting((layer,), before or setting.compress_layers, setting.compress_ratio)
+    width = before or setting.compress_layers, setting.compress_ratio
+    return Setting((layer,), *width, store_layer=setting.store_layer)
 
 
 def _best_within(budget: float, settings: Sequence[Measurement], among: str) -> Setting:

@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from os import PathLike
 from typing import Any, Literal
 
+from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, Chunking, CutDocument
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import read_first_stage
+from flagembedding_matryoshka.inference.identity import model_fingerprint
 from flagembedding_matryoshka.inference.inputs import Pairs, as_lists, as_tokenized, read_lists
 from flagembedding_matryoshka.inference.options import (
     Call,
@@ -33,6 +36,7 @@ from flagembedding_matryoshka.inference.scoring import (
     refuse_too_short,
     score_lists,
 )
+from flagembedding_matryoshka.inference.store import Conditions, PassageStore
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
@@ -59,7 +63,7 @@ class RankingMixin:
     def rank(
         self,
         query: str,
-        documents: Iterable[str],
+        documents: Iterable[str] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -70,11 +74,14 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[float | None] | None = None,
         first_stage: Literal["order"] | None = None,
+        ids: Iterable[str] | None = None,
+        store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[Hit]:
         """Order documents by relevance to a query, as sentence-transformers' `CrossEncoder.rank`.
 
         Args:
+            documents: the texts; None with `ids` and `store`.
             top_k: number of hits to return at most; None is all.
             return_documents: also return each document's text.
             cascade: {exit: fraction of all documents that go deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after
@@ -102,6 +109,9 @@ class RankingMixin:
                 the candidates that wait at an exit by their fused scores. A chunk has the score of its document.
             first_stage: "order" if the documents are in the first stage's order, without scores: rank r, from 1, gets
                 the score 1 / (60 + r) (Cormack, Clarke and Büttcher, SIGIR 2009). None is no order.
+            ids: ids of stored passages, which are ranked instead of texts. Hits also have the "id".
+            store: the store that they are in: the path of a directory that `store` wrote, or the result of
+                `open_store`, which reads its index once for several calls. Its store layer and ratio are the call's.
             overrides: as in `compute_score`, with one cutoff layer; also `fusion`, the weight of the first stage's
                 scores: at least 0, "auto" for the plan's, or None for the default of the constructor. Also
                 `between_batches`, a callable without arguments that is called before each batch of a cascade, or of a
@@ -127,10 +137,12 @@ class RankingMixin:
                 Fusion: if the number of first-stage scores is not the number of documents, a score is not finite, both
                 `first_stage_scores` and `first_stage` are given, one of them is given without a weight, or the weight
                 is given without them, is negative, not finite, or "auto" while the plan has no weight.
+                Stores: unless either documents are given, or ids and a store; if another model, setting or words made
+                the store, or it lacks an id; if it meets `chunk`, `return_documents` or several devices.
         """
         (ranking,) = self.rank_batch(
             [query],
-            [documents],
+            None if documents is None else [documents],
             top_k,
             return_documents,
             cascade,
@@ -141,6 +153,8 @@ class RankingMixin:
             min_score,
             None if first_stage_scores is None else [first_stage_scores],
             first_stage,
+            None if ids is None else [ids],
+            store,
             **overrides,
         )
         return ranking
@@ -148,7 +162,7 @@ class RankingMixin:
     def rank_batch(
         self,
         queries: Iterable[str],
-        candidates: Iterable[Iterable[str]],
+        candidates: Iterable[Iterable[str]] | None = None,
         top_k: int | None = None,
         return_documents: bool = False,
         cascade: Mapping[int, float] | None = None,
@@ -159,9 +173,11 @@ class RankingMixin:
         min_score: float | None = None,
         first_stage_scores: Iterable[Iterable[float | None]] | None = None,
         first_stage: Literal["order"] | None = None,
+        ids: Iterable[Iterable[str]] | None = None,
+        store: str | PathLike[str] | PassageStore | None = None,
         **overrides: Any,
     ) -> list[list[Hit]]:
-        """`rank` for many queries, in common batches; `candidates` are the documents of each query.
+        """`rank` for many queries, in common batches; `candidates` are the documents of each query, or `ids` the ids.
 
         `instruction` may also be a list with an instruction, or None, for each query.
         `first_stage_scores` has a list of scores for each query.
@@ -169,12 +185,81 @@ class RankingMixin:
         Returns, raises: as `rank`, a list for each query; ValueError if the number of lists, instructions or lists of
             first-stage scores is not the number of queries.
         """
+        given = ids if candidates is None else candidates
+        if given is None or (candidates is not None and ids is not None) or (ids is None) != (store is None):
+            raise ValueError("a ranking needs either the documents of each query, or ids and store.")
         options = RankingOptions.of(locals(), self._clock)
-        queries, lists = as_lists(queries, candidates)
+        queries, lists = as_lists(queries, given)
         if options.deadline is not None and len(lists) == 1:
             options = replace(options, deadline=options.deadline.start())
+        opened = None if store is None else self.open_store(store)
         rows = list(read_first_stage(zip(queries, lists, strict=True), first_stage_scores, first_stage))
-        return list(self._rank(rows, sum(map(len, lists)), options))
+        rankings = list(self._rank(rows, sum(map(len, lists)), options, opened))
+        if opened is not None:
+            for names, ranking in zip(lists, rankings, strict=True):
+                for hit in ranking:
+                    hit["id"] = names[hit["corpus_id"]]
+        return rankings
+
+    def open_store(self, store: str | PathLike[str] | PassageStore) -> PassageStore:
+        """Open a store for rankings with this re-ranker. A store that is open stays as it is.
+
+        Raises:
+            FileNotFoundError: if there is no store.
+            ValueError: if another model wrote it, or the re-ranker has several devices.
+        """
+        self._engine_of_store()
+        store = store if isinstance(store, PassageStore) else PassageStore(store)
+        store.check(replace(store.conditions, model=self._model_fingerprint))
+        return store
+
+    def store(
+        self,
+        passages: Mapping[str, str] | Iterable[tuple[str, str]],
+        path: str | PathLike[str],
+        store_layer: int | None = None,
+        compress_ratio: int | None = None,
+        **overrides: Any,
+    ) -> PassageStore:
+        """Compute the states of passages after a store layer, and write them to a directory.
+
+        Passages that the store has already are not computed again: a run that was interrupted goes on, and a later one
+        appends. One process may write a store at a time.
+
+        Args:
+            passages: {id: text}, or an iterable of (id, text).
+            path: the directory.
+            store_layer: number of layers that run; None is the re-ranker's own.
+            compress_ratio: number of neighbouring tokens that become one after this layer; None is the re-ranker's own.
+            overrides: as in `compute_score`. Passages are cut to the length that fits beside the longest query, by
+                `max_length` and `query_max_length`.
+
+        Returns:
+            the store, which knows its `bytes_per_passage`.
+
+        Raises:
+            TypeError: if an id or a text is not a string.
+            ValueError: if the store was made with another model, setting or other words, has another text with an id,
+                or the re-ranker has several devices; also as in `compute_score`.
+        """
+        engine = self._engine_of_store()
+        given = {**overrides, "store_layer": store_layer, "compress_ratio": compress_ratio}
+        call = Call(self._pair_tokenizer, *resolve_call(self, given))
+        found = PassageStore.create(path, self._conditions(call))
+        found.add(passages, call, partial(engine.passage_states, setting=call.setting))
+        return found
+
+    def _engine_of_store(self) -> Engine:
+        if not isinstance(self._engine, Engine):
+            raise ValueError(f"a store works on one device, and this re-ranker has {self.target_devices}.")
+        return self._engine
+
+    def _conditions(self, call: Call) -> Conditions:
+        return Conditions.of(self._model_fingerprint, call, token_adapter_ratios(self.model))
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
+        return model_fingerprint(self)
 
     def rank_iter(
         self,
@@ -228,6 +313,7 @@ class RankingMixin:
         lists: Iterable[tuple[str, Sequence[str], Sequence[float] | None] | None],
         total: int | None,
         options: RankingOptions,
+        store: PassageStore | None = None,
     ) -> Generator[list[Hit], None, None]:
         """Rank lists. Wrong options raise at once.
 
@@ -235,12 +321,19 @@ class RankingMixin:
             lists: each query with its documents and their first-stage scores, or None without such scores. None
                 instead of a list: there is no other list yet.
             total: number of pairs of all lists; None if unknown.
+            store: the store whose ids stand in place of documents; None if documents are texts.
         """
         top_k = options.top_k
         instructions, overrides = options.instructions, options.overrides
+        if store is not None:
+            if options.chunk or options.return_documents:
+                raise ValueError("chunk and return_documents need texts, and a store has none.")
+            overrides = store.completed(overrides)
         call = self._call(options.cascade, options.deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
+        if store is not None:
+            store.check(self._conditions(call))
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):
@@ -269,9 +362,12 @@ class RankingMixin:
                 if own is not None and number >= len(own):
                     raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
                 cut: Sequence[CutDocument] | None = None
-                if chunking is None:
+                pairs: Pairs
+                if store is not None:
+                    pairs = store.pairs(query, documents, call if own is None else own[number])
+                elif chunking is None:
                     texts = [(query, document) for document in documents]
-                    pairs: Pairs = texts if own is None else own[number].tokenize(texts)
+                    pairs = texts if own is None else own[number].tokenize(texts)
                 else:
                     cut = (chunking if own is None else replace(chunking, call=own[number])).cut(query, documents)
                     pairs = [chunk.pair for document in cut for chunk in document.chunks]
@@ -377,6 +473,5 @@ class RankingMixin:
         """
         if min_score is not None:
             refuse_min_score(min_score, call)
-        layers, depth = self.config.exit_layers, call.setting.depth
-        exits = [] if call.deadline is None else [layer for layer in layers if layer <= depth]
+        exits = [] if call.deadline is None else call.setting.readable(self.config.exit_layers)
         return self._normalizer(call.options, call.setting, exits)

@@ -77,6 +77,10 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         cutoff_layers: exits to score at, an int or several; None is the deepest.
         compress_layers: numbers of layers after which the passage is compressed, an int or several.
         compress_ratio: number of neighbouring passage tokens that become one there: 1 (off), 2, 4 or 8.
+        store_layer: number of layers in which passages run apart from their queries, so that the states after them do
+            not depend on the query; 0 is none. Passages are then cut to the length that fits beside the longest query.
+            A ratio without `compress_layers` compresses after this layer. Scores are good if the model was trained with
+            this layer.
         budget: fraction of the full network's floating-point operations. Depth, width and for `rank` a cascade are then
             the best measured setting within it, of the `matryoshka_plan.json` beside the model.
         quality: fraction of the full network's nDCG@10. The cheapest measured setting that reaches it is used.
@@ -157,6 +161,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         cutoff_layers: Layers = None,
         compress_layers: Layers = None,
         compress_ratio: int = 1,
+        store_layer: int = 0,
         budget: float | None = None,
         quality: float | None = None,
         template: str | PathLike[str] | Mapping[str, Any] | None = None,
@@ -225,6 +230,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self.cutoff_layers = cutoff_layers
         self.compress_layers = compress_layers
         self.compress_ratio = compress_ratio
+        self.store_layer = store_layer
         self.prompt = words.prompt
         self.instruction = instruction
         self.words = words
@@ -280,8 +286,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             device: one of the re-ranker's `devices`; None spreads the work over all of them.
             show_progress_bar: None shows one on work of more than a second.
             overrides: any of the constructor's `cutoff_layers`, `compress_layers` (or `compress_layer`, the reference's
-                spelling), `compress_ratio`, `prompt`, `batch_size`, `max_tokens_per_batch`, `query_max_length`,
-                `max_length`, `instruction`, `normalize` and FlagEmbedding's instructions; None keeps the default.
+                spelling), `compress_ratio`, `store_layer`, `prompt`, `batch_size`, `max_tokens_per_batch`,
+                `query_max_length`, `max_length`, `instruction`, `normalize` and FlagEmbedding's instructions; None
+                keeps the default.
 
         Returns:
             One cutoff layer: a list of floats, one per pair, in the order given. Several: such a list per layer, in
@@ -429,8 +436,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """Tokenise pairs once for `compute_score`, `score_lists` and `estimate_flops`, at any depth and width.
 
         Args:
-            overrides: arguments of `compute_score` that tokens depend on: `prompt`, `query_max_length`, `max_length`
-                and instructions.
+            overrides: arguments of `compute_score` that tokens depend on: `prompt`, `query_max_length`, `max_length`,
+                instructions, and `store_layer`, with which passages are cut to fit beside the longest query.
 
         Returns:
             A `TokenizedPair` for each pair, with 4 bytes per token. Its `is_cut` is True if a text was truncated.
@@ -455,6 +462,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self,
         sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair],
         depths: Sequence[int] | None = None,
+        stored: bool = False,
         **overrides: Any,
     ) -> int:
         """Count the floating-point operations of `compute_score` for all of these pairs, in the batches that it uses.
@@ -462,14 +470,18 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         Args:
             depths: for each pair the exit where it stops, as the "cutoff_layer" of a cascade's hits, with all exits of
                 the cascade as `cutoff_layers`. None is the deepest cutoff layer.
+            stored: whether passages are in a store of the `store_layer` and ratio.
 
         Raises:
-            TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair.
+            TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair, or
+                `stored` is given without a store layer.
         """
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
         if are_tokenized(pairs):
             refuse_beside_tokens(overrides)
+        if stored and not setting.store_layer:
+            raise ValueError("stored=True needs a store_layer.")
         inputs = Call(self._pair_tokenizer, options, setting).tokenize(pairs)
         if depths is not None:
             depths = as_layer_tuple("depths", depths) or ()
@@ -491,6 +503,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
                 passage_first=own[0].passage_first,
                 depths=None if depths is None else torch.tensor([depths[index] for index in batch]),
                 read_alone=setting.cutoff_layers if depths is None else {*depths, setting.depth},
+                stored=stored,
             )
         return total
 

@@ -52,6 +52,7 @@ class Hit(TypedDict, total=False):
 
     Attributes:
         corpus_id: index of the document in its list.
+        id: with a store, the id of the passage.
         score: the re-ranker's score.
         text: the document, if asked for.
         cutoff_layer: with a cascade or a deadline, the exit where the score was read.
@@ -61,6 +62,7 @@ class Hit(TypedDict, total=False):
     """
 
     corpus_id: int
+    id: str
     score: Required[float]
     text: str
     cutoff_layer: int

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from flagembedding_matryoshka.mining.digests import digest_collection, digest_texts
 from flagembedding_matryoshka.mining.resuming import Outcome, add_shard, write_outcomes
 from flagembedding_matryoshka.mining.retrievers import Retriever, add_retrievers, best_ranks, choose_retrieval
 from flagembedding_matryoshka.mining.rows import collapsed
 from flagembedding_matryoshka.parser import Parser
-from flagembedding_matryoshka.text.collections import judged_queries, read_texts
+from flagembedding_matryoshka.text.collections import judged_queries, read_instructions, read_texts
 
 logger = logging.getLogger(__name__)
 MIN_PASSAGES = 2
@@ -27,7 +28,11 @@ TEST_SPLIT = "test"
 
 
 def make_lists(
-    passages: Sequence[str], queries: Sequence[str], top_k: int, retrievers: Sequence[Retriever]
+    passages: Sequence[str],
+    queries: Sequence[str],
+    top_k: int,
+    retrievers: Sequence[Retriever],
+    instructions: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Outcome]:
     """Yield the outcome of each query: a row of `query` and `passages`, the first `top_k` of the interleaved rankings.
 
@@ -39,6 +44,7 @@ def make_lists(
         queries: texts of the queries.
         top_k: largest number of passages in a list.
         retrievers: retrievers of the passages.
+        instructions: instructions that rows keep, by the query's text.
 
     Raises:
         ImportError: if BM25 is a retriever and bm25s or PyStemmer is not installed.
@@ -57,7 +63,8 @@ def make_lists(
         elif len(chosen) < MIN_PASSAGES:
             yield Outcome(None, Counter({f"queries that find fewer than {MIN_PASSAGES} passages": 1}))
         else:
-            yield Outcome({"query": query, "passages": chosen}, Counter())
+            instruction = {"instruction": instructions[query]} if query in instructions else {}
+            yield Outcome({"query": query, "passages": chosen, **instruction}, Counter())
 
 
 def read_queries(directory: Path, split: str | None = None, include_test: bool = False) -> list[str]:
@@ -95,6 +102,23 @@ def read_queries(directory: Path, split: str | None = None, include_test: bool =
     return kept
 
 
+def instructions_by_text(path: Path) -> dict[str, str]:
+    """Return the instruction of each query of `queries.jsonl` that has one, by the query's text.
+
+    Raises:
+        ValueError: if queries with the same text have different instructions: a list is of one of them.
+    """
+    texts = read_texts(path)
+    found: dict[str, str] = {}
+    for name, instruction in read_instructions(path).items():
+        if found.setdefault(texts[name], instruction) != instruction:
+            raise ValueError(
+                f"{path}: the query {texts[name]!r:.80} has two instructions, {found[texts[name]]!r} and "
+                f"{instruction!r}, but lists are made once for each text: give it one."
+            )
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -121,9 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taken = read_queries(options.data, options.split, options.include_test)
     queries = [taken[place] for place in options.shard.places(len(taken))]
     passages = list(read_texts(options.data / "corpus.jsonl").values())
+    instructions = instructions_by_text(options.data / "queries.jsonl")
 
     def outcomes(done: int) -> Iterator[Outcome]:
-        return make_lists(passages, queries[done:], options.top_k, retrieval.load())
+        return make_lists(passages, queries[done:], options.top_k, retrieval.load(), instructions)
 
     conditions = {
         "command": "lists",

@@ -42,7 +42,7 @@ def mine(
     Passages with a grade of 0 or less are negatives first. The others are drawn from the retrievers' ranks. Relevant
     passages, the query itself, empty passages and passages with the text of one of them are no negatives. A relevant
     passage that is empty, the query itself, or not in the corpus is left out. A query has no row if it is empty, or if
-    no relevant passage or no negative remains.
+    no relevant passage or no negative remains. A row keeps the query's instruction.
 
     Args:
         collection: passages, queries and judgements.
@@ -97,7 +97,8 @@ def _outcome(collection: Collection, query: str, hits: Sequence[str], negatives:
     drawn = draw.sample(pool, min(negatives - len(certain), len(pool)))
     if not certain and not drawn:
         return Outcome(None, left_out + Counter({"queries without a negative": 1}))
-    return Outcome({"query": text, "pos": positives, "neg": [*certain, *drawn]}, left_out)
+    instruction = {"instruction": collection.instructions[query]} if query in collection.instructions else {}
+    return Outcome({"query": text, "pos": positives, "neg": [*certain, *drawn], **instruction}, left_out)
 
 
 def _texts_of(collection: Collection, passages: Iterable[str]) -> list[str]:

@@ -152,6 +152,11 @@ class PackedBatch:
         return list(pairwise(self.cu_seqlens.tolist()))
 
     @property
+    def total_tokens(self) -> int:
+        """Number of tokens in the row."""
+        return int(self.cu_seqlens[-1])
+
+    @property
     def max_seqlen(self) -> int:
         """Length of the longest sequence."""
         return int(self.sequence_lengths.max())

@@ -32,6 +32,7 @@ from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.models.invariance import tile_linears
 from flagembedding_matryoshka.models.layers import CostWiseLayer
 from flagembedding_matryoshka.models.packing import pack, share_queries
+from flagembedding_matryoshka.models.split import SplitBatch, split_passages
 from flagembedding_matryoshka.private import (
     BackboneAttention,
     attention_of,
@@ -51,25 +52,36 @@ class PackedStates:
         hidden: (1, total_tokens, hidden), not normalised.
         packed: where the segments lie in it.
         layers_run: number of decoder layers that have run, including the compression after the last one.
+        split: where queries and passages lie in `hidden` before the store layer, apart from one another; None from
+            there on, and without a store layer.
     """
 
     hidden: Tensor
     packed: PackedBatch
     layers_run: int = 0
+    split: SplitBatch | None = None
+
+    @property
+    def running(self) -> PackedBatch:
+        """Where the segments lie in `hidden`."""
+        return self.packed if self.split is None else self.split.batch
 
     def apart(self) -> PackedStates:
         """Return the states with a copy of each shared segment for each of its sequences."""
+        assert self.split is None
         (tokens,) = self.packed.indices(apart_indices)
         return PackedStates(self.hidden[:, tokens], self.packed.apart, self.layers_run)
 
     def select(self, sequences: Sequence[int]) -> PackedStates:
         """Return the states of some sequences, in the order given."""
+        assert self.split is None
         packed, tokens = self.packed.select(sequences)
         return PackedStates(self.hidden[:, tokens], packed, self.layers_run)
 
     @classmethod
     def concat(cls, batches: Sequence[PackedStates]) -> PackedStates:
         """The sequences of several batches that have run the same layers, batch after batch."""
+        assert all(states.split is None for states in batches)
         hidden = torch.cat([states.hidden for states in batches], dim=1)
         return cls(hidden, PackedBatch.concat([states.packed for states in batches]), batches[0].layers_run)
 
@@ -174,13 +186,22 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         """Return the input of the first layer, (1, total_tokens, hidden)."""
         return self.embed_tokens(token_ids)
 
-    def embed(self, token_ids: Tensor, packed: PackedBatch, setting: Setting | None = None) -> PackedStates:
+    def embed(
+        self,
+        token_ids: Tensor,
+        packed: PackedBatch,
+        setting: Setting | None = None,
+        stored: Sequence[Tensor] | None = None,
+    ) -> PackedStates:
         """Return the states of token ids before the first layer.
 
         Args:
             token_ids: (1, total_tokens) int64, on the CPU or on the device of `packed`.
             setting: the setting of the pass. Its indices, with a cascade those of the first stage, are copied to the
-                device in one copy with the token ids. None copies the token ids alone.
+                device in one copy with the token ids. With a store layer, passages are apart from their queries in the
+                states. None copies the token ids alone, and has no store layer.
+            stored: for each sequence the states of its passage, as in `split_passages`, of the setting's store layer
+                and compressed there. None: passages are computed.
 
         Raises:
             ValueError: if a sequence is longer than the positions that the model knows.
@@ -194,24 +215,33 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 f"row {longest} has {length} tokens, more than {reason}={limit}. Use a smaller max_length."
             )
         indices: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]] = ()
+        split = None
         if setting is not None:
+            if setting.store_layer:
+                token_ids, split = split_passages(token_ids, packed, stored)
             exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
-            indices = self._indices(packed, setting, exits)
+            indices = self._indices(packed, split, setting, exits)
         if token_ids.device.type == packed.device.type:
             stage(indices, packed.device)
         else:
             (token_ids,) = stage(indices, packed.device, token_ids)
-        return PackedStates(self.embeddings(token_ids), packed)
+        return PackedStates(self.embeddings(token_ids), packed, split=split)
 
     def stage(self, states: PackedStates, setting: Setting, exits: Sequence[int]) -> None:
         """Copy the indices to the device, in one copy, that a pass from `states` to the deepest of `exits` needs.
 
         A pass that needs others copies them when it needs them.
         """
-        stage(self._indices(states.packed, setting, exits, states.layers_run), states.packed.device)
+        indices = self._indices(states.packed, states.split, setting, exits, states.layers_run)
+        stage(indices, states.packed.device)
 
     def _indices(
-        self, packed: PackedBatch, setting: Setting, exits: Sequence[int], layers_run: int = 0
+        self,
+        packed: PackedBatch,
+        split: SplitBatch | None,
+        setting: Setting,
+        exits: Sequence[int],
+        layers_run: int = 0,
     ) -> Iterator[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]]:
         """Yield the batches of a pass, whose rows compression shortens, and the functions that make their indices."""
         if packed.device.type == "cpu":
@@ -228,22 +258,27 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             dropout=getattr(self.config, "attention_dropout", 0.0) if self.training else 0.0,
         )
         for depth in range(layers_run + 1, max(exits) + 1):
-            yield packed, row_indices
+            running = packed if split is None else split.batch
+            yield running, row_indices
             if depth in exits:
                 yield packed, INDICES[choose(only_last=True)]
             if depth == max(exits):
                 return
             compresses = setting.compresses_after(depth)
-            weighs = compresses and self.config.compress_weights == "attention"
+            weighs = compresses and split is None and self.config.compress_weights == "attention"
             if weighs and packed.shares_passages:
                 yield packed, apart_indices
-                packed = packed.apart
+                running = packed = packed.apart
                 yield packed, row_indices
             if weighs:
                 yield packed, context_indices
             kernel = choose()
             if kernel in INDICES:
-                yield packed, INDICES[kernel]
+                yield running, INDICES[kernel]
+            if split is not None and depth == setting.store_layer:
+                yield packed, split.tokens
+                compresses = compresses and split.stored is None
+                split = None
             if compresses:
                 yield packed, SlotsOf(setting.compress_ratio)
                 packed = packed.compressed(setting.compress_ratio)
@@ -269,14 +304,20 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
     def run(self, states: PackedStates, setting: Setting, until: int) -> Iterator[tuple[int, Tensor, PackedBatch]]:
         """Run layers on `states` until `until` have run.
 
+        After the store layer, queries and passages are joined to sequences. Passage tokens weigh the same if they are
+        compressed there, because the last token's attention depends on the query. Stored passages are compressed
+        already.
+
         Yields:
             after each layer, before its compression: the number of layers that have run, the states (1, total_tokens,
             hidden), and where the segments lie in them.
         """
-        rotary = self.rotary_embeddings(states.hidden, states.packed)
+        rotary = self.rotary_embeddings(states.hidden, states.running)
         for depth in range(states.layers_run + 1, until + 1):
-            compresses = setting.compresses_after(depth)
-            weighs = compresses and self.config.compress_weights == "attention"
+            joins = states.split if depth == setting.store_layer else None
+            is_stored = joins is not None and joins.stored is not None
+            compresses = setting.compresses_after(depth) and not is_stored
+            weighs = compresses and joins is None and self.config.compress_weights == "attention"
             if weighs and states.packed.shares_passages:
                 # Each query weights the passage tokens differently.
                 separate = states.apart()
@@ -284,16 +325,38 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 rotary = self.rotary_embeddings(states.hidden, states.packed)
             hidden, row = self.layers[depth - 1](
                 states.hidden,
-                packed=states.packed,
+                packed=states.running,
                 last_row=weighs,
                 only_last=False,
                 position_embeddings=rotary[depth - 1],
             )
-            yield depth, hidden, states.packed
+            if joins is not None:
+                hidden, states.split = joins.join(hidden, states.packed), None
+            yield depth, hidden, states.running
             if compresses:
                 hidden, states.packed = compress(hidden, row, states.packed, setting.compress_ratio)
+            if compresses or joins is not None:
                 rotary = self.rotary_embeddings(hidden, states.packed)
             states.hidden, states.layers_run = hidden, depth
+
+    def passage_states(self, token_ids: Tensor, lengths: Tensor, setting: Setting) -> list[Tensor]:
+        """Compute the states of passages after the store layer of a setting, compressed there.
+
+        Args:
+            token_ids: (1, sum of lengths) int64 tokens of the passages, on the CPU.
+            lengths: (passages,) int64, CPU: tokens of each one, at least 1.
+
+        Returns:
+            For each passage its (tokens, hidden) states, on the model's device.
+        """
+        none = torch.zeros_like(lengths)
+        states = self.embed(token_ids, PackedBatch(none, lengths, none, self.embed_tokens.weight.device))
+        for _ in self.run(states, Setting(setting.cutoff_layers), setting.store_layer):
+            pass
+        hidden, packed = states.hidden, states.packed
+        if setting.compresses_after(setting.store_layer):
+            hidden, packed = compress(hidden, None, packed, setting.compress_ratio)
+        return list(hidden[0].split(packed.lengths.tolist()))
 
     def read(self, states: PackedStates) -> Tensor:
         """Return the (sequences, hidden) normalised states after the next layer, which runs for the last tokens alone.

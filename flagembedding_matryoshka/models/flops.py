@@ -42,12 +42,14 @@ def estimate_flops(
     depths: Tensor | None = None,
     layers_run: int = 0,
     read_alone: Collection[int] | None = None,
+    stored: bool = False,
 ) -> int:
     """Return the floating-point operations of matrix products in one pass; a multiplication and an addition are two.
 
     Causal attention is counted over the full square, as `torch.utils.flop_counter` does. Norms, activations, rotary
     embedding and heads are not counted. At an exit that is read alone, the layer computes keys and values of all tokens
-    and the rest for the last tokens. Then it runs for the sequences that go deeper.
+    and the rest for the last tokens. Then it runs for the sequences that go deeper. Up to the store layer, sequences
+    that share their query part are assumed to have the same prompt part, which runs once for them.
 
     Args:
         query_lengths, passage_lengths, prompt_lengths: (batch,) int64 tokens of each part, before compression.
@@ -56,6 +58,7 @@ def estimate_flops(
         depths: (batch,) int64, the exit where each sequence stops; None is the deepest of `setting`.
         layers_run: layers at full width that ran before the pass.
         read_alone: the exits that are read alone; None is all cutoff layers of `setting`.
+        stored: whether the states of passages after the store layer are read, and not computed.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query_width = config.num_attention_heads * head_dim
@@ -71,6 +74,9 @@ def estimate_flops(
     # Neighbours with one prefix are a group. Where it has several members, the prefix is a segment of its own.
     group = (~shares).cumsum(0) - 1
     has_segment = group.bincount() > 1
+    # Up to the store layer, a query part with its prompt part is a segment, and so is a passage.
+    apart = [fixed, passage[~shares]] if passage_first else [fixed[~shares], passage]
+    apart = apart[:1] if stored else apart
     weighs_passages = passage_first and config.compress_weights == "attention"
 
     def running(depth: int) -> tuple[Tensor, Tensor, int]:
@@ -84,12 +90,18 @@ def estimate_flops(
         return lengths, prefixes[has_segment[groups]], tokens
 
     total = 0
-    changed = {layers_run, *(depth - 1 for depth in depths.tolist())}  # after them, a layer has another cost
+    # After these, a layer has another cost.
+    changed = {layers_run, setting.store_layer, *(depth - 1 for depth in depths.tolist())}
     for depth in range(layers_run + 1, setting.depth + 1):
         if depth in read_alone:
             lengths, segments, tokens = running(depth)
             total += before_attention * tokens + per_token * (len(lengths) + len(segments))
             total += 2 * query_width * int(lengths.sum() + segments.sum())
+        if depth <= setting.store_layer:
+            total += sum(per_token * int(part.sum()) + 4 * query_width * int((part**2).sum()) for part in apart)
+            if setting.compresses_after(depth):
+                passage = compressed_lengths(passage, setting.compress_ratio)
+            continue
         if weighs_passages and setting.compresses_after(depth):  # see CostWiseModel.run
             group, has_segment = torch.arange(len(fixed)), torch.zeros(len(fixed), dtype=torch.bool)
             shares = torch.zeros_like(shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from flagembedding_matryoshka.private import onednn_linear, onednn_order, versio
 
 MOST_PACKED_BYTES = 2**30
 """Weights of a model that are stored a second time, in oneDNN's order, are at most this large together."""
+KEPT_PRODUCTS = 32
+"""Products whose code oneDNN keeps. A layer has about seven, and a compressed batch has a few numbers of rows."""
 DTYPES = (torch.float32, torch.bfloat16)
 HAS_ONEDNN = onednn_linear is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -64,13 +67,12 @@ class OneDnnLinear(nn.Linear):
     """
 
     packs = False
-    _packed: tuple[Tensor, int, int] | None = (
-        None  # the weight in oneDNN's order, and address and version of its source
-    )
+    # The weight in oneDNN's order, and its source with its version. The source's memory is not used again meanwhile.
+    _packed: tuple[Tensor, Tensor, int] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if not self.is_onednn(input):
+        if not self.suits_onednn(input):
             return super().forward(input)
         if not torch.is_grad_enabled():
             return self.product(input)
@@ -79,13 +81,14 @@ class OneDnnLinear(nn.Linear):
         rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
         return rows.view(*input.shape[:-1], -1)
 
-    def is_onednn(self, states: Tensor) -> bool:
+    def suits_onednn(self, states: Tensor) -> bool:
         """Return whether oneDNN can compute with these states."""
         return (
             states.device.type == "cpu"
             and states.dtype in DTYPES
             and states.dtype == self.weight.dtype
             and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()  # inductor has products of its own
         )
 
     def product(self, states: Tensor, then: str = "none", factor: Tensor | None = None) -> Tensor:
@@ -99,11 +102,12 @@ class OneDnnLinear(nn.Linear):
             factor: (..., out_features); None is no factor.
         """
         weight: Tensor = self.weight
-        if self.packs and not torch.compiler.is_compiling():
-            source = weight.data_ptr(), version_of(weight)
-            if self._packed is None or self._packed[1:] != source:
-                self._packed = (onednn_order(weight.detach(), None), *source)
-            weight = self._packed[0]
+        if self.packs:
+            packed = self._packed
+            if packed is None or (packed[1].data_ptr(), packed[2]) != (weight.data_ptr(), version_of(weight)):
+                source = weight.detach()
+                self._packed = packed = onednn_order(source, None), source, version_of(weight)
+            weight = packed[0]
         if factor is None:
             return onednn_linear(states, weight, self.bias, then, [], "")
         return onednn_linear.binary(states, factor, weight, self.bias, "mul")
@@ -123,19 +127,31 @@ class OneDnnMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) to (..., hidden)."""
-        if torch.is_grad_enabled() or not self.gate_proj.is_onednn(x):
+        if torch.is_grad_enabled() or not self.gate_proj.suits_onednn(x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj.product(self.up_proj.product(x, factor=self.gate_proj.product(x, then="swish")))
+
+
+def keep_few_products() -> None:
+    """Let oneDNN keep the code of `KEPT_PRODUCTS` products in this process, and torch's layer around it as many.
+
+    Each keeps 1,024 by default. Every number of rows needs its own, so that batches of all sizes took 700 MB. Variables
+    of the environment that are set stay. After the first product of oneDNN nothing changes: it has read them.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_PRODUCTS))
 
 
 def use_onednn(module: nn.Module, packs: bool = True) -> None:
     """Turn linear layers and feed-forward blocks of a module into those of this file, in place.
 
     Nothing changes if this build of torch has no oneDNN, or the processor no AVX-512. torch then keeps its products.
+    Either way few products are kept, see `keep_few_products`.
 
     Args:
         packs: store weights in oneDNN's order, too. They must not change often.
     """
+    keep_few_products()
     if not HAS_ONEDNN:
         return
     linears = [part for part in module.modules() if type(part) is nn.Linear]
@@ -151,16 +167,10 @@ def use_onednn(module: nn.Module, packs: bool = True) -> None:
 def _is_gated_by_silu(block: nn.Module) -> bool:
     """Return whether a module computes what Mistral's feed-forward block does, by layers of this file."""
     code, known = getattr(type(block).forward, "__code__", None), MistralMLP.forward.__code__
-    if code is None or (code.co_code, code.co_names, code.co_consts) != (
-        known.co_code,
-        known.co_names,
-        known.co_consts,
-    ):
+    if any(getattr(code, part, None) != getattr(known, part) for part in ("co_code", "co_names", "co_consts")):
         return False
-    projections = (getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    return isinstance(block.act_fn, nn.SiLU | SiLUActivation) and all(
-        type(projection) is OneDnnLinear for projection in projections
-    )
+    is_silu = isinstance(block.act_fn, nn.SiLU | SiLUActivation)
+    return is_silu and all(type(part) is OneDnnLinear for part in (block.gate_proj, block.up_proj, block.down_proj))
 
 
 if onednn_linear is not None and onednn_linear not in flop_registry:

@@ -236,7 +236,11 @@ class Scorer:
         """
         found = {name: self._preset(quality, share) for name, (quality, share) in QUALITIES.items()}
         found["full"] = Setting((self.reranker.config.exit_layers[-1],))
-        return {name: setting.arguments | {"cascade": dict(setting.cascade)} for name, setting in found.items()}
+        fields = {name: setting.arguments | {"cascade": dict(setting.cascade)} for name, setting in found.items()}
+        for one in fields.values():
+            if not one["store_layer"]:
+                del one["store_layer"]  # a request has no such field: it is an option of the server
+        return fields
 
     def _preset(self, quality: float, share: float) -> Setting:
         """Return the plan's cheapest setting of a quality; without one the first exit from a share of the layers on."""

@@ -26,12 +26,14 @@ class Collection:
             relevant passage. May name passages that are not in the corpus. They lower recall and nDCG, because no run
             can contain them.
         irrelevant: query id to {passage id: grade of 0 or less}, in the order of the qrels.
+        instructions: query id to its instruction, of the queries that have one.
     """
 
     passages: dict[str, str]
     queries: dict[str, str]
     relevant: dict[str, dict[str, int]]
     irrelevant: dict[str, dict[str, int]] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
 
     def is_itself(self, query: str, passage: str) -> bool:
         """Return whether a passage is the query itself, as in ArguAna: same id and text, and not judged relevant.
@@ -74,7 +76,7 @@ def read_collection(directory: Path, split: str) -> Collection:
         )
     if not relevant:
         raise ValueError(f"{qrels} has no relevant passage: no score is above 0")
-    return Collection(passages, queries, relevant, irrelevant)
+    return Collection(passages, queries, relevant, irrelevant, read_instructions(topics))
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -91,6 +93,8 @@ def read_texts(path: Path) -> dict[str, str]:
             return "a row must have the strings _id and text"
         if not isinstance(row.get("title"), str | None):
             return f"title must be a string, got {row['title']!r:.80}"
+        if not isinstance(row.get("instruction"), str | None):
+            return f"instruction must be a string, got {row['instruction']!r:.80}"
         if row["_id"] in texts:
             return f"the _id {row['_id']!r} occurs twice"
         return None
@@ -98,6 +102,11 @@ def read_texts(path: Path) -> dict[str, str]:
     for row in good_rows(path, fault):
         texts[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
     return texts
+
+
+def read_instructions(path: Path) -> dict[str, str]:
+    """Return the `instruction` of each query of `queries.jsonl` that has one, by id. `read_texts` checks the file."""
+    return {row["_id"]: row["instruction"] for row in good_rows(path, lambda row: None) if row.get("instruction")}
 
 
 def judged_queries(directory: Path, split: str) -> set[str]:

@@ -301,7 +301,12 @@ class PairTokenizer:
         return found
 
     def build_within(
-        self, pairs: Sequence[tuple[str, str]], query_max_length: int | None, max_length: int, template: Template
+        self,
+        pairs: Sequence[tuple[str, str]],
+        query_max_length: int | None,
+        max_length: int,
+        template: Template,
+        fits_all_queries: bool = False,
     ) -> list[TokenizedPair]:
         """Build sequences with the lengths of FlagEmbedding's re-rankers.
 
@@ -311,21 +316,57 @@ class PairTokenizer:
                 `has_reference_lengths`: most tokens of a passage, and with the number of tokens of the prompt part
                 added, most tokens before the prompt part.
             template: the words around the texts.
+            fits_all_queries: truncate a passage to the length that fits beside the longest query, so that its tokens
+                do not depend on its query.
 
         Raises:
             ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
         """
+        query, passage, whole = self._lengths_within(query_max_length, max_length, template)
+        if fits_all_queries:
+            passage = self.longest_passage(query_max_length, max_length, template)
+        return self.build(pairs, query, passage, whole, template)
+
+    def longest_passage(self, query_max_length: int | None, max_length: int, template: Template) -> int:
+        """Return the most tokens of a passage, with its instruction, that fits beside the longest query.
+
+        Args:
+            query_max_length, max_length, template: as in `build_within`.
+
+        Raises:
+            ValueError: if no passage fits.
+        """
+        query, passage, whole = self._lengths_within(query_max_length, max_length, template)
+        *_, beside = self._own_words(template)
+        room = whole - beside - query
+        if room < max(len(self.ids_of(template).passage_end), 1):
+            raise ValueError(
+                f"query_max_length={query_max_length or max_length * 3 // 4} leaves no room for passages that fit "
+                f"beside every query: lower it, or raise max_length={max_length}."
+            )
+        return min(passage, room)
+
+    def _lengths_within(
+        self, query_max_length: int | None, max_length: int, template: Template
+    ) -> tuple[int, int, int]:
+        """Return the lengths that `build_within` gives to `build`: most tokens of query, passage and sequence."""
         query_max_length = query_max_length or max_length * 3 // 4
         if not query_max_length:
             raise ValueError(
                 f"max_length={max_length} leaves no token of a query, which gets three quarters: give at least 2."
             )
         if template.has_reference_lengths:
-            beside = len(self.ids_of(template).closing)
-            return self.build(pairs, query_max_length, max_length, max_length + beside, template)
+            return query_max_length, max_length, max_length + len(self.ids_of(template).closing)
         of_query, of_passage, beside = self._own_words(template)
-        lengths = query_max_length + of_query, max_length + of_passage
-        return self.build(pairs, *lengths, max_length + of_query + of_passage + beside, template)
+        return query_max_length + of_query, max_length + of_passage, max_length + of_query + of_passage + beside
+
+    def passages(self, texts: Sequence[str], max_length: int, template: Template | None = None) -> list[EncodedText]:
+        """Encode passages with the template's words around them, as in `build`, in at most `max_length` tokens each."""
+        template = self.template if template is None else template
+        end = self.ids_of(template).passage_end
+        worded = [template.passage(text) for text in texts]
+        encoded = self.encode(worded, max_length, end, template.is_continuous)
+        return [encoded[text] for text in worded]
 
     def _own_words(self, template: Template) -> tuple[int, int, int]:
         """Return the number of the template's tokens with a query, with a passage, and elsewhere before `behind`."""

@@ -144,6 +144,7 @@ def test_batches_hold_every_query_once_and_no_more_lists_than_needed(candidates)
     [
         {"corpus": [*CORPUS[:7], {**CORPUS[7], "text": CORPUS[7]["text"] + "."}]},
         {"queries": [*QUERIES[:2], {"_id": "q3", "text": "heat"}]},
+        {"queries": [*QUERIES[:2], {**QUERIES[2], "instruction": "judge by the topic"}]},
         {"judgements": [("q1", "p2", 1), ("q1", "p5", 1), ("q3", "p6", 1), ("q2", "p1", 1)]},
     ],
 )

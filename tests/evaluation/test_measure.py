@@ -2,10 +2,14 @@ import sys
 
 import pytest
 
-from flagembedding_matryoshka import CostWiseMistralConfig
-from flagembedding_matryoshka.evaluation.measure import grid, peak_memory
+from flagembedding_matryoshka import CostWiseMistralConfig, MatryoshkaReranker
+from flagembedding_matryoshka.evaluation.candidates import from_bm25
+from flagembedding_matryoshka.evaluation.measure import grid, peak_memory, tokenize
 from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.collections import read_collection
+from tests.collection import QUERIES
+from tests.qwen import qwen_tokenizer, write_causal_lm
 
 CONFIG = CostWiseMistralConfig(num_hidden_layers=6, layer_wise=True, start_layer=2, layer_sep=1)
 
@@ -54,6 +58,22 @@ def test_nothing_is_measured_twice():
 def test_what_the_model_cannot_run_is_refused(wish, message):
     with pytest.raises(ValueError, match=message):
         grid(CONFIG, **wish)
+
+
+def test_a_query_is_scored_with_its_own_instruction(collection, tmp_path):
+    queries = [QUERIES[0], {**QUERIES[2], "instruction": "judge by the topic"}]
+    judgements = [("q1", "p2", 1), ("q3", "p6", 1)]
+    candidates = from_bm25(read_collection(collection(queries=queries, judgements=judgements), "train"), 6)
+    path = write_causal_lm(tmp_path / "model", "qwen3", tokenizer=qwen_tokenizer(), pad_token_id=1)
+    template = {"prompt": "Relevant?", "behind": "\n", "instructed": {"behind": ["\n", "Task: {instruction}\n"]}}
+    reranker = MatryoshkaReranker(str(path), dtype="float32", devices="cpu", template=template)
+    lists = tokenize(reranker, candidates).inputs
+    assert lists.keys() == {"q1", "q3"}
+    for query, instruction in (("q1", None), ("q3", "judge by the topic")):
+        expected = reranker.tokenize(candidates.pairs([query]), instruction=instruction)
+        assert [pair.input_ids.tolist() for pair in lists[query]] == [pair.input_ids.tolist() for pair in expected]
+    uninstructed = reranker.tokenize(candidates.pairs(["q3"]))
+    assert lists["q3"][0].input_ids.tolist() != uninstructed[0].input_ids.tolist()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets its high-water mark")

@@ -329,8 +329,11 @@ def test_autocast_keeps_no_second_copy_of_what_adapters_are_fed(
     ("method", "use_lora"),
     [("distill_fix_layer_teacher", True), ("distill_fix_layer_teacher", False), ("self_distill", True)],
 )
+@pytest.mark.parametrize(
+    "setting", [Setting((2, 3, 4, 5, 6), (2,), 2), Setting((4, 5, 6), (3,), 2, store_layer=3)], ids=str
+)
 def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
-    method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
+    setting, method, use_lora, checkpointing, tiny_raw_model_path, training_file, tmp_path
 ):
     """A pass without gradients must not fill autocast's cache of weights, from which torch before 2.11 takes them."""
     arguments = tiny_raw_model_path, training_file, tmp_path / "out", {"start_layer": 2, "use_lora": use_lora}
@@ -349,7 +352,7 @@ def test_every_trained_tensor_has_a_gradient_in_bfloat16_with_compression(
         if isinstance(layer, CostWiseLayer):
             layer.register_forward_pre_hook(record)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = run.model.train()(**batch, setting=Setting((2, 3, 4, 5, 6), (2,), 2)).loss
+        loss = run.model.train()(**batch, setting=setting).loss
     loss.backward()
     assert [name for name, value in run.model.named_parameters() if value.requires_grad and value.grad is None] == []
     assert caching and not any(caching)
@@ -694,9 +697,9 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
     steps = []
     from flagembedding_matryoshka.finetune import trainer
 
-    def recorded(config, layers, ratios, seed, step):
+    def recorded(config, layers, ratios, seed, step, store_layers):
         steps.append(step)
-        return sample_setting(config, layers, ratios, seed, step)
+        return sample_setting(config, layers, ratios, seed, step, store_layers)
 
     monkeypatch.setattr(trainer, "sample_setting", recorded)
     runner(
@@ -730,6 +733,7 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
             r"compress_ratios are \[2, 4\]",
         ),
         ({"finetune_type": "token"}, r"compress_ratios \[2\] need compress_layers"),
+        ({"store_layers": [3, 0]}, r"store_layers are \[3, 0\], but must be at least 1"),
         ({"distill_loss": "l1"}, "distill_loss is 'l1', but must be one of"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0, but must be at least 1"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_threshold=0.1 needs early_stopping_patience"),
@@ -754,6 +758,7 @@ def test_settings_count_on_through_accumulation(tiny_raw_model_path, training_fi
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
         ({"compress_layers": [0], "compress_ratios": [2]}, r"compress_layers \[0\] do not exist"),
         ({"compress_layers": [7], "compress_ratios": [1]}, r"compress_layers \[7\] do not exist"),
+        ({"store_layers": [2, 6]}, r"cutoff_layers \[6\] do not lie above store_layer=6"),
     ],
 )
 def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path, training_file, tmp_path):

@@ -28,6 +28,12 @@ def test_a_function_of_seed_and_step_alone():
     assert [sample(step, seed=1) for step in range(20)] != draws
 
 
+def test_draws_are_those_of_earlier_runs_that_are_resumed():
+    expected = [(4, (4,)), (2, (2, 6)), (4, (2,)), (4, (2, 4)), (2, (2,)), (1, ())]
+    assert [(draw.compress_ratio, draw.compress_layers) for draw in map(sample, range(6))] == expected
+    assert not any(sample(step).store_layer for step in range(20))
+
+
 def test_every_exit_is_scored():
     assert sample(0).cutoff_layers == tuple(range(2, 9))
 
@@ -46,6 +52,32 @@ def test_a_layer_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"compress_layers \[9\] do not exist"):
         for step in range(20):
             sample_setting(CONFIG, [9], [2], 0, step)
+
+
+STORES = [1, 3, 4]
+
+
+def test_store_layers_are_drawn_uniformly_and_change_no_other_draw():
+    draws = [sample_setting(CONFIG, LAYERS, RATIOS, 0, step, STORES) for step in range(STEPS)]
+    counts = Counter(draw.store_layer for draw in draws)
+    assert set(counts) == {0, *STORES}
+    for count in counts.values():
+        assert count / STEPS == pytest.approx(1 / 4, abs=0.03)
+    for step, draw in enumerate(draws):
+        plain, store = sample(step), draw.store_layer
+        assert draw.cutoff_layers == tuple(layer for layer in plain.cutoff_layers if layer > store)
+        if not store:
+            assert draw == plain
+        elif plain.compress_layers:
+            above = [layer for layer in plain.compress_layers if layer > store]
+            assert draw.compress_layers == (store, *above) and draw.compress_ratio == plain.compress_ratio
+    assert {draw.compress_ratio for draw in draws if draw.store_layer and draw.compress_layers} == set(RATIOS)
+
+
+def test_a_store_layer_without_an_exit_above_it_is_refused():
+    with pytest.raises(ValueError, match=r"cutoff_layers \[8\] do not lie above store_layer=8"):
+        for step in range(20):
+            sample_setting(CONFIG, LAYERS, RATIOS, 0, step, [8])
 
 
 ROWS, BATCH = 70, 2

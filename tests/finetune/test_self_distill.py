@@ -66,6 +66,51 @@ def test_the_teacher_is_the_model_as_it_was_loaded_however_far_training_has_come
     assert run.model.model.training
 
 
+@pytest.mark.parametrize("setting", [Setting((4, 6), (2,), 4, store_layer=2), Setting((6,), store_layer=5)], ids=str)
+def test_with_a_store_layer_every_exit_learns_and_every_adapter_has_a_gradient(setting, one_exit, lists, tmp_path):
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, learning_rate=1e-2)
+    batch = run.data_collator([run.train_dataset[item] for item in range(4)])
+    trained = {name: value for name, value in run.model.named_parameters() if value.requires_grad}
+    with torch.no_grad():  # of an adapter that is 0, one half has no gradient
+        for name, value in trained.items():
+            value += 0.05 * torch.randn_like(value) * ("lora_B" in name)
+    run.model.train()(**batch, setting=setting).loss.backward()
+    assert len(trained) == 2 * (6 * 7 + 3)
+    assert [name for name, value in trained.items() if value.grad is None or not value.grad.any()] == []
+    # Exits above the store layer have its mask, the others are those of a pass without one.
+    masked, plain = (run.model.eval()(batch["pair"], setting=each).scores for each in (setting, None))
+    below = sum(layer <= setting.store_layer for layer in (2, 4, 6))
+    assert masked.shape == plain.shape and below in (1, 2)
+    close(masked[:below], plain[:below])
+    assert (masked[below:] - plain[below:]).abs().mean() > 1e-2
+
+
+def test_the_full_width_of_a_store_layer_has_its_mask_and_exits_below_are_their_own(one_exit, lists, tmp_path):
+    """As deeper exits teach, with other methods."""
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 5, 6]})
+    pair = run.data_collator([run.train_dataset[0]])["pair"]
+    model = run.model.eval()
+    scores, full_width = model.encode(pair, Setting((4, 5, 6), (3,), 4, store_layer=3), return_full_width=True)
+    expected, _ = model.encode(pair, Setting((4, 5, 6), store_layer=3))
+    close(full_width, expected)
+    assert not full_width.requires_grad and scores.requires_grad
+    close(scores[0], full_width[0])
+    assert (scores[1:] - full_width[1:]).abs().mean() > 1e-2
+
+
+def test_training_with_store_layers_logs_all_exits_in_each_step(one_exit, lists, tmp_path):
+    options = {"store_layers": [2, 5], "compress_ratios": [1, 4], "max_steps": 8}
+    run = distil(one_exit, lists, tmp_path / "out", {"exits": [2, 4, 6]}, **options)
+    run.run()
+    history = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    assert len(history) == 8
+    for entry in history:
+        terms = [entry[f"loss_layer_{layer}_original"] for layer in (2, 4, 6)]
+        assert entry["loss"] == pytest.approx(sum(terms), rel=1e-4)
+    loaded = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
+    assert scores_of(loaded).isfinite().all()
+
+
 @pytest.mark.slow
 def test_new_exits_start_as_the_deepest_and_come_to_rank_as_it_does(one_exit, lists, tmp_path):
     options = {"compress_layers": [2], "compress_ratios": [1, 2], "learning_rate": 1e-2}

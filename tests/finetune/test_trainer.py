@@ -53,6 +53,14 @@ def test_the_teaching_pass_begins_where_the_passage_is_compressed():
     assert cost.operations - plain.operations == flops(Setting((3,)))
 
 
+def test_exits_up_to_a_store_layer_are_a_pass_of_their_own():
+    cost = TrainingCost(CONFIG, False, full_width_teacher=False)
+    stored = Setting((5, 6), (4,), 2, store_layer=4)
+    cost.add(PACKED, 2, stored)
+    assert cost.operations == 2 * (flops(stored) + flops(Setting((2, 3, 4))))
+    assert flops(stored) < flops(Setting((5, 6), (4,), 2))
+
+
 def test_a_resumed_run_counts_on():
     cost = TrainingCost(CONFIG, False, full_width_teacher=False)
     cost.add(PACKED, 2, WIDE)

@@ -28,7 +28,7 @@ def parser():
 def test_every_parameter_is_an_option_and_is_explained(parser):
     parameters = set(inspect.signature(MatryoshkaReranker).parameters) - {"model_name_or_path"}
     parameters |= set(inspect.signature(MatryoshkaReranker.rank).parameters)
-    parameters -= {"self", "query", "documents", "first_stage_scores", "overrides"}
+    parameters -= {"self", "query", "documents", "first_stage_scores", "ids", "store", "overrides"}
     actions = {action.dest: action for action in parser._actions}
     assert set(actions) == {"help", "model", *parameters}
     assert all(action.help for action in actions.values())

@@ -1,10 +1,9 @@
+import joblib
 import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference import device
 from flagembedding_matryoshka.inference.device import (
-    cpu_quota,
     fast_batch_tokens,
     fast_dtype,
     follow_cpu_quota,
@@ -123,43 +122,11 @@ def test_what_is_compiled_scores_the_same_on_a_gpu(tiny_layerwise_path):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=0.2, rtol=0)
 
 
-V1 = "9:name=systemd:/\n4:memory:/pod\n2:cpu,cpuacct:/pod/one\n"
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "quota"),
-    [
-        ("0::/pod/one\n", {"pod/one/cpu.max": "150000 100000", "pod/cpu.max": "max 100000"}, 1.5),
-        ("0::/pod/one\n", {"pod/one/cpu.max": "800000 100000", "pod/cpu.max": "200000 100000"}, 2.0),  # the group above
-        ("0::/\n", {"cpu.max": "50000 100000"}, 0.5),  # a container with a namespace of its own
-        ("0::/pod\n", {"pod/cpu.max": "max 100000"}, None),
-        ("0::/pod\n", {}, None),
-        (V1, {"cpu,cpuacct/pod/one/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_quota_us": "-1"}, 3.0),
-        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "250000"}, 2.5),  # a container without a namespace of its own
-        (V1, {"memory/pod/cpu.cfs_quota_us": "100000"}, None),
-        (None, {}, None),  # no control groups: macOS, Windows
-    ],
-)
-def test_the_quota_is_the_least_of_the_groups_above_a_process(groups, files, quota, tmp_path):
-    if groups is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-        if "cfs" in name:
-            path.with_name("cpu.cfs_period_us").write_text("100000\n")
-    assert cpu_quota(tmp_path) == quota
-
-
-@pytest.mark.parametrize(
-    ("quota", "before", "after"), [(1.5, 8, 1), (0.5, 8, 1), (4.0, 8, 4), (8.0, 8, 8), (16.0, 8, 8), (None, 8, 8)]
-)
-def test_threads_follow_the_quota_and_are_never_more_than_before(quota, before, after, monkeypatch):
+@pytest.mark.parametrize(("processors", "before", "after"), [(1, 8, 1), (4, 8, 4), (8, 8, 8), (16, 8, 8)])
+def test_threads_follow_the_quota_and_are_never_more_than_before(processors, before, after, monkeypatch):
     threads = [before]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(device, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: processors)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     follow_cpu_quota()
@@ -172,7 +139,7 @@ def test_threads_follow_the_quota_and_are_never_more_than_before(quota, before, 
 
 def test_a_reranker_on_a_cpu_follows_the_quota(tiny_layerwise_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(device, "cpu_quota", lambda: 1.0)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -12,6 +12,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import cascade, engine, scoring
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.options import Call, ScoringOptions
 from flagembedding_matryoshka.models import attention, flash
 from flagembedding_matryoshka.models.onednn import HAS_ONEDNN, OneDnnLinear, OneDnnMlp
 from flagembedding_matryoshka.models.packing import pack_pairs
@@ -56,7 +57,17 @@ def flash_on_meta(queries, keys, values, cu_seqlens_q, cu_seqlens_k, *lengths, *
 
 @pytest.mark.parametrize("kernel", ["groups", "flash"])
 @pytest.mark.parametrize("template", ["queries first", "passages first"])
-@pytest.mark.parametrize("setting", [Setting(6), Setting((2, 4, 6)), Setting(6, (2, 4), 2)])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(6),
+        Setting((2, 4, 6)),
+        Setting(6, (2, 4), 2),
+        Setting((4, 6), store_layer=3),
+        Setting((4, 6), (2, 5), 4, store_layer=2),
+    ],
+    ids=str,
+)
 def test_a_batch_is_one_copy_to_a_device_and_nothing_waits(reranker, setting, template, kernel, monkeypatch):
     if kernel == "flash":
         monkeypatch.setattr(attention, "runs_flash", lambda query: query.is_meta)
@@ -71,6 +82,22 @@ def test_a_batch_is_one_copy_to_a_device_and_nothing_waits(reranker, setting, te
         scores = model.scores(states, setting)
     assert scores.shape == (len(setting.cutoff_layers), len(inputs)) and scores.is_meta
     assert recorder.copies == [True] and not recorder.waits
+
+
+@pytest.mark.parametrize("setting", [Setting(6, store_layer=3), Setting((3, 6), (2, 4), 4, store_layer=2)], ids=str)
+def test_stored_passages_are_one_more_copy(reranker, setting, tmp_path):
+    width = {"compress_layers": setting.compress_layers, "compress_ratio": setting.compress_ratio}
+    store = reranker.store(
+        {str(place): text for place, (_, text) in enumerate(PAIRS)}, tmp_path / "store", setting.store_layer, **width
+    )
+    call = Call(reranker._pair_tokenizer, ScoringOptions.resolve(reranker, {}), setting)
+    pairs = store.pairs("a wing", list(store), call)
+    model = copy.deepcopy(reranker.model).to("meta")
+    stored = [pair.states for pair in pairs]
+    with Recorder() as recorder, torch.no_grad():
+        states = model.model.embed(*pack_pairs(pairs, torch.device("meta")), setting, stored)
+        assert model.scores(states, setting).shape == (len(setting.cutoff_layers), len(PAIRS))
+    assert recorder.copies == [True, True] and not recorder.waits
 
 
 def test_a_later_stage_is_a_copy_of_what_is_selected_and_one_of_its_indices(reranker):
@@ -201,7 +228,7 @@ def test_an_engine_on_a_cpu_computes_by_onednn_and_its_model_is_exported(tiny_la
         layer.mlp.__class__ = MistralMLP
     task = engine.Task([reranker.tokenize(PAIRS)], [range(len(PAIRS))], Setting(6))
     ((_, expected),) = plain.run([task])
-    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+    tolerance = {"float32": 1e-5, "bfloat16": 4e-2}[dtype]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected.scores[0]), atol=tolerance, rtol=0)
     reranker.export(tmp_path / "cut", cutoff_layers=[4, 6])
     exported = MatryoshkaReranker(str(tmp_path / "cut"), dtype=dtype, devices="cpu")

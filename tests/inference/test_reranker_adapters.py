@@ -94,3 +94,17 @@ def test_what_has_token_adapters_is_not_exported(reranker, tmp_path):
 def test_two_adapters_for_one_ratio_are_refused(tiny_layerwise_path, adapters):
     with pytest.raises(ValueError, match=r"are both token adapters for compress_ratio=2"):
         load(tiny_layerwise_path, [adapters[2], adapters[2]])
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8])
+@pytest.mark.parametrize("layers", [[2], [4]])
+def test_stored_passages_ran_with_the_adapter_of_their_ratio(reranker, merged, ratio, layers, tmp_path):
+    texts = {str(place): text for place, (_, text) in enumerate(PAIRS)}
+    width = {"compress_layers": layers, "compress_ratio": ratio}
+    store = reranker.store(texts, tmp_path / "store", store_layer=2, **width)
+    stored = {hit["corpus_id"]: hit["score"] for hit in reranker.rank("a wing", ids=list(texts), store=store, **width)}
+    expected = merged[ratio].compute_score([("a wing", text) for text in texts.values()], store_layer=2, **width)
+    torch.testing.assert_close(torch.tensor([stored[0], stored[1]]), torch.tensor(expected), atol=1e-5, rtol=0)
+    other = {1: 4, 2: 4, 4: 2, 8: 2}[ratio]
+    with pytest.raises(ValueError, match=rf"token_adapter={ratio if ratio in (2, 4) else None}, and not {other}"):
+        reranker.rank("a wing", ids=list(texts), store=store, compress_layers=layers, compress_ratio=other)

@@ -46,6 +46,14 @@ def test_texts_that_come_again_are_one(unjudged):
     assert all(len(row["passages"]) == len(set(row["passages"])) for row in rows)
 
 
+def test_a_list_keeps_the_instruction_of_its_query(unjudged):
+    instructed = {**QUERIES[0], "instruction": "judge by the topic"}
+    wing, heat = made(unjudged(queries=[instructed, *QUERIES[1:]]), "--top_k", 4)
+    assert wing["instruction"] == "judge by the topic" and "instruction" not in heat
+    with pytest.raises(ValueError, match="the query 'wing' has two instructions, 'judge by the topic' and 'by length'"):
+        made(unjudged(queries=[instructed, {**QUERIES[0], "_id": "q9", "instruction": "by length"}]), "--top_k", 4)
+
+
 def test_both_miners_find_passages_and_training_reads_them(unjudged, tmp_path):
     save_bi_encoder(tmp_path / "encoder")
     rows = made(unjudged(), "--miner", "both", "--bi_encoder", tmp_path / "encoder", "--top_k", 6)

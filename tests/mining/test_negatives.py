@@ -36,6 +36,15 @@ def test_rows_are_flagembeddings(collection):
     assert len(load_rows(str(directory.parent / "train.jsonl"), "labels", str(directory.parent / "cache"))) == 2
 
 
+def test_a_row_keeps_the_instruction_of_its_query_and_training_reads_it(collection):
+    queries = [{**QUERIES[0], "instruction": "judge by the topic"}, *QUERIES[1:]]
+    directory = collection(queries=queries, judgements=[("q3", "p4", 1), ("q1", "p2", 1)])
+    without, instructed = mined(directory, "--first", 1)
+    assert "instruction" not in without and instructed["instruction"] == "judge by the topic"
+    rows = load_rows(str(directory.parent / "train.jsonl"), "labels", str(directory.parent / "cache"))
+    assert rows["instruction"][:] == [None, "judge by the topic"]
+
+
 @pytest.mark.parametrize(("first", "last", "expected"), [(1, 2, [1]), (2, 4, [1, 3]), (4, 5, [3, 4]), (7, 99, [6, 7])])
 def test_negatives_are_of_the_ranks_asked_for(collection, first, last, expected):
     # Rank 1 is the query itself, rank 3 is relevant.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
-from tests.backbones import BACKBONES, ESSENTIAL, HEAD_TOKEN, THOROUGH, layer_wise, write_raw
+from tests.backbones import BACKBONES, ESSENTIAL, HEAD_TOKEN, THOROUGH, layer_wise, let_heads_differ, write_raw
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,10 +36,7 @@ def plain(raw_path):
 def model(raw_path):
     """With heads that differ."""
     model = layer_wise(raw_path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for head in model.lm_head:
-            head.linear_head.weight += 0.1 * torch.randn_like(head.linear_head.weight)
+    let_heads_differ(model)
     return model
 
 

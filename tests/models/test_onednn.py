@@ -1,7 +1,10 @@
 """Products by oneDNN: the numbers of torch's layers, and torch's layers where they do not apply."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="oneDNN is chosen on a processor with AVX-512"),
 ]
-CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 5e-3}}
 
 
 @pytest.fixture
@@ -71,17 +74,14 @@ def test_rows_may_have_any_strides(strided):
         torch.testing.assert_close(linear(strided), expected(linear, strided), **CLOSE[torch.float32])
 
 
-@pytest.mark.parametrize("learns", ["input", "weight", "bias", "all"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("learns", ["input", "weight", "bias", "all", "all without a bias"])
 @pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 3, 24)])
-def test_gradients_are_those_of_torch(shape, bias, learns):
-    linear = converted(bias)
+def test_gradients_are_those_of_torch(shape, learns):
+    linear = converted(learns != "all without a bias")
     given = {"input": torch.randn(shape), "weight": linear.weight, "bias": linear.bias}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        value.requires_grad_(learns in (name, "all"))
-    if not any(value.requires_grad for value in given.values()):
-        pytest.skip("nothing learns")
+        value.requires_grad_(learns == name or learns.startswith("all"))
     gradients = []
     for output in (linear(given["input"]), expected(linear, given["input"])):
         learnt = [value for value in given.values() if value.requires_grad]
@@ -125,6 +125,16 @@ def test_a_weight_that_changes_is_stored_anew():
         change()
         torch.testing.assert_close(linear(inputs), expected(linear, inputs), **CLOSE[torch.float32])
         assert not torch.allclose(linear(inputs), before)
+
+
+@torch.no_grad()
+def test_a_weight_at_the_address_of_an_earlier_one_is_stored_anew():
+    linear, inputs = converted(bias=False), torch.randn(7, 24)
+    for _ in range(20):
+        linear(inputs)
+        for _ in range(2):  # the second one may get the memory of the one before the first
+            linear.weight = nn.Parameter(torch.randn(10, 24))
+        torch.testing.assert_close(linear(inputs), expected(linear, inputs), **CLOSE[torch.float32])
 
 
 @torch.no_grad()
@@ -212,3 +222,35 @@ def test_operations_are_counted_as_those_of_torch():
             block(torch.randn(2, 5, 24))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 2 * 10 * 3 * 24 * 40
+
+
+ALL_SIZES = """
+import sys
+import torch
+from flagembedding_matryoshka.models.onednn import keep_few_products
+if sys.argv[1] == "kept":
+    keep_few_products()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+weights = [torch.ones(size, 32, dtype=torch.bfloat16) for size in (16, 32, 48, 64)]
+rows = torch.ones(400, 32, dtype=torch.bfloat16)
+before = resident()
+with torch.inference_mode():
+    for count in range(1, 400):
+        for weight in weights:
+            torch.nn.functional.linear(rows[:count], weight)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_batches_of_all_sizes_keep_the_code_of_few_products():
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+
+    def grown(choice, **more):
+        command = [sys.executable, "-c", ALL_SIZES, choice]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more).stdout)
+
+    kept = grown("kept")
+    assert kept < 100 < grown("as torch")
+    assert grown("kept", **dict.fromkeys(names, "1024")) > 100

@@ -1,9 +1,12 @@
 """A model that replaces another one while the server runs."""
 
 import gc
+import threading
+import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -116,6 +119,44 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(reranker, tiny_layerwise_
             assert client.get("/ready").status_code == 200
     assert "stays as it was: no weights" in caplog.text
     assert "stays as it was: degrade_to is 3, but must be an exit shallower than" in caplog.text
+
+
+def test_calls_while_a_load_runs_are_one_more_load(tiny_layerwise_path):
+    """Those of the first load, too."""
+    loads, permits, first = [], threading.Semaphore(0), Future()
+
+    def load(number):
+        loads.append(number)
+        assert permits.acquire(timeout=20)
+        return loaded(tiny_layerwise_path)
+
+    app = create_app(first, "tiny")
+
+    @app.post("/reload/{number}")
+    async def reload(number: int):
+        app.state.service.reload(partial(load, number))
+
+    with serving(app) as address, httpx.Client(base_url=address) as client:
+
+        def reload_by(*numbers):
+            for number in numbers:
+                assert client.post(f"/reload/{number}").status_code == 200
+
+        def wait_for_loads(count):
+            wait_for(client, LOADED.replace("1.0", f"{count}.0"))
+
+        reload_by(0, 1, 2)
+        assert not loads
+        first.set_result(loaded(tiny_layerwise_path))
+        while not loads:
+            time.sleep(0.01)
+        reload_by(3, 4, 5)
+        permits.release(2)
+        wait_for_loads(2)
+        reload_by(6)
+        permits.release()
+        wait_for_loads(3)
+        assert loads == [2, 5, 6]
 
 
 @pytest.mark.slow

@@ -21,6 +21,10 @@ from tests.collection import CORPUS
         ),
         ({"corpus": [{"_id": "p2", "title": 5, "text": "x"}]}, r"corpus\.jsonl, line 1: title must be a string, got 5"),
         ({"corpus": [CORPUS[2], CORPUS[2]]}, r"corpus\.jsonl, line 2: the _id 'p2' occurs twice"),
+        (
+            {"queries": [{"_id": "q1", "text": "wing", "instruction": 5}]},
+            r"queries\.jsonl, line 1: instruction must be a string, got 5",
+        ),
         ({"queries": [{"_id": "q1"}]}, r"queries\.jsonl, line 1: a row must have the strings _id and text"),
         ({"header": "q1\tp2\t1"}, r"train\.tsv, line 1: the header must be \['query-id', .*got \['q1', 'p2', '1'\]"),
         (
@@ -56,6 +60,11 @@ def test_what_is_wrong_is_named_with_file_and_line(collection, part, fault):
     directory = collection(**part)
     with pytest.raises(ValueError, match=fault):
         read_collection(directory, "train")
+
+
+def test_an_instruction_belongs_to_its_query(collection):
+    queries = [{"_id": "q1", "text": "wing", "instruction": "judge by the topic"}, {"_id": "q2", "text": "heat"}]
+    assert read_collection(collection(queries=queries), "train").instructions == {"q1": "judge by the topic"}
 
 
 def test_blank_lines_and_quotes_are_no_fault(collection):

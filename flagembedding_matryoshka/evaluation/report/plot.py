@@ -124,11 +124,10 @@ def _draw(axes: Axes, report: Report, panel: Panel) -> None:
     rows |= {f"{FUSED}{row}": point for row, point in enumerate(fused.values(), 1)}  # row 0 is the first stage
     best = sorted(points[item.result.setting] for item in report.settings if panel.on_front(item))
     axes.step(*zip(*best, strict=True), where="post", color="gold", lw=5, alpha=0.5, zorder=1, label="Pareto front")
-    widths = dict.fromkeys((setting.compress_layers, setting.compress_ratio) for setting in points)
-    for number, (after, ratio) in enumerate(widths):
-        mine = [setting for setting in points if (setting.compress_layers, setting.compress_ratio) == (after, ratio)]
+    for number, width in enumerate(dict.fromkeys(setting.width for setting in points)):
+        mine = [setting for setting in points if setting.width == width]
         exits = [setting for setting in mine if not setting.cascade]
-        label = describe_width(after, ratio)
+        label = describe_width(mine[0])
         marker = MARKERS[number % len(MARKERS)]
         (line,) = axes.plot(
             *zip(*(points[setting] for setting in exits), strict=True), marker=marker, ms=5, lw=1.2, label=label

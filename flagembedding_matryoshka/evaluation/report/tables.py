@@ -138,9 +138,11 @@ def _level(level: Level) -> list[str]:
     return [f"{level.mean:.4f}", "" if level.interval is None else "{:.4f} to {:.4f}".format(*level.interval)]
 
 
-def describe_width(compress_layers: tuple[int, ...], ratio: int) -> str:
-    """Return the name of a width."""
-    return "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, compress_layers))}"
+def describe_width(setting: Setting) -> str:
+    """Return the name of a setting's width."""
+    ratio, layers, store = setting.width
+    width = "full width" if ratio == 1 else f"ratio {ratio} after {', '.join(map(str, layers))}"
+    return f"{width}, passages stored after {store}" if store else width
 
 
 def fronts(item: SettingComparison) -> str:

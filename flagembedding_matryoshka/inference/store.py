@@ -1,0 +1,326 @@
+"""Stored passages: their states after a store layer, computed once and read for any query.
+
+A store is a directory. `store.json` has the conditions that all states depend on. Each shard is a safetensors file of
+states, and a JSON file with the ids of its passages, which is written after it: a shard without it is not complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flagembedding_matryoshka.files import replacing, write_text
+from flagembedding_matryoshka.inference.inputs import excerpt
+from flagembedding_matryoshka.inference.options import Call
+from flagembedding_matryoshka.text.encoding import Ids
+from flagembedding_matryoshka.text.pairs import TokenizedPair
+
+CONDITIONS = "store.json"
+VERSION = 1
+"""Version of the files' format."""
+PASSAGES_AT_ONCE = 256
+"""Passages that are tokenised together."""
+SHARD_BYTES = 2**27
+"""A shard ends with the first window of passages that brings it to this size."""
+Compute = Callable[[Sequence[Ids]], list[Tensor]]
+"""Returns the states of each passage of a batch, as `Engine.passage_states`."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPair(TokenizedPair):
+    """A pair whose passage is read from a store. Its `passage_ids` are zeros, one for each stored token.
+
+    Attributes:
+        states: (passage tokens, hidden) states of the passage after the store layer, on the CPU.
+    """
+
+    states: Tensor = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions that the states of stored passages depend on.
+
+    Attributes:
+        model: fingerprint of the weights as loaded, the tokenizer and the configuration.
+        store_layer: number of layers that have run.
+        compress_ratio: number of neighbouring tokens that became one after the store layer.
+        token_adapter: ratio of the token adapter that the layers ran with; None if they ran without one.
+        passage_instruction, passage_format, strips_passage, follows_words: the template's words around a passage, and
+            how they are tokenised.
+        passage_max_length: most tokens of a passage with these words.
+    """
+
+    model: str
+    store_layer: int
+    compress_ratio: int
+    token_adapter: int | None
+    passage_instruction: str
+    passage_format: str
+    strips_passage: bool
+    follows_words: bool
+    passage_max_length: int
+
+    @classmethod
+    def of(cls, model: str, call: Call, token_adapters: Collection[int] = ()) -> Conditions:
+        """Return the conditions of a call.
+
+        Args:
+            model: fingerprint of the model.
+            token_adapters: the ratios that the model has token adapters for.
+
+        Raises:
+            ValueError: if the call has no store layer, its template begins with the passage, or its lengths leave no
+                room for passages.
+        """
+        setting, template, options = call.setting, call.template, call.options
+        if not setting.store_layer:
+            raise ValueError("store_layer is 0, but must be the number of layers after which passages are stored.")
+        if template.passage_first:
+            raise ValueError(
+                "passages of a template with passage_first cannot be stored: words before them belong to the pair."
+            )
+        is_compressed = setting.compresses_after(setting.store_layer)
+        return cls(
+            model,
+            setting.store_layer,
+            setting.compress_ratio if is_compressed else 1,
+            setting.compress_ratio if setting.compress_ratio in token_adapters else None,
+            template.passage_instruction,
+            template.passage_format,
+            "passage" in template.strip,
+            template.is_continuous,
+            call.tokenizer.longest_passage(options.query_max_length, options.max_length, template),
+        )
+
+
+class Place(NamedTuple):
+    """Where a passage is stored: its shard, the tokens from `start` to `end`, whether it is truncated, and the digest
+    of its text."""
+
+    shard: int
+    start: int
+    end: int
+    is_cut: bool
+    digest: str
+
+
+class PassageStore:
+    """Passages of a store, by their ids. It has the passages that were there when it was opened, or that it wrote.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: if there is no store.
+        ValueError: if its files are of another format.
+
+    Attributes:
+        path: the directory.
+        conditions: the conditions of its states.
+        nbytes: bytes of all states.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        noted = self.path / CONDITIONS
+        if not noted.is_file():
+            raise FileNotFoundError(f"there is no store {self.path}: it has no {CONDITIONS}.")
+        values = json.loads(noted.read_text(encoding="utf-8"))
+        if values.pop("version", None) != VERSION:
+            raise ValueError(f"{noted} is not of version {VERSION}: store the passages again, in another directory.")
+        self.conditions = Conditions(**values)
+        self.nbytes = 0
+        self._places: dict[str, Place] = {}
+        self._shards: dict[int, Any] = {}
+        self._tokens: list[int] = []
+        while self._index(len(self._tokens)).is_file():
+            self._add(json.loads(self._index(len(self._tokens)).read_text(encoding="utf-8")))
+
+    @classmethod
+    def create(cls, path: str | PathLike[str], conditions: Conditions) -> PassageStore:
+        """Open a store, or make an empty one if there is none.
+
+        Raises:
+            ValueError: if the store has other conditions, or is of another format.
+        """
+        noted = Path(path) / CONDITIONS
+        if not noted.is_file():
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            write_text(noted, json.dumps({"version": VERSION, **asdict(conditions)}, indent=1) + "\n")
+        store = cls(path)
+        store.check(conditions)
+        return store
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    @property
+    def bytes_per_passage(self) -> float:
+        """Mean bytes of the states of a passage; 0 without passages."""
+        return self.nbytes / len(self) if self._places else 0.0
+
+    def check(self, conditions: Conditions) -> None:
+        """Raise ValueError, which names the differences, if the store has other conditions."""
+        own, others = asdict(self.conditions), asdict(conditions)
+        different = [f"{name}={own[name]!r}, and not {others[name]!r}" for name in own if own[name] != others[name]]
+        if different:
+            raise ValueError(
+                f"the store {self.path} was made with {'; '.join(different)}. Use these, or store the passages in "
+                "another directory."
+            )
+
+    def completed(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call, with the store's store layer and ratio where the call gives none."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        own = {"store_layer": self.conditions.store_layer, "compress_ratio": self.conditions.compress_ratio}
+        return {**overrides, **own, **given}
+
+    def pairs(self, query: str, names: Sequence[str], call: Call) -> list[TokenizedPair]:
+        """Return the pairs of a query and stored passages.
+
+        Raises:
+            ValueError: if there is no passage with an id.
+        """
+        if unknown := [name for name in names if name not in self._places]:
+            raise ValueError(f"the store {self.path} has no passage with the id {excerpt(unknown[0])}.")
+        (pair,) = call.tokenize([(query, "")])
+        found: list[TokenizedPair] = []
+        for name in names:
+            place = self._places[name]
+            states = self._read(place)
+            ids = np.zeros(len(states), dtype=np.int32)
+            found.append(StoredPair(pair.lead, ids, pair.prompt_ids, pair.query_is_cut, place.is_cut, states=states))
+        return found
+
+    def add(self, passages: Mapping[str, str] | Iterable[tuple[str, str]], call: Call, compute: Compute) -> None:
+        """Compute and write the states of passages that the store does not have. Complete shards stay after an error.
+
+        Args:
+            passages: {id: text}, or (id, text) of each passage.
+            call: options of the texts; its conditions are those of the store.
+            compute: computes states.
+
+        Raises:
+            TypeError: if a passage is not an id and a text, both strings.
+            ValueError: if the store has another text with an id.
+        """
+        items = iter(passages.items() if isinstance(passages, Mapping) else passages)
+        shard: list[tuple[str, str, bool, Tensor]] = []
+        pending: dict[str, str] = {}
+        read = 0
+        while window := list(islice(items, PASSAGES_AT_ONCE)):
+            texts: dict[str, str] = {}
+            for number, item in enumerate(window, start=read):
+                name, text = _as_passage(number, item)
+                digest = _digest(text)
+                known = self._places[name].digest if name in self._places else pending.get(name)
+                if known not in (None, digest):
+                    raise ValueError(
+                        f"passage {number} has the id {name!r}, under which the store {self.path} has another text: "
+                        "give it another id, or store the passages in another directory."
+                    )
+                if known is None:
+                    pending[name], texts[name] = digest, text
+            read += len(window)
+            encoded = call.tokenizer.passages(list(texts.values()), self.conditions.passage_max_length, call.template)
+            states = _in_batches([one.ids for one in encoded], call.options.max_tokens_per_batch, compute)
+            for name, one, own in zip(texts, encoded, states, strict=True):
+                shard.append((name, pending[name], one.is_cut, own))
+            if sum(own.nbytes for *_, own in shard) >= SHARD_BYTES:
+                self._write(shard)
+                shard, pending = [], {}
+        if shard:
+            self._write(shard)
+
+    def _write(self, shard: Sequence[tuple[str, str, bool, Tensor]]) -> None:
+        """Write a shard: its states, and then its index."""
+        number = len(self._tokens)
+        with replacing(self._states(number)) as partial:
+            save_file({"states": torch.cat([states for *_, states in shard])}, partial)
+        names, digests, are_cut, states = zip(*shard, strict=True)
+        index = {
+            "ids": names,
+            "digests": digests,
+            "lengths": [len(own) for own in states],
+            "cut": [place for place, is_cut in enumerate(are_cut) if is_cut],
+            "bytes": sum(own.nbytes for own in states),
+        }
+        write_text(self._index(number), json.dumps(index, ensure_ascii=False) + "\n")
+        self._add(index)
+
+    def _add(self, index: Mapping[str, Any]) -> None:
+        start, cut = 0, set(index["cut"])
+        for place, (name, digest, length) in enumerate(
+            zip(index["ids"], index["digests"], index["lengths"], strict=True)
+        ):
+            self._places[name] = Place(len(self._tokens), start, start + length, place in cut, digest)
+            start += length
+        self.nbytes += index["bytes"]
+        self._tokens.append(start)
+
+    def _read(self, place: Place) -> Tensor:
+        """Return (tokens, hidden) states. A shard is mapped into memory, and only these tokens are read.
+
+        Raises:
+            ValueError: if the shard does not have the tokens of its index.
+        """
+        if place.shard not in self._shards:
+            path = self._states(place.shard)
+            opened = safe_open(path, framework="pt").get_slice("states")
+            if opened.get_shape()[0] != self._tokens[place.shard]:
+                raise ValueError(
+                    f"{path} has {opened.get_shape()[0]} tokens, and its index {self._tokens[place.shard]}: delete the "
+                    "store, and store the passages again."
+                )
+            self._shards[place.shard] = opened
+        states: Tensor = self._shards[place.shard][place.start : place.end]
+        return states
+
+    def _states(self, shard: int) -> Path:
+        return self.path / f"{shard:05d}.safetensors"
+
+    def _index(self, shard: int) -> Path:
+        return self.path / f"{shard:05d}.json"
+
+
+def _as_passage(number: int, item: Any) -> tuple[str, str]:
+    is_pair = isinstance(item, list | tuple) and len(item) == 2
+    if not is_pair or not all(isinstance(text, str) for text in item):
+        raise TypeError(f"passage {number} must be an id and a text, both strings, got {excerpt(item)}.")
+    name, text = item
+    return name, text
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _in_batches(passages: Sequence[Ids], max_tokens: int, compute: Compute) -> list[Tensor]:
+    """Return the states of passages, computed in batches of similar lengths, in the order given."""
+    order = sorted(range(len(passages)), key=lambda place: -len(passages[place]))
+    found: dict[int, Tensor] = {}
+    while order:
+        count = max(1, max_tokens // max(1, len(passages[order[0]])))
+        batch, order = order[:count], order[count:]
+        for place, states in zip(batch, compute([passages[place] for place in batch]), strict=True):
+            found[place] = states
+    return [found[place] for place in range(len(passages))]

@@ -1,0 +1,276 @@
+"""Passages whose states are computed once and read for any query."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.inference import store as module
+from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.store import PassageStore
+from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
+from tests.qwen import write_causal_lm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["wing", "flow", "body", "heat", "shock", "plate", "speed", "layer"]
+TEXTS = {f"d{i}": " ".join(WORDS[(7 * i + j) % 8] for j in range(1 + 5 * i % 13)) for i in range(14)} | {
+    "empty": "",
+    "long": "a wing in the air of 1903 " * 40,
+}
+IDS = list(TEXTS)
+QUERIES = ["what about the wing", "the flow of heat", "shock " * 60]
+LENGTHS = {"query_max_length": 24, "max_length": 96}
+CASCADES = [None, {4: 0.5, 5: 0.2}]
+
+
+@pytest.fixture(scope="module", params=FIRST)
+def reranker(request, tiny_tokenizer, tmp_path_factory):
+    """With heads that differ, of several backbones, of which two have windows."""
+    model = layer_wise(write_raw(request.param, tiny_tokenizer, tmp_path_factory.mktemp(request.param)))
+    let_heads_differ(model)
+    path = tmp_path_factory.mktemp("layer_wise")
+    model.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    assert request.param in BACKBONES
+    return MatryoshkaReranker(str(path), dtype="float32", devices="cpu", **LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def mistral(tiny_layerwise_path):
+    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices="cpu", **LENGTHS)
+
+
+def by_id(ranking):
+    return {hit.get("id", IDS[hit["corpus_id"]]): hit for hit in ranking}
+
+
+def same(stored, texts, tolerance=2e-6):
+    """Two rankings of the same passages: the same hits but for rounding."""
+    stored, texts = by_id(stored), by_id(texts)
+    assert stored.keys() == texts.keys()
+    for name, hit in texts.items():
+        own = dict(stored[name])
+        assert own.pop("id") == name
+        assert own.pop("score") == pytest.approx(hit["score"], abs=tolerance)
+        assert own.keys() == hit.keys() - {"score"}
+        assert all(own[key] == hit[key] for key in own if key != "fused_score")
+
+
+@pytest.mark.parametrize("cascade", CASCADES)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"store_layer": 2, "compress_ratio": 1},
+        {"store_layer": 2, "compress_ratio": 4},
+        {"store_layer": 1, "compress_ratio": 8},
+        {"store_layer": 2, "compress_ratio": 2, "compress_layers": [2, 4]},
+        {"store_layer": 2, "compress_ratio": 2, "compress_layers": [4]},
+    ],
+)
+def test_stored_passages_rank_as_texts(reranker, setting, cascade, tmp_path):
+    store = reranker.store(TEXTS, tmp_path / "store", **setting)
+    texts = reranker.rank_batch(QUERIES, [list(TEXTS.values())] * 3, cascade=cascade, **setting)
+    given = {name: setting[name] for name in ("compress_layers", "compress_ratio") if "compress_layers" in setting}
+    for ids in (IDS, IDS[::-1]):
+        stored = reranker.rank_batch(QUERIES, ids=[ids] * 3, store=store, cascade=cascade, batch_size=5, **given)
+        for own, expected in zip(stored, texts, strict=True):
+            same([{**hit, "corpus_id": IDS.index(hit["id"])} for hit in own], expected)
+            assert [hit["id"] for hit in own] == [ids[hit["corpus_id"]] for hit in own]
+    assert len({round(hit["score"], 4) for hit in texts[0]}) > 10
+    assert any(hit.get("is_truncated") for hit in texts[0]) and any(not hit.get("is_truncated") for hit in texts[0])
+
+
+def test_all_arguments_of_a_ranking_that_need_no_text_work(mistral, tmp_path):
+    path = tmp_path / "store"
+    mistral.store(TEXTS.items(), path, store_layer=3, compress_ratio=4)
+    texts = list(TEXTS.values())
+    options = {"store_layer": 3, "compress_ratio": 4, "cutoff_layers": 5}
+    for more in (
+        {"normalize": True},
+        {"top_k": 3, "min_score": -100.0},
+        {"first_stage": "order", "fusion": 0.5},
+        {"deadline_ms": 1e9},
+        {"deadline_ms": 1e-9},
+    ):
+        same(
+            mistral.rank(QUERIES[0], ids=IDS, store=path, cutoff_layers=5, **more),
+            mistral.rank(QUERIES[0], texts, **options, **more),
+        )
+    few = mistral.rank(QUERIES[0], ids=["d3", "d1", "d3"], store=str(path))
+    assert sorted(hit["id"] for hit in few) == ["d1", "d3", "d3"] and few[0]["corpus_id"] in (0, 1, 2)
+    assert mistral.rank(QUERIES[0], ids=[], store=path) == []
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_in_bfloat16_scores_that_do_not_depend_on_the_batch_are_the_same_bits(tiny_layerwise_path, ratio, tmp_path):
+    reranker = MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="bfloat16", devices="cpu", batch_invariant=True, **LENGTHS
+    )
+    setting = {"store_layer": 2, "compress_ratio": ratio}
+    store = reranker.store(TEXTS, tmp_path / "store", **setting)
+    assert load_file(store.path / "00000.safetensors")["states"].dtype == torch.bfloat16
+    stored = by_id(reranker.rank(QUERIES[0], ids=IDS[::-1], store=store))
+    texts = by_id(reranker.rank(QUERIES[0], list(TEXTS.values()), **setting))
+    assert {name: hit["score"] for name, hit in stored.items()} == {name: hit["score"] for name, hit in texts.items()}
+
+
+def test_layers_up_to_the_store_layer_see_no_passage(mistral, tmp_path, monkeypatch):
+    store = mistral.store(TEXTS, tmp_path / "store", store_layer=3, compress_ratio=4)
+    tokens = []
+    for depth, layer in enumerate(mistral.model.model.layers, start=1):
+        layer.register_forward_hook(
+            lambda _module, arguments, _output, depth=depth: tokens.append((depth, arguments[0].shape[1]))
+        )
+    mistral.rank(QUERIES[0], ids=IDS, store=store)
+    for layer in mistral.model.model.layers:
+        layer._forward_hooks.clear()
+    (pair,) = mistral.tokenize([(QUERIES[0], "")])
+    below = {count for depth, count in tokens if depth <= 3}
+    assert below == {pair.query_length + pair.prompt_length}
+    assert min(count for depth, count in tokens if depth == 4) > 2 * max(below)
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_operations_are_those_that_torch_counts(mistral, ratio, tmp_path):
+    store = mistral.store(TEXTS, tmp_path / "store", store_layer=3, compress_ratio=ratio)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        mistral.rank(QUERIES[0], ids=IDS, store=store)
+    pairs, setting = [(QUERIES[0], text) for text in TEXTS.values()], {"store_layer": 3, "compress_ratio": ratio}
+    assert mistral.estimate_flops(pairs, stored=True, **setting) == counter.get_total_flops()
+    assert counter.get_total_flops() < 0.7 * mistral.estimate_flops(pairs, **setting)
+    with pytest.raises(ValueError, match="stored=True needs a store_layer"):
+        mistral.estimate_flops(pairs, stored=True)
+
+
+def test_a_store_knows_its_bytes(mistral, tmp_path):
+    wide, narrow = (
+        mistral.store(TEXTS, tmp_path / str(ratio), store_layer=3, compress_ratio=ratio) for ratio in (1, 8)
+    )
+    files = sum(load_file(path)["states"].nbytes for path in (tmp_path / "8").glob("*.safetensors"))
+    tokens = [pair.passage_length for pair in mistral.tokenize([("", text) for text in TEXTS.values()], store_layer=3)]
+    assert narrow.nbytes == files == 4 * 32 * sum(-(-count // 8) for count in tokens)
+    assert wide.nbytes == 4 * 32 * sum(tokens)
+    assert narrow.bytes_per_passage == pytest.approx(files / len(TEXTS)) and len(narrow) == len(TEXTS)
+    assert list(narrow) == IDS and "d1" in narrow and "d99" not in narrow
+
+
+def computed(monkeypatch):
+    """The number of passages of each batch that is computed from here on."""
+    counts, of_engine = [], Engine.passage_states
+    monkeypatch.setattr(
+        Engine, "passage_states", lambda self, ids, setting: counts.append(len(ids)) or of_engine(self, ids, setting)
+    )
+    return counts
+
+
+def test_an_interrupted_run_goes_on_and_a_later_one_appends(mistral, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PASSAGES_AT_ONCE", 3)
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    path, options = tmp_path / "store", {"store_layer": 3, "compress_ratio": 2}
+    counts = computed(monkeypatch)
+
+    def broken():
+        yield from list(TEXTS.items())[:7]
+        raise OSError("the source is gone")
+
+    with pytest.raises(OSError, match="the source is gone"):
+        mistral.store(broken(), path, **options)
+    assert sum(counts) == 6 and len(PassageStore(path)) == 6
+    (path / "00002.safetensors").write_bytes(b"a shard without an index, of a process that was killed")
+    counts.clear()
+    rest = dict(list(TEXTS.items())[:12])
+    assert len(mistral.store(rest, path, **options)) == 12 and sum(counts) == 6
+    counts.clear()
+    assert len(mistral.store(TEXTS, path, **options)) == len(TEXTS) and sum(counts) == len(TEXTS) - 12
+    counts.clear()
+    mistral.store(TEXTS, path, **options)
+    assert counts == []
+    same(mistral.rank(QUERIES[0], ids=IDS, store=path), mistral.rank(QUERIES[0], list(TEXTS.values()), **options))
+
+
+def test_another_text_with_an_id_is_refused(mistral, tmp_path):
+    path, options = tmp_path / "store", {"store_layer": 3}
+    mistral.store({"a": "a wing", "b": "heat"}, path, **options)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(ValueError, match=r"passage 1 has the id 'b', under which the store .* has another text"):
+        mistral.store({"c": "new", "b": "heat."}, path, **options)
+    with pytest.raises(ValueError, match=r"passage 2 has the id 'c', under which the store .* has another text"):
+        mistral.store([("c", "new"), ("c", "new"), ("c", "newer")], path, **options)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    for broken in ([("a", 3)], [(1, "a")], ["ab"], [("a", "b", "c")], [None]):
+        with pytest.raises(TypeError, match=r"passage 0 must be an id and a text, both strings"):
+            mistral.store(broken, path, **options)
+
+
+def test_a_store_of_another_model_template_or_setting_is_refused_by_name(mistral, tiny_layerwise_path, tmp_path):
+    path, options = tmp_path / "store", {"store_layer": 3, "compress_ratio": 4}
+    mistral.store(TEXTS, path, **options)
+    other = MatryoshkaReranker(str(tiny_layerwise_path), dtype="bfloat16", devices="cpu", **LENGTHS)
+    for use in (lambda: other.rank("wing", ids=IDS, store=path), lambda: other.store(TEXTS, path, **options)):
+        with pytest.raises(ValueError, match=r"the store .* was made with model='\w+', and not '\w+'"):
+            use()
+    for changes, message in (
+        ({"store_layer": 2}, "store_layer=3, and not 2"),
+        ({"compress_ratio": 2}, "compress_ratio=4, and not 2"),
+        ({"compress_layers": [4]}, "compress_ratio=4, and not 1"),
+        ({"passage_instruction_for_rerank": "P: "}, "passage_instruction='B: ', and not 'P: '"),
+        ({"passage_instruction_format": "{}: {}"}, "passage_format='{}{}', and not '{}: {}'"),
+        ({"max_length": 90}, r"passage_max_length=\d+, and not \d+"),
+    ):
+        message = r"the store .* was made with .*" + message.replace("{", r"\{").replace("}", r"\}")
+        with pytest.raises(ValueError, match=message):
+            mistral.rank("wing", ids=IDS, store=path, **changes)
+        with pytest.raises(ValueError, match=message):
+            mistral.store(TEXTS, path, **options | changes)
+    # Words of the query are not among the conditions.
+    same(
+        mistral.rank("wing", ids=IDS, store=path, query_instruction_for_rerank="Q: "),
+        mistral.rank("wing", list(TEXTS.values()), query_instruction_for_rerank="Q: ", **options),
+    )
+
+
+def test_wrong_requests_are_refused(mistral, tmp_path):
+    path = tmp_path / "store"
+    mistral.store(TEXTS, path, store_layer=3)
+    for arguments in ({}, {"ids": IDS}, {"documents": ["a"], "store": path}, {"store": path}):
+        with pytest.raises(ValueError, match="either the documents of each query, or ids and store"):
+            mistral.rank("wing", **arguments)
+    with pytest.raises(ValueError, match="either the documents of each query, or ids and store"):
+        mistral.rank("wing", ["a"], ids=IDS, store=path)
+    with pytest.raises(ValueError, match=r"the store .* has no passage with the id 'd99'"):
+        mistral.rank("wing", ids=["d1", "d99"], store=path)
+    for option in ("chunk", "return_documents"):
+        with pytest.raises(ValueError, match="chunk and return_documents need texts"):
+            mistral.rank("wing", ids=IDS, store=path, **{option: True})
+    with pytest.raises(ValueError, match="store_layer is 0"):
+        mistral.store(TEXTS, tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"there is no store .*nothing"):
+        mistral.rank("wing", ids=IDS, store=tmp_path / "nothing")
+    states = load_file(path / "00000.safetensors")["states"]
+    save_file({"states": states[:-1].clone()}, path / "00000.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"00000.safetensors has {len(states) - 1} tokens, and its index {len(states)}"
+    ):
+        mistral.rank("wing", ids=IDS, store=path)
+    noted = json.loads((path / "store.json").read_text())
+    (path / "store.json").write_text(json.dumps(noted | {"version": 2}))
+    with pytest.raises(ValueError, match="is not of version 1"):
+        mistral.rank("wing", ids=IDS, store=path)
+
+
+def test_a_template_that_begins_with_the_passage_is_refused(tmp_path):
+    write_causal_lm(tmp_path / "ctxl-rerank-v2", tie_word_embeddings=False)
+    reranker = MatryoshkaReranker(str(tmp_path / "ctxl-rerank-v2"), dtype="float32", devices="cpu", start_layer=2)
+    with pytest.raises(ValueError, match="passages of a template with passage_first cannot be stored"):
+        reranker.store(TEXTS, tmp_path / "store", store_layer=2)
+
+
+def test_several_devices_are_refused_before_work(tiny_layerwise_path, tmp_path):
+    reranker = MatryoshkaReranker(str(tiny_layerwise_path), dtype="float32", devices=["cpu", "cpu"])
+    with reranker, pytest.raises(ValueError, match=r"a store works on one device, .* has \['cpu', 'cpu'\]"):
+        reranker.store(TEXTS, tmp_path / "store", store_layer=2)
+    assert not list(tmp_path.iterdir())
