@@ -16,7 +16,7 @@ from pathlib import PurePath
 from FlagEmbedding.evaluation.custom import CustomEvalArgs, CustomEvalModelArgs, CustomEvalRunner
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING
 
-from flagembedding_matryoshka.parser import DataclassParser
+from flagembedding_matryoshka.dataclass_parser import DataclassParser
 from flagembedding_matryoshka.registry import register
 
 

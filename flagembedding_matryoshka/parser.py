@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 CONFIG = "--config"
+
+
+def program(module: str) -> str:
+    """Return the command that was typed: the name of a script, or `python -m` with the module."""
+    name = Path(sys.argv[0]).name
+    return f"python -m {module}" if name in ("__main__.py", "-m") else name
 
 
 class WithConfig(argparse.ArgumentParser):
@@ -21,7 +26,12 @@ class WithConfig(argparse.ArgumentParser):
     List this class first among the bases. A value of the file is what the option takes: a list for an option with
     several values, a mapping for stages of a cascade, true or false for an option without a value. Null leaves an
     option out. An option that may be repeated takes a list with an item for each time.
+
+    Attributes:
+        skips_unknown: whether to skip names in the file that are no option of the parser. Otherwise they are errors.
     """
+
+    skips_unknown = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +70,8 @@ class WithConfig(argparse.ArgumentParser):
         read: list[str] = []
         for name, value in values.items():
             action = self._action(name)
+            if action is None and self.skips_unknown:
+                continue
             if action is None or CONFIG in action.option_strings:
                 raise ValueError(f"{CONFIG} {path}: {name!r} is no option of {self.prog}. See {self.prog} --help.")
             if value is not None and not given & set(action.option_strings):
@@ -87,10 +99,6 @@ class Parser(WithConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-
-class DataclassParser(WithConfig, HfArgumentParser):
-    """A parser of dataclasses, as in transformers."""
 
 
 def _typed(action: argparse.Action, value: Any) -> list[str]:

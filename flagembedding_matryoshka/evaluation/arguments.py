@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flagembedding_matryoshka.evaluation.fusion import WEIGHTS
-from flagembedding_matryoshka.inference.arguments import add_reranker, program, stage
+from flagembedding_matryoshka.inference.arguments import add_reranker, stage
 from flagembedding_matryoshka.inference.fusion import as_weight
 from flagembedding_matryoshka.inference.plan import PLAN_NAME
-from flagembedding_matryoshka.parser import Parser
+from flagembedding_matryoshka.parser import Parser, program
 
 BM25 = "bm25"
 CHECKPOINT = ("start_layer", "layer_sep", "template", "allow_pickle")

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from flagembedding_matryoshka.dataclass_parser import DataclassParser
 from flagembedding_matryoshka.finetune import check
 from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaDataArguments,
@@ -10,7 +11,6 @@ from flagembedding_matryoshka.finetune.arguments import (
     MatryoshkaTrainingArguments,
 )
 from flagembedding_matryoshka.finetune.runner import MatryoshkaRunner
-from flagembedding_matryoshka.parser import DataclassParser
 
 
 def build_parser() -> DataclassParser:

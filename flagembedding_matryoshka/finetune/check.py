@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
 from flagembedding_matryoshka.finetune.sources import Columns, parse_columns, place_of, read_source, source_files
-from flagembedding_matryoshka.inference.arguments import program
 from flagembedding_matryoshka.mining.rows import row_fault, split_by_label
-from flagembedding_matryoshka.parser import Parser
+from flagembedding_matryoshka.parser import Parser, program
 
 SAMPLED_TEXTS = 10_000
 """Number of queries, and of passages, whose lengths are measured: a random sample."""

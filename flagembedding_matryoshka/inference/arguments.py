@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,12 +16,6 @@ KINDS = (int, float, str)
 ROW_ARGUMENTS = ("candidates", "first_stage_scores", "ids", "store")
 """Arguments of `MatryoshkaReranker.rank_batch` that have no option: they are read from rows, or name a store."""
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
-
-
-def program(module: str) -> str:
-    """Return the command that was typed: the name of a script, or `python -m` with the module."""
-    name = Path(sys.argv[0]).name
-    return f"python -m {module}" if name in ("__main__.py", "-m") else name
 
 
 def add_reranker(

@@ -23,19 +23,28 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
+from flagembedding_matryoshka.parser import Parser, program
 
-from flagembedding_matryoshka.inference.arguments import add_reranker, as_help, explanations, given_options, program
-from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
-from flagembedding_matryoshka.parser import Parser
-from flagembedding_matryoshka.serve import Limits, create_app
-from flagembedding_matryoshka.serve.keys import Keys
-from flagembedding_matryoshka.serve.logs import configure_logging
-from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
-from flagembedding_matryoshka.serve.protocol import impatient_protocol
-from flagembedding_matryoshka.serve.threads import in_background
+try:
+    import uvicorn
+
+    from flagembedding_matryoshka.serve.keys import Keys
+    from flagembedding_matryoshka.serve.limits import Limits
+    from flagembedding_matryoshka.serve.logs import configure_logging, configure_transformers_logging
+    from flagembedding_matryoshka.serve.protocol import impatient_protocol
+    from flagembedding_matryoshka.serve.starting import Starting
+    from flagembedding_matryoshka.serve.threads import in_background
+except ImportError as error:
+    raise ImportError("serving needs FastAPI and more: pip install flagembedding_matryoshka[serve]") from error
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+
+# Functions below import what imports torch. That takes seconds, and the server listens before.
 
 API_KEY_VARIABLE = "MATRYOSHKA_API_KEY"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -83,6 +92,7 @@ OF_CONNECTIONS = {
     "answer_seconds": (30.0, "time for a client to read 128 KiB of its answer; later the connection is aborted"),
 }
 """Default and explanation of arguments of `impatient_protocol`."""
+PROGRAM = "flagembedding_matryoshka.serve"
 WARM_UP = ([("query", "a document")], [("query", "a longer document " * 9), ("another query", "document")])
 """Pairs of two batches of different shapes."""
 logger = logging.getLogger(__name__)
@@ -105,9 +115,35 @@ def _add(group: Any, option: str, default: Any, about: str, kind: type) -> None:
     group.add_argument(f"--{option}", type=kind if default is None else type(default), default=default, help=text)
 
 
+class FirstParser(Parser):
+    """A parser of the options that listening needs, for `parse_known_args`. It imports no model.
+
+    An abbreviation that `build_parser` takes for one of these options is unambiguous here, too.
+    """
+
+    skips_unknown = True
+
+    def __init__(self) -> None:
+        super().__init__(prog=program(PROGRAM), usage="%(prog)s --model MODEL …", add_help=False)
+        self.add_argument("-h", "--help", action="store_true")
+        self.add_argument("--model")
+        for option, default, _ in OF_UVICORN.values():
+            _add(self, option, default, "", str)
+        for option, (default, _) in OF_CONNECTIONS.items():
+            _add(self, option, default, "", float)
+        _add(self, "body_seconds", Limits().body_seconds, "", float)
+        _add_log_format(self)
+
+
+def _add_log_format(group: Any) -> None:
+    group.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
+
+
 def build_parser() -> Parser:
     """Return the parser of the server's command line."""
-    parser = Parser(prog=program("flagembedding_matryoshka.serve"), description=__doc__)
+    from flagembedding_matryoshka.inference.arguments import add_reranker, as_help, explanations
+
+    parser = Parser(prog=program(PROGRAM), description=__doc__)
     add_reranker(parser, without=WITHOUT, more_names={"max_tokens_per_batch": "max_batch_tokens"})
     server = parser.add_argument_group("the server")
     for option, default, about in OF_UVICORN.values():
@@ -135,7 +171,7 @@ def build_parser() -> Parser:
         _add(server, option, getattr(limits, name), as_help(about_limits[name]), int)
     for option, (default, about) in OF_CONNECTIONS.items():
         _add(server, option, default, about, float)
-    server.add_argument("--log_format", choices=("text", "json"), default="text", help="default: %(default)s")
+    _add_log_format(server)
     return parser
 
 
@@ -151,6 +187,9 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
 
     Raises: as `MatryoshkaReranker`, `check_degrade_to` and `check_cache`.
     """
+    from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+    from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
+
     check_cache(limits.cache_bytes, options.get("batch_invariant", False))
     reranker = MatryoshkaReranker(model, **options)
     check_degrade_to(limits.degrade_to, reranker)
@@ -163,20 +202,57 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which calls a function when it receives SIGHUP. Windows has no such signal.
+    """uvicorn's server, which listens before its application is imported and built. SIGHUP loads the model again.
+    Windows has no such signal.
 
     Args:
-        hang_up: the function.
+        options: options of `FirstParser`.
+        build: imports and builds the application, in a thread; see `Starting.run`. It gets a function that ends the
+            server with an error.
+
+    Attributes:
+        failure: the error that ended the server, or None.
     """
 
-    def __init__(self, config: uvicorn.Config, hang_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        build: Callable[[Callable[[BaseException], None]], tuple[Starlette, Callable[[], None]]],
+    ) -> None:
+        self._starting = Starting()
+        self._build = build
+        self.failure: BaseException | None = None
+        config = uvicorn.Config(
+            self._starting,
+            http=impatient_protocol(options.header_seconds, options.body_seconds, options.answer_seconds),
+            ws="none",
+            lifespan="off",  # `_run` runs the application's, after its import
+            access_log=False,
+            log_config=None,
+            **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()},
+        )
         super().__init__(config)
-        self._hang_up = hang_up
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
-        await super().serve(sockets)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._starting.reload)
+        await super().startup(sockets)
+        self._running = asyncio.create_task(self._run())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._running.cancel()
+        await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        try:
+            await self._starting.run(in_background(partial(self._build, self._fail)))
+        except (Exception, SystemExit) as error:  # argparse's errors are SystemExit
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.should_exit = True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,24 +261,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises: errors of loading the model.
     """
-    options = build_parser().parse_args(arguments)
+    options, _ = FirstParser().parse_known_args(arguments)
+    if options.help or options.model is None:
+        build_parser().parse_args(arguments)  # prints, and ends the process
     configure_logging(options.log_format == "json")
-    keys = read_api_keys(options.api_key_file)
-    if keys is None and options.host not in LOOPBACK and options.uds is None:
-        logger.warning("the server listens on %s without an API key: everyone there can use it", options.host)
-    limits = Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()})
+    server = Server(options, partial(_build, arguments))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing in .* says which template", UserWarning)  # it is in the log
-        _serve(options, limits, keys)
+        with suppress(KeyboardInterrupt):  # under Python 3.10 uvicorn raises it again after its shutdown
+            server.run()
+    if server.failure is not None:
+        raise server.failure
 
 
-def _serve(options: argparse.Namespace, limits: Limits, keys: Keys | None) -> None:
-    """Load the model and answer requests until the process is told to end."""
+def _build(
+    arguments: Sequence[str] | None, fail: Callable[[BaseException], None]
+) -> tuple[Starlette, Callable[[], None]]:
+    """Begin to load the model. Return the application and a function that loads the model again.
 
-    def load() -> MatryoshkaReranker:
-        return load_reranker(options.model, limits, **given_options(options))
+    Args:
+        arguments: the command line.
+        fail: called with the error if the model cannot be loaded.
+
+    Raises: errors of the command line and of the file of keys, and as `create_app`.
+    """
+    from flagembedding_matryoshka.inference.arguments import given_options
+    from flagembedding_matryoshka.serve.app import create_app
+
+    configure_transformers_logging()
+    options = build_parser().parse_args(arguments)
+    keys = read_api_keys(options.api_key_file)
+    is_local = options.host in LOOPBACK or options.uds is not None
+    if keys is None and not is_local:
+        logger.warning("the server listens on %s without an API key: everyone there can use it", options.host)
+    limits = Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()})
+    load = partial(load_reranker, options.model, limits, **given_options(options))
+
+    def check(loading: Future[MatryoshkaReranker]) -> None:
+        if (error := loading.exception()) is not None:
+            fail(error)
 
     loading = in_background(load)
+    loading.add_done_callback(check)
     app = create_app(
         loading,
         Path(options.model).name,
@@ -212,28 +312,7 @@ def _serve(options: argparse.Namespace, limits: Limits, keys: Keys | None) -> No
         options.allow_origins,
         options.allowed_hosts or (LOOPBACK if options.host in LOOPBACK and options.uds is None else ["*"]),
     )
-    config = uvicorn.Config(
-        app,
-        http=impatient_protocol(options.header_seconds, options.body_seconds, options.answer_seconds),
-        ws="none",
-        access_log=False,
-        log_config=None,
-        **{name: getattr(options, option) for name, (option, *_) in OF_UVICORN.items()},
-    )
-    server = Server(config, partial(app.state.service.reload, load))
-    failures: list[BaseException] = []
-
-    def end_if_failed(loading: Future[MatryoshkaReranker]) -> None:
-        if (error := loading.exception()) is not None:
-            failures.append(error)
-            server.should_exit = True
-
-    loading.add_done_callback(end_if_failed)
-    del loading  # it would hold the model after another one has replaced it
-    with suppress(KeyboardInterrupt):  # under Python 3.10 uvicorn raises it again after its shutdown
-        server.run()
-    if failures:
-        raise failures[0]
+    return app, partial(app.state.service.reload, load)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
-from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
@@ -46,7 +45,7 @@ from flagembedding_matryoshka.serve.forms import (
 )
 from flagembedding_matryoshka.serve.keys import Keys
 from flagembedding_matryoshka.serve.limits import Limits
-from flagembedding_matryoshka.serve.logs import AccessLog
+from flagembedding_matryoshka.serve.logs import AccessLog, with_request_id
 from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
 from flagembedding_matryoshka.serve.page import add_page
 from flagembedding_matryoshka.serve.service import Admission, Service
@@ -57,8 +56,6 @@ MAX_MESSAGE = 1000
 """Most characters of an error message, which may quote a client's body."""
 FOLDERS = re.compile(r"(?<=: ).*[/\\]|[^\s'\"]*[/\\]")
 """Everything of a path except its last component."""
-REQUEST_ID = re.compile("[!-~]{1,128}")
-"""Values of X-Request-ID that clients may choose."""
 FINGERPRINT = "X-Model-Fingerprint"
 """The header of an answer with the fingerprint of the model that computed it."""
 PIECE = 2**16
@@ -127,7 +124,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
     app.add_middleware(AccessLog)
-    app.add_middleware(CorrelationIdMiddleware, validator=lambda given: REQUEST_ID.fullmatch(given) is not None)
+    app.add_middleware(with_request_id)
     trace_requests(app)
     app.add_exception_handler(HTTPException, _explain)
     app.add_exception_handler(Exception, _internal_error)

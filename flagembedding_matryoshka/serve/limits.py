@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastapi import Request
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 RETRY_AFTER = {"Retry-After": "1"}
+NOT_LOADED = "the model is not loaded yet"
 CLOSE = {"Connection": "close"}
 CLIENT_CLOSED_REQUEST = HTTPException(499, "the client closed the connection")
 

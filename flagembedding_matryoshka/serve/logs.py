@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import re
 from time import perf_counter
 from typing import Any
 
+from asgi_correlation_id import CorrelationIdMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from transformers.utils import logging as transformers_logging
 
 from flagembedding_matryoshka.serve.tracing import WithTraceparent
 
+REQUEST_ID = re.compile("[!-~]{1,128}")
+"""Values of X-Request-ID that clients may choose."""
 PROBES = ("/health", "/live", "/ready", "/metrics")
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,21 @@ class AccessLog:
                 logger.info(message, fields, extra=fields)
 
 
+def with_request_id(app: ASGIApp) -> ASGIApp:
+    """Return an application whose requests have an id, in their answers and in the log."""
+    return CorrelationIdMiddleware(app, validator=lambda given: REQUEST_ID.fullmatch(given) is not None)
+
+
 def configure_logging(json: bool) -> None:
-    """Write all log records and warnings of the process to stderr, as `log_config` says, without progress bars."""
+    """Write all log records and warnings of the process to stderr, as `log_config` says."""
     logging.config.dictConfig(log_config(json))
     logging.captureWarnings(True)
+
+
+def configure_transformers_logging() -> None:
+    """Let transformers log as the rest of the process, without progress bars. It imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()

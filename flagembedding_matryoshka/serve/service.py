@@ -28,6 +28,7 @@ from flagembedding_matryoshka.serve.forms.common import Request as Asked
 from flagembedding_matryoshka.serve.limits import (
     CLIENT_CLOSED_REQUEST,
     CLOSE,
+    NOT_LOADED,
     RETRY_AFTER,
     Budget,
     Limits,
@@ -175,7 +176,7 @@ class Service:
 
     def _ready(self) -> Scorer:
         if self._scorer is None:
-            raise HTTPException(503, "the model is not loaded yet", RETRY_AFTER)
+            raise HTTPException(503, NOT_LOADED, RETRY_AFTER)
         return self._scorer
 
     @asynccontextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 try:
     from opentelemetry import trace
@@ -20,7 +20,7 @@ NOT_TRACED = "/live$,/ready$,/health$,/metrics$"
 """Regular expressions of paths of probes."""
 
 
-def trace_requests(app: FastAPI) -> None:
+def trace_requests(app: Starlette) -> None:
     """Give each request a span, a child of the one in its header `traceparent`."""
     if trace is not None:
         app.add_middleware(OpenTelemetryMiddleware, excluded_urls=NOT_TRACED, exclude_spans=["receive", "send"])

@@ -13,8 +13,8 @@ from flagembedding_matryoshka.inference.arguments import (
     explanations,
     given_options,
     given_ranking,
-    program,
 )
+from flagembedding_matryoshka.parser import program
 
 
 @pytest.fixture(scope="module")

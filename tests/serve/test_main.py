@@ -176,33 +176,39 @@ def restored_logging():
 
 
 @contextmanager
-def process(model, *arguments, **environment):
-    """The running command and its address. What it logs goes to `process.log`."""
+def started(model, *arguments, **environment):
+    """The running command as soon as it listens, and its address. What it logs goes to `log`."""
     command = [sys.executable, "-m", "flagembedding_matryoshka.serve", "--model", str(model), "--port", "0", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as running:
         running.log = []
-        started = threading.Event()
+        listens = threading.Event()
 
         def read():
             for line in running.stderr:
                 running.log.append(line)
                 if "running on" in line:
-                    started.set()
+                    listens.set()
 
         reader = threading.Thread(target=read)
         reader.start()
         try:
-            assert started.wait(120), running.log
-            address = re.search(r"http://[\d.:]+", "".join(running.log)).group()
-            while httpx.get(f"{address}/ready").status_code != 200:
-                assert running.poll() is None, running.log
-                assert httpx.get(f"{address}/live").status_code == 200
-                time.sleep(0.05)
-            yield running, address
+            assert listens.wait(120), running.log
+            yield running, next(iter(re.findall(r"http://[\d.:]+", "".join(running.log))), None)
         finally:
             running.kill()
             running.wait()
             reader.join()
+
+
+@contextmanager
+def process(model, *arguments, **environment):
+    """The same as soon as it is ready."""
+    with started(model, *arguments, **environment) as (running, address):
+        while httpx.get(f"{address}/ready").status_code != 200:
+            assert running.poll() is None, running.log
+            assert httpx.get(f"{address}/live").status_code == 200
+            time.sleep(0.05)
+        yield running, address
 
 
 def in_flight(pool, client):
