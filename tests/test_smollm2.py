@@ -21,7 +21,7 @@ TEXTS = {
 }
 
 
-SCORES = [1.4143, 0.1782, -2.6151, -0.6469, -0.855]
+SCORES = [0.4095, -3.7209, -5.3559, -3.537, -2.9078]
 
 
 @pytest.fixture(scope="module")
@@ -92,5 +92,5 @@ def test_its_probabilities_mean_relevance_and_order_as_scores_do(reranker, width
 
 def test_it_is_small_and_names_no_machine():
     files = [file for file in Path(SMOLLM2).iterdir() if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 10_500_000
+    assert sum(file.stat().st_size for file in files) < 26_000_000
     assert not any("/tmp/" in file.read_text(encoding="utf-8") for file in files if file.suffix != ".safetensors")

@@ -7,6 +7,7 @@ stays. Nothing is written unless the result scores as the checkpoint does and is
 """
 
 import argparse
+import json
 import re
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, MatryoshkaR
 from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
 from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
+from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, load_plan
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +57,7 @@ def write(checkpoint: Path, output: Path, exits: Sequence[int] | None = None, pl
         part = Path(folder) / "part"
         config = write_part(checkpoint, part, exits)
         if plan is not None:
-            shutil.copyfile(plan, part / PLAN_NAME)
+            write_plan(plan, part / PLAN_NAME)
             load_plan(str(part), config)
         size = sum(file.stat().st_size for file in part.iterdir())
         if size > MAX_BYTES:
@@ -65,6 +67,13 @@ def write(checkpoint: Path, output: Path, exits: Sequence[int] | None = None, pl
         (output / PLAN_NAME).unlink(missing_ok=True)
         shutil.copytree(part, output, dirs_exist_ok=True)
     print(f"Wrote the exits {config.exit_layers}, {size / 1e6:.1f} MB, to {output}.")
+
+
+def write_plan(plan: Path, output: Path) -> None:
+    """Write a plan whose calibrations are used in every dtype, because rounding changes scores little."""
+    stored = json.loads(plan.read_text(encoding="utf-8"))
+    stored["scored_with"].pop("dtype", None)
+    write_text(output, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_part(checkpoint: Path, part: Path, exits: Sequence[int] | None) -> CostWiseMistralConfig:

@@ -71,8 +71,9 @@ def fast_batch_tokens(device: str | torch.device, dtype: torch.dtype, hidden_siz
 
     For a narrow model on a CPU, its hidden states about fill the cache of a thread. `benchmarks.batch_tokens` measured
     512 to 8,192 tokens a thread. With a hidden size of 576, 2,048 and 4,096 were about the fastest at full width, and
-    2,048 with compression. For a hidden size of 128, 2,048 were in float32, and 4,096 in bfloat16. On an H200, 65,536 tokens kept a model with
-    hidden size 1,024 busy, and 16,384 did not. With hidden size 4,096, 16,384 tokens were as fast as more.
+    2,048 with compression. For a hidden size of 128, 2,048 were in float32, and 4,096 in bfloat16. On an H200, 65,536
+    tokens kept a model with hidden size 1,024 busy, and 16,384 did not. With hidden size 4,096, 16,384 tokens were as
+    fast as more.
 
     Args:
         threads: number of threads that compute a batch, if `device` is a CPU.
