@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import cascade, engine, scoring
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.inputs import Passage
 from flagembedding_matryoshka.inference.options import Call, ScoringOptions
 from flagembedding_matryoshka.models import attention, flash
 from flagembedding_matryoshka.models.onednn import HAS_ONEDNN, OneDnnLinear, OneDnnMlp
@@ -91,7 +93,8 @@ def test_stored_passages_are_one_more_copy(reranker, setting, tmp_path):
         {str(place): text for place, (_, text) in enumerate(PAIRS)}, tmp_path / "store", setting.store_layer, **width
     )
     call = Call(reranker._pair_tokenizer, ScoringOptions.resolve(reranker, {}), setting)
-    pairs = store.pairs("a wing", list(store), call)
+    compute = partial(reranker._engine.passage_states, setting=setting)
+    pairs = store.pairs("a wing", [Passage(name, None) for name in store], call, compute)
     model = copy.deepcopy(reranker.model).to("meta")
     stored = [pair.states for pair in pairs]
     with Recorder() as recorder, torch.no_grad():
