@@ -195,7 +195,7 @@ class RankingMixin:
             first-stage scores is not the number of queries.
         """
         options = RankingOptions.of(locals(), self._clock)
-        opened = self._store_of(ids, store)
+        opened = None if ids is None and store is None else self._store_of(ids, store)
         lists: list[tuple[str, list[Any]]]
         if ids is not None:
             lists = list(read_passages(queries, candidates, ids))
@@ -208,11 +208,11 @@ class RankingMixin:
         rows = list(read_first_stage(lists, first_stage_scores, first_stage))
         return list(self._rank(rows, sum(len(documents) for _, documents in lists), options, opened))
 
-    def _store_of(self, ids: Any, store: str | PathLike[str] | PassageStore | None) -> PassageStore | None:
-        """Return the open store of a ranking; None if it has no ids."""
-        if (ids is None) != (store is None):
+    def _store_of(self, ids: Any, store: str | PathLike[str] | PassageStore | None) -> PassageStore:
+        """Return the open store of a ranking. Raises ValueError unless ids and store are given."""
+        if ids is None or store is None:
             raise ValueError(f"ids are {excerpt(ids)} and store is {excerpt(store)}: give both of them or neither.")
-        return None if store is None else self.open_store(store)
+        return self.open_store(store)
 
     def open_store(self, store: str | PathLike[str] | PassageStore) -> PassageStore:
         """Open a store for rankings with this re-ranker. A store that is open stays as it is.
@@ -312,7 +312,7 @@ class RankingMixin:
             TypeError, ValueError: as `rank_batch`; errors of a list are raised when the list is read.
         """
         options = RankingOptions.of(locals(), self._clock)
-        opened = self._store_of(ids, store)
+        opened = None if ids is None and store is None else self._store_of(ids, store)
         read: Iterable[tuple[str, list[Any]]]
         read = read_lists(queries, candidates) if ids is None else read_passages(queries, candidates, ids)
         lists = ReadAhead(read_first_stage(read, first_stage_scores, first_stage))
