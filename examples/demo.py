@@ -32,7 +32,7 @@ CANDIDATES = 30
 LENGTHS = {"query_max_length": 64, "max_length": 192}
 OUTPUT_DIR = Path("demo_output")
 
-QUERY = "how to sort a list"
+QUERY = "how to sort a list in place"
 DOCUMENTS = (
     "Open a file and return a stream; mode says how it is opened.",
     "Return the n smallest items, in ascending order.",
