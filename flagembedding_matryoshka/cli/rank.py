@@ -138,9 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if STORE in given and (own := [name for name in OF_STORE if name in given]):
         parser.error(f"--{own[0]} {given[own[0]]} and --{STORE}: the store has been written with a {own[0]}")
-    stored = {STORE: options.store} if STORE in given else {}
-    field = {FIRST_STAGE_FIELD: options.first_stage_field} if FIRST_STAGE_FIELD in given else {}
-    run(parser, Rank, options, given_ranking(options) | field | stored)
+    of_rows = {name: given[name] for name in (FIRST_STAGE_FIELD, STORE) if name in given}
+    run(parser, Rank, options, given_ranking(options) | of_rows)
 
 
 def _other_fields(document: Any, hit: Hit) -> dict[str, Any]:

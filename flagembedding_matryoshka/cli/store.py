@@ -19,43 +19,26 @@ from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.collections import read_texts
 
-OPTIONS = (
-    "store_layer",
-    "compress_layers",
-    "compress_ratio",
-    "peft_path",
-    "dtype",
-    "use_fp16",
-    "use_bf16",
-    "from_raw",
-    "start_layer",
-    "layer_sep",
-    "max_layer",
-    "quantization",
-    "template",
-    "passage_instruction_for_rerank",
-    "passage_instruction_format",
-    "max_tokens_per_batch",
-    "query_max_length",
-    "max_length",
-    "devices",
-    "compile",
-    "batch_invariant",
-    "cache_dir",
-    "trust_remote_code",
-    "token",
-    "revision",
-    "local_files_only",
-    "allow_pickle",
+WITHOUT = (
+    "cutoff_layers",
+    "budget",
+    "quality",
+    "prompt",
+    "instruction",
+    "query_instruction_for_rerank",
+    "query_instruction_format",
+    "batch_size",
+    "normalize",
+    "fusion",
 )
-"""Options of `MatryoshkaReranker` that states depend on, or how fast they are computed."""
+"""Options of `MatryoshkaReranker` that stored states do not depend on."""
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="corpus to read; - is standard input")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the store")
-    add_reranker(parser, OPTIONS)
+    add_reranker(parser, without=WITHOUT)
     return parser
 
 

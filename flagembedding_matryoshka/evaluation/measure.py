@@ -72,10 +72,9 @@ def grid(
     exits = {*cutoffs, *(layer for cascade in sorted_cascades for layer, _ in cascade)}
     settings = []
     ratios = sorted({1, *compress_ratios})
-    widths: list[tuple[int, Sequence[int], list[int]]]
-    widths = [(0, compress_layers, ratios if compress_layers or not store_layers else [1])]
-    widths += [(layer, (layer,), ratios) for layer in sorted(set(store_layers) - {0})]
-    for store_layer, layers, ratio in ((layer, after, ratio) for layer, after, own in widths for ratio in own):
+    widths = [(0, compress_layers, ratio) for ratio in ratios if ratio == 1 or compress_layers or not store_layers]
+    widths += [(layer, [layer], ratio) for layer in sorted(set(store_layers) - {0}) for ratio in ratios]
+    for store_layer, layers, ratio in widths:
         above = [depth for depth in cutoffs if depth > store_layer]
         if not above:
             raise ValueError(f"store_layers has {store_layer}, but none of the cutoff layers {cutoffs} lies above it.")

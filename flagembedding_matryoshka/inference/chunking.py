@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flagembedding_matryoshka.inference.inputs import Pairs, Passage
+from flagembedding_matryoshka.inference.inputs import Pairs
 from flagembedding_matryoshka.inference.options import Call
 from flagembedding_matryoshka.text.encoding import CHARACTERS, MARGIN, whole_characters
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -121,16 +121,18 @@ class Candidates:
     """One query's documents and their pairs.
 
     Attributes:
-        documents: the texts, or with a store the passages; empty if the call gives tokenised pairs.
+        documents: the texts, "" for a stored passage without one; empty if the call gives tokenised pairs.
         pairs: a pair for each document, or for each chunk.
         cut: the chunks of each document; None if documents are not cut.
         first_stage: the first stage's score of each document; None without fusion.
+        ids: with a store, the id or None of each document; empty without a store.
     """
 
-    documents: Sequence[str] | Sequence[Passage]
+    documents: Sequence[str]
     pairs: Pairs
     cut: Sequence[CutDocument] | None = None
     first_stage: Sequence[float] | None = None
+    ids: Sequence[str | None] = ()
 
     @property
     def first_stage_of_pairs(self) -> Sequence[float] | None:

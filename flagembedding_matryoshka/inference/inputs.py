@@ -116,46 +116,57 @@ def _read(rows: Iterable[Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_passages(
-    queries: Iterable[Any], candidates: Iterable[Iterable[str | None]] | None, ids: Iterable[Iterable[str | None]]
+    queries: Iterable[Any],
+    candidates: Iterable[Iterable[str | None]] | None,
+    ids: Iterable[Iterable[str | None]],
+    needs_texts: bool,
 ) -> Iterator[tuple[str, list[Passage]]]:
     """Yield each query with its passages, as they are read.
 
     Args:
         candidates: the texts of each query's passages, or None; a text may be None.
         ids: the ids of each query's passages; an id may be None.
+        needs_texts: refuse a passage without a text, because it is to be returned.
 
     Raises:
         TypeError: if a query is not a string, or an id or a text neither a string nor None.
         ValueError: if a query has no list, or a list no query; if a query has another number of ids than of texts; or
-            if a passage has neither. Errors of a list are raised when the list is read.
+            if a passage has neither, or lacks the text that is needed. Errors of a list are raised when it is read.
     """
     given = {"queries": queries, "ids": ids} | ({} if candidates is None else {"candidates": candidates})
     rows = zip_longest(*(as_iterable(name, values) for name, values in given.items()), fillvalue=MISSING)
-    return (_as_passages(number, dict(zip(given, row, strict=True))) for number, row in enumerate(rows))
+    return (_as_passages(number, dict(zip(given, row, strict=True)), needs_texts) for number, row in enumerate(rows))
 
 
-def _as_passages(number: int, row: dict[str, Any]) -> tuple[str, list[Passage]]:
+def _as_passages(number: int, row: dict[str, Any], needs_texts: bool) -> tuple[str, list[Passage]]:
     """Check a row of `read_passages`, and return its query and passages."""
     for name, value in row.items():
         if value is MISSING:
             raise ValueError(f"{', '.join(row)} must have the same length, but {name} ends after {number}.")
-    query, *lists = row.values()
+    query = row["queries"]
     if not isinstance(query, str):
         raise TypeError(f"query {number} must be a string, got {excerpt(query)}.")
-    columns = []
-    for name, values in zip(("id", "document"), lists, strict=False):
-        columns.append(list(as_iterable(f"the {name}s of query {number}", values)))
-        for place, value in enumerate(columns[-1]):
-            if not isinstance(value, str | None):
-                raise TypeError(f"{name} {place} of query {number} must be a string or None, got {excerpt(value)}.")
-    ids, texts = columns if len(columns) == 2 else (columns[0], [None] * len(columns[0]))
+    ids = _strings_or_none(number, "id", row["ids"])
+    texts = _strings_or_none(number, "document", row.get("candidates", [None] * len(ids)))
     if len(ids) != len(texts):
         raise ValueError(f"query {number} has {len(ids)} ids, but {len(texts)} documents.")
     passages = [Passage(name, text) for name, text in zip(ids, texts, strict=True)]
-    if Passage(None, None) in passages:
-        place = passages.index(Passage(None, None))
-        raise ValueError(f"passage {place} of query {number} has neither an id nor a text.")
+    for place, passage in enumerate(passages):
+        if passage == Passage(None, None):
+            raise ValueError(f"passage {place} of query {number} has neither an id nor a text.")
+        if needs_texts and passage.text is None:
+            raise ValueError(
+                f"return_documents needs the text of passage {place} of query {number}, which has an id alone."
+            )
     return query, passages
+
+
+def _strings_or_none(number: int, name: str, values: Any) -> list[str | None]:
+    found = list(as_iterable(f"the {name}s of query {number}", values))
+    for place, value in enumerate(found):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name} {place} of query {number} must be a string or None, got {excerpt(value)}.")
+    return found
 
 
 def as_count(name: str, value: Any, otherwise: str = "") -> int:

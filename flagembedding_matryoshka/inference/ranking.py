@@ -90,7 +90,7 @@ class RankingMixin:
         Args:
             documents: the texts. With `ids` and `store` None, or a text or None for each id.
             top_k: number of hits to return at most; None is all.
-            return_documents: also return each document's text, if it is given.
+            return_documents: also return each document's text.
             cascade: {exit: fraction of all documents that go deeper}. `{8: 0.5, 16: 0.2}` keeps the best half after
                 exit 8 and a fifth of all after exit 16. Dropped documents rank after the documents of deeper exits. A
                 cascade is one pass, with the states of a query's documents in memory. None is the cascade that `budget`
@@ -147,7 +147,7 @@ class RankingMixin:
                 is given without them, is negative, not finite, or "auto" while the plan has no weight.
                 Stores: if ids are given without a store or the reverse; if another model, setting or words made the
                 store; if it lacks an id without a text, or has another text with an id; if it meets `chunk` or several
-                devices.
+                devices, or `return_documents` an id without a text.
         """
         (ranking,) = self.rank_batch(
             [query],
@@ -198,7 +198,7 @@ class RankingMixin:
         opened = None if ids is None and store is None else self._store_of(ids, store)
         lists: list[tuple[str, list[Any]]]
         if ids is not None:
-            lists = list(read_passages(queries, candidates, ids))
+            lists = list(read_passages(queries, candidates, ids, return_documents))
         elif candidates is not None:
             lists = list(zip(*as_lists(queries, candidates), strict=True))
         else:
@@ -314,7 +314,10 @@ class RankingMixin:
         options = RankingOptions.of(locals(), self._clock)
         opened = None if ids is None and store is None else self._store_of(ids, store)
         read: Iterable[tuple[str, list[Any]]]
-        read = read_lists(queries, candidates) if ids is None else read_passages(queries, candidates, ids)
+        if ids is None:
+            read = read_lists(queries, candidates)
+        else:
+            read = read_passages(queries, candidates, ids, return_documents)
         lists = ReadAhead(read_first_stage(read, first_stage_scores, first_stage))
         rankings = self._rank(lists, None, options, opened)
 
@@ -351,11 +354,8 @@ class RankingMixin:
         call = self._call(options.cascade, options.deadline, overrides)
         call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
         normalize = self._normalizer_of(call, options.min_score)
-        passages_to_pairs: Callable[..., list[TokenizedPair]] | None = None
         if store is not None:
             store.check(self._conditions(call))
-            compute = partial(self._engine_of_store().passage_states, setting=call.setting)
-            passages_to_pairs = partial(store.pairs, compute=compute)
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):
@@ -384,9 +384,13 @@ class RankingMixin:
                 if own is not None and number >= len(own):
                     raise ValueError(f"{len(own)} instructions need as many queries, but there is a query {number}.")
                 cut: Sequence[CutDocument] | None = None
+                ids: list[str | None] = []
                 pairs: Pairs
-                if passages_to_pairs is not None:
-                    pairs = passages_to_pairs(query, documents, call if own is None else own[number])
+                if store is not None:
+                    compute = partial(self._engine_of_store().passage_states, setting=call.setting)
+                    pairs = store.pairs(query, documents, call if own is None else own[number], compute)
+                    ids = [passage.id for passage in documents]
+                    documents = [passage.text or "" for passage in documents]
                 elif chunking is None:
                     texts = [(query, document) for document in documents]
                     pairs = texts if own is None else own[number].tokenize(texts)
@@ -395,7 +399,7 @@ class RankingMixin:
                     pairs = [chunk.pair for document in cut for chunk in document.chunks]
                 if must_keep:
                     refuse_too_short(call.setting, number, len(pairs), min(must_keep, len(documents)))
-                yield Candidates(documents, pairs, cut, of_first_stage)
+                yield Candidates(documents, pairs, cut, of_first_stage, ids)
             if own is not None and number + 1 < len(own):
                 raise ValueError(f"{len(own)} instructions need as many queries, got {number + 1}.")
 

@@ -31,7 +31,7 @@ from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.fusion import Fusion, fuse
-from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, Passage
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
 
@@ -441,7 +441,7 @@ def rank_lists(
                 hits = best_chunks(hits, candidates.cut)
             if call.fusion is not None:
                 hits = fuse_hits(hits, candidates.first_stage or (), call.fusion)
-            yield ranking_of(hits, candidates.documents, options, normalize, call.setting.depth)
+            yield ranking_of(hits, candidates, options, normalize, call.setting.depth)
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
@@ -513,7 +513,7 @@ def refuse_min_score(min_score: Any, call: Call) -> None:
 
 def ranking_of(
     hits: Sequence[Hit],
-    documents: Sequence[str] | Sequence[Passage],
+    candidates: Candidates,
     options: RankingOptions,
     normalize: Normalizer | None,
     depth: int,
@@ -521,7 +521,7 @@ def ranking_of(
     """Rank hits, best first.
 
     Args:
-        documents: the document of each hit.
+        candidates: the documents of the hits.
         options: their `top_k` counts the hits whose normalised score is at least `min_score`.
         normalize: function of the returned scores; None returns raw scores. Hits are ordered by raw scores, because
             normalised ones may be equal by rounding.
@@ -532,12 +532,10 @@ def ranking_of(
         if len(ranking) == options.top_k:
             break
         hit: Hit = {"corpus_id": place, **hits[place]}
-        document = documents[place]
-        name, text = document if isinstance(document, Passage) else (None, document)
-        if name is not None:
+        if candidates.ids and (name := candidates.ids[place]) is not None:
             hit["id"] = name
-        if options.return_documents and text is not None:
-            hit["text"] = text
+        if options.return_documents:
+            hit["text"] = candidates.documents[place]
         if normalize is not None:
             hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
         if options.min_score is None or hit["score"] >= options.min_score:

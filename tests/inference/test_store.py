@@ -206,11 +206,11 @@ def test_a_list_may_have_stored_passages_and_texts(mistral, tmp_path, monkeypatc
         assert sum(counts) == 3 * (len(TEXTS) - len(few))
         counts.clear()
     ids = [name if name in few else None for name in IDS]
-    (own,) = mistral.rank_batch(QUERIES[:1], [without_texts], ids=[ids], store=store, return_documents=True)
+    own = mistral.rank(QUERIES[0], list(TEXTS.values()), ids=ids, store=store, return_documents=True)
     expected = mistral.rank(QUERIES[0], list(TEXTS.values()), **options)
     assert [hit["corpus_id"] for hit in own] == [hit["corpus_id"] for hit in expected]
     for hit in own:
-        assert hit.get("id") == ids[hit["corpus_id"]] and hit.get("text") == without_texts[hit["corpus_id"]]
+        assert hit.get("id") == ids[hit["corpus_id"]] and hit["text"] == TEXTS[IDS[hit["corpus_id"]]]
     assert len(store) == len(few)
 
 
@@ -336,6 +336,9 @@ def test_wrong_requests_are_refused(mistral, tmp_path):
         mistral.rank_batch([3], ids=[IDS], store=path)
     with pytest.raises(ValueError, match="chunk needs the texts of all documents"):
         mistral.rank("wing", ids=IDS, store=path, chunk=True)
+    for documents in (None, [TEXTS["d1"], None]):
+        with pytest.raises(ValueError, match=r"return_documents needs the text of passage [01] of query 0"):
+            mistral.rank("wing", documents, ids=["d1", "d2"], store=path, return_documents=True)
     with pytest.raises(ValueError, match="store_layer is 0"):
         mistral.store(TEXTS, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"there is no store .*nothing"):
