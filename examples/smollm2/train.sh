@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# usage: train.sh DATA FROM OUT STEPS [DECAY [SEED [PASSAGE_TOKENS]]]
+# usage: train.sh DATA FROM OUT STEPS [DECAY [SEED [PASSAGE_TOKENS [OPTION...]]]]
 # Train the adapters in FROM further on the rows in DATA, DIR/short or DIR/long of mix.py. FROM is the output of widen.py,
 # write.py or train.sh; its exits stay. FROM is "-" for new adapters on the base.
 # STEPS must be more than 150: four states are averaged, and a checkpoint is written every 50 steps.
 # The run can be stopped at any time: called again it continues from the newest checkpoint. To end it earlier, call it
 # again with STEPS = the steps so far + DECAY: the learning rate falls in the last DECAY steps.
+# OPTIONs are passed to the trainer, after those below: --store_layers 3 6 9 trains for stored passages.
 # --bf16 needs a processor that computes bfloat16 fast; without it a run takes several times as long.
 set -euo pipefail
 data=$1 from=$2 out=$3 steps=$4 decay=${5:-400} seed=${6:-1} tokens=${7:-128}
@@ -18,4 +19,4 @@ exec torchrun --standalone --nproc_per_node 1 -m flagembedding_matryoshka.finetu
     --passage_max_len "$tokens" --warmup_steps 40 --lr_scheduler_type warmup_stable_decay \
     --lr_scheduler_kwargs "{\"num_decay_steps\": $decay}" --max_steps "$steps" --ddp_find_unused_parameters False \
     --logging_steps 10 --save_strategy steps --save_steps 50 --save_total_limit 4 --average_last 4 --report_to none \
-    --seed "$seed" --resume_from_checkpoint
+    --seed "$seed" --resume_from_checkpoint "${@:8}"
