@@ -43,7 +43,7 @@ from flagembedding_matryoshka.inference.scoring import (
     refuse_too_short,
     score_lists,
 )
-from flagembedding_matryoshka.inference.store import Conditions, PassageStore
+from flagembedding_matryoshka.inference.store import Conditions, PassageStore, StoredPair, refuse_other_states
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting
@@ -262,6 +262,31 @@ class RankingMixin:
         found.add(passages, call, partial(engine.passage_states, setting=call.setting))
         return found
 
+    def stored_pairs(
+        self, query: str, ids: Iterable[str], store: str | PathLike[str] | PassageStore, **overrides: Any
+    ) -> list[StoredPair]:
+        """Return the pairs of a query and stored passages, for `score_lists` and `compute_score` at the store's layer
+        and ratio.
+
+        Args:
+            ids: ids of passages in the store.
+            store: the store.
+            overrides: as in `tokenize`.
+
+        Raises:
+            FileNotFoundError: if there is no store.
+            TypeError: if an id is not a string.
+            ValueError: if the store was made with another model, setting or other words, or lacks an id; also as in
+                `tokenize`.
+        """
+        opened = self.open_store(store)
+        call = Call(self._pair_tokenizer, *resolve_call(self, opened.completed(overrides)))
+        opened.check(self._conditions(call))
+        ((_, passages),) = read_passages([query], None, [ids], needs_texts=False)
+        return opened.pairs(
+            query, passages, call, partial(self._engine_of_store().passage_states, setting=call.setting)
+        )
+
     def _engine_of_store(self) -> Engine:
         if not isinstance(self._engine, Engine):
             raise ValueError(f"a store works on one device, and this re-ranker has {self.target_devices}.")
@@ -430,7 +455,7 @@ class RankingMixin:
         """Score lists of tokenised pairs, the pairs of a list all of one query.
 
         Args:
-            lists: pairs as `tokenize` returns them.
+            lists: pairs as `tokenize` or `stored_pairs` returns them.
             first_stage_scores: for each list a list with a score, or None, for each pair; None is no fusion.
             cascade, deadline_ms, overrides: as in `rank`, without options that say how texts become tokens.
 
@@ -448,6 +473,7 @@ class RankingMixin:
         pairs = as_tokenized(lists)
         if any(pairs):
             refuse_beside_tokens(overrides)
+            refuse_other_states([pair for values in pairs for pair in values], call.setting)
         rows = read_first_stage((("", values) for values in pairs), first_stage_scores, None)
         candidates = [Candidates((), values, first_stage=of_first_stage) for _, values, of_first_stage in rows]
         call.tokenize([pair for values in pairs for pair in values])  # refuses pairs that are too long

@@ -49,6 +49,7 @@ from flagembedding_matryoshka.inference.plan import Plan, load_plan
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.ranking import RankingMixin
 from flagembedding_matryoshka.inference.scoring import score_pairs
+from flagembedding_matryoshka.inference.store import StoredPair, refuse_other_states, whole_length
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
@@ -310,6 +311,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             return []
         if are_tokenized(pairs):
             refuse_beside_tokens(overrides)
+            refuse_other_states(pairs, setting)
         if overrides.get("max_length") is not None:
             refuse_beyond_positions(self.config, options.max_length)
         limit = self.model.model.max_positions
@@ -470,7 +472,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         Args:
             depths: for each pair the exit where it stops, as the "cutoff_layer" of a cascade's hits, with all exits of
                 the cascade as `cutoff_layers`. None is the deepest cutoff layer.
-            stored: whether passages are in a store of the `store_layer` and ratio.
+            stored: whether passages are in a store of the `store_layer` and ratio. Those of `stored_pairs` are.
 
         Raises:
             TypeError, ValueError: as in `compute_score`, and if `depths` are not a cutoff layer for each pair, or
@@ -480,6 +482,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         pairs = as_pairs(sentence_pairs)
         if are_tokenized(pairs):
             refuse_beside_tokens(overrides)
+            refuse_other_states(pairs, setting)
+            stored = stored or isinstance(pairs[0], StoredPair)
         if stored and not setting.store_layer:
             raise ValueError("stored=True needs a store_layer.")
         inputs = Call(self._pair_tokenizer, options, setting).tokenize(pairs)
@@ -497,7 +501,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
                 self.config,
                 setting,
                 query_lengths=torch.tensor([pair.query_length for pair in own]),
-                passage_lengths=torch.tensor([pair.passage_length for pair in own]),
+                passage_lengths=torch.tensor([whole_length(pair) for pair in own]),
                 prompt_lengths=torch.tensor([pair.prompt_length for pair in own]),
                 shares_prefix=torch.tensor([False, *(a.prefix == b.prefix for a, b in pairwise(own))]),
                 passage_first=own[0].passage_first,

@@ -25,6 +25,7 @@ from torch import Tensor
 from flagembedding_matryoshka.files import replacing, write_text
 from flagembedding_matryoshka.inference.inputs import Passage, as_iterable, excerpt
 from flagembedding_matryoshka.inference.options import Call
+from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
@@ -45,9 +46,12 @@ class StoredPair(TokenizedPair):
 
     Attributes:
         states: (passage tokens, hidden) states of the passage after the store layer, on the CPU.
+        store_layer, compress_ratio: those of the states, as in `Conditions`.
     """
 
     states: Tensor = field(kw_only=True)
+    store_layer: int = field(kw_only=True)
+    compress_ratio: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class PassageStore:
         own = {"store_layer": self.conditions.store_layer, "compress_ratio": self.conditions.compress_ratio}
         return {**overrides, **own, **given}
 
-    def pairs(self, query: str, passages: Sequence[Passage], call: Call, compute: Compute) -> list[TokenizedPair]:
+    def pairs(self, query: str, passages: Sequence[Passage], call: Call, compute: Compute) -> list[StoredPair]:
         """Return the pairs of a query and passages. The states of passages that the store does not have are computed.
 
         Raises:
@@ -208,11 +212,13 @@ class PassageStore:
         texts = [text for place, (_, text) in zip(places, passages, strict=True) if place is None and text is not None]
         computed = iter(self._compute(texts, call, compute))
         (pair,) = call.tokenize([(query, "")])
-        found: list[TokenizedPair] = []
+        layer, ratio = self.conditions.store_layer, self.conditions.compress_ratio
+        found: list[StoredPair] = []
         for place in places:
             states, is_cut = next(computed) if place is None else (self._read(place), place.is_cut)
             ids = np.zeros(len(states), dtype=np.int32)
-            found.append(StoredPair(pair.lead, ids, pair.prompt_ids, pair.query_is_cut, is_cut, states=states))
+            of_pair = (pair.lead, ids, pair.prompt_ids, pair.query_is_cut, is_cut)
+            found.append(StoredPair(*of_pair, states=states, store_layer=layer, compress_ratio=ratio))
         return found
 
     def _place(self, number: int, name: str | None, text: str | None) -> Place | None:
@@ -344,6 +350,28 @@ class PassageStore:
 
     def _index(self, shard: int) -> Path:
         return self.path / f"{shard:05d}.json"
+
+
+def whole_length(pair: TokenizedPair) -> int:
+    """Return the number of passage tokens of a pair; of a stored passage at most, before its compression."""
+    return pair.passage_length * (pair.compress_ratio if isinstance(pair, StoredPair) else 1)
+
+
+def refuse_other_states(pairs: Sequence[TokenizedPair], setting: Setting) -> None:
+    """Raise ValueError if pairs with stored passages are not those of a setting, or are beside pairs without."""
+    stored = [pair for pair in pairs if isinstance(pair, StoredPair)]
+    if not stored:
+        return
+    if len(stored) < len(pairs):
+        raise ValueError("pairs of stored passages and other pairs need separate calls.")
+    is_compressed = setting.compresses_after(setting.store_layer)
+    wanted = setting.store_layer, setting.compress_ratio if is_compressed else 1
+    for number, pair in enumerate(stored):
+        if (pair.store_layer, pair.compress_ratio) != wanted:
+            raise ValueError(
+                f"pair {number} has a passage stored with store_layer={pair.store_layer} and compress_ratio="
+                f"{pair.compress_ratio}, but the call has {wanted[0]} and {wanted[1]}."
+            )
 
 
 def _as_passage(number: int, item: Any) -> tuple[str, str]:

@@ -155,6 +155,9 @@ def build_parser() -> Parser:
         f"(default: the environment's {API_KEY_VARIABLE})",
     )
     server.add_argument(
+        "--store", type=Path, metavar="DIR", help="stored passages, which documents of requests may name by their ids"
+    )
+    server.add_argument(
         "--protect_all", action="store_true", help="ask for the token on /info, /v1/models and /metrics, too"
     )
     server.add_argument(
@@ -175,7 +178,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReranker:
+def load_reranker(model: str, limits: Limits, store: Path | None = None, **options: Any) -> MatryoshkaReranker:
     """Load a re-ranker for a server and compute with it once on each device, so that no client waits for the start of
     a worker or for a compiler.
 
@@ -184,8 +187,9 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
 
     Args:
         model, options: arguments of `MatryoshkaReranker`.
+        store: directory of stored passages; None is none.
 
-    Raises: as `MatryoshkaReranker`, `check_degrade_to` and `check_cache`.
+    Raises: as `MatryoshkaReranker`, its `open_store`, `check_degrade_to` and `check_cache`.
     """
     from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
     from flagembedding_matryoshka.serve.model import check_cache, check_degrade_to
@@ -193,6 +197,8 @@ def load_reranker(model: str, limits: Limits, **options: Any) -> MatryoshkaReran
     check_cache(limits.cache_bytes, options.get("batch_invariant", False))
     reranker = MatryoshkaReranker(model, **options)
     check_degrade_to(limits.degrade_to, reranker)
+    if store is not None:
+        reranker.open_store(store)
     for device in dict.fromkeys(reranker.target_devices):
         for pairs in WARM_UP:  # a compiler makes a kernel for one shape, and at the second one for all shapes
             reranker.compute_score(pairs, device=device)
@@ -295,7 +301,7 @@ def _build(
     if keys is None and not is_local:
         logger.warning("the server listens on %s without an API key: everyone there can use it", options.host)
     limits = Limits(**{name: getattr(options, option) for name, option in OF_LIMITS.items()})
-    load = partial(load_reranker, options.model, limits, **given_options(options))
+    load = partial(load_reranker, options.model, limits, options.store, **given_options(options))
 
     def check(loading: Future[MatryoshkaReranker]) -> None:
         if (error := loading.exception()) is not None:
@@ -311,6 +317,7 @@ def _build(
         options.protect_all,
         options.allow_origins,
         options.allowed_hosts or (LOOPBACK if options.host in LOOPBACK and options.uds is None else ["*"]),
+        options.store,
     )
     return app, partial(app.state.service.reload, load)
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response, Security
@@ -80,6 +82,7 @@ def create_app(
     protect_all: bool = False,
     allow_origins: Sequence[str] = (),
     allowed_hosts: Sequence[str] = ("*",),
+    store: str | PathLike[str] | None = None,
 ) -> FastAPI:
     """Make a re-rank server for clients of Cohere, Jina, Voyage, Xinference, vLLM and text-embeddings-inference.
 
@@ -91,14 +94,17 @@ def create_app(
         protect_all: whether /info, /v1/models and /metrics require it, too.
         allow_origins: origins of other sites' pages that may ask the server, such as "https://example.com"; "*" is all.
         allowed_hosts: values of the Host header that are answered, without port; "*" is all.
+        store: directory of stored passages, which requests may name by their ids; None is none.
 
     Returns:
         The application. `app.state.service.reload` replaces its re-ranker, see `Service.reload`.
 
     Raises:
+        FileNotFoundError: if the re-ranker is loaded, and there is no store.
         ValueError: if the API key is empty, `protect_all` is without a key, `limits.cache_bytes` has no room for a
             score, or the re-ranker is loaded and `limits.degrade_to` is not one of its exits, or not shallower than its
-            own depth, or `limits.cache_bytes` is given and its scores depend on their batch.
+            own depth, or another model wrote the store, or `limits.cache_bytes` is given and its scores depend on their
+            batch.
     """
     limits = limits or Limits()
     keys = Keys.of_one(api_key.encode(), "api_key") if isinstance(api_key, str) else api_key
@@ -107,10 +113,12 @@ def create_app(
     if not isinstance(reranker, Future):
         check_degrade_to(limits.degrade_to, reranker)
         check_cache(limits.cache_bytes, reranker.model.model.batch_invariant)
+        if store is not None:
+            reranker.open_store(store)
         loaded: Future[MatryoshkaReranker] = Future()
         loaded.set_result(reranker)
         reranker = loaded
-    service = Service(reranker, name, limits)
+    service = Service(reranker, name, limits, None if store is None else Path(store))
     started = int(time.time())
 
     @asynccontextmanager

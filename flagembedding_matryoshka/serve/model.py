@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +20,12 @@ from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
 from flagembedding_matryoshka.inference.fusion import AUTO, Fusion
+from flagembedding_matryoshka.inference.inputs import Passage, excerpt
 from flagembedding_matryoshka.inference.options import CALIBRATED, ScoringOptions, ranking_weight
 from flagembedding_matryoshka.inference.plan import Plan
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.inference.scoring import Hit, best_chunks, fuse_hits
+from flagembedding_matryoshka.inference.store import PassageStore, StoredPair
 from flagembedding_matryoshka.serve.forms.common import Scale, sigmoid
 from flagembedding_matryoshka.serve.truncation import Lengths, Truncator
 from flagembedding_matryoshka.setting import Setting
@@ -61,31 +64,19 @@ def check_cache(cache_bytes: int | None, batch_invariant: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class FusionKey:
-    """Key of a cascade that drops candidates by fused scores.
+class TaskKey(NamedTuple):
+    """What tasks of a batch have in common.
 
     Attributes:
-        setting: the cascade.
-        fusion: weight of the first stage's scores.
+        setting: depth, width, cascade and store layer.
+        is_stored: whether passages are read from the store.
+        end: the deadline, as a value of `time.monotonic`; None is no deadline.
+        fusion: weight of the first stage's scores, if candidates are dropped by fused scores; otherwise None.
     """
 
     setting: Setting
-    fusion: float
-
-
-@dataclass(frozen=True, eq=False)
-class DeadlineKey:
-    """Key of a request with a deadline, which is computed alone.
-
-    Attributes:
-        setting: the deepest exit, the width and the cascade.
-        end: the deadline, as a value of `time.monotonic`.
-        fusion: weight of the first stage's scores; None is no fusion.
-    """
-
-    setting: Setting
-    end: float
+    is_stored: bool = False
+    end: float | None = None
     fusion: float | None = None
 
 
@@ -113,12 +104,20 @@ class Task:
     fusion: Fusion | None = None
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> TaskKey:
         """The key for `Scorer.compute`. Tasks with equal keys can share a batch."""
-        weight = None if self.fusion is None else self.fusion.weight
-        if self.end is not None:
-            return DeadlineKey(self.setting, self.end, weight)
-        return self.setting if weight is None or self.divisible else FusionKey(self.setting, weight)
+        weight = None if self.fusion is None or self.divisible else self.fusion.weight
+        return TaskKey(self.setting, self.is_stored, self.end, weight)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the passages are read from the store."""
+        return any(isinstance(pair, StoredPair) for pair in self.pairs)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of stored passages."""
+        return sum(pair.states.nbytes for pair in self.pairs if isinstance(pair, StoredPair))
 
     @property
     def items(self) -> Sequence[Any]:
@@ -166,14 +165,20 @@ class Scorer:
 
     Args:
         reranker: the re-ranker.
+        store: directory of stored passages, which requests may name by their ids; None is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_store` and `MatryoshkaReranker.open_store`.
 
     Attributes:
         fingerprint: the model's, see `model_fingerprint`.
+        store: the open store; None is none.
         deadlines: number of tasks with a deadline that wait or are computed.
     """
 
-    def __init__(self, reranker: MatryoshkaReranker) -> None:
+    def __init__(self, reranker: MatryoshkaReranker, store: Path | None = None) -> None:
         self.reranker = reranker
+        self.store: PassageStore | None = None if store is None else reranker.open_store(store)
         self.fingerprint = model_fingerprint(reranker)
         self.deadlines = 0
         self._requests = 0
@@ -299,10 +304,50 @@ class Scorer:
         self._truncator.refuse_too_long(instruction)
         return _scale(shown["normalize"], normalizer, self.reranker.temperature)
 
+    def with_store(self, setting: Mapping[str, Any], documents: Sequence[str | Passage]) -> Mapping[str, Any]:
+        """Return arguments of `MatryoshkaReranker.setting`, if documents are stored with the store's layer and ratio.
+
+        Raises:
+            ValueError: if only some documents are stored, there is no store or it lacks one, or the arguments have
+                another ratio or layers than the store.
+        """
+        stored = [number for number, document in enumerate(documents) if isinstance(document, Passage)]
+        if not stored:
+            return setting
+        if self.store is None:
+            raise ValueError(f"documents.{stored[0]} has an id and no text, but the server has no store of passages.")
+        if len(stored) < len(documents):
+            other = min(set(range(len(documents))) - {*stored})
+            raise ValueError(
+                f"documents.{other} has a text, but documents.{stored[0]} an id alone: give the documents of a query "
+                "all as texts or all by their ids."
+            )
+        for number, document in enumerate(documents):
+            if isinstance(document, Passage) and document.id not in self.store:
+                raise ValueError(f"documents.{number}: the store has no passage with the id {excerpt(document.id)}.")
+        own = self.store.conditions
+        layers = [own.store_layer] if own.compress_ratio > 1 else []
+        fixed = {"store_layer": own.store_layer, "compress_ratio": own.compress_ratio, "compress_layers": layers}
+        for name in ("compress_ratio", "compress_layers"):
+            value = setting.get(name)
+            asked = [value] if isinstance(value, int) and name == "compress_layers" else value
+            if asked is not None and asked != fixed[name]:
+                raise ValueError(f"{name} is {value}, but stored passages have {fixed[name]}: leave it out.")
+        return {**setting, **fixed}
+
+    @property
+    def stored(self) -> dict[str, int] | None:
+        """Number, layer and ratio of the stored passages; None without a store."""
+        if self.store is None:
+            return None
+        own = self.store.conditions
+        facts = {"store_layer": own.store_layer, "compress_ratio": own.compress_ratio}
+        return {"passages": len(self.store), **facts}
+
     def prepare(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Sequence[str | Passage],
         setting: Mapping[str, Any],
         lengths: Lengths,
         max_pairs: int,
@@ -311,10 +356,11 @@ class Scorer:
         instruction: str | None = None,
         fusion: Fusion | None = None,
     ) -> Task:
-        """Tokenise a query and its documents. The model does not run.
+        """Tokenise a query and its documents, or read the states of stored ones. The model does not run.
 
         Args:
-            setting: arguments of `MatryoshkaReranker.setting`.
+            documents: texts, or the ids of stored passages.
+            setting: arguments of `MatryoshkaReranker.setting`, as `with_store` returns them.
             lengths: most tokens of the texts.
             max_pairs: most documents, or chunks, of a request.
             others: documents, or chunks, of other queries of the request.
@@ -324,10 +370,25 @@ class Scorer:
 
         Raises:
             TypeError, ValueError: if the setting does not fit the model, the query leaves no room for a document, there
-                are too many chunks, or as `Truncator.truncate`.
+                are too many chunks, or as `Truncator.truncate`; ValueError if options of texts are given with stored
+                passages.
         """
         chosen = self.reranker.setting(**setting)
-        short = self._truncator.truncate(query, documents, lengths, instruction)
+        ids = [document.id or "" for document in documents if isinstance(document, Passage)]
+        if ids and self.store is not None:
+            if chunks is not None or lengths.keep_end or (lengths.document, lengths.pair) != (None, None):
+                raise ValueError(
+                    "stored passages were truncated when they were stored: leave out max_chunks_per_doc, overlap, "
+                    "max_tokens_per_doc, truncate_prompt_tokens and a truncation_direction of Left"
+                )
+            short = self._truncator.truncate(query, [], lengths, instruction)
+            given = chosen.arguments | {"instruction": instruction}
+            stored = self.reranker.stored_pairs(short.query, ids, self.store, **given)
+            if lengths.refuse and any(pair.is_cut for pair in stored):
+                raise ValueError("truncate=false, but the query or a stored passage is truncated")
+            return Task(chosen, stored, *count_input_tokens(stored), fusion=fusion)
+        texts = [document for document in documents if isinstance(document, str)]
+        short = self._truncator.truncate(query, texts, lengths, instruction)
         if chunks is None:
             pairs = self.reranker.tokenize([(short.query, text) for text in short.documents], instruction=instruction)
             pairs = [
@@ -361,13 +422,11 @@ class Scorer:
         exits = sorted({*dict(setting.cascade), *depths, setting.depth})
         return self.reranker.estimate_flops(task.pairs, depths, **setting.arguments | {"cutoff_layers": exits})
 
-    def _deadline_ms(self, key: DeadlineKey) -> float:
-        seconds = (key.end - time.monotonic()) / max(1, self.deadlines)
+    def _milliseconds_until(self, end: float) -> float:
+        seconds = (end - time.monotonic()) / max(1, self.deadlines)
         return max(seconds, NO_TIME) * 1000
 
-    def compute(
-        self, key: Setting | FusionKey | DeadlineKey, items: list[Sequence[Any]], between: Callable[[], None]
-    ) -> list[list[Hit]]:
+    def compute(self, key: TaskKey, items: list[Sequence[Any]], between: Callable[[], None]) -> list[list[Hit]]:
         """Score the documents of each task.
 
         Args:
@@ -386,18 +445,16 @@ class Scorer:
             ArithmeticError: if a score is not a finite number.
             torch.OutOfMemoryError: if a single pair does not fit into memory.
         """
-        setting = key if isinstance(key, Setting) else key.setting
-        deadline_ms = self._deadline_ms(key) if isinstance(key, DeadlineKey) else None
-        weight = None if isinstance(key, Setting) else key.fusion
+        setting = key.setting
         fused: dict[str, Any] = {}
-        if weight is not None:
-            fused = {"fusion": weight, "first_stage_scores": [[first for _, first in task] for task in items]}
+        if key.fusion is not None:
+            fused = {"fusion": key.fusion, "first_stage_scores": [[first for _, first in task] for task in items]}
             items = [[pair for pair, _ in task] for task in items]
         return self.reranker.score_lists(
             items,
             cascade=dict(setting.cascade) or None,
             show_progress_bar=False,
-            deadline_ms=deadline_ms,
+            deadline_ms=None if key.end is None else self._milliseconds_until(key.end),
             between_batches=between,
             **setting.arguments,
             **fused,

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -62,11 +63,15 @@ class Service:
         loading: future of the re-ranker.
         name: name of the model, for clients.
         limits: limits of requests.
+        store: directory of stored passages; None is none. It is opened again with each re-ranker.
     """
 
-    def __init__(self, loading: Future[MatryoshkaReranker], name: str, limits: Limits) -> None:
+    def __init__(
+        self, loading: Future[MatryoshkaReranker], name: str, limits: Limits, store: Path | None = None
+    ) -> None:
         self.name = name
         self.limits = limits
+        self._store = store
         self._cache = None if limits.cache_bytes is None else ScoreCache(limits.cache_bytes)
         self.metrics = Metrics(
             lambda: self._in_flight, limits.requests, lambda: self._budget.held, limits.bytes, self._cache
@@ -131,14 +136,14 @@ class Service:
     async def _use(self, loading: Future[MatryoshkaReranker]) -> None:
         """Wait for a re-ranker, compute later requests with it, and end the former one after its last request.
 
-        Raises: the error of loading, or as `check_degrade_to` and `check_cache`.
+        Raises: the error of loading, or as `check_degrade_to`, `check_cache` and `Scorer`.
         """
         reranker = await asyncio.wrap_future(loading)
         check_degrade_to(self.limits.degrade_to, reranker)
         check_cache(self.limits.cache_bytes, reranker.model.model.batch_invariant)
         if reranker.description.is_assumed:
             logger.warning("%s", reranker.description.assumption)
-        scorer = await asyncio.to_thread(Scorer, reranker)
+        scorer = await asyncio.to_thread(Scorer, reranker, self._store)
         # The former future holds the former re-ranker.
         former, self._scorer, self._loading = self._scorer, scorer, loading
         self._batcher.max_tokens = scorer.max_tokens
@@ -166,13 +171,15 @@ class Service:
         return self._ready().fingerprint
 
     async def plan_facts(self) -> dict[str, Any]:
-        """Return `Scorer.fusion_weights` and `Scorer.presets`, which a plan may change.
+        """Return `Scorer.fusion_weights` and `Scorer.presets`, which a plan may change, and `Scorer.stored`.
 
         Raises:
             HTTPException: 503 before the model is loaded.
         """
         scorer = self._ready()
-        return await self._tokenizers.run(lambda: {"fusion": scorer.fusion_weights, "presets": scorer.presets})
+        return await self._tokenizers.run(
+            lambda: {"fusion": scorer.fusion_weights, "presets": scorer.presets, "store": scorer.stored}
+        )
 
     def _ready(self) -> Scorer:
         if self._scorer is None:
@@ -258,7 +265,8 @@ class Service:
         asked.drop_texts()
         tokens = sum(task.all_tokens for task in tasks)
         pairs = sum(len(task.pairs) for task in tasks)
-        share.hold(asked.held_bytes + 4 * tokens + BYTES_OF_A_PAIR * pairs)
+        states = sum(task.state_bytes for task in tasks)
+        share.hold(asked.held_bytes + 4 * tokens + BYTES_OF_A_PAIR * pairs + states)
         if degraded:
             self.metrics.degraded()
         deadlines = sum(task.end is not None for task in tasks)
@@ -319,8 +327,8 @@ class Service:
         return is_shallower(exit, scorer.reranker.setting(**asked.setting))
 
     async def _compute(self, scorer: Scorer, task: Task) -> Sequence[Hit]:
-        """Return the hit of each pair. Scores in the cache are not computed."""
-        if self._cache is None or not task.divisible:
+        """Return the hit of each pair. Scores in the cache, which has none of stored passages, are not computed."""
+        if self._cache is None or not task.divisible or task.is_stored:
             return await self._submit(scorer, task)
         keys = await self._tokenizers.run(score_keys, scorer.fingerprint, task.setting, task.pairs)
         known = self._cache.find(keys)
@@ -398,6 +406,7 @@ def _prepare(
         ValueError: naming the query if there are several, as `Scorer.scale`, `Scorer.fusion` and `Scorer.prepare`.
     """
     try:
+        setting = scorer.with_store(setting, query.documents)
         scale = scorer.scale(setting, asked.normalizer, asked.deadline_ms, query.instruction)
         fusion = scorer.fusion(asked.fusion, query.first_stage)
         of_task = (query.query, query.documents, setting, asked.lengths, max_pairs, others, asked.chunks)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, FailFast, Field, ValidationIn
 from typing_extensions import NotRequired, Self, TypedDict
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage_score
+from flagembedding_matryoshka.inference.inputs import Passage
 from flagembedding_matryoshka.serve.forms.common import (
     FIRST_STAGE_SCORE,
     Document,
@@ -41,8 +42,8 @@ Documents = Annotated[
     list[str | Document],
     FailFast(),
     Field(
-        description=f"texts, or objects with a text. An object may have the first stage's score, a number or null, in "
-        f"{FIRST_STAGE_SCORE}, which is not ranked as text"
+        description="texts, or objects with a text, or with nothing but the id of a stored passage. An object may have "
+        f"the first stage's score, a number or null, in {FIRST_STAGE_SCORE}, which is not ranked as text"
     ),
 ]
 
@@ -104,15 +105,20 @@ class DocumentsRead(NamedTuple):
     """The documents of a query, as they are ranked and answered.
 
     Attributes:
-        texts: the ranked text of each document.
+        texts: the ranked text of each document, or the id of a stored passage.
         returned: JSON of each document, if the answer repeats it; otherwise empty. It is smaller than the object, and
             its memory is known.
         first_stage: the first stage's score of each document; None without such scores.
     """
 
-    texts: list[str]
+    texts: list[str | Passage]
     returned: list[str]
     first_stage: list[float] | None
+
+    @property
+    def held(self) -> Iterable[str]:
+        """The texts and ids."""
+        return (text if isinstance(text, str) else text.id or "" for text in self.texts)
 
 
 class ObjectsRequest(Request):
@@ -167,7 +173,16 @@ class ObjectsRequest(Request):
         own = [_first_stage_score(number, document) for number, document in enumerate(documents)]
         has_own = any(isinstance(document, dict) and FIRST_STAGE_SCORE in document for document in documents)
         first_stage = self._read_first_stage(len(documents), scores, own if has_own else None)
-        texts = [_ranked_text(number, document, fields) for number, document in enumerate(documents)]
+        texts: list[str | Passage] = []
+        for number, document in enumerate(documents):
+            if self.rank_fields is None and isinstance(document, Mapping) and _is_stored(document):
+                texts.append(Passage(document["id"], None))
+            else:
+                texts.append(_ranked_text(number, document, fields))
+        if self.return_documents and not returned:
+            for number, text in enumerate(texts):
+                if isinstance(text, Passage):
+                    raise ValueError(f"documents.{number}: return_documents needs a text, and there is an id alone")
         return DocumentsRead(texts, [_returned(document) for document in documents] if returned else [], first_stage)
 
     @property
@@ -221,7 +236,7 @@ class DocumentsRequest(ObjectsRequest):
 
     @property
     def _held_texts(self) -> Iterable[str]:
-        return chain(self._read.texts, self._read.returned)
+        return chain(self._read.held, self._read.returned)
 
     def drop_texts(self) -> None:
         self.query = ""
@@ -263,8 +278,13 @@ class InfinityRequest(DocumentsRequest):
     def _repeats_texts(self) -> bool:
         return bool(self.return_documents)
 
-    def _shown(self, index: int) -> str:
+    def _shown(self, index: int) -> Any:
         return self._read.texts[index]
+
+
+def _is_stored(document: Mapping[str, Any]) -> bool:
+    """Return whether a document is the id of a stored passage, perhaps with the first stage's score."""
+    return isinstance(document.get("id"), str) and not set(document) - {"id", FIRST_STAGE_SCORE}
 
 
 def _ranked_text(number: int, document: str | Mapping[str, Any], fields: Sequence[str]) -> str:

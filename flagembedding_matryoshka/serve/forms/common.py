@@ -26,6 +26,7 @@ from pydantic import (
 from typing_extensions import NotRequired, Self, TypedDict
 
 from flagembedding_matryoshka.inference.fusion import as_first_stage, reciprocal_ranks
+from flagembedding_matryoshka.inference.inputs import Passage
 from flagembedding_matryoshka.inference.options import CALIBRATED
 from flagembedding_matryoshka.inference.scoring import Hit, best_first
 from flagembedding_matryoshka.serve.truncation import Lengths
@@ -146,14 +147,15 @@ class QueryDocuments(NamedTuple):
     """A query of a request, with its documents.
 
     Attributes:
-        query, documents: the texts.
+        query: the text.
+        documents: texts, or ids of stored passages.
         instruction: instruction of the query; None is the model's own, "" is none.
         first_stage: the first stage's score of each document; None without such scores.
         place: the query's place in a body with several, for errors.
     """
 
     query: str
-    documents: Sequence[str]
+    documents: Sequence[str | Passage]
     instruction: str | None
     first_stage: Sequence[float] | None = None
     place: str | None = None

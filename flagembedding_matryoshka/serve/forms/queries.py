@@ -96,7 +96,7 @@ class QueriesRequest(ObjectsRequest):
 
     @property
     def _held_texts(self) -> Iterable[str]:
-        return chain.from_iterable((query.query, *read.texts, *read.returned) for query, read in self._read)
+        return chain.from_iterable((query.query, *read.held, *read.returned) for query, read in self._read)
 
     def drop_texts(self) -> None:
         for number, (query, read) in enumerate(self._read):
