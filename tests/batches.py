@@ -34,7 +34,8 @@ def tokenized_pair(ids, query_length, prompt_length) -> TokenizedPair:
     """Lists of tokens as the package holds them."""
     ids = np.array(ids, dtype=np.int32)
     passage_end = len(ids) - prompt_length
-    return TokenizedPair(Prefix(ids[:query_length]), ids[query_length:passage_end], ids[passage_end:])
+    lead = ids[:query_length]
+    return TokenizedPair(Prefix(lead, lead.tobytes()), ids[query_length:passage_end], ids[passage_end:])
 
 
 def random_sequences(lengths, seed=0) -> list[TokenSequence]:

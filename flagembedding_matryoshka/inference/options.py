@@ -148,8 +148,10 @@ class Call:
         if are_tokenized(pairs):
             inputs: Inputs = pairs
         else:
-            lengths = self.options.query_max_length, self.options.max_length
-            inputs = self.tokenizer.build_within(pairs, *lengths, self.template, self.setting.store_layer > 0)
+            lengths = self.tokenizer.lengths_within(
+                self.options.query_max_length, self.options.max_length, self.template, self.setting.store_layer > 0
+            )
+            inputs = self.tokenizer.build(pairs, *lengths, self.template)
         if self.max_tokens is not None:
             for number, pair in enumerate(inputs, start=first):
                 if len(pair) > self.max_tokens:

@@ -350,7 +350,8 @@ class MatryoshkaModule(InputModule):
         pairs = as_pairs(inputs)
         if are_tokenized(pairs):
             raise TypeError("a CrossEncoder tokenises texts itself: give it pairs of strings.")
-        return {"pairs": self.pair_tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)}
+        lengths = self.pair_tokenizer.lengths_within(self.query_max_length, self.max_length, template)
+        return {"pairs": self.pair_tokenizer.build(pairs, *lengths, template)}
 
     def forward(  # type: ignore[override]
         self,
