@@ -228,8 +228,9 @@ class Setting:
                 f"compress_layers {outside} do not exist. A compress layer is the number of decoder layers that have "
                 f"run, from 1 to {config.num_hidden_layers}."
             )
+        possible = [layer for layer in exits if layer < max(self.cutoff_layers)]
         for layer, _ in self.cascade:
-            if layer not in (possible := [layer for layer in exits if layer < self.depth]):
+            if layer not in possible:
                 raise ValueError(f"cascade drops candidates after layer {layer}, but must do so at one of {possible}.")
 
     @property

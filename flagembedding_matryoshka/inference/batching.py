@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -15,44 +14,35 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 PATIENCE = 16
 """After this many batches without an out-of-memory error the limit is doubled. Each time the doubled limit fails, this
 number doubles too."""
 
 
-def by_prefix(pairs: Sequence[TokenizedPair]) -> list[int]:
-    """Return the indices of all pairs, pairs with one prefix together, the longest pairs and prefixes first."""
-    lengths = list(map(len, pairs))
-    groups: dict[Prefix, list[int]] = {}
-    for index in sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True):
-        groups.setdefault(pairs[index].prefix, []).append(index)
-    return list(chain.from_iterable(groups.values()))
-
-
 def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
     """Return the number of tokens of a batch, in which neighbours share their prefix."""
     before = [None, *(pair.prefix for pair in pairs)]
-    return sum(pair.own_length if pair.prefix == one else len(pair) for pair, one in zip(pairs, before, strict=False))
+    return sum(pair.own_length if pair.prefix == one else pair.length for pair, one in zip(pairs, before, strict=False))
 
 
-def cut_batches(
-    pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: float, order: Sequence[int] | None = None
-) -> Iterator[list[int]]:
+def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: float) -> Iterator[list[int]]:
     """Yield the indices of pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, at least one pair.
 
-    Args:
-        order: the indices of pairs in the order of the batches; None is the order of `by_prefix`.
+    Pairs with one prefix stand together, the longest pairs and prefixes first.
     """
+    lengths = [pair.length for pair in pairs]
+    groups: dict[Prefix, list[int]] = {}
+    for index in sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True):
+        groups.setdefault(pairs[index].prefix, []).append(index)
     batch: list[int] = []
     tokens = 0
-    for index in by_prefix(pairs) if order is None else order:
+    for index in chain.from_iterable(groups.values()):
         pair = pairs[index]
         shares = bool(batch) and pairs[batch[-1]].prefix == pair.prefix
-        tokens += pair.own_length if shares else len(pair)
+        tokens += pair.own_length if shares else pair.length
         if batch and (len(batch) == batch_size or tokens > max_tokens):
             yield batch
-            batch, tokens = [], len(pair)
+            batch, tokens = [], pair.length
         batch.append(index)
     if batch:
         yield batch
@@ -65,31 +55,29 @@ def count_input_tokens(pairs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
         the number of tokens before the passages, which a batch holds once, and the number of each pair's other tokens.
     """
     shared = pairs[0].query_length if pairs else 0
-    return shared, [len(pair) - pair.query_length for pair in pairs]
+    return shared, [pair.length - pair.query_length for pair in pairs]
 
 
 class OutOfMemory(Exception):
     """A batch did not fit."""
 
 
-def computed(batch: Callable[[], T]) -> T:
-    """Return the result of `batch`. Raises OutOfMemory if any device, also a CPU, lacks memory."""
-    try:
-        return batch()
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
-            raise
-        shortage = OutOfMemory(str(error))
-    # Outside of the handler, whose error keeps the tensors of the batch alive.
-    clear_device_cache()
-    raise shortage
+def as_shortage(error: RuntimeError) -> OutOfMemory:
+    """Return the shortage of memory that an error tells of. Raises the error itself if it is another one.
+
+    The device may be a CPU, too. The error keeps the tensors of its batch alive: leave its handler before memory is
+    used again.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+        raise error
+    return OutOfMemory(str(error))
 
 
 class TokenLimit:
     """The number of tokens of a batch that fit.
 
     Attributes:
-        tokens: infinity until a batch does not fit.
+        tokens: infinity until a batch does not fit. Until then `take` returns all pairs, and `fitted` has no effect.
     """
 
     def __init__(self) -> None:
@@ -101,9 +89,13 @@ class TokenLimit:
 
     def take(self, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
         """Return the first pairs of a batch, at least one, that fit as far as is known."""
-        if self.tokens == math.inf:
-            return pairs
-        return pairs[: len(next(cut_batches(pairs, len(pairs), self.tokens, range(len(pairs)))))]
+        tokens, before = 0, None
+        for count, pair in enumerate(pairs):
+            tokens += pair.own_length if pair.prefix == before else pair.length
+            if count and tokens > self.tokens:
+                return pairs[:count]
+            before = pair.prefix
+        return pairs
 
     def fitted(self) -> None:
         """Note that a batch fitted. After enough of them a larger limit is tried, since memory may be free again."""
@@ -113,7 +105,7 @@ class TokenLimit:
                 self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, math.isfinite(self.tokens)
 
     def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory, held: str = "") -> None:
-        """Limit batches to half the tokens of `part`, which did not fit.
+        """Limit batches to half the tokens of `part`, which did not fit, and free cached memory.
 
         Args:
             name: number of the first pair, for the error.
@@ -122,6 +114,7 @@ class TokenLimit:
         Raises:
             torch.OutOfMemoryError: if `part` is a single pair.
         """
+        clear_device_cache()
         tokens = count_tokens(part)
         if len(part) == 1:
             raise torch.OutOfMemoryError(

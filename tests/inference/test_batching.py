@@ -1,3 +1,4 @@
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -12,8 +13,7 @@ from flagembedding_matryoshka.inference.batching import (
     PATIENCE,
     OutOfMemory,
     TokenLimit,
-    by_prefix,
-    computed,
+    as_shortage,
     count_tokens,
     cut_batches,
 )
@@ -32,9 +32,13 @@ def tokenized_pairs(draw, min_size=0):
     return [tokenized_pair(query + [6] * passage + [7, 8], len(query), 2) for query, passage in shapes]
 
 
+def in_one_batch(pairs):
+    return [index for batch in cut_batches(pairs, len(pairs), math.inf) for index in batch]
+
+
 @given(tokenized_pairs())
 def test_pairs_of_a_query_stand_together_and_the_longest_first(pairs):
-    order = by_prefix(pairs)
+    order = in_one_batch(pairs)
     assert sorted(order) == list(range(len(pairs)))
     queries = [tuple(pairs[index].lead.ids.tolist()) for index in order]
     assert len(list(dict.fromkeys(queries))) == sum(a != b for a, b in zip(queries, [None, *queries], strict=False))
@@ -55,7 +59,7 @@ def test_tokens_are_those_of_the_packed_row(pairs):
 @given(tokenized_pairs(), st.integers(1, 40), st.integers(1, 5))
 def test_batches_are_as_large_as_both_limits_allow(pairs, max_tokens, batch_size):
     batches = list(cut_batches(pairs, batch_size, max_tokens))
-    assert [index for batch in batches for index in batch] == by_prefix(pairs)
+    assert [index for batch in batches for index in batch] == in_one_batch(pairs)
     for number, batch in enumerate(batches):
         assert len(batch) == 1 or count_tokens([pairs[index] for index in batch]) <= max_tokens
         assert len(batch) <= batch_size
@@ -72,14 +76,31 @@ def more_than_there_is():
     return torch.empty(2**58)
 
 
+def error_of(batch):
+    try:
+        return batch()
+    except RuntimeError as error:
+        return error
+
+
+@given(tokenized_pairs(min_size=1), st.integers(1, 40))
+def test_the_first_pairs_that_fit_are_taken(pairs, most):
+    limit = TokenLimit()
+    assert limit.take(pairs) is pairs
+    limit.tokens = most
+    taken = limit.take(pairs)
+    assert list(taken) == pairs[: len(taken)] and len(taken) >= 1
+    assert len(taken) == 1 or count_tokens(taken) <= most
+    assert len(taken) == len(pairs) or count_tokens(pairs[: len(taken) + 1]) > most
+
+
 def test_a_shortage_of_a_cpu_is_one_too_and_nothing_else_is():
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         more_than_there_is()
-    with pytest.raises(OutOfMemory, match="can't allocate memory"):
-        computed(more_than_there_is)
+    shortage = as_shortage(error_of(more_than_there_is))
+    assert isinstance(shortage, OutOfMemory) and "can't allocate memory" in str(shortage)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        computed(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
-    assert computed(lambda: 5) == 5
+        as_shortage(error_of(lambda: torch.ones(2, 3) @ torch.ones(2, 3)))
 
 
 def test_what_was_short_once_is_tried_again_and_ever_later_where_it_stays_short():
