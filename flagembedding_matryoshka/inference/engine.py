@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import TokenLimit, as_shortage, count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
-from flagembedding_matryoshka.inference.memory import keep_freed_memory
+from flagembedding_matryoshka.inference.memory import TokenLimit, as_shortage, keep_freed_memory
 from flagembedding_matryoshka.inference.store import StoredPair
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -30,7 +29,7 @@ from flagembedding_matryoshka.models.onednn import use_onednn
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from flagembedding_matryoshka.text.pairs import TokenizedPair, count_tokens
 
 T = TypeVar("T")
 
@@ -148,7 +147,7 @@ class Engine:
             part = self._limit.take(pairs[start:]) if is_limited else pairs[start:]
             shortage = None
             try:
-                with torch.inference_mode(), self._adapted(task.setting.compress_ratio):
+                with self._adapted(task.setting.compress_ratio), torch.inference_mode():
                     scores.append(self.model.scores(self._embed(part, task.setting), task.setting))
             except RuntimeError as error:
                 shortage = as_shortage(error)

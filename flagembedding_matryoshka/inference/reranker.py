@@ -21,7 +21,6 @@ from flagembedding_matryoshka.checkpoints.export.formats import Format, export_f
 from flagembedding_matryoshka.checkpoints.export.plain import Exit
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.inference.batching import count_input_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
@@ -48,11 +47,11 @@ from flagembedding_matryoshka.inference.options import (
 from flagembedding_matryoshka.inference.plan import Plan, load_plan
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.ranking import RankingMixin
-from flagembedding_matryoshka.inference.scoring import score_pairs
+from flagembedding_matryoshka.inference.scoring import cut_batches, score_pairs
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair, count_input_tokens
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 

@@ -1,7 +1,7 @@
 """The way from pairs to scores, and from scores to rankings.
 
 1. `windows_of` reads lists of pairs and tokenises them. Many pairs are tokenised in a thread, a window ahead.
-2. `tasks_of` cuts a window into batches, and batches make tasks.
+2. `tasks_of` cuts a window into batches, see `cut_batches`, and batches make tasks.
 3. An engine runs the tasks, or the workers of several devices do.
 4. `score_pairs` writes the results into a tensor, at the places of their pairs. `rank_lists` makes hits of them, and
    orders these at the end.
@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Required, TypedDict
 
-from flagembedding_matryoshka.inference.batching import count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task, TaskScores
@@ -34,6 +33,7 @@ from flagembedding_matryoshka.inference.fusion import Fusion, fuse
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair, count_tokens
 
 T = TypeVar("T")
 Run = Callable[[Iterator[Task]], Generator[tuple[Task, TaskScores], None, None]]
@@ -328,6 +328,29 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
             call.deadline,
             fusion,
         )
+
+
+def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: float) -> Iterator[list[int]]:
+    """Yield the indices of pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, at least one pair.
+
+    Pairs with one prefix stand together, the longest pairs and prefixes first.
+    """
+    lengths = [pair.length for pair in pairs]
+    groups: dict[Prefix, list[int]] = {}
+    for index in sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True):
+        groups.setdefault(pairs[index].prefix, []).append(index)
+    batch: list[int] = []
+    tokens = 0
+    for index in chain.from_iterable(groups.values()):
+        pair = pairs[index]
+        shares = bool(batch) and pairs[batch[-1]].prefix == pair.prefix
+        tokens += pair.own_length if shares else pair.length
+        if batch and (len(batch) == batch_size or tokens > max_tokens):
+            yield batch
+            batch, tokens = [], pair.length
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:

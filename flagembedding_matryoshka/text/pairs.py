@@ -113,6 +113,22 @@ class TokenizedPair:
         )
 
 
+def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Return the number of tokens of a batch, in which neighbours share their prefix."""
+    before = [None, *(pair.prefix for pair in pairs)]
+    return sum(pair.own_length if pair.prefix == one else pair.length for pair, one in zip(pairs, before, strict=False))
+
+
+def count_input_tokens(pairs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
+    """Count the tokens of one query's pairs.
+
+    Returns:
+        the number of tokens before the passages, which a batch holds once, and the number of each pair's other tokens.
+    """
+    shared = pairs[0].query_length if pairs else 0
+    return shared, [pair.length - pair.query_length for pair in pairs]
+
+
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
     """Return the first token of `text`: the row of the vocabulary that scoring heads are initialised with."""
     return tokenizer(text, add_special_tokens=False)["input_ids"][0]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import engine
-from flagembedding_matryoshka.inference.batching import TokenLimit
 from flagembedding_matryoshka.inference.cascade import _best_of_each_query, finish, run_cascade
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
