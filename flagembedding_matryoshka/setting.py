@@ -36,20 +36,9 @@ def as_layer_tuple(name: str, layers: Layers) -> tuple[int, ...] | None:
         raise TypeError(f"{name} must be an int or a list of ints, got the {type(layers).__name__} {layers!r}.")
     values = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for value in values:
-        if not _is_int(value):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an int or a list of ints, got {value!r} in {layers!r}.")
     return tuple(map(operator.index, values))
-
-
-def as_layer(name: str, layer: Any) -> int:
-    """Return a number of layers. Raises TypeError if it is not an int."""
-    if not _is_int(layer):
-        raise TypeError(f"{name} must be an int, got {layer!r}.")
-    return operator.index(layer)
-
-
-def _is_int(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def resolve_alias(compress_layer: Layers, compress_layers: Layers) -> Layers:
@@ -137,46 +126,43 @@ class Setting:
                 f"compress_ratio is {ratio!r}, but must be one of {list(COMPRESS_RATIOS)}: the model is trained with "
                 "these, so that ratios nest and one adapter per ratio can be fitted."
             )
-        values = {
-            "cutoff_layers": as_layer_tuple("cutoff_layers", self.cutoff_layers) or (),
-            "compress_layers": tuple(sorted(set(as_layer_tuple("compress_layers", self.compress_layers) or ()))),
-            "compress_ratio": int(ratio),
-            "cascade": as_stages(self.cascade),
-            "store_layer": as_layer("store_layer", self.store_layer),
-        }
-        for name, value in values.items():
+        cutoffs = as_layer_tuple("cutoff_layers", self.cutoff_layers) or ()
+        after = tuple(sorted(set(as_layer_tuple("compress_layers", self.compress_layers) or ())))
+        cascade = as_stages(self.cascade)
+        store = self.store_layer
+        if isinstance(store, bool) or not hasattr(store, "__index__"):
+            raise TypeError(f"store_layer must be an int, got {store!r}.")
+        store = operator.index(store)
+        if ratio > 1 and not after and store:
+            after = (store,)
+        names = ("cutoff_layers", "compress_layers", "compress_ratio", "cascade", "store_layer")
+        for name, value in zip(names, (cutoffs, after, int(ratio), cascade, store), strict=True):
             object.__setattr__(self, name, value)
-        if not self.cutoff_layers:
+
+        if not cutoffs:
             raise ValueError("cutoff_layers is empty.")
-        if self.compress_ratio > 1 and not self.compress_layers and self.store_layer:
-            object.__setattr__(self, "compress_layers", (self.store_layer,))
-        self._check_store_layer()
-        if self.compress_ratio > 1 and not self.compress_layers:
+        if store < 0:
+            raise ValueError(f"store_layer is {store}, but must be a number of layers, or 0 for none.")
+        for name, layers in (("cutoff_layers", cutoffs), ("cascade", dict(cascade))):
+            if store and (below := [layer for layer in layers if layer <= store]):
+                raise ValueError(
+                    f"{name} {below} do not lie above store_layer={store}: up to it, a passage does not know its query."
+                )
+        if ratio > 1 and (below := [layer for layer in after if layer < store]):
+            raise ValueError(
+                f"compress_layers {below} lie below store_layer={store}: stored passages are compressed after layer "
+                f"{store} first."
+            )
+        if ratio > 1 and not after:
             raise ValueError(f"compress_ratio={ratio} needs compress_layers that say where to compress.")
         before = 1.0
-        for layer, share in self.cascade:
+        for layer, share in cascade:
             if not 0 < share <= before:
                 raise ValueError(
                     f"cascade keeps {share} of all candidates after layer {layer}: shares lie in (0, 1] and do not "
                     f"rise; the one before is {before}."
                 )
             before = share
-
-    def _check_store_layer(self) -> None:
-        """Raise ValueError unless exits lie above the store layer, and no passage is compressed below it."""
-        store = self.store_layer
-        if store < 0:
-            raise ValueError(f"store_layer is {store}, but must be a number of layers, or 0 for none.")
-        for name, layers in (("cutoff_layers", self.cutoff_layers), ("cascade", dict(self.cascade))):
-            if store and (below := [layer for layer in layers if layer <= store]):
-                raise ValueError(
-                    f"{name} {below} do not lie above store_layer={store}: up to it, a passage does not know its query."
-                )
-        if self.compress_ratio > 1 and (below := [layer for layer in self.compress_layers if layer < store]):
-            raise ValueError(
-                f"compress_layers {below} lie below store_layer={store}: stored passages are compressed after layer "
-                f"{store} first."
-            )
 
     @cached_property
     def depth(self) -> int:
@@ -242,7 +228,7 @@ class Setting:
                 f"compress_layers {outside} do not exist. A compress layer is the number of decoder layers that have "
                 f"run, from 1 to {config.num_hidden_layers}."
             )
-        possible = [layer for layer in exits if layer < self.depth]
+        possible = [layer for layer in exits if layer < max(self.cutoff_layers)]
         for layer, _ in self.cascade:
             if layer not in possible:
                 raise ValueError(f"cascade drops candidates after layer {layer}, but must do so at one of {possible}.")

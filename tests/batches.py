@@ -4,6 +4,7 @@ import inspect
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import hypothesis.strategies as st
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ WIDTHS = [
 ]
 # (query, passage, prompt): a short last group, no passage, a single passage token, a passage alone, a single token
 LENGTHS = [(5, 17, 4), (3, 0, 4), (2, 1, 4), (0, 30, 0), (4, 9, 3), (1, 0, 0)]
+QUERY_TOKENS = [[1], [1, 2], [3, 4, 5]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,14 @@ def tokenized_pair(ids, query_length, prompt_length) -> TokenizedPair:
     """Lists of tokens as the package holds them."""
     ids = np.array(ids, dtype=np.int32)
     passage_end = len(ids) - prompt_length
-    return TokenizedPair(Prefix(ids[:query_length]), ids[query_length:passage_end], ids[passage_end:])
+    lead = ids[:query_length]
+    return TokenizedPair(Prefix(lead, lead.tobytes()), ids[query_length:passage_end], ids[passage_end:])
+
+
+@st.composite
+def tokenized_pairs(draw, min_size=0):
+    shapes = draw(st.lists(st.tuples(st.sampled_from(QUERY_TOKENS), st.integers(0, 9)), min_size=min_size, max_size=12))
+    return [tokenized_pair(query + [6] * passage + [7, 8], len(query), 2) for query, passage in shapes]
 
 
 def random_sequences(lengths, seed=0) -> list[TokenSequence]:

@@ -64,7 +64,8 @@ def make_groups(job: Job) -> list[Group]:
     shortest, longest = PASSAGE_LENGTHS
     groups: list[Group] = []
     for _ in range(job.queries):
-        query = Prefix(tokens(QUERY_LENGTH))
+        ids = tokens(QUERY_LENGTH)
+        query = Prefix(ids, ids.tobytes())
         lengths = torch.randint(shortest, longest + 1, (job.group,), generator=generator).tolist()
         pairs = [TokenizedPair(query, tokens(length), tokens(PROMPT_LENGTH)) for length in lengths]
         groups.append(Group(pairs, torch.randn(job.group, generator=generator).tolist()))

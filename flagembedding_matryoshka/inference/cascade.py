@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.inference.fusion import Fusion, best_first
+from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
@@ -53,7 +53,8 @@ def run_cascade(
     running = torch.ones(len(owner), dtype=torch.bool)
     alive = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     largest = max(sizes), max(states.packed.total_tokens for states in batches)
-    for layer, share in (*setting.cascade, (setting.depth, None)):
+    (deepest,) = setting.cutoff_layers
+    for layer, share in (*setting.cascade, (deepest, None)):
         if share is not None:
             kept = torch.tensor([share_of(share, count) for count in candidates.tolist()])
             if bool((owner[running].bincount(minlength=len(kept)) <= kept).all()):
@@ -132,7 +133,8 @@ def _best_of_each_query(fused: Tensor, scores: Tensor, running: Tensor, owner: T
         (sequences,) bool.
     """
     places = running.nonzero()[:, 0]
-    places = places[best_first(fused[places], scores[places])]
+    for values in (scores, fused):  # sorts are stable: by the fused score, and where that is equal by the score
+        places = places[values[places].argsort(descending=True, stable=True)]
     places = places[owner[places].argsort(stable=True)]
     mine = owner[places]
     left = mine.bincount(minlength=len(kept))

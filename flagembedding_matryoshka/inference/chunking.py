@@ -90,7 +90,7 @@ class Chunking:
             window = text[start : start + (room + MARGIN) * CHARACTERS]
             offsets = tokenizer.passage_offsets(window, template)
             instruction = int((offsets[:, 1] == 0).sum())
-            own = room - instruction - len(tokenizer.ids_of(template).passage_end)
+            own = room - instruction - len(tokenizer.ids_of(template).passage.end)
             if own < 1:
                 raise ValueError(f"the query {query!r:.60} leaves no room for a chunk of a document beside it.")
             if 2 * self.overlap > own:

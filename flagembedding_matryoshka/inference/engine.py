@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratios, use_token_adapter
-from flagembedding_matryoshka.inference.batching import OutOfMemory, TokenLimit, computed, count_tokens
 from flagembedding_matryoshka.inference.cascade import finish, run_cascade
 from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
-from flagembedding_matryoshka.inference.memory import keep_freed_memory
+from flagembedding_matryoshka.inference.memory import TokenLimit, as_shortage, keep_freed_memory
 from flagembedding_matryoshka.inference.store import StoredPair
 from flagembedding_matryoshka.models.batch import copy_to_host
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
@@ -30,11 +29,9 @@ from flagembedding_matryoshka.models.onednn import use_onednn
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from flagembedding_matryoshka.text.pairs import TokenizedPair, count_tokens
 
 T = TypeVar("T")
-Stages = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Scores, exits and fused scores, as `run_cascade` returns them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,25 +143,32 @@ class Engine:
         (pairs,), (places,) = task.batches, task.places
         scores, start = [], 0
         while start < len(pairs):
-            part = self._limit.take(pairs[start:])
+            is_limited = self._limit.tokens < math.inf
+            part = self._limit.take(pairs[start:]) if is_limited else pairs[start:]
+            shortage = None
             try:
-                with self._adapted(task.setting.compress_ratio):
-                    scores.append(computed(partial(self._forward, part, task.setting)))
-            except OutOfMemory as error:
-                self._limit.halve(part, places[start], error)
+                with self._adapted(task.setting.compress_ratio), torch.inference_mode():
+                    scores.append(self.model.scores(self._embed(part, task.setting), task.setting))
+            except RuntimeError as error:
+                shortage = as_shortage(error)
+            if shortage is not None:
+                self._limit.halve(part, places[start], shortage)
                 continue
-            self._limit.fitted()
+            if is_limited:
+                self._limit.fitted()
             start += len(part)
 
         on_host = copy_to_host(torch.cat(scores, dim=1))
 
         def wait() -> TaskScores:
             found = on_host()
-            self._refuse_no_number(found, places)
+            if not found.isfinite().all():
+                raise self._no_number(found, places)
             return TaskScores(found.tolist())
 
         return wait
 
+    @torch.inference_mode()
     def _score_in_stages(
         self, task: Task, owners: Sequence[Sequence[int]], between: Callable[[], None] | None
     ) -> Generator[None, None, TaskScores]:
@@ -173,42 +177,59 @@ class Engine:
         After an out-of-memory error all pairs start again, each half of the queries by itself, and those of a single
         query in smaller batches. Their order stays, also for `fusion`. A deadline stays, too.
         """
+        setting = task.setting
         pairs_of_all, places_of_all = list(chain(*task.batches)), list(chain(*task.places))
         queries = list(dict.fromkeys(chain(*owners)))
         if len(queries) > 1 and sum(map(count_tokens, task.batches)) > self._limit_of_cascades.tokens:
             return (yield from self._in_halves(task, owners, queries, between))
         deadline = None if task.deadline is None else task.deadline.start()
         while True:
+            is_limited = self._limit.tokens < math.inf
             parts: list[tuple[int, slice]] = []
             for number, pairs in enumerate(task.batches):
                 start = 0
                 while start < len(pairs):
-                    parts.append((number, slice(start, start + len(self._limit.take(pairs[start:])))))
-                    start = parts[-1][1].stop
+                    fitting = self._limit.take(pairs[start:]) if is_limited else pairs[start:]
+                    parts.append((number, slice(start, start + len(fitting))))
+                    start += len(fitting)
             packs = [task.batches[number][part] for number, part in parts]
             of_packs = [owners[number][part] for number, part in parts]
-            stages = self._run_stages(packs, of_packs, task.setting, deadline, between, task.fusion)
+            states: list[PackedStates] = []
+            shortage = None
             try:
-                while True:
-                    computed(partial(next, stages))
-                    yield
-            except StopIteration as end:
-                scores, exits, fused = end.value
-            except OutOfMemory as error:
+                with self._adapted(setting.compress_ratio):
+                    states = [self._embed(pairs, setting) for pairs in packs]
+                if deadline is None:
+                    score = partial(self._read, setting, between)
+                    scores, exits, fused = yield from run_cascade(score, states, of_packs, setting, task.fusion)
+                else:
+                    score, of_model = partial(self._read, setting, None), self.model.config
+                    costs = of_model.exit_layers, reading_share(of_model)
+                    scores, exits, fused = AnytimeRun(
+                        score, states, setting, *costs, deadline, between, task.fusion
+                    ).run()
+            except RuntimeError as error:
+                shortage = as_shortage(error)
+            if shortage is not None:
+                states = []
                 if len(queries) > 1:
                     held = f", the states of a cascade of {len(queries)} queries"
-                    self._limit_of_cascades.halve(pairs_of_all, places_of_all[0], error, held)
+                    self._limit_of_cascades.halve(pairs_of_all, places_of_all[0], shortage, held)
                     return (yield from self._in_halves(task, owners, queries, between))
                 largest = max(range(len(packs)), key=lambda place: len(packs[place]))
                 number, part = parts[largest]
                 held = f", beside the states of {sum(map(count_tokens, packs))} tokens in the batches of its cascade"
                 first = task.places[number][part.start]
-                self._limit.halve(packs[largest], first, error, held if len(packs) > 1 else "")
+                self._limit.halve(packs[largest], first, shortage, held if len(packs) > 1 else "")
                 continue
-            self._limit.fitted()
-            self._limit_of_cascades.fitted()
+            if is_limited:
+                self._limit.fitted()
+            if self._limit_of_cascades.tokens < math.inf:
+                self._limit_of_cascades.fitted()
             # A NaN score makes all fused scores of its query NaN, even if a deeper exit replaces the score itself.
-            self._refuse_no_number(torch.stack([scores.double(), fused.double()]), places_of_all)
+            both = torch.stack([scores.double(), fused.double()])
+            if not both.isfinite().all():
+                raise self._no_number(both, places_of_all)
             return TaskScores([scores.tolist()], exits.tolist(), fused.tolist())
 
     def _in_halves(
@@ -226,49 +247,26 @@ class Engine:
         merged_scores, merged_exits, merged_fused = zip(*(next(found[half]) for half in chain(*in_first)), strict=True)
         return TaskScores([list(merged_scores)], merged_exits, merged_fused)
 
-    @torch.inference_mode()
-    def _run_stages(
-        self,
-        batches: Sequence[Sequence[TokenizedPair]],
-        owners: Sequence[Sequence[int]],
-        setting: Setting,
-        deadline: Deadline | None,
-        between: Callable[[], None] | None,
-        fusion: Fusion | None,
-    ) -> Generator[None, None, Stages]:
-        with self._adapted(setting.compress_ratio):
-            states = [self._embed(pairs, setting) for pairs in batches]
-        if deadline is not None:
-            score, exits = partial(self._read, setting, None), self.model.config.exit_layers
-            reading = reading_share(self.model.config)
-            return AnytimeRun(score, states, setting, exits, reading, deadline, between, fusion).run()
-        return (yield from run_cascade(partial(self._read, setting, between), states, owners, setting, fusion))
-
     def _read(
         self, setting: Setting, between: Callable[[], None] | None, states: PackedStates, layer: int
     ) -> torch.Tensor:
+        """Run a batch up to an exit, and return its (sequences,) float32 scores there."""
         if between is not None:
             between()
         with self._adapted(setting.compress_ratio):
             return self.model.scores(states, setting, (layer,))[0]
 
-    def _refuse_no_number(self, scores: torch.Tensor, places: Sequence[int]) -> None:
-        """Raise ArithmeticError if one of (exits, pairs) scores is not finite: no order would mean anything."""
+    def _no_number(self, scores: torch.Tensor, places: Sequence[int]) -> ArithmeticError:
+        """Return the error for (exits, pairs) scores that are not all finite: no order would mean anything."""
         wrong = ~scores.isfinite()
         broken = wrong.any(0).nonzero()[:, 0].tolist()
-        if broken:
-            value = scores[:, broken[0]][wrong[:, broken[0]]][0].item()
-            raise ArithmeticError(
-                f"pair {places[broken[0]]} has a score that is {'not a number' if math.isnan(value) else value}, "
-                f"computed in {self.model.dtype}"
-                f"{f', and {len(broken) - 1} more in its batch' if len(broken) > 1 else ''}. float16 overflows where "
-                "bfloat16 does not; or the weights are damaged."
-            )
-
-    @torch.inference_mode()
-    def _forward(self, pairs: Sequence[TokenizedPair], setting: Setting) -> torch.Tensor:
-        """(cutoff layers, pairs) float32 scores, on the model's device."""
-        return self.model.scores(self._embed(pairs, setting), setting)
+        value = scores[:, broken[0]][wrong[:, broken[0]]][0].item()
+        return ArithmeticError(
+            f"pair {places[broken[0]]} has a score that is {'not a number' if math.isnan(value) else value}, "
+            f"computed in {self.model.dtype}"
+            f"{f', and {len(broken) - 1} more in its batch' if len(broken) > 1 else ''}. float16 overflows where "
+            "bfloat16 does not; or the weights are damaged."
+        )
 
     @torch.inference_mode()
     def passage_states(self, passages: Sequence[Ids], setting: Setting) -> list[torch.Tensor]:
@@ -293,6 +291,7 @@ class Engine:
         return found
 
     def _embed(self, pairs: Sequence[TokenizedPair], setting: Setting) -> PackedStates:
+        """Return the states of a batch before the first layer."""
         decoder = self.model.model
         token_ids, packed = pack_pairs(pairs, self.model.device, apart=decoder.batch_invariant)
         stored = [pair.states for pair in pairs if isinstance(pair, StoredPair)]

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from typing_extensions import TypeIs
-
 from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 Pair = Sequence[str]
 Inputs = Sequence[TokenizedPair]
 Pairs = Sequence[tuple[str, str]] | Inputs
+"""The pairs of a call are either all texts or all tokenised."""
 MISSING = object()
 
 
@@ -22,11 +21,6 @@ class Passage(NamedTuple):
 
     id: str | None
     text: str | None
-
-
-def are_tokenized(pairs: Pairs) -> TypeIs[Inputs]:
-    """Return whether pairs are tokenised. The pairs of a call are either all tokenised or all texts."""
-    return bool(pairs) and isinstance(pairs[0], TokenizedPair)
 
 
 def as_pairs(sentence_pairs: Iterable[Pair] | Pair | Iterable[TokenizedPair]) -> Pairs:

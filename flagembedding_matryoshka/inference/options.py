@@ -10,10 +10,10 @@ from typing import Any
 
 from flagembedding_matryoshka.inference.deadline import Deadline
 from flagembedding_matryoshka.inference.fusion import as_fusion
-from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, are_tokenized, as_count, excerpt
+from flagembedding_matryoshka.inference.inputs import Inputs, Pairs, as_count, excerpt
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
 from flagembedding_matryoshka.setting import Setting, resolve_alias
-from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 CALIBRATED = "calibrated"
@@ -79,32 +79,6 @@ class ScoringOptions:
             chosen["fusion"] = as_fusion(chosen["fusion"], lambda: defaults.plan.fusion_weight())
         return cls(**chosen)
 
-    def saved_template(self, template: Template) -> Template:
-        """Return the template to save with a checkpoint, so that it is scored with these words; the instruction is its
-        `instruction`.
-
-        Args:
-            template: the template of the re-ranker.
-
-        Raises:
-            TypeError: if the instruction is not text.
-            ValueError: if the template has no place for it.
-        """
-        given: dict[str, Any] = {
-            "query_instruction": self.query_instruction_for_rerank,
-            "query_format": self.query_instruction_format,
-            "passage_instruction": self.passage_instruction_for_rerank,
-            "passage_format": self.passage_instruction_format,
-            "prompt": self.prompt,
-        }
-        changed: dict[str, Any] = {name: value for name, value in given.items() if value != getattr(template, name)}
-        if changed:
-            template = replace(template, **changed)
-        if self.instruction is None:
-            return template
-        template.with_instruction(self.instruction)  # refuses one that it has no place for
-        return replace(template, instruction=self.instruction)
-
 
 @dataclass(frozen=True)
 class Call:
@@ -116,10 +90,13 @@ class Call:
         deadline: deadline of each list; it starts when the list is computed, unless it has started; None is none.
         fusion: weight of the first stage's scores, which all lists then have; None is no fusion.
         max_tokens: tokens of a pair, at most, that the model has positions for; None is no limit.
-        template: the template of the call, with its words and its instruction.
+        saved_template: the template to save with a checkpoint, so that it is scored with the words of the call. The
+            instruction of the call is its `instruction`.
+        template: the same template, with the instruction in its place.
 
     Raises:
-        TypeError, ValueError: as `ScoringOptions.saved_template`.
+        TypeError: if the instruction is not text.
+        ValueError: if the template has no place for it.
     """
 
     tokenizer: PairTokenizer
@@ -130,10 +107,27 @@ class Call:
     deadline: Deadline | None = None
     fusion: float | None = None
     max_tokens: int | None = None
+    saved_template: Template = field(init=False)
     template: Template = field(init=False)
 
     def __post_init__(self) -> None:
-        template = self.options.saved_template(self.tokenizer.template).with_instruction(None)
+        template, options = self.tokenizer.template, self.options
+        given: dict[str, Any] = {
+            "query_instruction": options.query_instruction_for_rerank,
+            "query_format": options.query_instruction_format,
+            "passage_instruction": options.passage_instruction_for_rerank,
+            "passage_format": options.passage_instruction_format,
+            "prompt": options.prompt,
+        }
+        changed = {name: value for name, value in given.items() if value != getattr(template, name)}
+        if changed:
+            template = replace(template, **changed)
+        if options.instruction is not None:
+            template.with_instruction(options.instruction)  # refuses one that it has no place for
+            template = replace(template, instruction=options.instruction)
+        object.__setattr__(self, "saved_template", template)
+        if template.instruction:
+            template = template.with_instruction(None)
         object.__setattr__(self, "template", template)
 
     def tokenize(self, pairs: Pairs, first: int = 0) -> Inputs:
@@ -145,16 +139,17 @@ class Call:
         Raises:
             ValueError: if a query leaves no room for its passage, or a pair has more than `max_tokens`.
         """
-        if are_tokenized(pairs):
-            inputs: Inputs = pairs
-        else:
-            lengths = self.options.query_max_length, self.options.max_length
-            inputs = self.tokenizer.build_within(pairs, *lengths, self.template, self.setting.store_layer > 0)
+        inputs: Any = pairs
+        if not pairs or not isinstance(pairs[0], TokenizedPair):
+            lengths = self.tokenizer.lengths_within(
+                self.options.query_max_length, self.options.max_length, self.template, self.setting.store_layer > 0
+            )
+            inputs = self.tokenizer.build(inputs, *lengths, self.template)
         if self.max_tokens is not None:
             for number, pair in enumerate(inputs, start=first):
-                if len(pair) > self.max_tokens:
+                if pair.length > self.max_tokens:
                     raise ValueError(
-                        f"pair {number} has {len(pair)} tokens, the template's words among them, and the model has "
+                        f"pair {number} has {pair.length} tokens, the template's words among them, and the model has "
                         f"{self.max_tokens} positions. Use a smaller max_length."
                     )
         return inputs

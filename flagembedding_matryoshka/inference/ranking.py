@@ -63,7 +63,7 @@ class RankingMixin:
     target_devices: list[str]
     model: CostWiseForCausalLM
     _engine: Engine | WorkerPool
-    _normalizer: Callable[..., Normalizer | None]
+    _normalizer: Callable[..., Normalizer]
     _pair_tokenizer: PairTokenizer
     _clock: Callable[[], float] = staticmethod(time.monotonic)
 
@@ -205,7 +205,10 @@ class RankingMixin:
             raise ValueError("a ranking needs the documents of each query, or ids and a store.")
         if options.deadline is not None and len(lists) == 1:
             options = replace(options, deadline=options.deadline.start())
-        rows = list(read_first_stage(lists, first_stage_scores, first_stage))
+        rows: list[tuple[str, list[Any], list[float] | None]]
+        rows = [(query, documents, None) for query, documents in lists]
+        if options.has_first_stage:
+            rows = list(read_first_stage(lists, first_stage_scores, first_stage))
         return list(self._rank(rows, sum(len(documents) for _, documents in lists), options, opened))
 
     def _store_of(self, ids: Any, store: str | PathLike[str] | PassageStore | None) -> PassageStore:
@@ -377,8 +380,11 @@ class RankingMixin:
                 raise ValueError("chunk needs the texts of all documents, and a store has none.")
             overrides = store.completed(overrides)
         call = self._call(options.cascade, options.deadline, overrides)
-        call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
-        normalize = self._normalizer_of(call, options.min_score)
+        if options.has_first_stage or overrides.get("fusion") is not None:
+            call = replace(call, fusion=ranking_weight(call.options, overrides, options.has_first_stage))
+        if options.min_score is not None:
+            refuse_min_score(options.min_score, call)
+        normalize = self._normalizer_of(call) if call.options.normalize else None
         if store is not None:
             store.check(self._conditions(call))
         own: list[Call] | None = None
@@ -389,8 +395,9 @@ class RankingMixin:
                 text: call if text is None else replace(call, options=replace(call.options, instruction=text))
                 for text in instructions
             }
-            for one in of_text.values():
-                self._normalizer_of(one, options.min_score)
+            if normalize is not None:
+                for one in of_text.values():
+                    self._normalizer_of(one)  # refuses an instruction that the calibration was not measured with
             own = [of_text[text] for text in instructions]
         chunking = Chunking(call, options.max_chunks_per_doc, options.overlap) if options.chunk else None
         must_keep = 0 if top_k is None or options.cascade is None else top_k
@@ -515,15 +522,16 @@ class RankingMixin:
         Raises: as `rank`.
         """
         deadline = None if deadline_ms is None else Deadline.of(deadline_ms, self._clock)
-        return self._normalizer_of(self._call(cascade, deadline, overrides), min_score)
-
-    def _normalizer_of(self, call: Call, min_score: float | None) -> Normalizer | None:
-        """Return the normalizer of a ranking.
-
-        Raises:
-            ValueError: if there is no calibration of an exit, or scores cannot be compared with `min_score`.
-        """
+        call = self._call(cascade, deadline, overrides)
         if min_score is not None:
             refuse_min_score(min_score, call)
+        return self._normalizer_of(call) if call.options.normalize else None
+
+    def _normalizer_of(self, call: Call) -> Normalizer:
+        """Return the normalizer of a ranking whose scores are normalised.
+
+        Raises:
+            FileNotFoundError, ValueError: as `MatryoshkaReranker._normalizer`.
+        """
         exits = [] if call.deadline is None else call.setting.readable(self.config.exit_layers)
         return self._normalizer(call.options, call.setting, exits)

@@ -21,7 +21,6 @@ from flagembedding_matryoshka.checkpoints.export.formats import Format, export_f
 from flagembedding_matryoshka.checkpoints.export.plain import Exit
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
-from flagembedding_matryoshka.inference.batching import count_input_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.device import (
     check_batch_invariance,
@@ -33,7 +32,7 @@ from flagembedding_matryoshka.inference.device import (
 )
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import as_fusion
-from flagembedding_matryoshka.inference.inputs import Pair, are_tokenized, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.inference.inputs import Pair, as_lists, as_pairs, excerpt
 from flagembedding_matryoshka.inference.memory import keep_freed_memory
 from flagembedding_matryoshka.inference.options import (
     CALIBRATED,
@@ -48,12 +47,12 @@ from flagembedding_matryoshka.inference.options import (
 from flagembedding_matryoshka.inference.plan import Plan, load_plan
 from flagembedding_matryoshka.inference.pool.pool import WorkerPool
 from flagembedding_matryoshka.inference.ranking import RankingMixin
-from flagembedding_matryoshka.inference.scoring import score_pairs
+from flagembedding_matryoshka.inference.scoring import cut_batches, score_pairs
 from flagembedding_matryoshka.inference.store import StoredPair, refuse_other_states, whole_length
 from flagembedding_matryoshka.models.flops import estimate_flops
 from flagembedding_matryoshka.models.quantization import Quantization, check_quantization, quantize
 from flagembedding_matryoshka.setting import Layers, Setting, as_layer_tuple
-from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair, count_input_tokens
 from flagembedding_matryoshka.text.templates import FLAT, Template
 
 
@@ -256,7 +255,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self._load_plan = partial(load_plan, str(model_name_or_path), self.config, adapters, weights, **hub)
         self._follow_plan(budget, quality)
         self._choose_fusion(fusion)
-        self._normalizer(*resolve_call(self, {}))
+        options, setting = resolve_call(self, {})
+        if options.normalize:
+            self._normalizer(options, setting)
         if self.target_devices == ["cpu"]:
             keep_freed_memory()  # before loading starts threads, each with an arena of its own
         self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, **hub)
@@ -305,11 +306,12 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         if device is not None and device not in self.target_devices:
             raise ValueError(f"device {device!r} is not one of this re-ranker's devices {self.target_devices}.")
         options, setting = resolve_call(self, overrides)
-        normalize = self._normalizer(options, setting)
+        normalize = self._normalizer(options, setting) if options.normalize else None
         pairs = as_pairs(sentence_pairs)
         if not pairs:
             return []
-        if are_tokenized(pairs):
+        is_tokenized = isinstance(pairs[0], TokenizedPair)
+        if is_tokenized:
             refuse_beside_tokens(overrides)
             refuse_other_states(pairs, setting)
         if overrides.get("max_length") is not None:
@@ -317,8 +319,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         limit = self.model.model.max_positions
         shares = 1 if device else len(self.target_devices)
         call = Call(self._pair_tokenizer, options, setting, shares, max_tokens=limit)
-        if are_tokenized(pairs):
-            call.tokenize(pairs)
+        if is_tokenized:
+            call.tokenize(pairs)  # refuses pairs that are too long
         scores = score_pairs(partial(self._engine.run, device=device), pairs, call, show_progress_bar)
         if normalize is not None:
             scores = torch.stack(list(map(normalize, scores, setting.cutoff_layers)))
@@ -388,7 +390,8 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         if self.quantization is not None:
             raise ValueError(f"quantization={self.quantization!r}: export the model as it was loaded, without it.")
         options, setting = resolve_call(self, {"cutoff_layers": cutoff_layers, "compress_ratio": 1})
-        template, activation = options.saved_template(self.words), self.description.activation.value
+        template = Call(self._pair_tokenizer, options, setting).saved_template
+        activation = self.description.activation.value
         if format != "layerwise":
             source, weights = self.description.path, self._weights_fingerprint()
             calibrations = self._exported_calibrations()
@@ -480,7 +483,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         """
         options, setting = resolve_call(self, overrides)
         pairs = as_pairs(sentence_pairs)
-        if are_tokenized(pairs):
+        if pairs and isinstance(pairs[0], TokenizedPair):
             refuse_beside_tokens(overrides)
             refuse_other_states(pairs, setting)
             stored = stored or isinstance(pairs[0], StoredPair)
@@ -534,9 +537,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         follows = fusion is None and self.planned is not None
         self.fusion = self.plan.fusion if follows else as_fusion(fusion, lambda: self.plan.fusion_weight())
 
-    def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer | None:
-        """Return the function that `normalize` asks for: the sigmoid of score ÷ temperature, the plan's map for each
-        exit, or None for raw scores.
+    def _normalizer(self, options: ScoringOptions, setting: Setting, exits: Collection[int] = ()) -> Normalizer:
+        """Return the function that `normalize` asks for: the sigmoid of score ÷ temperature, or the plan's map for each
+        exit.
 
         In a cascade each exit has its own map. It was fitted to all candidates; of the candidates that came so far a
         larger fraction may be relevant.
@@ -553,7 +556,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             layers = (*exits, *dict(setting.cascade), *setting.cutoff_layers)
             maps = {layer: self.plan.calibration(setting, layer) for layer in layers}
             return lambda scores, layer: maps[layer](scores)
-        return (lambda scores, layer: (scores / self.temperature).sigmoid()) if options.normalize else None
+        return lambda scores, layer: (scores / self.temperature).sigmoid()
 
     def scored_with(self, options: ScoringOptions) -> dict[str, Any]:
         """Return, as JSON values, the conditions that scores depend on beside weights, depth, width and lengths.

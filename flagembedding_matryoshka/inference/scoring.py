@@ -1,10 +1,10 @@
 """The way from pairs to scores, and from scores to rankings.
 
 1. `windows_of` reads lists of pairs and tokenises them. Many pairs are tokenised in a thread, a window ahead.
-2. `tasks_of` cuts a window into batches, and batches make tasks.
+2. `tasks_of` cuts a window into batches, see `cut_batches`, and batches make tasks.
 3. An engine runs the tasks, or the workers of several devices do.
-4. `score_pairs` writes the results into a tensor, at the places of their pairs. `rank_lists` makes hits of them, which
-   `ranking_of` orders at the end.
+4. `score_pairs` writes the results into a tensor, at the places of their pairs. `rank_lists` makes hits of them, and
+   orders these at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Required, TypedDict
 
-from flagembedding_matryoshka.inference.batching import by_prefix, count_tokens, cut_batches
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.engine import Task, TaskScores
@@ -34,6 +33,7 @@ from flagembedding_matryoshka.inference.fusion import Fusion, fuse
 from flagembedding_matryoshka.inference.inputs import Inputs, Pairs
 from flagembedding_matryoshka.inference.options import CALIBRATED, Call, RankingOptions
 from flagembedding_matryoshka.setting import Setting
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair, count_tokens
 
 T = TypeVar("T")
 Run = Callable[[Iterator[Task]], Generator[tuple[Task, TaskScores], None, None]]
@@ -85,6 +85,8 @@ SECONDS_WITHOUT_INPUT = 0.05
 """If the source yields no list for this long, the lists that have been read are ranked."""
 TOKENS_OF_A_PAIR = 256
 """Assumed length of a pair before it is tokenised."""
+BAR: dict[str, Any] = {"desc": "scoring", "unit": "pair"}
+"""The words of progress bars."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def score_pairs(run: Run, pairs: Pairs, call: Call, show_progress_bar: bool | No
     if len(pairs) > PAIRS_TOKENIZED_FIRST:
         windows = _one_ahead(windows)
     tasks = chain.from_iterable(tasks_of(window, call) for window in windows if window is not None)
-    with _progress(len(pairs), show_progress_bar) as progress, closing(windows), closing(run(tasks)) as results:
+    bar = tqdm(total=len(pairs), delay=0.0 if show_progress_bar else 1.0, disable=show_progress_bar is False, **BAR)
+    with bar as progress, closing(windows), closing(run(tasks)) as results:
         for task, scored in results:
             (places,) = task.places
             scores[:, places] = torch.tensor(scored.scores)
@@ -175,18 +178,6 @@ class WindowHits:
     hits: list[Any]
     missing: int
 
-    def take(self, task: Task, scored: TaskScores) -> None:
-        """Make the hits of a task's pairs, which are pairs of this window."""
-        for number, place in enumerate(chain(*task.places)):
-            self.hits[place - self.window.first] = hit = Hit(score=scored.scores[0][number])
-            if task.owners is not None:
-                hit["cutoff_layer"] = scored.exits[number]
-            if task.fusion is not None:
-                hit["fused_score"] = scored.fused[number]
-            if self.window.inputs[place - self.window.first].is_cut:
-                hit["is_truncated"] = True
-        self.missing -= sum(map(len, task.places))
-
 
 def _scored_lists(
     run: Run, lists: Iterable[Candidates | None], call: Call, total: int | None, show_progress_bar: bool | None
@@ -204,8 +195,9 @@ def _scored_lists(
         windows = _one_ahead(windows)
         goes_on = call.shares == 1 or total is not None
     hits: list[Hit] = []
+    bar = tqdm(total=total, delay=0.0 if show_progress_bar else 1.0, disable=show_progress_bar is False, **BAR)
     with (
-        _progress(total, show_progress_bar) as progress,
+        bar as progress,
         closing(windows),
         closing(_scored_windows(run, windows, call, goes_on, progress)) as scored,
     ):
@@ -241,8 +233,20 @@ def _scored_windows(
         with closing(run(tasks(following))) as results:
             for task, scored in results:
                 first = task.places[0][0]
-                next(one for one in begun if first < one.window.first + len(one.hits)).take(task, scored)
-                progress.update(sum(map(len, task.places)))
+                window_hits = next(one for one in begun if first < one.window.first + len(one.hits))
+                pairs = zip(chain(*task.places), chain(*task.batches), strict=True)
+                for number, (place, pair) in enumerate(pairs):
+                    hit = Hit(score=scored.scores[0][number])
+                    if task.owners is not None:
+                        hit["cutoff_layer"] = scored.exits[number]
+                    if task.fusion is not None:
+                        hit["fused_score"] = scored.fused[number]
+                    if pair.is_cut:
+                        hit["is_truncated"] = True
+                    window_hits.hits[place - window_hits.window.first] = hit
+                count = sum(map(len, task.places))
+                window_hits.missing -= count
+                progress.update(count)
                 while goes_on and begun and not begun[0].missing:
                     yield begun.popleft()
         while begun:
@@ -259,32 +263,28 @@ def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Gen
         most: pairs of a window, at most. The first window has at most `PAIRS_TOKENIZED_FIRST`; the size doubles with
             each window.
     """
-
-    def window() -> Window:
-        pairs: Any = [pair for portion in portions for pair in portion.pairs]
-        return Window(portions, first, call.tokenize(pairs, first))
-
-    portions: list[Portion] = []
-    number, first, count, size = 0, 0, 0, min(PAIRS_TOKENIZED_FIRST, most)
-    for candidates in lists:
-        if candidates is None:
-            yield window()
-            portions, first, count = [], first + count, 0
-            continue
-        start, is_last = 0, False
-        while not is_last:
+    source, end = iter(lists), object()
+    candidates: Any = next(source, end)
+    number, start, first, size = 0, 0, 0, min(PAIRS_TOKENIZED_FIRST, most)
+    while candidates is not end:
+        portions: list[Portion] = []
+        count = 0
+        while candidates is not None and candidates is not end:
             left = len(candidates.pairs) - start
             taken = left if call.is_cascade else min(left, size)
             if portions and count + taken > size:
-                yield window()
-                portions, first, count, size = [], first + count, 0, min(2 * size, most)
-                continue
-            is_last = taken == left
-            portions.append(Portion(number, candidates, candidates.pairs[start : start + taken], is_last))
-            start, count = start + taken, count + taken
-        number += 1
-    if portions:
-        yield window()
+                break
+            portions.append(Portion(number, candidates, candidates.pairs[start : start + taken], taken == left))
+            count, start = count + taken, start + taken
+            if taken == left:
+                candidates, number, start = next(source, end), number + 1, 0
+        pairs: Any = [pair for portion in portions for pair in portion.pairs]
+        yield Window(portions, first, call.tokenize(pairs, first))
+        first += count
+        if candidates is None:
+            candidates = next(source, end)
+        else:
+            size = min(2 * size, most)
 
 
 def tasks_of(window: Window, call: Call) -> Iterator[Task]:
@@ -298,7 +298,8 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
     batch_size, max_tokens = call.options.batch_size, call.options.max_tokens_per_batch
     if not call.is_cascade:
         if call.shares > 1:
-            together = count_tokens([inputs[place] for place in by_prefix(inputs)])
+            in_one = cut_batches(inputs, len(inputs), math.inf)
+            together = sum(count_tokens([inputs[place] for place in batch]) for batch in in_one)
             max_tokens = min(max_tokens, math.ceil(together / call.shares))
         for batch in cut_batches(inputs, batch_size, max_tokens):
             yield Task([[inputs[place] for place in batch]], [[first + place for place in batch]], call.setting)
@@ -313,7 +314,7 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
         limit = 0
     elif call.shares > 1:
         limit = min(limit, math.ceil(count_tokens(inputs) / call.shares))
-    for part in whole_queries(owner, list(map(len, inputs)), limit):
+    for part in whole_queries(owner, [pair.length for pair in inputs], limit):
         own = inputs[part.start : part.stop]
         batches = [[part[place] for place in batch] for batch in cut_batches(own, batch_size, max_tokens)]
         fusion = None
@@ -327,6 +328,29 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
             call.deadline,
             fusion,
         )
+
+
+def cut_batches(pairs: Sequence[TokenizedPair], batch_size: int, max_tokens: float) -> Iterator[list[int]]:
+    """Yield the indices of pairs in batches of at most `batch_size` pairs and `max_tokens` tokens, at least one pair.
+
+    Pairs with one prefix stand together, the longest pairs and prefixes first.
+    """
+    lengths = [pair.length for pair in pairs]
+    groups: dict[Prefix, list[int]] = {}
+    for index in sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True):
+        groups.setdefault(pairs[index].prefix, []).append(index)
+    batch: list[int] = []
+    tokens = 0
+    for index in chain.from_iterable(groups.values()):
+        pair = pairs[index]
+        shares = bool(batch) and pairs[batch[-1]].prefix == pair.prefix
+        tokens += pair.own_length if shares else pair.length
+        if batch and (len(batch) == batch_size or tokens > max_tokens):
+            yield batch
+            batch, tokens = [], pair.length
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def whole_queries(owner: Sequence[int], sizes: Sequence[int], limit: float) -> Iterator[range]:
@@ -410,17 +434,6 @@ class ReadAhead(Iterable["T | None"]):
         self._room.release()
 
 
-def _progress(total: int | None, show_progress_bar: bool | None) -> Any:
-    """Return a progress bar. None shows it after a second."""
-    return tqdm(
-        total=total,
-        desc="scoring",
-        unit="pair",
-        delay=1.0 if show_progress_bar is None else 0.0,
-        disable=show_progress_bar is False,
-    )
-
-
 def rank_lists(
     run: Run,
     lists: Iterable[Candidates | None],
@@ -430,18 +443,35 @@ def rank_lists(
     total: int | None,
     show_progress_bar: bool | None,
 ) -> Generator[list[Hit], None, None]:
-    """Yield the ranking of each query's documents, in the order of the queries, as soon as it is known.
+    """Yield the ranking of each query's documents, best first, in the order of the queries, as soon as it is known.
 
     Args:
-        normalize: as in `ranking_of`; the other arguments as in `score_lists`.
+        options: their `top_k` counts the hits whose normalised score is at least `min_score`.
+        normalize: function of the returned scores; None returns raw scores. Hits are ordered by raw scores, because
+            normalised ones may be equal by rounding.
+        run, lists, call, total, show_progress_bar: as in `score_lists`.
     """
+    (deepest,) = call.setting.cutoff_layers
     with closing(_scored_lists(run, lists, call, total, show_progress_bar)) as scored:
         for candidates, hits in scored:
             if candidates.cut is not None:
                 hits = best_chunks(hits, candidates.cut)
             if call.fusion is not None:
                 hits = fuse_hits(hits, candidates.first_stage or (), call.fusion)
-            yield ranking_of(hits, candidates, options, normalize, call.setting.depth)
+            ranking: list[Hit] = []
+            for place in best_first(hits):
+                if len(ranking) == options.top_k:
+                    break
+                hit: Hit = {"corpus_id": place, **hits[place]}
+                if candidates.ids and (name := candidates.ids[place]) is not None:
+                    hit["id"] = name
+                if options.return_documents:
+                    hit["text"] = candidates.documents[place]
+                if normalize is not None:
+                    hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", deepest)).item()
+                if options.min_score is None or hit["score"] >= options.min_score:
+                    ranking.append(hit)
+            yield ranking
 
 
 def refuse_too_short(setting: Setting, query: int, count: int, top_k: int) -> None:
@@ -509,35 +539,3 @@ def refuse_min_score(min_score: Any, call: Call) -> None:
             f"min_score={min_score} beside {several}: scores of different exits do not mean the same, unless "
             f"normalize={CALIBRATED!r}."
         )
-
-
-def ranking_of(
-    hits: Sequence[Hit],
-    candidates: Candidates,
-    options: RankingOptions,
-    normalize: Normalizer | None,
-    depth: int,
-) -> list[Hit]:
-    """Rank hits, best first.
-
-    Args:
-        candidates: the documents of the hits.
-        options: their `top_k` counts the hits whose normalised score is at least `min_score`.
-        normalize: function of the returned scores; None returns raw scores. Hits are ordered by raw scores, because
-            normalised ones may be equal by rounding.
-        depth: the exit of hits without "cutoff_layer".
-    """
-    ranking: list[Hit] = []
-    for place in best_first(hits):
-        if len(ranking) == options.top_k:
-            break
-        hit: Hit = {"corpus_id": place, **hits[place]}
-        if candidates.ids and (name := candidates.ids[place]) is not None:
-            hit["id"] = name
-        if options.return_documents:
-            hit["text"] = candidates.documents[place]
-        if normalize is not None:
-            hit["score"] = normalize(torch.tensor(hit["score"]), hit.get("cutoff_layer", depth)).item()
-        if options.min_score is None or hit["score"] >= options.min_score:
-            ranking.append(hit)
-    return ranking

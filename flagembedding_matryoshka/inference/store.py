@@ -97,6 +97,8 @@ class Conditions:
             raise ValueError(
                 "passages of a template with passage_first cannot be stored: words before them belong to the pair."
             )
+        lengths = options.query_max_length, options.max_length
+        _, passage_max_length, _ = call.tokenizer.lengths_within(*lengths, template, fits_all_queries=True)
         is_compressed = setting.compresses_after(setting.store_layer)
         return cls(
             model,
@@ -107,7 +109,7 @@ class Conditions:
             template.passage_format,
             "passage" in template.strip,
             template.is_continuous,
-            call.tokenizer.longest_passage(options.query_max_length, options.max_length, template),
+            passage_max_length,
         )
 
 

@@ -25,12 +25,12 @@ from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_ch
 from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.fusion import AUTO, as_weight, best_first, fuse, read_first_stage
-from flagembedding_matryoshka.inference.inputs import are_tokenized, as_count, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_pairs, excerpt
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS, Layers, Setting
-from flagembedding_matryoshka.text.pairs import PairTokenizer
+from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 
 HUB = ("token", "cache_folder", "revision", "local_files_only", "trust_remote_code")
@@ -347,10 +347,11 @@ class MatryoshkaModule(InputModule):
             passage_instruction=self.passage_instruction,
             prompt=self.prompt,
         ).with_instruction(prompt)
-        pairs = as_pairs(inputs)
-        if are_tokenized(pairs):
+        pairs: Any = as_pairs(inputs)
+        if pairs and isinstance(pairs[0], TokenizedPair):
             raise TypeError("a CrossEncoder tokenises texts itself: give it pairs of strings.")
-        return {"pairs": self.pair_tokenizer.build_within(pairs, self.query_max_length, self.max_length, template)}
+        lengths = self.pair_tokenizer.lengths_within(self.query_max_length, self.max_length, template)
+        return {"pairs": self.pair_tokenizer.build(pairs, *lengths, template)}
 
     def forward(  # type: ignore[override]
         self,

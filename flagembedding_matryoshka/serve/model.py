@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flagembedding_matryoshka.inference.batching import count_input_tokens
 from flagembedding_matryoshka.inference.calibration import Normalizer
 from flagembedding_matryoshka.inference.chunking import Candidates, CutDocument
 from flagembedding_matryoshka.inference.fingerprint import model_fingerprint
@@ -29,7 +28,7 @@ from flagembedding_matryoshka.inference.store import PassageStore, StoredPair
 from flagembedding_matryoshka.serve.forms.common import Scale, sigmoid
 from flagembedding_matryoshka.serve.truncation import Lengths, Truncator
 from flagembedding_matryoshka.setting import Setting
-from flagembedding_matryoshka.text.pairs import TokenizedPair
+from flagembedding_matryoshka.text.pairs import TokenizedPair, count_input_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -38,13 +38,11 @@ class Prefix:
 
     Attributes:
         ids: (tokens,) int32.
+        key: the bytes of `ids`.
     """
 
     ids: Ids = field(compare=False)
-    _key: bytes = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_key", self.ids.tobytes())
+    key: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +57,7 @@ class TokenizedPair:
         is_cut: whether query or passage is truncated.
         prefix: tokens that sequences of a batch may share: the lead, and with `passage_first` the passage.
         query_length, passage_length, prompt_length: number of tokens before the passage, in it and after it.
+        length: number of all tokens.
         own_length: number of tokens after the prefix.
     """
 
@@ -73,18 +72,24 @@ class TokenizedPair:
     query_length: int = field(init=False)
     passage_length: int = field(init=False)
     prompt_length: int = field(init=False)
+    length: int = field(init=False)
     own_length: int = field(init=False)
 
     def __post_init__(self) -> None:
         lead, passage, prompt = self.lead.ids, self.passage_ids, self.prompt_ids
-        prefix = Prefix(np.concatenate([lead, passage])) if self.passage_first else self.lead
+        prefix = self.lead
+        if self.passage_first:
+            ids = np.concatenate([lead, passage])
+            prefix = Prefix(ids, ids.tobytes())
+        length = len(lead) + len(passage) + len(prompt)
         values = {
             "is_cut": self.passage_is_cut or self.query_is_cut,
             "prefix": prefix,
             "query_length": len(lead),
             "passage_length": len(passage),
             "prompt_length": len(prompt),
-            "own_length": len(lead) + len(passage) + len(prompt) - len(prefix.ids),
+            "length": length,
+            "own_length": length - len(prefix.ids),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -95,7 +100,7 @@ class TokenizedPair:
         return np.concatenate([self.lead.ids, self.passage_ids, self.prompt_ids])
 
     def __len__(self) -> int:
-        return self.query_length + self.passage_length + self.prompt_length
+        return self.length
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenizedPair):
@@ -106,6 +111,22 @@ class TokenizedPair:
             and np.array_equal(self.passage_ids, other.passage_ids)
             and np.array_equal(self.prompt_ids, other.prompt_ids)
         )
+
+
+def count_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Return the number of tokens of a batch, in which neighbours share their prefix."""
+    before = [None, *(pair.prefix for pair in pairs)]
+    return sum(pair.own_length if pair.prefix == one else pair.length for pair, one in zip(pairs, before, strict=False))
+
+
+def count_input_tokens(pairs: Sequence[TokenizedPair]) -> tuple[int, list[int]]:
+    """Count the tokens of one query's pairs.
+
+    Returns:
+        the number of tokens before the passages, which a batch holds once, and the number of each pair's other tokens.
+    """
+    shared = pairs[0].query_length if pairs else 0
+    return shared, [pair.length - pair.query_length for pair in pairs]
 
 
 def find_head_token_id(tokenizer: PreTrainedTokenizerBase, text: str = "Yes") -> int:
@@ -127,6 +148,25 @@ def find_head_token_ids(tokenizer: PreTrainedTokenizerBase, head_tokens: Sequenc
     return found
 
 
+class TextWords(NamedTuple):
+    """The words of a template's format, with its instruction, around a text.
+
+    Attributes:
+        before, after: the words before and after the text.
+        strips: whether white space around the text is removed.
+        continues: whether they follow other words in the sequence, see `TextEncoder`.
+        ids: token ids of all of the words, (tokens,) int32.
+        end: token ids of `after`, which truncation keeps, (tokens,) int32.
+    """
+
+    before: str
+    after: str
+    strips: bool
+    continues: bool
+    ids: Ids
+    end: Ids
+
+
 class TemplateIds(NamedTuple):
     """Token ids of a template's words, (tokens,) int32 each.
 
@@ -134,17 +174,14 @@ class TemplateIds(NamedTuple):
         opening: the begin-of-sequence token, if the template's rule has one, and the words before the first text.
         between: words between the texts.
         closing: words after the second text, and the prompt. Sequences of one template hold the same array.
-        query_end, passage_end: words of the formats after query and passage, which truncation keeps.
-        query_words, passage_words: all words of the formats, with their instructions.
+        query, passage: words of the formats.
     """
 
     opening: Ids
     between: Ids
     closing: Ids
-    query_end: Ids
-    passage_end: Ids
-    query_words: Ids
-    passage_words: Ids
+    query: TextWords
+    passage: TextWords
 
 
 class PairTokenizer:
@@ -190,24 +227,21 @@ class PairTokenizer:
             has_bos = rule == "tokenizer" and self._adds_bos and not before.startswith(token)
         return _as_ids([bos] if has_bos else [])
 
-    def encode(
-        self, texts: Sequence[str], max_length: int, end: Ids | None = None, continues: bool = False
-    ) -> dict[str, EncodedText]:
-        """Encode each different text once.
+    def encode(self, texts: Sequence[str], max_length: int, words: TextWords) -> dict[str, EncodedText]:
+        """Encode each different text once, with words around it.
 
         Args:
-            max_length: most tokens of a text, its end included.
-            end: token ids at the end of all texts, which truncation keeps; None is none.
-            continues: whether the texts follow other words in the sequence, see `TextEncoder`.
+            max_length: most tokens of a text, its words included.
         """
         different = list(dict.fromkeys(texts))
-        encoder = self._within if continues else self._encoder
-        end = _as_ids([]) if end is None else end
-        kept = max(0, max_length - len(end))
-        found = encoder.beginnings(different, max_length + 1)
+        worded = [f"{words.before}{text.strip() if words.strips else text}{words.after}" for text in different]
+        encoder = self._within if words.continues else self._encoder
+        kept = max(0, max_length - len(words.end))
         return {
-            text: EncodedText(ids) if len(ids) <= max_length else EncodedText(np.concatenate([ids[:kept], end]), True)
-            for text, ids in zip(different, found, strict=True)
+            text: EncodedText(ids)
+            if len(ids) <= max_length
+            else EncodedText(np.concatenate([ids[:kept], words.end]), True)
+            for text, ids in zip(different, encoder.beginnings(worded, max_length + 1), strict=True)
         }
 
     def fixed(self, words: Words) -> Ids:
@@ -227,14 +261,19 @@ class PairTokenizer:
         """Return the token ids of a template's words. Those of the last `TEMPLATES_REMEMBERED` templates are stored."""
         found = self._known.get(template)
         if found is None:
+            of_texts = []
+            for name, words, end in (
+                ("query", template.query(""), template.query_end),
+                ("passage", template.passage(""), template.passage_end),
+            ):
+                before = words[: len(words) - len(end)]
+                ids = self.plain(words), self.plain(end)
+                of_texts.append(TextWords(before, end, name in template.strip, template.is_continuous, *ids))
             found = TemplateIds(
                 np.concatenate([self.opening(template), self.fixed(template.before)]),
                 self.fixed(template.between),
                 np.concatenate([self.fixed(template.behind), self.fixed(template.prompt)]),
-                self.plain(template.query_end),
-                self.plain(template.passage_end),
-                self.plain(template.query("")),
-                self.plain(template.passage("")),
+                *of_texts,
             )
             self._known[template] = found
             for oldest in list(self._known)[:-TEMPLATES_REMEMBERED]:
@@ -247,10 +286,11 @@ class PairTokenizer:
         Raises:
             ValueError: if the tokenizer has no offsets.
         """
-        lead = len(template.passage("")) - len(template.passage_end)
-        if "passage" in template.strip:
+        words = self.ids_of(template).passage
+        lead = len(words.before)
+        if words.strips:
             lead -= len(passage) - len(passage.lstrip())
-        encoder = self._within if template.is_continuous else self._encoder
+        encoder = self._within if words.continues else self._encoder
         offsets = encoder.offsets(template.passage(passage)) - lead
         return np.maximum.accumulate(offsets.clip(0, len(passage)), axis=0)
 
@@ -275,19 +315,19 @@ class PairTokenizer:
         """
         template = self.template if template is None else template
         words = self.ids_of(template)
-        queries = [template.query(query) for query, _ in pairs]
-        passages = [template.passage(passage) for _, passage in pairs]
-        of_query = self.encode(queries, query_max_length, words.query_end, template.is_continuous)
-        of_passage = self.encode(passages, passage_max_length, words.passage_end, template.is_continuous)
+        of_query = self.encode([query for query, _ in pairs], query_max_length, words.query)
+        of_passage = self.encode([passage for _, passage in pairs], passage_max_length, words.passage)
         around: dict[str, tuple[Prefix, Ids]] = {}  # the lead and the prompt part of each query
         for text, query in of_query.items():
+            lead_ids, prompt_ids = words.opening, words.closing
             if template.passage_first:
-                around[text] = Prefix(words.opening), np.concatenate([words.between, query.ids, words.closing])
+                prompt_ids = np.concatenate([words.between, query.ids, words.closing])
             else:
-                around[text] = Prefix(np.concatenate([words.opening, query.ids, words.between])), words.closing
-        end, beside = words.passage_end, len(words.opening) + len(words.between)
+                lead_ids = np.concatenate([words.opening, query.ids, words.between])
+            around[text] = Prefix(lead_ids, lead_ids.tobytes()), prompt_ids
+        end, beside = words.passage.end, len(words.opening) + len(words.between)
         found = []
-        for text, passage in zip(queries, passages, strict=True):
+        for text, passage in pairs:
             (lead, prompt_ids), query, (ids, is_cut) = around[text], of_query[text], of_passage[passage]
             room = max_length - beside - len(query.ids)
             if room < max(len(end), min(1, len(ids))):
@@ -300,15 +340,10 @@ class PairTokenizer:
             found.append(TokenizedPair(lead, ids, prompt_ids, query.is_cut, is_cut, template.passage_first))
         return found
 
-    def build_within(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        query_max_length: int | None,
-        max_length: int,
-        template: Template,
-        fits_all_queries: bool = False,
-    ) -> list[TokenizedPair]:
-        """Build sequences with the lengths of FlagEmbedding's re-rankers.
+    def lengths_within(
+        self, query_max_length: int | None, max_length: int, template: Template, fits_all_queries: bool = False
+    ) -> tuple[int, int, int]:
+        """Return the lengths of FlagEmbedding's re-rankers for `build`: most tokens of query, passage and sequence.
 
         Args:
             query_max_length: most tokens of a query; None is three quarters of `max_length`.
@@ -316,62 +351,38 @@ class PairTokenizer:
                 `has_reference_lengths`: most tokens of a passage, and with the number of tokens of the prompt part
                 added, most tokens before the prompt part.
             template: the words around the texts.
-            fits_all_queries: truncate a passage to the length that fits beside the longest query, so that its tokens
-                do not depend on its query.
+            fits_all_queries: passages get the length that fits beside the longest query, so that their tokens do not
+                depend on their query.
 
         Raises:
-            ValueError: if a query leaves no room for its passage, or `max_length` none for a query.
+            ValueError: if `max_length` leaves no room for a query, or no passage fits beside the longest query.
         """
-        query, passage, whole = self._lengths_within(query_max_length, max_length, template)
-        if fits_all_queries:
-            passage = self.longest_passage(query_max_length, max_length, template)
-        return self.build(pairs, query, passage, whole, template)
-
-    def longest_passage(self, query_max_length: int | None, max_length: int, template: Template) -> int:
-        """Return the most tokens of a passage, with its instruction, that fits beside the longest query.
-
-        Args:
-            query_max_length, max_length, template: as in `build_within`.
-
-        Raises:
-            ValueError: if no passage fits.
-        """
-        query, passage, whole = self._lengths_within(query_max_length, max_length, template)
-        *_, beside = self._own_words(template)
-        room = whole - beside - query
-        if room < max(len(self.ids_of(template).passage_end), 1):
-            raise ValueError(
-                f"query_max_length={query_max_length or max_length * 3 // 4} leaves no room for passages that fit "
-                f"beside every query: lower it, or raise max_length={max_length}."
-            )
-        return min(passage, room)
-
-    def _lengths_within(
-        self, query_max_length: int | None, max_length: int, template: Template
-    ) -> tuple[int, int, int]:
-        """Return the lengths that `build_within` gives to `build`: most tokens of query, passage and sequence."""
+        words = self.ids_of(template)
         query_max_length = query_max_length or max_length * 3 // 4
         if not query_max_length:
             raise ValueError(
                 f"max_length={max_length} leaves no token of a query, which gets three quarters: give at least 2."
             )
-        if template.has_reference_lengths:
-            return query_max_length, max_length, max_length + len(self.ids_of(template).closing)
-        of_query, of_passage, beside = self._own_words(template)
-        return query_max_length + of_query, max_length + of_passage, max_length + of_query + of_passage + beside
+        beside = len(words.opening) + len(words.between)
+        query, passage, whole = query_max_length, max_length, max_length + len(words.closing)
+        if not template.has_reference_lengths:
+            query, passage = query + len(words.query.ids), passage + len(words.passage.ids)
+            whole = max_length + len(words.query.ids) + len(words.passage.ids) + beside
+        if fits_all_queries:
+            room = whole - beside - query
+            if room < max(len(words.passage.end), 1):
+                raise ValueError(
+                    f"query_max_length={query_max_length} leaves no room for passages that fit beside every query: "
+                    f"lower it, or raise max_length={max_length}."
+                )
+            passage = min(passage, room)
+        return query, passage, whole
 
     def passages(self, texts: Sequence[str], max_length: int, template: Template | None = None) -> list[EncodedText]:
         """Encode passages with the template's words around them, as in `build`, in at most `max_length` tokens each."""
         template = self.template if template is None else template
-        end = self.ids_of(template).passage_end
-        worded = [template.passage(text) for text in texts]
-        encoded = self.encode(worded, max_length, end, template.is_continuous)
-        return [encoded[text] for text in worded]
-
-    def _own_words(self, template: Template) -> tuple[int, int, int]:
-        """Return the number of the template's tokens with a query, with a passage, and elsewhere before `behind`."""
-        words = self.ids_of(template)
-        return len(words.query_words), len(words.passage_words), len(words.opening) + len(words.between)
+        encoded = self.encode(texts, max_length, self.ids_of(template).passage)
+        return [encoded[text] for text in texts]
 
     def build_texts(
         self, pairs: Sequence[tuple[str, str]], query_max_length: int, passage_max_length: int, template: Template
@@ -381,9 +392,10 @@ class PairTokenizer:
         Args:
             query_max_length, passage_max_length: most tokens of query and passage, without their instructions.
         """
-        of_query, of_passage, beside = self._own_words(template)
-        lengths = query_max_length + of_query, passage_max_length + of_passage
-        return self.build(pairs, *lengths, sum(lengths) + beside, template)
+        words = self.ids_of(template)
+        query, passage = query_max_length + len(words.query.ids), passage_max_length + len(words.passage.ids)
+        whole = query + passage + len(words.opening) + len(words.between)
+        return self.build(pairs, query, passage, whole, template)
 
 
 def _as_ids(values: Sequence[int]) -> Ids:

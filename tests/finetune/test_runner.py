@@ -988,7 +988,9 @@ def test_the_template_is_saved_with_what_was_trained(tiny_raw_model_path, traini
     reranker = MatryoshkaReranker(str(tmp_path / "out"), dtype="float32", devices="cpu")
     assert (reranker.prompt, reranker.query_instruction_for_rerank) == ("Yes?", "Q: ")
     assert Template.load(reranker.config.template) == expected
-    (pair,) = run.train_dataset.pair_tokenizer.build_within([(row["query"], row["pos"][0])], None, 512, expected)
+    tokenizer = run.train_dataset.pair_tokenizer
+    lengths = tokenizer.lengths_within(None, 512, expected)
+    (pair,) = tokenizer.build([(row["query"], row["pos"][0])], *lengths, expected)
     assert reranker.count_tokens(row["query"], row["pos"])[0] == pair.query_length
     assert pair.input_ids.tolist() == sequence.tolist()
 

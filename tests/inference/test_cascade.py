@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.inference.batching import TokenLimit
+from flagembedding_matryoshka.inference import engine
 from flagembedding_matryoshka.inference.cascade import _best_of_each_query, finish, run_cascade
 from flagembedding_matryoshka.inference.engine import Engine
+from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.models.batch import PackedBatch
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
@@ -281,16 +282,16 @@ def test_out_of_memory_halves_the_queries_of_a_cascade(reranker, fusion, monkeyp
     lists = QUERIES, [DOCUMENTS] * 3
     expected = reranker.rank_batch(*lists, **options)
     monkeypatch.setattr(reranker._engine, "_limit_of_cascades", TokenLimit())
-    run, held = Engine._run_stages, []
+    held = []
 
-    def limited(self, batches, owners, *given):
+    def limited(score, batches, owners, *given):
         queries = {number for numbers in owners for number in numbers}
         held.append(len(queries))
         if len(queries) > 1:
             raise torch.OutOfMemoryError("no room")
-        return (yield from run(self, batches, owners, *given))
+        return (yield from run_cascade(score, batches, owners, *given))
 
-    monkeypatch.setattr(Engine, "_run_stages", limited)
+    monkeypatch.setattr(engine, "run_cascade", limited)
     found = reranker.rank_batch(*lists, **options)
     assert held == [3, 1, 1, 1] and "the states of a cascade of 3 queries" in caplog.text
     for ranked, wanted in zip(found, expected, strict=True):

@@ -137,7 +137,7 @@ def test_each_of_several_queries_has_the_time(reranker):
 
 
 def test_time_for_the_query_counts_from_the_call(reranker, monkeypatch):
-    of_pairs = reranker._pair_tokenizer.build_within
+    of_pairs = reranker._pair_tokenizer.build
     limit = whole_time(reranker) * 1.5
 
     def slow(*arguments):
@@ -145,7 +145,7 @@ def test_time_for_the_query_counts_from_the_call(reranker, monkeypatch):
         return of_pairs(*arguments)
 
     assert set(exits_of(reranker.rank(QUERY, DOCUMENTS, deadline_ms=limit)).values()) == {6}
-    monkeypatch.setattr(reranker._pair_tokenizer, "build_within", slow)
+    monkeypatch.setattr(reranker._pair_tokenizer, "build", slow)
     assert set(exits_of(reranker.rank(QUERY, DOCUMENTS, deadline_ms=limit)).values()) == {2}
 
 

@@ -204,9 +204,9 @@ def test_a_started_task_is_finished_if_the_input_has_nothing_yet(reranker, docum
 def test_a_batchs_scores_are_copied_before_the_next_batch_is_started(reranker, monkeypatch):
     expected = reranker.compute_score(PAIRS, batch_size=2)
     order = []
-    forward = Engine._forward
+    embed = Engine._embed
 
-    monkeypatch.setattr(Engine, "_forward", lambda *given: order.append("run") or forward(*given))
+    monkeypatch.setattr(Engine, "_embed", lambda *given: order.append("run") or embed(*given))
     monkeypatch.setattr(engine, "copy_to_host", recording(order, "copy"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert reranker.compute_score(PAIRS, batch_size=2) == expected

@@ -11,8 +11,8 @@ import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import scoring
-from flagembedding_matryoshka.inference.batching import TokenLimit
 from flagembedding_matryoshka.inference.fusion import fuse, reciprocal_ranks
+from flagembedding_matryoshka.inference.memory import TokenLimit
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
 from flagembedding_matryoshka.models.flops import reading_share
 from flagembedding_matryoshka.setting import Setting

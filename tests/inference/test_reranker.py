@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import scoring
-from flagembedding_matryoshka.inference.batching import TokenLimit, count_tokens
 from flagembedding_matryoshka.inference.inputs import as_pairs
+from flagembedding_matryoshka.inference.memory import TokenLimit
+from flagembedding_matryoshka.text.pairs import count_tokens
 from tests.batches import out_of_memory_above
 from tests.tiny_base import TINY_BASE
 

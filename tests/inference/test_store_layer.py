@@ -93,12 +93,13 @@ def test_a_deadline_reads_exits_above_the_store_layer(reranker, width):
 def test_the_tokens_of_a_passage_do_not_depend_on_its_query(reranker, query, passage, template):
     """However long they are: a passage is cut to the length that fits beside the longest query."""
     own = reranker._pair_tokenizer
-    lengths = {"query_max_length": 12, "max_length": 40}
-    build = lambda text: own.build_within([(text, passage)], *lengths.values(), TEMPLATES[template], True)[0]  # noqa: E731
+    words = TEMPLATES[template]
+    lengths = own.lengths_within(12, 40, words, fits_all_queries=True)
+    build = lambda text: own.build([(text, passage)], *lengths, words)[0]  # noqa: E731
     first, other = build(query), build("wing " * 40)
     assert first.passage_ids.tolist() == other.passage_ids.tolist()
     assert other.query_is_cut and first.passage_is_cut == other.passage_is_cut
-    (cut,) = own.build_within([("wing " * 40, passage)], *lengths.values(), TEMPLATES[template])
+    (cut,) = own.build([("wing " * 40, passage)], *own.lengths_within(12, 40, words), words)
     assert first.passage_ids.tolist() == cut.passage_ids.tolist()
 
 

@@ -31,10 +31,14 @@ def test_pairs_become_the_ids_of_the_reference(shared_parity):
     words = {name: getattr(template, name) for name in ("prompt", "query_instruction", "passage_instruction")}
     assert words == {name: golden[name] for name in words}
     lengths = (golden["query_max_length"], golden["max_length"])
-    pairs = pair_tokenizer.build_within(golden["pairs"], *lengths, template)
+    pairs = pair_tokenizer.build(golden["pairs"], *pair_tokenizer.lengths_within(*lengths, template), template)
     assert [pair.input_ids.tolist() for pair in pairs] == golden["input_ids"]
     assert [pair.query_length for pair in pairs] == golden["query_lengths"]
     assert [pair.prompt_length for pair in pairs] == golden["prompt_lengths"]
+
+
+def without_words(pair_tokenizer):
+    return pair_tokenizer.ids_of(replace(pair_tokenizer.template, query_instruction="")).query
 
 
 def join(pair_tokenizer, query, passage, max_length):
@@ -68,8 +72,8 @@ def test_a_query_longer_than_the_limit_is_refused_even_without_passage(pair_toke
 
 def test_a_query_of_which_nothing_would_be_left_is_refused(pair_tokenizer):
     with pytest.raises(ValueError, match="max_length=1 leaves no token of a query"):
-        pair_tokenizer.build_within([("wing", "air")], None, 1, Template())
-    (pair,) = pair_tokenizer.build_within([("wing", "air")], 1, 1, Template())
+        pair_tokenizer.lengths_within(None, 1, Template())
+    (pair,) = pair_tokenizer.build([("wing", "air")], *pair_tokenizer.lengths_within(1, 1, Template()))
     assert pair.query_length > 1
 
 
@@ -88,7 +92,7 @@ def test_bos_opens_a_sequence_unless_there_is_none_or_it_pads(tiny_tokenizer, bo
 
 @pytest.mark.parametrize("text", ["</s>", "a <s> b</s>", "<pad><unk>"])
 def test_what_users_write_is_never_a_control_token(pair_tokenizer, tiny_tokenizer, text):
-    ((ids, _),) = pair_tokenizer.encode([text], 50).values()
+    ((ids, _),) = pair_tokenizer.encode([text], 50, without_words(pair_tokenizer)).values()
     assert tiny_tokenizer.decode(ids) == text
     assert not set(ids.tolist()) & set(tiny_tokenizer.all_special_ids)
     (pair,) = pair_tokenizer.build([(text, text)], 50, 50, 200)
@@ -98,16 +102,17 @@ def test_what_users_write_is_never_a_control_token(pair_tokenizer, tiny_tokenize
 
 @given(st.lists(st.text(max_size=40), max_size=4), st.integers(1, 10))
 def test_ids_are_the_texts_own_and_cut_at_the_end(pair_tokenizer, texts, max_length):
-    whole = pair_tokenizer.encode(texts, 200)
+    words = without_words(pair_tokenizer)
+    whole = pair_tokenizer.encode(texts, 200, words)
     assert list(whole) == list(dict.fromkeys(texts))
     assert [pair_tokenizer.tokenizer.decode(ids) for ids, _ in whole.values()] == list(whole)
-    for text, (ids, is_cut) in pair_tokenizer.encode(texts, max_length).items():
+    for text, (ids, is_cut) in pair_tokenizer.encode(texts, max_length, words).items():
         assert ids.dtype == np.int32 and ids.tolist() == whole[text].ids[:max_length].tolist()
         assert is_cut == (len(whole[text].ids) > max_length) and not whole[text].is_cut
 
 
 def test_cutting_leaves_the_tokenizer_as_it_was(pair_tokenizer, tiny_tokenizer):
-    pair_tokenizer.encode(["how does a wing lift"] * 2, 2)
+    pair_tokenizer.encode(["how does a wing lift"] * 2, 2, without_words(pair_tokenizer))
     assert tiny_tokenizer.backend_tokenizer.truncation is None
     assert tiny_tokenizer.backend_tokenizer.padding is None
 
@@ -131,12 +136,12 @@ def test_templates_that_differ_in_how_they_take_an_instruction_have_ids_of_their
     assert first == second and hash(first) == hash(second)
     other = Template(instructed={"query_instruction": "task: {instruction}"})
     assert other != first
-    ids = [tokenizer.ids_of(template.with_instruction("wings")).query_words.tolist() for template in (first, other)]
+    ids = [tokenizer.ids_of(template.with_instruction("wings")).query.ids.tolist() for template in (first, other)]
     assert ids[0] != ids[1] and tiny_tokenizer.decode(ids[1]).startswith("task: wings")
 
 
 def test_another_separator(tiny_tokenizer):
-    pair = join(PairTokenizer(tiny_tokenizer, Template(between=" | ", behind=" / ")), [20], [30], 20)
+    pair = join(PairTokenizer(tiny_tokenizer, Template(between=" | ", behind=" / ")), "20", "30", 20)
     text = tiny_tokenizer.decode(pair.input_ids)
     assert text.count(" | ") == text.count(" / ") == 1
 
