@@ -17,7 +17,7 @@ from flagembedding_matryoshka.inference.batching import (
     count_tokens,
     cut_batches,
 )
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.batch import pack_pairs
 from tests.batches import close, out_of_memory_above, tokenized_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
