@@ -91,23 +91,23 @@ class OneDnnLinear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()  # inductor has products of its own
         )
-        if learns or not suits_onednn:
-            if suits_onednn:
-                rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), weight, self.bias)
-                output = rows.view(*input.shape[:-1], -1)
-            else:
-                output = super().forward(input)
-            output = functional.silu(output) if then == "swish" else output
-            return output if factor is None else output * factor
-        if self.packs:
-            packed = self._packed
-            if packed is None or (packed[1].data_ptr(), packed[2]) != (weight.data_ptr(), version_of(weight)):
-                source = weight.detach()
-                self._packed = packed = onednn_order(source, None), source, version_of(weight)
-            weight = packed[0]
-        if factor is None:
-            return onednn_linear(input, weight, self.bias, then, [], "")
-        return onednn_linear.binary(input, factor, weight, self.bias, "mul")
+        if suits_onednn and not learns:
+            if self.packs:
+                packed = self._packed
+                if packed is None or (packed[1].data_ptr(), packed[2]) != (weight.data_ptr(), version_of(weight)):
+                    source = weight.detach()
+                    self._packed = packed = onednn_order(source, None), source, version_of(weight)
+                weight = packed[0]
+            if factor is None:
+                return onednn_linear(input, weight, self.bias, then, [], "")
+            return onednn_linear.binary(input, factor, weight, self.bias, "mul")
+        if suits_onednn:
+            rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), weight, self.bias)
+            output = rows.view(*input.shape[:-1], -1)
+        else:
+            output = super().forward(input)
+        output = functional.silu(output) if then == "swish" else output
+        return output if factor is None else output * factor
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the weight in oneDNN's order, which cannot be copied."""
