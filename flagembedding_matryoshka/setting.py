@@ -16,7 +16,7 @@ Layers = int | Iterable[int] | None
 
 
 class Exits(Protocol):
-    """The fields of a model's configuration that a setting is checked with."""
+    """The fields of a model, or of its configuration, that a setting is checked with."""
 
     num_hidden_layers: int
 

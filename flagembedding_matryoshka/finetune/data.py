@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.finetune.rows import COLUMNS, TEXTS, load_files, mix_rows, sample_rows
 from flagembedding_matryoshka.mining.rows import INSTRUCTIONS, RowKind
-from flagembedding_matryoshka.models.batch import PackedBatch
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.batch import PackedBatch, pack_pairs
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 from flagembedding_matryoshka.text.templates import Template
 

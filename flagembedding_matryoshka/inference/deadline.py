@@ -290,9 +290,9 @@ class AnytimeRun:
         for layer in range(states.layers_run + 1, goal + 1):
             weight = share(layer) * (1.0 if layer < goal else self._reading)
             layers += weight
-            is_split = states.split is not None and layer <= self._setting.store_layer
-            tokens += weight * (states.running.total_tokens if is_split else fixed + int(passage.sum()))
-            is_stored = is_split and states.split is not None and states.split.stored is not None
+            split = states.split if layer <= self._setting.store_layer else None
+            tokens += weight * (fixed + int(passage.sum()) if split is None else split.batch.total_tokens)
+            is_stored = split is not None and split.stored is not None
             if self._setting.compresses_after(layer) and not is_stored:
                 passage = compressed_lengths(passage, self._setting.compress_ratio)
         return layers, tokens

@@ -21,12 +21,11 @@ from flagembedding_matryoshka.inference.deadline import AnytimeRun, Deadline
 from flagembedding_matryoshka.inference.fusion import Fusion
 from flagembedding_matryoshka.inference.memory import TokenLimit, as_shortage, keep_freed_memory
 from flagembedding_matryoshka.inference.store import StoredPair
-from flagembedding_matryoshka.models.batch import copy_to_host
+from flagembedding_matryoshka.models.batch import copy_to_host, pack_pairs
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.models.flops import reading_share
 from flagembedding_matryoshka.models.onednn import use_onednn
-from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair, count_tokens

@@ -322,7 +322,8 @@ def resolve_call(
         depth_and_width[name] = getattr(defaults, name) if value is None else value
     options = ScoringOptions.resolve(defaults, others)
     try:
-        setting = Setting.resolve(defaults.config, **depth_and_width, cascade=cascade)
+        # Before the weights are read, the configuration tells the exits.
+        setting = Setting.resolve(defaults.model or defaults.config, **depth_and_width, cascade=cascade)
     except ValueError as error:
         if defaults.max_layer is None:
             raise

@@ -26,8 +26,8 @@ from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.fusion import AUTO, as_weight, best_first, fuse, read_first_stage
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_pairs, excerpt
+from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
-from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.private import find_file
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS, Layers, Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair

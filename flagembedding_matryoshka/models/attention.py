@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from flagembedding_matryoshka.models.batch import PackedBatch, ranges
+from flagembedding_matryoshka.models.batch import PackedBatch, ranges, row_indices
 from flagembedding_matryoshka.models.flash import flash_attention, flash_indices, runs_flash
 from flagembedding_matryoshka.models.flex import flex_attention, flex_indices, runs_flex
 
@@ -116,11 +116,6 @@ class Logits:
     softcap: float | None = None
     window: int | None = None
 
-    def of(self, products: Tensor) -> Tensor:
-        """Return the logits of products of any shape."""
-        logits = products * self.scaling
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
     def visible(self, length: int, device: torch.device) -> Tensor:
         """Return (length, length) bool: the tokens (columns) that each token (row) attends to.
 
@@ -157,12 +152,11 @@ def packed_attention(
     An unknown keyword of a decoder layer is a TypeError, because attention that ignored it would be wrong.
 
     Args:
-        module: the attention module, which must be causal; None is not checked.
         query: (1, heads, total_tokens, head_dim), after rotary embedding; with `only_last` (1, heads, segments,
             head_dim), that of each segment's last token.
         key, value: (1, kv_heads, total_tokens, head_dim).
-        attention_mask, position_ids, use_cache: not used. `packed` has the segments, and the layer has applied
-            positions to queries and keys.
+        module, attention_mask, position_ids, use_cache: not used. `packed` has the segments, the layer has applied
+            positions to queries and keys, and `CostWiseModel` has checked that its attention is causal.
         packed: where the segments lie.
         last_rows: a list to which `last_token_row` is appended; None for none.
         separately: each kernel call computes one segment, so that results are independent of other segments.
@@ -171,11 +165,7 @@ def packed_attention(
 
     Returns:
         (1, tokens of the query, heads, head_dim), and None for the attention map, which never exists.
-
-    Raises:
-        ValueError: if attention in `module` is not causal.
     """
-    refuse_not_causal_layer(module)
     logits = Logits(scaling, softcap, sliding_window)
     kernel = choose_kernel(query, packed, softcap, only_last, separately, compiled, dropout)
     if kernel == "last tokens":
@@ -229,10 +219,9 @@ def choose_kernel(
     return "segments"
 
 
-def refuse_not_causal_layer(module: nn.Module | None) -> None:
-    """Raise ValueError if attention in `module` is not causal."""
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"attention in {type(module).__name__} is not causal: sequences cannot be packed as here.")
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Return attention logits in (-softcap, softcap): softcap · tanh(logits / softcap)."""
+    return softcap * torch.tanh(logits / softcap)
 
 
 def _segment_by_segment(
@@ -282,7 +271,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, logits: Logits, dropout: 
         )
     # No fused kernel has a cap. (batch, kv_heads, heads per kv_head, length, head_dim)
     products = query.unflatten(1, (kv_heads, -1)) @ key.transpose(2, 3)[:, :, None]
-    masked = logits.of(products.float()).masked_fill(~logits.visible(length, query.device), float("-inf"))
+    values = capped(products.float() * logits.scaling, logits.softcap)
+    masked = values.masked_fill(~logits.visible(length, query.device), float("-inf"))
     maps = F.dropout(masked.softmax(-1), dropout).to(value.dtype)
     return (maps @ value[:, :, None]).flatten(1, 2)
 
@@ -307,7 +297,7 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch,
         if logits.softcap is None:
             products = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=logits.scaling)
         else:
-            products = logits.of(torch.bmm(queries, keys.transpose(1, 2))) + hidden
+            products = capped(torch.bmm(queries, keys.transpose(1, 2)) * logits.scaling, logits.softcap) + hidden
         maps = torch.softmax(products, dim=-1)
         attended = torch.bmm(maps, values).view(count, heads, width, head_dim)
         outputs.append(attended.transpose(1, 2).reshape(count * width, -1))
@@ -324,7 +314,8 @@ def last_token_row(query: Tensor, key: Tensor, packed: PackedBatch, logits: Logi
     Returns:
         (total_tokens,) float32. The values of a sequence, with its shared query, sum to the number of heads.
     """
-    row = _last_token_maps(query[:, packed.segment_ends], key, packed, logits).sum((0, 1))
+    last = query[:, packed.indices(row_indices).segment_ends]
+    row = _last_token_maps(last, key, packed, logits).sum((0, 1))
     return row if packed.prefixes is None else row[packed.indices(context_indices).own]
 
 
@@ -358,7 +349,9 @@ def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Log
         key = key[:, tokens]
     last = last.unflatten(0, (len(key), -1))
     # one product per token and head, nothing quadratic
-    values = logits.of(torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float())
+    values = torch.einsum("kgtd,ktd->kgt", last[:, :, segments], key).float() * logits.scaling
+    if logits.softcap is not None:
+        values = capped(values, logits.softcap)
     if logits.window is not None:
         values = values.masked_fill(behind >= logits.window, float("-inf"))
     shape = values.shape

@@ -4,7 +4,7 @@ Three sequences of 4, 2 and 3 tokens, each made of query part, passage and promp
 
 >>> lengths = torch.tensor([[2, 1, 1], [1, 0, 1], [1, 1, 1]]).T
 >>> packed = PackedBatch(*lengths, torch.device("cpu"))
->>> packed.cu_seqlens.tolist(), packed.position_ids.tolist()
+>>> packed.cu_seqlens.tolist(), packed.indices(row_indices).position_ids.tolist()
 ([0, 4, 6, 9], [[0, 1, 2, 3, 0, 1, 0, 1, 2]])
 
 Sequences that begin with the same query part may share it: it is then a segment of its own, which stands in front of
@@ -12,9 +12,9 @@ theirs and which they attend to. The first and the last of these have a query of
 
 >>> lengths = torch.tensor([[2, 0, 0], [0, 1, 1], [0, 2, 1]]).T
 >>> packed = PackedBatch(*lengths, torch.device("cpu"), prefixes=torch.tensor([-1, 0, 0]))
->>> packed.cu_seqlens.tolist(), packed.position_ids.tolist()
+>>> packed.cu_seqlens.tolist(), packed.indices(row_indices).position_ids.tolist()
 ([0, 2, 4, 7], [[0, 1, 2, 3, 2, 3, 4]])
->>> packed.sequence_lengths.tolist(), packed.last_tokens.tolist()
+>>> packed.sequence_lengths.tolist(), packed.indices(row_indices).last_tokens.tolist()
 ([4, 5], [3, 6])
 """
 
@@ -22,13 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flagembedding_matryoshka.private import tree_flatten, tree_unflatten
+from flagembedding_matryoshka.text.pairs import TokenizedPair
 
 T = TypeVar("T", bound=tuple[Any, ...])
 ALIGNMENT = 16
@@ -92,9 +96,12 @@ class PackedBatch:
 
     Attributes:
         lengths: (segments,) int64, CPU: tokens of each segment.
+        offsets: (total_tokens,) int64, CPU: position of each token in its segment.
         prefix_lengths: (segments,) int64, CPU: tokens of the segment that each one continues, or 0.
         context_lengths: (segments,) int64, CPU: tokens that the last token of each segment attends to.
         cu_seqlens: (segments + 1,) int64, CPU: the start of each segment in the row, and at the end the row's length.
+        segments: (start, end) of each segment in the row.
+        total_tokens: number of tokens in the row.
         sequences: (sequences,) int64, CPU: the segments that end a sequence, which are all but the shared ones.
         sequence_lengths: (sequences,) int64, CPU: tokens of each sequence, including a shared segment.
     """
@@ -116,7 +123,10 @@ class PackedBatch:
             self.prefix_lengths = torch.where(prefixes < 0, 0, lengths[prefixes])
             continued[prefixes[prefixes >= 0]] = True
         self.context_lengths = self.prefix_lengths + lengths
+        self.offsets = ranges(lengths)
         self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        self.segments = list(pairwise(self.cu_seqlens.tolist()))
+        self.total_tokens = len(self.offsets)
         self.sequences = torch.nonzero(~continued)[:, 0]
         self.sequence_lengths = self.context_lengths[self.sequences]
         self._indices: dict[Hashable, Any] = {}
@@ -143,28 +153,16 @@ class PackedBatch:
             make: returns a tuple, with a name for each item, of CPU tensors, lists of these, or None.
         """
         if make not in self._indices:
-            stage([(self, make)], self.device)
+            if self.device.type == "cpu":
+                self._indices[make] = make(self)
+            else:
+                stage([(self, make)], self.device)
         return self._indices[make]
-
-    @cached_property
-    def segments(self) -> list[tuple[int, int]]:
-        """(start, end) of each segment in the row."""
-        return list(pairwise(self.cu_seqlens.tolist()))
-
-    @property
-    def total_tokens(self) -> int:
-        """Number of tokens in the row."""
-        return int(self.cu_seqlens[-1])
 
     @property
     def max_seqlen(self) -> int:
         """Length of the longest sequence."""
         return int(self.sequence_lengths.max())
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """(total_tokens,) int64, CPU: position of each token in its segment."""
-        return ranges(self.lengths)
 
     @cached_property
     def context_tokens(self) -> Tensor:
@@ -180,21 +178,6 @@ class PackedBatch:
         """(segments,) int64, CPU: the segment that each segment continues, or its own number."""
         own = torch.arange(len(self.lengths))
         return own if self.prefixes is None else torch.where(self.prefixes < 0, own, self.prefixes)
-
-    @property
-    def position_ids(self) -> Tensor:
-        """(1, total_tokens) int64, on `device`: position of each token in its sequence."""
-        return self.indices(row_indices).position_ids
-
-    @property
-    def segment_ends(self) -> Tensor:
-        """(segments,) int64, on `device`: index of each segment's last token in the row."""
-        return self.indices(row_indices).segment_ends
-
-    @property
-    def last_tokens(self) -> Tensor:
-        """(sequences,) int64, on `device`: index of each sequence's last token in the row."""
-        return self.indices(row_indices).last_tokens
 
     def select(self, sequences: Sequence[int]) -> tuple[PackedBatch, Tensor]:
         """Some sequences, in the order given, with what they share.
@@ -271,13 +254,46 @@ class PackedBatch:
         Sequences that share their query are not padded by this.
         """
         padded = row.new_zeros(len(self.lengths), self.max_seqlen, row.shape[-1])
-        return padded.index_put((self.indices(segment_indices).own, self.position_ids[0]), row)
+        places = self.indices(segment_indices).own, self.indices(row_indices).position_ids[0]
+        return padded.index_put(places, row)
 
     def padded_attention_mask(self) -> Tensor:
         """(sequences, max_seqlen) int64, on `device`: 1 on tokens, 0 on padding."""
         mask = (torch.arange(self.max_seqlen) < self.sequence_lengths[:, None]).long()
         (there,) = on_device([mask], self.device)
         return there
+
+
+def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool = False) -> tuple[Tensor, PackedBatch]:
+    """Pack tokenised pairs into one row; neighbours with the same prefix share it.
+
+    Args:
+        device: device of the batch's indices.
+        apart: a prefix is a segment of its own even if no other pair shares it.
+
+    Returns:
+        (1, total_tokens) int64 token ids on the CPU, and where the segments lie among them.
+    """
+    parts: list[NDArray[np.int32]] = []
+    segments: list[tuple[int, int, int, int]] = []
+    for prefix, group in groupby(pairs, key=attrgetter("prefix")):
+        members = list(group)
+        number, query_taken, passage_taken = -1, 0, 0
+        is_shared = len(prefix.ids) > 0 and (apart or len(members) > 1)
+        if is_shared:
+            number, query_taken = len(segments), members[0].query_length
+            passage_taken = members[0].passage_length if members[0].passage_first else 0
+            parts.append(prefix.ids)
+            segments.append((query_taken, passage_taken, 0, -1))
+        for pair in members:
+            own = [pair.prompt_ids] if pair.passage_first else [pair.passage_ids, pair.prompt_ids]
+            parts += own if is_shared else [prefix.ids, *own]
+            query, passage = pair.query_length - query_taken, pair.passage_length - passage_taken
+            segments.append((query, passage, pair.prompt_length, number))
+    query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
+    shared = prefixes if bool((prefixes >= 0).any()) else None
+    token_ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+    return token_ids[None], PackedBatch(query_lengths, passage_lengths, prompt_lengths, device, shared)
 
 
 def row_indices(packed: PackedBatch) -> RowIndices:

@@ -99,9 +99,13 @@ class CostWiseForCausalLM(PreTrainedModel):
 
     Attributes:
         model_class: the class of the decoder.
+        exit_layers: the exit of each head, ascending.
+        num_hidden_layers: number of decoder layers.
     """
 
     model_class: ClassVar[type[CostWiseModel]]
+    exit_layers: list[int]
+    num_hidden_layers: int
     # The backbone brings these. Its configuration is a CostWiseConfig, and its decoder becomes a CostWiseModel.
     config_class: Any
     config: Any
@@ -258,6 +262,7 @@ class CostWiseForCausalLM(PreTrainedModel):
 
     def _use_heads(self, heads: Sequence[CostWiseHead]) -> None:
         self.lm_head = nn.ModuleList(heads)
+        self.exit_layers, self.num_hidden_layers = self.config.exit_layers, self.config.num_hidden_layers
         self.config.tie_word_embeddings = False
         untie_weights(self)
 
@@ -273,7 +278,7 @@ class CostWiseForCausalLM(PreTrainedModel):
 
     def score(self, layer: int, last_token_states: Tensor) -> Tensor:
         """Return (sequences,) float32 scores at exit `layer` from (sequences, hidden) normalised states."""
-        return self.finish(self.lm_head[self.config.exit_layers.index(layer)](last_token_states))
+        return self.finish(self.lm_head[self.exit_layers.index(layer)](last_token_states))
 
     def scores(self, states: PackedStates, setting: Setting, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Return (cutoff layers, sequences) float32 scores, the layers in the order asked for.
@@ -284,7 +289,8 @@ class CostWiseForCausalLM(PreTrainedModel):
             cutoff_layers: the exits to read; empty is the exits of `setting`. A pass may be read before its end.
         """
         exits = cutoff_layers or setting.cutoff_layers
-        self.model.stage(states, setting, exits)
+        if states.packed.device.type != "cpu":
+            self.model.stage(states, setting, exits)
         # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
         found: dict[int, Tensor] = {}
         for layer in sorted(exits):

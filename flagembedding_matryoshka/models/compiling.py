@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from flagembedding_matryoshka.models.attention import packed_attention, refuse_not_causal_layer
+from flagembedding_matryoshka.models.attention import packed_attention
 from flagembedding_matryoshka.models.batch import PackedBatch
 
 OPAQUE_ATTENTION = "cost_wise_packed_opaque"
@@ -84,7 +84,6 @@ def opaque_attention(
     use_cache: Literal[False] | None = None,
 ) -> tuple[Tensor, None]:
     """Run `packed_attention` without gradients; `packed` is the tensor that `name_of` returned for the batch."""
-    refuse_not_causal_layer(module)
     attended, row = _attention(
         query, key, value, packed, last_rows is not None, only_last, scaling, dropout, softcap, sliding_window
     )

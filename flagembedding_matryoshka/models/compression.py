@@ -8,8 +8,8 @@ and weigh the same; the last group may be short:
 >>> row, compressed = compress(tokens, None, packed, ratio=2)
 >>> row.flatten().tolist()
 [0.0, 0.0, 1.5, 3.5, 5.0, 9.0]
->>> compressed.passage_lengths.tolist(), compressed.position_ids.tolist()
-([3], [[0, 1, 2, 3, 4, 5]])
+>>> compressed.passage_lengths.tolist(), compressed.offsets.tolist()
+([3], [0, 1, 2, 3, 4, 5])
 """
 
 from __future__ import annotations

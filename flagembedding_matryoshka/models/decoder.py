@@ -61,11 +61,6 @@ class PackedStates:
     layers_run: int = 0
     split: SplitBatch | None = None
 
-    @property
-    def running(self) -> PackedBatch:
-        """Where the segments lie in `hidden`."""
-        return self.packed if self.split is None else self.split.batch
-
     def apart(self) -> PackedStates:
         """Return the states with a copy of each shared segment for each of its sequences."""
         assert self.split is None
@@ -113,11 +108,13 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         layer_class: the class of the decoder's layers.
         rotary_by_layer_type: whether `rotary_emb` takes a layer type; `config.layer_types` has the type of each layer.
         batch_invariant: whether the states of a sequence are bitwise independent of its batch.
+        max_positions: number of tokens of a sequence, at most.
     """
 
     layer_class: ClassVar[type[CostWiseLayer]]
     rotary_by_layer_type: ClassVar[bool] = False
     batch_invariant = False
+    max_positions: int
     # The backbone brings these. Its configuration is a CostWiseConfig, too.
     config: Any
     embed_tokens: Any
@@ -133,7 +130,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         """Turn the layers of transformers' decoder, with their weights, into layers that run on a packed row.
 
         Raises:
-            ValueError: if they do not take attention from `transformers.AttentionInterface`.
+            ValueError: if they do not take attention from `transformers.AttentionInterface`, or it is not causal.
         """
         if not takes_attention_from_interface(self):
             raise ValueError(
@@ -141,7 +138,18 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 "from AttentionInterface."
             )
         for layer in self.layers:
+            for part in layer.modules():
+                if not getattr(part, "is_causal", True):
+                    raise ValueError(
+                        f"attention in {type(part).__name__} is not causal: sequences cannot be packed as here."
+                    )
             layer.__class__ = self.layer_class
+        rope = self.config.rope_parameters or {}
+        of_types = [rope[name] for name in set(self.config.layer_types)] if self.rotary_by_layer_type else [rope]
+        longrope = [one for one in of_types if one.get("rope_type") == "longrope"]
+        # Beyond these, frequencies depend on the longest sequence of a batch, and so would scores.
+        original = [one["original_max_position_embeddings"] for one in longrope]
+        self.max_positions = min([self.config.max_position_embeddings, *original])
         set_whole_modules(self, [self.layer_class.__name__])
         self.set_attn_implementation(PACKED_ATTENTION)
 
@@ -214,23 +222,24 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             raise ValueError(
                 f"row {longest} has {length} tokens, more than {reason}={limit}. Use a smaller max_length."
             )
-        indices: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]] = ()
         split = None
-        if setting is not None:
-            if setting.store_layer:
-                token_ids, split = split_passages(token_ids, packed, stored)
-            exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
-            indices = self._indices(packed, split, setting, exits)
-        if token_ids.device.type == packed.device.type:
-            stage(indices, packed.device)
-        else:
-            (token_ids,) = stage(indices, packed.device, token_ids)
+        if setting is not None and setting.store_layer:
+            token_ids, split = split_passages(token_ids, packed, stored)
+        if packed.device.type != "cpu":
+            indices: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]] = ()
+            if setting is not None:
+                exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
+                indices = self._indices(packed, split, setting, exits)
+            if token_ids.device.type == packed.device.type:
+                stage(indices, packed.device)
+            else:
+                (token_ids,) = stage(indices, packed.device, token_ids)
         return PackedStates(self.embeddings(token_ids), packed, split=split)
 
     def stage(self, states: PackedStates, setting: Setting, exits: Sequence[int]) -> None:
         """Copy the indices to the device, in one copy, that a pass from `states` to the deepest of `exits` needs.
 
-        A pass that needs others copies them when it needs them.
+        A pass that needs others copies them when it needs them. On a CPU nothing is copied, so a caller skips this.
         """
         indices = self._indices(states.packed, states.split, setting, exits, states.layers_run)
         stage(indices, states.packed.device)
@@ -244,8 +253,6 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         layers_run: int = 0,
     ) -> Iterator[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]]:
         """Yield the batches of a pass, whose rows compression shortens, and the functions that make their indices."""
-        if packed.device.type == "cpu":
-            return
         # A query without tokens, as kernels are chosen by its device, dtype and head dimension.
         head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         choose = partial(
@@ -283,22 +290,13 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 yield packed, SlotsOf(setting.compress_ratio)
                 packed = packed.compressed(setting.compress_ratio)
 
-    @property
-    def max_positions(self) -> int:
-        """Number of tokens of a sequence, at most."""
-        rope = self.config.rope_parameters or {}
-        of_types = [rope[name] for name in set(self.config.layer_types)] if self.rotary_by_layer_type else [rope]
-        longrope = [one for one in of_types if one.get("rope_type") == "longrope"]
-        # Beyond these, frequencies depend on the longest sequence of a batch, and so would scores.
-        original = [one["original_max_position_embeddings"] for one in longrope]
-        return min([self.config.max_position_embeddings, *original])
-
     def rotary_embeddings(self, hidden: Tensor, packed: PackedBatch) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines for each layer, (1, total_tokens, rotary_dim) each."""
+        positions = packed.indices(row_indices).position_ids
         if not self.rotary_by_layer_type:
-            return [self.rotary_emb(hidden, packed.position_ids)] * len(self.layers)
+            return [self.rotary_emb(hidden, positions)] * len(self.layers)
         types = self.config.layer_types[: len(self.layers)]
-        by_type = {name: self.rotary_emb(hidden, packed.position_ids, name) for name in set(types)}
+        by_type = {name: self.rotary_emb(hidden, positions, name) for name in set(types)}
         return [by_type[name] for name in types]
 
     def run(self, states: PackedStates, setting: Setting, until: int) -> Iterator[tuple[int, Tensor, PackedBatch]]:
@@ -312,7 +310,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             after each layer, before its compression: the number of layers that have run, the states (1, total_tokens,
             hidden), and where the segments lie in them.
         """
-        rotary = self.rotary_embeddings(states.hidden, states.running)
+        rotary: list[tuple[Tensor, Tensor]] | None = None
         for depth in range(states.layers_run + 1, until + 1):
             joins = states.split if depth == setting.store_layer else None
             is_stored = joins is not None and joins.stored is not None
@@ -321,22 +319,23 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
             if weighs and states.packed.shares_passages:
                 # Each query weights the passage tokens differently.
                 separate = states.apart()
-                states.hidden, states.packed = separate.hidden, separate.packed
-                rotary = self.rotary_embeddings(states.hidden, states.packed)
+                states.hidden, states.packed, rotary = separate.hidden, separate.packed, None
+            running = states.packed if states.split is None else states.split.batch
+            rotary = rotary or self.rotary_embeddings(states.hidden, running)
             hidden, row = self.layers[depth - 1](
                 states.hidden,
-                packed=states.running,
+                packed=running,
                 last_row=weighs,
                 only_last=False,
                 position_embeddings=rotary[depth - 1],
             )
             if joins is not None:
                 hidden, states.split = joins.join(hidden, states.packed), None
-            yield depth, hidden, states.running
+                running, rotary = states.packed, None
+            yield depth, hidden, running
             if compresses:
                 hidden, states.packed = compress(hidden, row, states.packed, setting.compress_ratio)
-            if compresses or joins is not None:
-                rotary = self.rotary_embeddings(hidden, states.packed)
+                rotary = None
             states.hidden, states.layers_run = hidden, depth
 
     def passage_states(self, token_ids: Tensor, lengths: Tensor, setting: Setting) -> list[Tensor]:
@@ -386,14 +385,15 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         Brings `states` to the layer before the last one of `setting`; with `output_hidden_states` to the last one.
         """
         exits = setting.cutoff_layers
-        self.stage(states, setting, exits)
+        if states.packed.device.type != "cpu":
+            self.stage(states, setting, exits)
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}
         attention_masks: dict[int, Tensor] = {}
         for depth, hidden, packed in self.run(states, setting, setting.depth - (not output_hidden_states)):
             if depth in exits:
-                last_token_states[depth] = self.norm(hidden[0, packed.last_tokens].float())
+                last_token_states[depth] = self.norm(hidden[0, packed.indices(row_indices).last_tokens].float())
                 if output_hidden_states:
                     hidden_states[depth] = packed.pad(self.norm(hidden[0]))
                     attention_masks[depth] = packed.padded_attention_mask()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import PackedBatch, ranges, segment_indices
+from flagembedding_matryoshka.models.batch import PackedBatch, ranges, row_indices, segment_indices
 from flagembedding_matryoshka.private import compiler_options
 
 BLOCK = 128
@@ -104,7 +104,7 @@ def flex_attention(
     found = _flex()
     assert found is not None
     flex, make_mask = found
-    positions = packed.position_ids[0]
+    positions = packed.indices(row_indices).position_ids[0]
     segments, prefixes, counts, blocks = packed.indices(flex_indices)
     earliest = torch.zeros_like(positions) if window is None else positions - (window - 1)
     # One tensor, because torch 2.13 generates code from four that a CPU's compiler refuses, also for another window.

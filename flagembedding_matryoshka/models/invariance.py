@@ -20,7 +20,7 @@ class TiledLinear(OneDnnLinear):
     would depend on it.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # no block of `OneDnnMlp` has one
         """(…, in_features) to (…, out_features)."""
         rows = input.flatten(0, -2)
         tiles = [super(TiledLinear, self).forward(_filled(tile)) for tile in rows.split(ROWS)]

@@ -57,41 +57,36 @@ class CostWiseLayer(GradientCheckpointingLayer):
         Returns:
             (1, total_tokens, hidden), or with `only_last` (1, segments, hidden), and the attention row or None.
         """
-        packed = kwargs.pop("packed")
+        packed: PackedBatch = kwargs.pop("packed")
         attended = name_of(packed) if self.is_compiled else packed
-        if only_last:
-            return self._last_tokens(hidden_states, packed=packed, attended=attended, **kwargs), None
-        return self._all_tokens(
-            hidden_states, *args, packed=attended, position_ids=packed.position_ids, last_row=last_row, **kwargs
+        positions, ends, _, _ = packed.indices(row_indices)
+        if not only_last:
+            return self._all_tokens(
+                hidden_states, *args, packed=attended, position_ids=positions, last_row=last_row, **kwargs
+            )
+        rotary, context = kwargs.pop("position_embeddings"), Context()
+        with suppress(ContextKnown):
+            whole = super().forward(
+                hidden_states,
+                position_embeddings=rotary,
+                position_ids=positions,
+                packed=attended,
+                past_key_values=context,
+                **kwargs,
+            )
+            return whole[:, ends], None  # the layer has no keys and values
+        output = super().forward(
+            hidden_states[:, ends],
+            position_embeddings=tuple(part[:, ends] for part in rotary),
+            position_ids=positions[:, ends],
+            packed=attended,
+            past_key_values=context,
+            only_last=True,
+            **kwargs,
         )
+        return output, None
 
     def _all_tokens(self, hidden: Tensor, *args: Any, last_row: bool, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         rows: list[Tensor] | None = [] if last_row else None
         output = super().forward(hidden, *args, last_rows=rows, **kwargs)
         return output, rows[0] if rows else None
-
-    def _last_tokens(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, ...],
-        packed: PackedBatch,
-        attended: PackedBatch | Tensor,
-    ) -> Tensor:
-        context, (positions, ends, _, _) = Context(), packed.indices(row_indices)
-        with suppress(ContextKnown):
-            whole = super().forward(
-                hidden,
-                position_embeddings=position_embeddings,
-                position_ids=positions,
-                packed=attended,
-                past_key_values=context,
-            )
-            return whole[:, ends]  # the layer has no keys and values
-        return super().forward(
-            hidden[:, ends],
-            position_embeddings=tuple(part[:, ends] for part in position_embeddings),
-            position_ids=positions[:, ends],
-            packed=attended,
-            past_key_values=context,
-            only_last=True,
-        )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.activations import SiLUActivation
 from transformers.models.mistral.modeling_mistral import MistralMLP
@@ -70,47 +71,43 @@ class OneDnnLinear(nn.Linear):
     # The weight in oneDNN's order, and its source with its version. The source's memory is not used again meanwhile.
     _packed: tuple[Tensor, Tensor, int] | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        if not self.suits_onednn(input):
-            return super().forward(input)
-        if not torch.is_grad_enabled():
-            return self.product(input)
-        if input.dtype != torch.float32:
-            return super().forward(input)
-        rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
-        return rows.view(*input.shape[:-1], -1)
+    def forward(self, input: Tensor, then: str = "none", factor: Tensor | None = None) -> Tensor:
+        """Return input Wᵀ + bias, (..., out_features), with `then="swish"` its SiLU, or its product with a factor.
 
-    def suits_onednn(self, states: Tensor) -> bool:
-        """Return whether oneDNN can compute with these states."""
-        return (
-            states.device.type == "cpu"
-            and states.dtype in DTYPES
-            and states.dtype == self.weight.dtype
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()  # inductor has products of its own
-        )
-
-    def product(self, states: Tensor, then: str = "none", factor: Tensor | None = None) -> Tensor:
-        """Return states Wᵀ + bias, (..., out_features), with `then="swish"` its SiLU, or its product with a factor.
-
-        The weight is read in oneDNN's order if it is stored so. A weight that has changed is stored anew.
+        Without gradients, the weight is read in oneDNN's order if it is stored so. A weight that has changed is stored
+        anew.
 
         Args:
-            states: (..., in_features).
+            input: (..., in_features).
             then: "none" or "swish".
             factor: (..., out_features); None is no factor.
         """
         weight: Tensor = self.weight
-        if self.packs:
-            packed = self._packed
-            if packed is None or (packed[1].data_ptr(), packed[2]) != (weight.data_ptr(), version_of(weight)):
-                source = weight.detach()
-                self._packed = packed = onednn_order(source, None), source, version_of(weight)
-            weight = packed[0]
-        if factor is None:
-            return onednn_linear(states, weight, self.bias, then, [], "")
-        return onednn_linear.binary(states, factor, weight, self.bias, "mul")
+        learns = torch.is_grad_enabled()
+        suits_onednn = (
+            input.device.type == "cpu"
+            and input.dtype in ((torch.float32,) if learns else DTYPES)
+            and input.dtype == weight.dtype
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()  # inductor has products of its own
+        )
+        if suits_onednn and not learns:
+            if self.packs:
+                packed = self._packed
+                if packed is None or (packed[1].data_ptr(), packed[2]) != (weight.data_ptr(), version_of(weight)):
+                    source = weight.detach()
+                    self._packed = packed = onednn_order(source, None), source, version_of(weight)
+                weight = packed[0]
+            if factor is None:
+                return onednn_linear(input, weight, self.bias, then, [], "")
+            return onednn_linear.binary(input, factor, weight, self.bias, "mul")
+        if suits_onednn:
+            rows: Tensor = OneDnnProduct.apply(input.reshape(-1, input.shape[-1]), weight, self.bias)
+            output = rows.view(*input.shape[:-1], -1)
+        else:
+            output = super().forward(input)
+        output = functional.silu(output) if then == "swish" else output
+        return output if factor is None else output * factor
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the weight in oneDNN's order, which cannot be copied."""
@@ -127,9 +124,9 @@ class OneDnnMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) to (..., hidden)."""
-        if torch.is_grad_enabled() or not self.gate_proj.suits_onednn(x):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj.product(self.up_proj.product(x, factor=self.gate_proj.product(x, then="swish")))
+        if type(self.gate_proj) is type(self.up_proj) is type(self.down_proj) is OneDnnLinear:
+            return self.down_proj(self.up_proj(x, factor=self.gate_proj(x, then="swish")))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # an adapter has replaced a layer
 
 
 def keep_few_products() -> None:

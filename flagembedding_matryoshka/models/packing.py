@@ -1,61 +1,15 @@
-"""Batches as one packed row: padded rows without their padding, and pairs whose neighbours share a prefix."""
+"""Padded rows as one packed row, without their padding and with the queries that neighbours share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import PackedBatch, on_device
-from flagembedding_matryoshka.text.pairs import TokenizedPair
-
-
-class _Sequence(NamedTuple):
-    """A sequence before it is packed.
-
-    Attributes:
-        key: equal for sequences that begin with the same prefix.
-        prefix, own: the tokens that neighbours may share and the tokens after them, in any form.
-        prefix_lengths: tokens of query part and passage in the prefix.
-        lengths: tokens of query part, passage and prompt part in the whole sequence.
-    """
-
-    key: Any
-    prefix: NDArray[Any]
-    own: list[NDArray[Any]]
-    prefix_lengths: tuple[int, int]
-    lengths: tuple[int, int, int]
-
-
-def pack_pairs(pairs: Sequence[TokenizedPair], device: torch.device, apart: bool = False) -> tuple[Tensor, PackedBatch]:
-    """Pack tokenised pairs into one row; neighbours with the same prefix share it.
-
-    Args:
-        device: device of the batch's indices.
-        apart: a prefix is a segment of its own even if no other pair shares it.
-
-    Returns:
-        (1, total_tokens) int64 token ids on the CPU, and where the segments lie among them.
-    """
-    sequences = (
-        _Sequence(
-            pair.prefix,
-            pair.prefix.ids,
-            [pair.prompt_ids] if pair.passage_first else [pair.passage_ids, pair.prompt_ids],
-            (pair.query_length, pair.passage_length if pair.passage_first else 0),
-            (pair.query_length, pair.passage_length, pair.prompt_length),
-        )
-        for pair in pairs
-    )
-    parts, packed = _with_shared_prefixes(sequences, device, apart)
-    token_ids = torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-    return token_ids[None], packed
+from flagembedding_matryoshka.models.batch import PackedBatch, on_device, pack_pairs
+from flagembedding_matryoshka.text.pairs import Prefix, TokenizedPair
 
 
 def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, PackedBatch]:
@@ -72,42 +26,18 @@ def share_queries(token_ids: Tensor, packed: PackedBatch) -> tuple[Tensor, Packe
         is nothing to share.
     """
     ids = token_ids[0].cpu().numpy()
-    lengths = torch.stack([packed.query_lengths, packed.passage_lengths, packed.prompt_lengths], dim=1).tolist()
-    sequences = []
-    for (start, end), (query, passage, prompt) in zip(packed.segments, lengths, strict=True):
-        shared = query if start + query < end else 0  # at least one token must be the sequence's own
-        prefix, own = np.arange(start, start + shared), np.arange(start + shared, end)
-        sequences.append(_Sequence(ids[prefix].tobytes(), prefix, [own], (shared, 0), (query, passage, prompt)))
-    parts, shared_batch = _with_shared_prefixes(sequences, packed.device)
-    tokens = torch.from_numpy(np.concatenate(parts))
-    if len(tokens) == len(ids):
+    lengths = torch.stack([packed.query_lengths, packed.passage_lengths], dim=1).tolist()
+    pairs = []
+    for (start, end), (query, passage) in zip(packed.segments, lengths, strict=True):
+        # At least one token must be the sequence's own, so one that is all query becomes a prompt part.
+        shared = query if start + query < end else 0
+        query_ids, passage_ids, prompt_ids = np.split(ids[start:end], [shared, shared + passage])
+        pairs.append(TokenizedPair(Prefix(query_ids, query_ids.tobytes()), passage_ids, prompt_ids))
+    shared_ids, shared_batch = pack_pairs(pairs, packed.device)
+    if shared_ids.shape == token_ids.shape:
         return token_ids, packed
-    (there,) = on_device([tokens], token_ids.device)
-    return token_ids[:, there], shared_batch
-
-
-def _with_shared_prefixes(
-    sequences: Iterable[_Sequence], device: torch.device, apart: bool = False
-) -> tuple[list[NDArray[Any]], PackedBatch]:
-    """Return the row's tokens in parts, and where the segments lie. Prefixes that neighbours share stand once."""
-    parts: list[NDArray[Any]] = []
-    segments: list[tuple[int, int, int, int]] = []
-    for _, group in groupby(sequences, key=attrgetter("key")):
-        members = list(group)
-        prefix, of_prefix = members[0].prefix, members[0].prefix_lengths
-        is_shared = len(prefix) > 0 and (apart or len(members) > 1)
-        number = len(segments) if is_shared else -1
-        if is_shared:
-            parts.append(prefix)
-            segments.append((*of_prefix, 0, -1))
-        query_taken, passage_taken = of_prefix if is_shared else (0, 0)
-        for member in members:
-            parts += member.own if is_shared else [prefix, *member.own]
-            query, passage, prompt = member.lengths
-            segments.append((query - query_taken, passage - passage_taken, prompt, number))
-    query_lengths, passage_lengths, prompt_lengths, prefixes = torch.tensor(segments).unbind(1)
-    shared = prefixes if bool((prefixes >= 0).any()) else None
-    return parts, PackedBatch(query_lengths, passage_lengths, prompt_lengths, device, shared)
+    (there,) = on_device([shared_ids], token_ids.device)
+    return there, shared_batch
 
 
 def pack(

@@ -4,8 +4,8 @@ Two sequences, q q a b p | q q c p. The query part and prompt part of each are a
 
 >>> packed = PackedBatch(*torch.tensor([[2, 2], [2, 1], [1, 1]]), torch.device("cpu"))
 >>> ids, split = split_passages(torch.tensor([[7, 8, 1, 2, 9, 7, 8, 3, 9]]), packed)
->>> ids.tolist(), split.batch.position_ids.tolist()
-([[7, 8, 9, 1, 2, 7, 8, 9, 3]], [[0, 1, 2, 0, 1, 0, 1, 2, 0]])
+>>> ids.tolist(), split.batch.offsets.tolist()
+([[7, 8, 9, 1, 2, 7, 8, 9, 3]], [0, 1, 2, 0, 1, 0, 1, 2, 0])
 >>> split.join(ids[..., None], packed).flatten().tolist()
 [7, 8, 1, 2, 9, 7, 8, 3, 9]
 """

@@ -19,6 +19,7 @@ from flagembedding_matryoshka.finetune.data import (
 )
 from flagembedding_matryoshka.finetune.losses import TRAIN_METHODS
 from flagembedding_matryoshka.finetune.modeling import MatryoshkaRerankerModel
+from flagembedding_matryoshka.models.batch import row_indices
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.text.templates import Template
 from tests.batches import TokenSequence, collate, random_sequences, tokenized_pair
@@ -290,7 +291,7 @@ def test_lists_of_different_lengths_are_joined_for_evaluation():
 def test_a_batch_moves_as_a_tensor_does_and_through_a_pipe():
     batch = send_to_device(pickle.loads(pickle.dumps(MatryoshkaCollator()(GROUPS))), torch.device("meta"))
     assert batch["pair"].token_ids.is_meta and batch["teacher_scores"].is_meta
-    assert batch["pair"].packed.position_ids.is_meta and not batch["pair"].packed.lengths.is_meta
+    assert batch["pair"].packed.indices(row_indices).position_ids.is_meta and not batch["pair"].packed.lengths.is_meta
 
 
 def learner(model: CostWiseForCausalLM, tokenizer, method="distill_fix_layer_teacher"):

@@ -14,7 +14,7 @@ from flagembedding_matryoshka.inference import engine
 from flagembedding_matryoshka.inference.cascade import _best_of_each_query, finish, run_cascade
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.memory import TokenLimit
-from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, row_indices
 from flagembedding_matryoshka.models.decoder import PackedStates
 from flagembedding_matryoshka.setting import Setting, share_of
 from tests.batches import close, out_of_memory_above
@@ -172,7 +172,7 @@ def test_survivors_join_scores_are_waited_for_once_a_stage_and_dropped_states_ar
 
     def score(states, layer):
         stages.append((layer, len(states.packed.sequences), sum(one() is not None for one in alive)))
-        return states.hidden[0, states.packed.last_tokens, 0].as_subclass(Scores)
+        return states.hidden[0, states.packed.indices(row_indices).last_tokens, 0].as_subclass(Scores)
 
     batches = [states(10) for _ in range(4)]
     scores, exits, _ = finish(run_cascade(score, batches, [[0] * 10] * 4, Setting(6, cascade={2: 0.2})))

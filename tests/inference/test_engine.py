@@ -16,8 +16,8 @@ from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.inputs import Passage
 from flagembedding_matryoshka.inference.options import Call, ScoringOptions
 from flagembedding_matryoshka.models import attention, flash
+from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.models.onednn import HAS_ONEDNN, OneDnnLinear, OneDnnMlp
-from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.setting import Setting
 from tests.batches import ImmediateExecutor
 

@@ -6,8 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices, pack_pairs
 from tests.batches import close
 from tests.qwen import write_causal_lm
 

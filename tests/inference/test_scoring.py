@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from flagembedding_matryoshka.inference.scoring import cut_batches
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.text.pairs import count_tokens
 from tests.batches import tokenized_pairs
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flagembedding_matryoshka import MatryoshkaReranker, Setting
-from flagembedding_matryoshka.models.packing import pack_pairs
+from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.text.templates import TEMPLATES
 from tests.batches import close
 from tests.qwen import write_causal_lm

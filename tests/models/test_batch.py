@@ -33,10 +33,10 @@ def test_every_index_names_its_place_in_the_row(lengths):
     assert packed.cu_seqlens.tolist() == [*starts, len(places)]
     assert packed.segments == list(zip(starts, [*starts[1:], len(places)], strict=True))
     assert packed.indices(segment_indices).own.tolist() == [row for row, _ in places]
-    assert packed.offsets.tolist() == packed.position_ids[0].tolist() == [offset for _, offset in places]
-    assert [places[token] for token in packed.last_tokens] == [
-        (row, sum(parts) - 1) for row, parts in enumerate(lengths)
-    ]
+    assert packed.total_tokens == len(places)
+    row = packed.indices(row_indices)
+    assert packed.offsets.tolist() == row.position_ids[0].tolist() == [offset for _, offset in places]
+    assert [places[token] for token in row.last_tokens] == [(row, sum(parts) - 1) for row, parts in enumerate(lengths)]
 
 
 def test_a_cast_of_a_layers_arguments_leaves_a_batch_and_its_indices_as_they_are():
@@ -46,7 +46,7 @@ def test_a_cast_of_a_layers_arguments_leaves_a_batch_and_its_indices_as_they_are
     arguments = {"packed": packed, "hidden_states": torch.ones(1, 15, 4), "last_row": False}
     cast = _apply_to_tensors(lambda tensor: tensor.bfloat16(), arguments)
     assert cast["hidden_states"].dtype == torch.bfloat16
-    assert cast["packed"] is packed and packed.position_ids.dtype == torch.int64
+    assert cast["packed"] is packed and packed.indices(row_indices).position_ids.dtype == torch.int64
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=6))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from flagembedding_matryoshka.models.batch import PackedBatch
+from flagembedding_matryoshka.models.batch import PackedBatch, row_indices
 from flagembedding_matryoshka.models.compression import compress
 from tests.batches import close, slow_compress
 
@@ -41,7 +41,9 @@ def test_equals_the_loop_over_groups(lengths, ratio, seed):
     expected = [[query, len(range(0, passage, ratio)), prompt] for query, passage, prompt in lengths]
     parts = (packed.query_lengths, packed.passage_lengths, packed.prompt_lengths)
     assert torch.stack(parts, 1).tolist() == expected
-    assert packed.position_ids[0].tolist() == [place for parts in expected for place in range(sum(parts))]
+    assert packed.indices(row_indices).position_ids[0].tolist() == [
+        place for parts in expected for place in range(sum(parts))
+    ]
 
 
 @RATIOS

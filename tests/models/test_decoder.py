@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
@@ -263,12 +264,24 @@ def test_arguments_that_ask_for_nothing_are_no_mistake(layerwise_model):
     layerwise_model(**collate(SEQUENCES), labels=None, inputs_embeds=None, use_cache=False, output_attentions=False)
 
 
+def test_attention_that_is_not_causal_is_refused_when_a_model_is_made(own_model, monkeypatch):
+    make = MistralAttention.__init__
+
+    def make_not_causal(attention, **arguments):
+        make(attention, **arguments)
+        attention.is_causal = False
+
+    monkeypatch.setattr(MistralAttention, "__init__", make_not_causal)
+    with pytest.raises(ValueError, match=r"attention in MistralAttention is not causal: sequences cannot be packed"):
+        type(own_model)(own_model.config)
+
+
 @torch.no_grad()
 def test_a_sequence_may_have_all_positions_of_the_model_but_not_more(layerwise_model, own_model):
     longest = max(map(sum, LENGTHS))
-    own_model.config.max_position_embeddings = longest
+    own_model.config.max_position_embeddings = own_model.model.max_positions = longest
     close(scores(own_model, SEQUENCES), scores(layerwise_model, SEQUENCES), 1e-6)
-    own_model.config.max_position_embeddings = longest - 1
+    own_model.config.max_position_embeddings = own_model.model.max_positions = longest - 1
     message = rf"row 3 has {longest} tokens, more than max_position_embeddings={longest - 1}\. Use a smaller max_length"
     with pytest.raises(ValueError, match=message):
         scores(own_model, SEQUENCES)

@@ -30,13 +30,13 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1
 def calls(monkeypatch):
     """The shapes of the inputs of oneDNN's products."""
     shapes = []
-    product = OneDnnLinear.product
+    product = onednn.onednn_linear
 
-    def noted(self, states, *others):
+    def noted(states, *others):
         shapes.append(tuple(states.shape))
-        return product(self, states, *others)
+        return product(states, *others)
 
-    monkeypatch.setattr(OneDnnLinear, "product", noted)
+    monkeypatch.setattr(onednn, "onednn_linear", noted)
     return shapes
 
 
@@ -184,6 +184,27 @@ def test_a_block_gated_by_silu_is_fused(kind, config, bias, dtype):
         output = fused(inputs)
     torch.testing.assert_close(output, plain(inputs).detach(), **CLOSE[dtype])
     assert not torch.equal(output, torch.zeros_like(output))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_in_other_dtypes_a_fused_block_is_that_of_torch(dtype):
+    plain = mlp(MistralMLP, MistralConfig).to(dtype)
+    fused = copy.deepcopy(plain)
+    use_onednn(nn.Sequential(fused))
+    inputs = torch.randn(3, 24).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(fused(inputs), plain(inputs))
+
+
+@torch.no_grad()
+def test_a_layer_that_an_adapter_replaces_later_is_called_by_the_block():
+    plain = mlp(MistralMLP, MistralConfig)
+    fused = copy.deepcopy(plain)
+    use_onednn(nn.Sequential(fused))
+    for block in (plain, fused):
+        block.gate_proj = nn.Sequential(block.gate_proj, nn.Tanh())
+    inputs = torch.randn(3, 24)
+    torch.testing.assert_close(fused(inputs), plain(inputs), **CLOSE[torch.float32])
 
 
 def test_a_fused_block_passes_gradients():

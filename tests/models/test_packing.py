@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 
 from flagembedding_matryoshka.models.attention import context_indices
-from flagembedding_matryoshka.models.batch import PackedBatch
-from flagembedding_matryoshka.models.packing import pack, pack_pairs, share_queries
+from flagembedding_matryoshka.models.batch import PackedBatch, pack_pairs, row_indices
+from flagembedding_matryoshka.models.packing import pack, share_queries
 from tests.batches import LENGTHS, collate, random_sequences, tokenized_pair
 
 QUERIES = [[1, 2], [3], [4, 5, 6]]
@@ -27,7 +27,7 @@ def test_neighbours_with_one_query_share_it():
     assert shared.cu_seqlens.tolist() == [0, 2, 4, 7, 10]
     assert shared.prefixes.tolist() == [-1, 0, 0, -1]
     assert shared.sequence_lengths.tolist() == [4, 5, 3]
-    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2]]
+    assert shared.indices(row_indices).position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2]]
 
 
 def test_queries_apart_or_different_are_left_alone():
@@ -51,7 +51,7 @@ def tokenized(shapes):
 
 def contexts(token_ids, packed):
     """What the last token of each sequence attends to: (token, position) pairs."""
-    found = list(zip(token_ids[0].tolist(), packed.position_ids[0].tolist(), strict=True))
+    found = list(zip(token_ids[0].tolist(), packed.indices(row_indices).position_ids[0].tolist(), strict=True))
     parts = packed.context_tokens.split(packed.context_lengths.tolist())
     return [[found[token] for token in parts[segment]] for segment in packed.sequences]
 
@@ -61,7 +61,7 @@ def test_a_shared_query_stands_once_in_front_of_its_sequences(shapes, data):
     pairs = tokenized(shapes)
     token_ids, packed = pack_pairs(pairs, torch.device("cpu"))
     assert contexts(token_ids, packed) == [list(zip(p.input_ids.tolist(), range(len(p)), strict=True)) for p in pairs]
-    assert token_ids[0, packed.last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
+    assert token_ids[0, packed.indices(row_indices).last_tokens].tolist() == [pair.input_ids[-1] for pair in pairs]
     assert packed.sequence_lengths.tolist() == [len(pair) for pair in pairs]
     assert packed.context_tokens[packed.indices(context_indices).own].tolist() == list(range(token_ids.numel()))
     queries = [len(list(group)) for _, group in itertools.groupby(shapes, key=lambda shape: shape[0])]

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from flagembedding_matryoshka import Setting
+from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.packing import pack_pairs
 from flagembedding_matryoshka.models.split import split_passages
 from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
 from tests.batches import EXITS, close, slow_compress, tokenized_pair

@@ -23,7 +23,9 @@ LENGTHS = {"query_max_length": 16, "max_length": 64}
 
 @pytest.fixture(scope="module")
 def invariant(tiny_layerwise_path):
-    return MatryoshkaReranker(str(tiny_layerwise_path), dtype="bfloat16", devices="cpu", batch_invariant=True, **LENGTHS)
+    return MatryoshkaReranker(
+        str(tiny_layerwise_path), dtype="bfloat16", devices="cpu", batch_invariant=True, **LENGTHS
+    )
 
 
 @pytest.fixture(scope="module")
