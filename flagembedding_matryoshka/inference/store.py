@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flagembedding_matryoshka.files import replacing, write_text
-from flagembedding_matryoshka.inference.inputs import Passage, as_iterable, excerpt
+from flagembedding_matryoshka.inference.inputs import Pairs, Passage, as_iterable, excerpt
 from flagembedding_matryoshka.inference.options import Call
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
@@ -359,7 +359,7 @@ def whole_length(pair: TokenizedPair) -> int:
     return pair.passage_length * (pair.compress_ratio if isinstance(pair, StoredPair) else 1)
 
 
-def refuse_other_states(pairs: Sequence[TokenizedPair], setting: Setting) -> None:
+def refuse_other_states(pairs: Pairs, setting: Setting) -> None:
     """Raise ValueError if pairs with stored passages are not those of a setting, or are beside pairs without."""
     stored = [pair for pair in pairs if isinstance(pair, StoredPair)]
     if not stored:

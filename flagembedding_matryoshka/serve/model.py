@@ -335,13 +335,13 @@ class Scorer:
         return {**setting, **fixed}
 
     @property
-    def stored(self) -> dict[str, int] | None:
-        """Number, layer and ratio of the stored passages; None without a store."""
+    def stored(self) -> dict[str, dict[str, int]]:
+        """Number, layer and ratio of the stored passages, as "store"; nothing without a store."""
         if self.store is None:
-            return None
+            return {}
         own = self.store.conditions
         facts = {"store_layer": own.store_layer, "compress_ratio": own.compress_ratio}
-        return {"passages": len(self.store), **facts}
+        return {"store": {"passages": len(self.store), **facts}}
 
     def prepare(
         self,

@@ -178,7 +178,7 @@ class Service:
         """
         scorer = self._ready()
         return await self._tokenizers.run(
-            lambda: {"fusion": scorer.fusion_weights, "presets": scorer.presets, "store": scorer.stored}
+            lambda: {"fusion": scorer.fusion_weights, "presets": scorer.presets} | scorer.stored
         )
 
     def _ready(self) -> Scorer:

@@ -367,3 +367,51 @@ def test_several_devices_are_refused_before_work(tiny_layerwise_path, tmp_path):
     with reranker, pytest.raises(ValueError, match=r"a store works on one device, .* has \['cpu', 'cpu'\]"):
         reranker.store(TEXTS, tmp_path / "store", store_layer=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("cascade", CASCADES)
+def test_stored_pairs_are_scored_as_their_ranking(mistral, tmp_path, ratio, cascade):
+    setting = {"store_layer": 2, "compress_ratio": ratio}
+    mistral.store(TEXTS, tmp_path, **setting)
+    lists = [mistral.stored_pairs(query, IDS, tmp_path) for query in QUERIES]
+    found = mistral.score_lists(lists, cascade=cascade, **setting)
+    for query, hits in zip(QUERIES, found, strict=True):
+        ranking = by_id(mistral.rank(query, ids=IDS, store=tmp_path, cascade=cascade))
+        assert [hit["score"] for hit in hits] == [pytest.approx(ranking[name]["score"], abs=2e-6) for name in IDS]
+        assert [hit.get("is_truncated") for hit in hits] == [ranking[name].get("is_truncated") for name in IDS]
+    if cascade is None:
+        scores = mistral.compute_score(lists[0], **setting)
+        assert scores == pytest.approx([hit["score"] for hit in found[0]], abs=2e-6)
+        short = [name for name in IDS if name != "long"]  # what is truncated is not counted alike
+        pairs = [(QUERIES[0], TEXTS[name]) for name in short]
+        expected = mistral.estimate_flops(pairs, stored=True, **setting)
+        assert mistral.estimate_flops(mistral.stored_pairs(QUERIES[0], short, tmp_path), **setting) == expected
+
+
+def test_stored_pairs_of_another_setting_or_beside_others_are_refused(mistral, tmp_path):
+    mistral.store(TEXTS, tmp_path, store_layer=2, compress_ratio=4)
+    pairs = mistral.stored_pairs(QUERIES[0], IDS[:2], tmp_path)
+    wrong = [
+        ({}, "store_layer=2 and compress_ratio=4, but the call has 0 and 1"),
+        ({"store_layer": 3, "compress_ratio": 4}, "but the call has 3 and 4"),
+        ({"store_layer": 2}, "but the call has 2 and 1"),
+        ({"store_layer": 2, "compress_ratio": 4, "compress_layers": [3]}, "but the call has 2 and 1"),
+    ]
+    for setting, message in wrong:
+        for call in (
+            mistral.compute_score,
+            mistral.estimate_flops,
+            lambda own, **given: mistral.score_lists([own], **given),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(pairs, **setting)
+    others = mistral.tokenize([(QUERIES[0], "a wing")])
+    with pytest.raises(ValueError, match="need separate calls"):
+        mistral.score_lists([pairs, others], store_layer=2, compress_ratio=4)
+    with pytest.raises(ValueError, match="has no passage with the id 'x'"):
+        mistral.stored_pairs(QUERIES[0], ["x"], tmp_path)
+    with pytest.raises(TypeError, match="id 0 of query 0 must be a string or None"):
+        mistral.stored_pairs(QUERIES[0], [3], tmp_path)
+    with pytest.raises(ValueError, match="was made with store_layer=2"):
+        mistral.stored_pairs(QUERIES[0], IDS[:1], tmp_path, store_layer=3)
