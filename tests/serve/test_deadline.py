@@ -7,6 +7,7 @@ from concurrent.futures import wait as all_done
 import pytest
 
 from flagembedding_matryoshka.serve import Limits, create_app
+from flagembedding_matryoshka.serve.model import Scorer
 from tests.serve.conftest import client_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +85,27 @@ def test_time_in_the_queue_counts(reranker, gate):
         assert exits(waiting.result().json()) == [2] * 4
 
 
-def test_a_full_queue_sheds_depth_of_those_that_named_none(reranker, gate):
+@pytest.fixture
+def prepared(monkeypatch):
+    """Wait for a number of requests that are tokenised: their depth is chosen, whatever comes later."""
+    prepare, tasks = Scorer.prepare, []
+
+    def counting(*args, **options):
+        tasks.append(prepare(*args, **options))
+        return tasks[-1]
+
+    def wait(count):
+        for _ in range(500):
+            if len(tasks) >= count:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{len(tasks)} of {count} requests are tokenised")
+
+    monkeypatch.setattr(Scorer, "prepare", counting)
+    return wait
+
+
+def test_a_full_queue_sheds_depth_of_those_that_named_none(reranker, gate, prepared):
     limits = Limits(requests=4, degrade_to=3)
     with client_of(reranker, limits=limits) as client, ThreadPoolExecutor() as pool:
         body = {"query": QUERY, "texts": DOCUMENTS, "raw_scores": True}
@@ -92,7 +113,8 @@ def test_a_full_queue_sheds_depth_of_those_that_named_none(reranker, gate):
         for count in (1, 2, 3):
             early.append(pool.submit(client.post, "/rerank", json=body | {"cutoff_layers": 6} if count == 2 else body))
             assert gate.entered.wait(10)
-            wait_for(client, f"matryoshka_queue_requests {count}.0")
+            prepared(count)
+            assert f"matryoshka_queue_requests {count}.0" in client.get("/metrics").text
         metrics = client.get("/metrics").text
         assert "matryoshka_queue_limit 4.0" in metrics and "matryoshka_degraded_requests_total 0.0" in metrics
         late = pool.submit(client.post, "/rerank", json=body)
@@ -109,13 +131,13 @@ def test_a_full_queue_sheds_depth_of_those_that_named_none(reranker, gate):
 
 
 @pytest.mark.parametrize("named", [{"cutoff_layers": 5}, {"cascade": {"4": 0.5}}, {"deadline_ms": HOUR}])
-def test_who_names_a_depth_gets_it_under_load(reranker, gate, named):
+def test_who_names_a_depth_gets_it_under_load(reranker, gate, prepared, named):
     with client_of(reranker, limits=Limits(requests=3, degrade_to=2)) as client, ThreadPoolExecutor() as pool:
         body = {"query": QUERY, "texts": DOCUMENTS}
         busy = []
         for count in (1, 2):
             busy.append(pool.submit(client.post, "/rerank", json=body))
-            wait_for(client, f"matryoshka_queue_requests {count}.0")
+            prepared(count)
         late = pool.submit(client.post, "/rerank", json=body | named)
         wait_for(client, "matryoshka_queue_requests 3.0")
         gate.set()
