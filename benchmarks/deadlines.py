@@ -12,23 +12,19 @@ and with at most 99 stops. The table compares the nDCG@10 of the second number w
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.measuring import environment
-from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
-from flagembedding_matryoshka.evaluation.runs import QUALITY, in_order, mean, per_query
-from flagembedding_matryoshka.evaluation.significance import paired_interval, paired_p_value
+from benchmarks.measuring import LENGTHS, change, environment, quality, ranking_parser, read_candidates
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.evaluation.candidates import Candidates
+from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.inference import deadline
-from flagembedding_matryoshka.text.collections import read_collection
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 COMPARED_SHARES = (0.6, 0.8)
@@ -36,8 +32,6 @@ COMPARED_SHARES = (0.6, 0.8)
 FIRST_QUERIES = 10
 CASCADE_SHARE = 0.3
 CANDIDATES = 30
-LENGTHS = {"query_max_length": 64, "max_length": 192}
-"""The demo's."""
 
 
 @dataclass
@@ -68,15 +62,11 @@ class Way:
         self.rankings[query] = [candidates.passages[query][hit["corpus_id"]] for hit in hits]
         self.exits[query] = [hit.get("cutoff_layer", self.options.get("cutoff_layers")) for hit in hits]
 
-    def quality(self, candidates: Candidates) -> list[float]:
-        """Return the nDCG@10 of each query."""
-        return per_query(candidates, in_order(self.rankings), 10)[QUALITY]
-
     def summary(self, candidates: Candidates) -> dict[str, Any]:
         """Return a row of the table."""
         summary = {
             **self.options,
-            QUALITY: round(mean(self.quality(candidates)), 4),
+            QUALITY: round(mean(quality(candidates, self.rankings)), 4),
             "milliseconds": round(statistics.median(self.milliseconds), 1),
             "exit_of_first_ten": round(mean([exit for exits in self.exits.values() for exit in exits[:10]]), 1),
             "exit_of_all": round(mean([exit for exits in self.exits.values() for exit in exits]), 1),
@@ -129,17 +119,8 @@ def measure(reranker: MatryoshkaReranker, candidates: Candidates, stops: Sequenc
             print(f"{number + 1} of {len(queries)} queries", flush=True)
     rows = [way.summary(candidates) for way in ways]
     for place in range(2, len(ways), 2) if stops else ():
-        rows[place] |= change(*(ways[number].quality(candidates) for number in (place, place - 1)))
+        rows[place] |= change(*(quality(candidates, ways[number].rankings) for number in (place, place - 1)))
     return rows
-
-
-def change(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Return the mean difference of two ways, its 95 % interval and its p-value."""
-    return {
-        "change": round(mean(values) - mean(reference), 4),
-        "interval": [round(end, 4) for end in paired_interval(values, reference) or ()],
-        "p": round(paired_p_value(values, reference), 3),
-    }
 
 
 def use_every_exit(reranker: MatryoshkaReranker) -> None:
@@ -173,19 +154,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=SMOLLM2, help="default: %(default)s")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a collection in BEIR's layout")
-    parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, help="the number of queries to draw; default: all")
+    parser = ranking_parser(__doc__)
     parser.add_argument(
         "--stops", type=int, nargs=2, default=(), metavar="N", help="compare two numbers of stops; default: the model's"
     )
-    parser.add_argument("--dtype", default="auto", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    collection = sample_queries(read_collection(options.data, options.split), options.queries, 0)
-    candidates = from_bm25(collection, CANDIDATES)
+    candidates = read_candidates(options, CANDIDATES)
     reranker = MatryoshkaReranker(options.model, dtype=options.dtype, devices="cpu", **LENGTHS)
     if options.stops:
         use_every_exit(reranker)

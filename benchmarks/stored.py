@@ -10,7 +10,6 @@ JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,21 +21,17 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.measuring import environment
-from flagembedding_matryoshka import SMOLLM2, MatryoshkaReranker
-from flagembedding_matryoshka.evaluation.candidates import Candidates, from_bm25, sample_queries
+from benchmarks.measuring import LENGTHS, change, environment, quality, ranking_parser, read_candidates
+from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.evaluation.measure import full_network, grid
-from flagembedding_matryoshka.evaluation.runs import QUALITY, in_order, mean, per_query
-from flagembedding_matryoshka.evaluation.significance import paired_interval, paired_p_value
+from flagembedding_matryoshka.evaluation.runs import QUALITY, mean
 from flagembedding_matryoshka.inference.store import PassageStore
 from flagembedding_matryoshka.setting import Setting
-from flagembedding_matryoshka.text.collections import read_collection
 
 FIRST_QUERIES = 3
 COMPRESSED_AFTER = 3
 """The layer after which texts are compressed."""
-LENGTHS = {"query_max_length": 64, "max_length": 192}
-"""The demo's."""
 
 
 @dataclass
@@ -69,10 +64,6 @@ class Way:
         self.flops += reranker.estimate_flops(
             candidates.pairs([query]), stored=self.store is not None, **self.setting.arguments
         )
-
-    def quality(self, candidates: Candidates) -> list[float]:
-        """Return the nDCG@10 of each query."""
-        return per_query(candidates, in_order(self.rankings), 10)[QUALITY]
 
 
 def measure(
@@ -117,13 +108,11 @@ def measure(
 
 def summary(way: Way, full: Way, candidates: Candidates) -> dict[str, Any]:
     """Return a row of the table: a way beside the full network."""
-    values, reference = way.quality(candidates), full.quality(candidates)
+    values, reference = quality(candidates, way.rankings), quality(candidates, full.rankings)
     return {
         **way.setting.to_json(),
         QUALITY: round(mean(values), 4),
-        "change": round(mean(values) - mean(reference), 4),
-        "interval": [round(end, 4) for end in paired_interval(values, reference) or ()],
-        "p": round(paired_p_value(values, reference), 4),
+        **change(values, reference),
         "share_of_operations": round(way.flops / full.flops, 4),
         "pairs_per_s": round(len(candidates) / sum(way.seconds), 1),
         "times_as_fast": round(sum(full.seconds) / sum(way.seconds), 2),
@@ -181,25 +170,18 @@ def draw(rows: Sequence[Mapping[str, Any]], first_stage: float, path: Path) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=SMOLLM2, help="default: %(default)s")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a collection in BEIR's layout")
-    parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, help="the number of queries to draw; default: all")
+    parser = ranking_parser(__doc__)
     parser.add_argument("--candidates", type=int, default=30, help="of a query; default: %(default)s")
     parser.add_argument("--store_layers", type=int, nargs="+", default=[3, 6, 9], help="default: %(default)s")
     parser.add_argument("--ratios", type=int, nargs="+", default=[1, 2, 4, 8], help="default: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="an SVG file to draw; default: none")
     options = parser.parse_args(arguments)
-    collection = sample_queries(read_collection(options.data, options.split), options.queries, 0)
-    candidates = from_bm25(collection, options.candidates)
+    candidates = read_candidates(options, options.candidates)
     reranker = MatryoshkaReranker(options.model, dtype=options.dtype, devices="cpu", **LENGTHS)
     about = environment("cpu") | {"dtype": str(reranker.model.dtype).removeprefix("torch.")}
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(reranker, candidates, options.store_layers, options.ratios, Path(directory))
-    first_stage = mean(per_query(candidates, in_order(candidates.passages), 10)[QUALITY])
+    first_stage = mean(quality(candidates, candidates.passages))
     print(table(rows))
     if options.figure:
         draw(rows, first_stage, options.figure)

@@ -59,19 +59,15 @@ def _has_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 
 
-class OutOfMemory(Exception):
-    """A batch did not fit."""
-
-
-def as_shortage(error: RuntimeError) -> OutOfMemory:
-    """Return the shortage of memory that an error tells of. Raises the error itself if it is another one.
+def as_shortage(error: RuntimeError) -> str:
+    """Return the message of an error that tells of a shortage of memory. Raises the error itself if it is another one.
 
     The device may be a CPU, too. The error keeps the tensors of its batch alive: leave its handler before memory is
     used again.
     """
     if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
         raise error
-    return OutOfMemory(str(error))
+    return str(error)
 
 
 class TokenLimit:
@@ -105,11 +101,12 @@ class TokenLimit:
             if self._fitted >= self._patience:
                 self.tokens, self._fitted, self._has_grown = 2 * self.tokens, 0, math.isfinite(self.tokens)
 
-    def halve(self, part: Sequence[TokenizedPair], name: int, error: OutOfMemory, held: str = "") -> None:
+    def halve(self, part: Sequence[TokenizedPair], name: int, shortage: str, held: str = "") -> None:
         """Limit batches to half the tokens of `part`, which did not fit, and free cached memory.
 
         Args:
             name: number of the first pair, for the error.
+            shortage: what `as_shortage` returns, for the error.
             held: other content of the memory, for the error and the warning.
 
         Raises:
@@ -120,8 +117,8 @@ class TokenLimit:
         if len(part) == 1:
             raise torch.OutOfMemoryError(
                 f"pair {name}, of {tokens} tokens, does not fit into memory alone{held}. Lower max_length, or compress "
-                f"earlier. ({error})"
-            ) from error
+                f"earlier. ({shortage})"
+            )
         with self._lock:
             if self._has_grown:
                 self._patience *= 2

@@ -167,7 +167,7 @@ class Scorer:
         store: directory of stored passages, which requests may name by their ids; None is none.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_store` and `MatryoshkaReranker.open_store`.
+        FileNotFoundError, ValueError: as `MatryoshkaReranker.open_store`.
 
     Attributes:
         fingerprint: the model's, see `model_fingerprint`.
