@@ -7,7 +7,7 @@ import pytest
 
 from tests.shipped import write_base_package, write_fine_tuned
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "smollm2"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "smollm2" / "recipe"))
 
 
 @pytest.fixture

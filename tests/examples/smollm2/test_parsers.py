@@ -3,16 +3,16 @@ import gzip
 import random
 import tarfile
 
-import debian
 import pytest
-from debian import fetch
-from descriptions import description, package_pairs
-from dictd import Entry, entries, gloss, number
-from functions import code_pairs, functions_in, name_words, query_for
-from glosses import about_meaning, about_word, is_headword
-from headings import section_pairs
-from manuals import sections_of
-from sections import Section, heading
+from sources import debian
+from sources.debian import fetch
+from sources.descriptions import description, package_pairs
+from sources.dictd import Entry, entries, gloss, number
+from sources.functions import code_pairs, functions_in, name_words, query_for
+from sources.glosses import about_meaning, about_word, is_headword
+from sources.headings import section_pairs
+from sources.manuals import sections_of
+from sources.sections import Section, heading
 
 LONG = "The reader of a page can see that the words of this sentence are many. And here is one more sentence of it."
 

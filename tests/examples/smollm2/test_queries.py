@@ -1,10 +1,10 @@
 import random
 
 import pytest
-from prose import prose_pairs
-from questions import questions
-from surface import bare, mistyped, typed
-from texts import cut, is_english, sentences
+from sources.prose import prose_pairs
+from sources.questions import questions
+from sources.surface import bare, mistyped, typed
+from sources.texts import cut, is_english, sentences
 
 QUESTIONS = [
     ("The kernel is a program that manages memory.", "What is the kernel?"),

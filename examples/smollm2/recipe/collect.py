@@ -1,6 +1,6 @@
-"""Collections to train a small re-ranker on, from text that anyone can install: see README.md beside this file.
+"""Collections to train a small re-ranker on, from text that anyone can install: see README.md above this folder.
 
-    python examples/smollm2/collect.py --output DIR
+    python examples/smollm2/recipe/collect.py --output DIR
 
 A kind of text whose collection is complete in DIR is not collected again: delete its folder to have it anew.
 """
@@ -14,22 +14,22 @@ from functools import cached_property, partial
 from importlib.metadata import version as python_version
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from abstracts import KINDS as ABSTRACT_KINDS
-from abstracts import abstract_pairs, distinct_titles
-from answers import medical_pairs, section_question_pairs
 from collection import HELD_OUT_PERCENT, counts, is_complete, write_collection
-from debian import translations, version
-from descriptions import description, package_pairs
 from docstrings import Pair, Split, collect_pairs, required_packages, split
-from functions import code_pairs
-from glosses import gloss_pairs
-from headings import section_pairs
-from manuals import manuals
-from prose import ARTICLE, prose_pairs
-from sections import Section
-from texts import cut, seeded
+from sources.abstracts import KINDS as ABSTRACT_KINDS
+from sources.abstracts import abstract_pairs, distinct_titles
+from sources.answers import medical_pairs, section_question_pairs
+from sources.debian import translations, version
+from sources.descriptions import description, package_pairs
+from sources.functions import code_pairs
+from sources.glosses import gloss_pairs
+from sources.headings import section_pairs
+from sources.manuals import manuals
+from sources.prose import ARTICLE, prose_pairs
+from sources.sections import Section
+from sources.texts import cut, seeded
 
 from flagembedding_matryoshka.files import write_text
 

@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 
 from docstrings import Pair, documented, environment_files, prose
-from surface import bare
-from texts import STOP_WORDS, seeded
+from sources.surface import bare
+from sources.texts import STOP_WORDS, seeded
 
 MIN_LINES, MAX_LINES = 3, 40
 KEPT_STOP_WORDS = {"from", "to", "in", "with", "without", "between", "into", "not", "all", "by", "of", "for", "if"}

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from debian import fetch, members
-from manpages import man_sections, pod_sections
-from markup import html_sections
-from sections import Section, is_question
-from texts import seeded
+from sources.debian import fetch, members
+from sources.manpages import man_sections, pod_sections
+from sources.markup import html_sections
+from sources.sections import Section, is_question
+from sources.texts import seeded
 
 MANUALS = {  # what to read of each package, chosen to differ in subject and manner
     "anarchism": r"/html/.*\.html$",

@@ -1,6 +1,6 @@
 """Put a fine-tuned re-ranker into the package, as adapters in bfloat16 on a base that is known by name.
 
-    python examples/smollm2/write.py --checkpoint OUT --exits 6 9 12 --plan matryoshka_plan.json
+    python examples/smollm2/recipe/write.py --checkpoint OUT --exits 6 9 12 --plan matryoshka_plan.json
 
 The last step of the recipe. Exits that are not wanted go, with their heads and with the layers above the deepest that
 stays. Nothing is written unless the result scores as the checkpoint does and is small enough to be shipped.

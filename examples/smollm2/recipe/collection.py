@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from docstrings import Pair, normalise
-from surface import typed
-from texts import seeded
+from sources.surface import typed
+from sources.texts import seeded
 
 from flagembedding_matryoshka.files import write_text
 

@@ -1,6 +1,6 @@
 """Join the dev queries of all kinds into one collection, on which depths and widths are measured.
 
-    python examples/smollm2/choose.py DIR
+    python examples/smollm2/recipe/choose.py DIR
 
 DIR is where collect.py wrote; `python -m flagembedding_matryoshka.evaluation --split dev` then reads DIR/choose.
 """

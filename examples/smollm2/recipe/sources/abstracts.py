@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from docstrings import Pair
-from prose import Prose
-from texts import cut, is_english, plain, seeded, sentences
+from sources.prose import Prose
+from sources.texts import cut, is_english, plain, seeded, sentences
 
 KINDS = ("titles", "abstracts", "phrases", "notes")
 MOST_WORDS = 250

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from docstrings import Pair
-from sections import Section, is_question
-from texts import cut, is_english, seeded
+from sources.sections import Section, is_question
+from sources.texts import cut, is_english, seeded
 
 GENERIC = re.compile(
     r"^(?:description|name|options|notes|synopsis|examples?|details|introduction|overview|usage|features|footnotes)$",

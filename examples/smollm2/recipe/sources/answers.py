@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from abstracts import shortened
 from docstrings import Pair
-from texts import is_english, plain, seeded
+from sources.abstracts import shortened
+from sources.texts import is_english, plain, seeded
 
 MIN_WORDS = 12
 

@@ -2,7 +2,7 @@
 
 import re
 
-from sections import Section, heading, is_prose
+from sources.sections import Section, heading, is_prose
 
 POD_CODES = re.compile(r"[A-Z]<+\s?(?:[^<>|]*\|)?([^<>]*?)\s?>+")
 

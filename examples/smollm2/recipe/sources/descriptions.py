@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from docstrings import Pair, normalise
-from texts import cut, is_english, seeded
+from sources.texts import cut, is_english, seeded
 
 DESCRIPTION = re.compile(r"^Description-en: (.*)\n((?: .*\n?)+)", re.MULTILINE)
 SHARED = 3

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import log
 
 from docstrings import Pair
-from questions import questions
-from texts import STOP_WORDS, cut, is_english, plain, seeded, sentences, words_of
+from sources.questions import questions
+from sources.texts import STOP_WORDS, cut, is_english, plain, seeded, sentences, words_of
 
 PARAGRAPH, ARTICLE = (50, 160), (130, 300)
 """Words of a passage, at least and at most."""

@@ -3,8 +3,8 @@
 import re
 from html.parser import HTMLParser
 
-from sections import Section, heading, is_prose
-from texts import plain
+from sources.sections import Section, heading, is_prose
+from sources.texts import plain
 
 SKIPPED = {
     "script", "style", "pre", "table", "nav", "header", "footer", "info", "comment", "listing", "screen",

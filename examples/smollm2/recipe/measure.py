@@ -1,6 +1,6 @@
 """Measure a model on one split of every kind of text, and draw quality against cost.
 
-    python examples/smollm2/measure.py DIR --split test --output OUT
+    python examples/smollm2/recipe/measure.py DIR --split test --output OUT
 
 BM25's first passages for each query of DIR/KIND are re-ranked at several depths and widths, plain and fused with BM25
 at the weight in the model's plan. `python -m flagembedding_matryoshka.evaluation` measures each kind and writes its

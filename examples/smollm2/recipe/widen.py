@@ -1,6 +1,6 @@
 """Give adapters a higher rank and a model more exits, without changing a score.
 
-    python examples/smollm2/widen.py --checkpoint FROM --rank 32 --exits 6 9 12 15 18 --output OUT
+    python examples/smollm2/recipe/widen.py --checkpoint FROM --rank 32 --exits 6 9 12 15 18 --output OUT
 
 New rows of an adapter's A are drawn at random, new columns of its B are zero. A new exit starts with the head of the
 next deeper exit. Fine-tuning continues from OUT with `--from_peft OUT`.

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from debian import fetch, members
-from dictd import Entry, entries, gloss
 from docstrings import Pair
-from texts import cut, is_english, seeded
+from sources.debian import fetch, members
+from sources.dictd import Entry, entries, gloss
+from sources.texts import cut, is_english, seeded
 
 DICTIONARIES = {
     "dict-gcide": 5000,

@@ -1,6 +1,6 @@
 """Measure the teacher, 20 × cosine + weight × BM25, on the dev queries of each kind.
 
-    python examples/smollm2/weigh.py DIR
+    python examples/smollm2/recipe/weigh.py DIR
 
 Prints nDCG@10 of BM25's first 50 passages for each collection that collect.py wrote to DIR: in the order of BM25, and
 in the order of the teacher with several weights. teach.sh has the chosen weights.

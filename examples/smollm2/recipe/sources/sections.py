@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from texts import plain
+from sources.texts import plain
 
 NUMBERING = re.compile(
     r"^(?:(?:Chapter|Appendix|Section)\s+)?(?:[A-Z]\.|[A-Z]?\d+(?:\.\d+)*\.?|[A-Z](?:\.\d+)+\.?)\s+|^(?:§|Q:)\s*"

@@ -1,6 +1,6 @@
 """Draw the rows of each kind that a stage of training sees.
 
-    python examples/smollm2/mix.py DIR
+    python examples/smollm2/recipe/mix.py DIR
 
 Reads DIR/taught and writes DIR/short and DIR/long. The short stage has the first rows of a kind, the long stage the
 last rows.
