@@ -27,8 +27,8 @@ from benchmarks.scoring.settings import Workload
 from benchmarks.scoring.texts import random_pairs, words_of
 from benchmarks.scoring.timing import take_turns
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
 
 RATIOS = (1, 4)
 

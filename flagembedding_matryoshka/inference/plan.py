@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flagembedding_matryoshka.checkpoints.gguf import locate
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
-from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.checkpoints.weights import weights_fingerprint
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.calibration import Calibration, from_json, to_json

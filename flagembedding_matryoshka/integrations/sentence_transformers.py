@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flagembedding_matryoshka.checkpoints.adapters import token_adapter_ratio
 from flagembedding_matryoshka.checkpoints.export import SENTENCE_TRANSFORMERS_FILE, remove_written
-from flagembedding_matryoshka.checkpoints.gguf import resolve
+from flagembedding_matryoshka.checkpoints.gguf import locate, resolve
 from flagembedding_matryoshka.checkpoints.loading import hub_options, inspect_checkpoint, load_model, load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.inference.device import resolve_dtype
 from flagembedding_matryoshka.inference.fusion import AUTO, as_weight, best_first, fuse, read_first_stage
 from flagembedding_matryoshka.inference.inputs import as_count, as_lists, as_pairs, excerpt

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flagembedding_matryoshka.checkpoints.shipped import locate
+from flagembedding_matryoshka.checkpoints.gguf import locate
 
 
 def digest_texts(texts: Iterable[str]) -> str:

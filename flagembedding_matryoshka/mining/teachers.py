@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from flagembedding_matryoshka.checkpoints.shipped import locate
+from flagembedding_matryoshka.checkpoints.gguf import locate
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.mining.pickles import CROSS_ENCODERS, refuse_pickled_modules

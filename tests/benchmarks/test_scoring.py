@@ -11,8 +11,8 @@ from benchmarks.scoring.checkpoints import config_of, write_checkpoint
 from benchmarks.scoring.plain import PlainCrossEncoder
 from benchmarks.scoring.settings import settings_of
 from flagembedding_matryoshka import MatryoshkaReranker
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.checkpoints.loading import load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
 from tests.shipped import needs_base, needs_smollm2
 
 ROOT = Path(__file__).parents[2]

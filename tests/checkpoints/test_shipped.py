@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from flagembedding_matryoshka import MatryoshkaReranker
-from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_INSTALL
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_INSTALL, locate
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint, load_tokenizer
-from flagembedding_matryoshka.checkpoints.shipped import locate
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
 from flagembedding_matryoshka.finetune.__main__ import main as finetune
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, Measurement, Plan
@@ -53,7 +52,7 @@ def fine_tuned(tmp_path):
 def shipped(fine_tuned, tmp_path, monkeypatch):
     """What the package ships: adapters and configuration, but no tokenizer."""
     directory = without_tokenizer(fine_tuned, tmp_path / "smollm2")
-    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.shipped.SMOLLM2", str(directory))
+    monkeypatch.setattr("flagembedding_matryoshka.checkpoints.gguf.SMOLLM2", str(directory))
     return directory
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from flagembedding_matryoshka import SMOLLM2, CostWiseMistralConfig, MatryoshkaReranker
 from flagembedding_matryoshka.checkpoints.export import write_sentence_transformers_files
+from flagembedding_matryoshka.checkpoints.gguf import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.checkpoints.loading import inspect_checkpoint
-from flagembedding_matryoshka.checkpoints.shipped import SMOLLM2_BASE_NAME
 from flagembedding_matryoshka.files import write_text
 from flagembedding_matryoshka.inference.plan import PLAN_NAME, load_plan
 
