@@ -59,6 +59,11 @@ if torch.backends.mkldnn.is_available():
     onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     onednn_order = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
+int8_product: Callable[[Tensor, Tensor], Tensor] = torch._int_mm
+"""Returns the product of two int8 matrices, (rows, in) and (in, out), in int32. It is fast if `has_vnni()`."""
+has_vnni: Callable[[], bool] = torch.cpu._is_vnni_supported
+"""Returns whether the processor has AVX-512's instructions for products of 8-bit integers."""
+
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """Returns how often a tensor was changed in place."""
 

@@ -21,7 +21,9 @@ from flagembedding_matryoshka.private import (
     compiler_options,
     find_file,
     get_whole_modules,
+    has_vnni,
     ignore_on_load,
+    int8_product,
     onednn_linear,
     onednn_order,
     save_under_own_names,
@@ -180,6 +182,18 @@ def test_the_linear_layer_of_onednn_takes_a_weight_in_either_order_and_an_operat
             close(onednn_linear(states, given, added, "none", [], ""), product)
             close(onednn_linear(states, given, added, "swish", [], ""), nn.functional.silu(product))
             close(onednn_linear.binary(states, factor, given, added, "mul"), product * factor)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_the_product_of_integers_is_exact(rows):
+    generator = torch.Generator().manual_seed(rows)
+    states, weight = (torch.randint(-127, 128, (size, 24), generator=generator).to(torch.int8) for size in (rows, 10))
+    assert torch.equal(int8_product(states, weight.t()), states.int() @ weight.int().t())
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+def test_instructions_for_products_of_integers_are_those_that_the_kernel_names():
+    assert has_vnni() == ("avx512_vnni" in Path("/proc/cpuinfo").read_text().split())
 
 
 def test_a_change_in_place_is_counted():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,8 @@ def model_fingerprint(reranker: Any) -> str:
     config = {name: value for name, value in reranker.config.to_dict().items() if name != "_name_or_path"}
     digest.update(json.dumps([config, reranker.quantization], sort_keys=True, default=str).encode())
     for name, weight in reranker.model.state_dict().items():
-        if isinstance(weight, torch.Tensor):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:  # weights that PyTorch packs for products in int8
-            packed = BytesIO()
-            torch.save(weight, packed)
-            digest.update(name.encode() + packed.getvalue())
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     with tempfile.TemporaryDirectory() as folder:
         reranker.tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
+from flagembedding_matryoshka.private import has_vnni, int8_product
 
 Quantization = Literal["int8", "nf4"]
+INT8_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weight, and each row of its input, are rounded to 8-bit integers. It passes no gradient.
+
+    An output channel and a row have a scale each, their largest magnitude divided by 127. A few rows of a decoder have
+    values far above the others', so one scale for all rows would leave the others few steps. Sums of the integers are
+    exact. So a row's output does not depend on the other rows.
+
+    Attributes:
+        weight: (out_features, in_features) int8.
+        scale: (out_features,) float32, one step of each channel's weights.
+    """
+
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), in the dtype of the input."""
+        rows = input.reshape(-1, self.in_features).float()
+        integers, step = rounded(rows)
+        weight = self.weight.t()
+        # Without VNNI torch's integer product is a plain loop. Float32 sums are exact to 2^24, and beyond to 1e-7.
+        sums = int8_product(integers, weight) if has_vnni() else integers.float() @ weight.float()
+        output = (sums * step).mul_(self.scale)
+        if self.bias is not None:
+            output += self.bias
+        return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to int8, by its own scale.
+
+    Args:
+        rows: (rows, width) float32.
+
+    Returns:
+        the integers, (rows, width) int8 from −127 to 127, and the value of one step of each row, (rows, 1) float32.
+    """
+    # Two reductions are three times as fast as abs() and one.
+    step = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_()).div_(127)
+    step.clamp_(min=torch.finfo(step.dtype).tiny)  # a row of zeros
+    return (rows / step).round_().to(torch.int8), step
 
 
 def check_quantization(method: str | None, devices: Sequence[str], dtype: torch.dtype) -> None:
@@ -29,10 +72,10 @@ def check_quantization(method: str | None, devices: Sequence[str], dtype: torch.
         raise ValueError(f"quantization is {method!r}, but must be one of {get_args(Quantization)} or None.")
     if len(devices) > 1:
         raise ValueError(f"quantization={method!r} runs on one device, but devices are {list(devices)}.")
-    if method == "int8" and (torch.device(devices[0]).type, dtype) != ("cpu", torch.float32):
+    if method == "int8" and (torch.device(devices[0]).type != "cpu" or dtype not in INT8_DTYPES):
         raise ValueError(
-            f"quantization='int8' runs on a CPU, with float32 for all that is not int8, but the device is {devices[0]} "
-            f"and dtype {dtype}."
+            f"quantization='int8' runs on a CPU, with float32 or bfloat16 for all that is not int8, but the device is "
+            f"{devices[0]} and dtype {dtype}."
         )
     if method == "nf4" and find_spec("bitsandbytes") is None:
         raise ImportError("quantization='nf4' needs the package bitsandbytes: pip install bitsandbytes")
@@ -41,8 +84,7 @@ def check_quantization(method: str | None, devices: Sequence[str], dtype: torch.
 def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
     """Hold the decoder layers' weights in fewer bits, in place; embeddings, norms and heads stay as they are.
 
-    "int8" is PyTorch's dynamic quantization, with a scale for each output channel; inputs are rounded to int8 by the
-    range of their batch. torchao's int8 products were 2 to 35 times slower than float32 on a CPU. "nf4" is `use_nf4`.
+    "int8" rounds weights and inputs, see `Int8Linear`. "nf4" is `use_nf4`.
 
     Raises:
         ValueError: if token adapters are attached, which need the weights.
@@ -52,12 +94,12 @@ def quantize(model: CostWiseForCausalLM, method: Quantization) -> None:
     if method == "nf4":
         use_nf4(model)
         return
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
-        quantize_dynamic(model.model.layers, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            integers, step = rounded(module.weight.detach().float())
+            module.weight = nn.Parameter(integers, requires_grad=False)
+            module.register_buffer("scale", step.squeeze(-1))
+            module.__class__ = Int8Linear
 
 
 def use_nf4(model: CostWiseForCausalLM) -> None:
