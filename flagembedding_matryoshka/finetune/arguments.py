@@ -30,6 +30,7 @@ from flagembedding_matryoshka.finetune.losses import (
     TrainMethodName,
 )
 from flagembedding_matryoshka.finetune.sources import DATASET, parse_columns, source_files
+from flagembedding_matryoshka.inference.device import warn_of_slow_bfloat16
 from flagembedding_matryoshka.setting import COMPRESS_RATIOS
 
 logger = logging.getLogger(__name__)
@@ -595,6 +596,8 @@ class MatryoshkaTrainingArguments(AbsRerankerTrainingArguments):
             )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16=True needs a GPU, and this run is on the CPU: use bf16, or leave it out.")
+        if self.bf16:
+            warn_of_slow_bfloat16(torch.bfloat16, self.device)
         if self.sub_batch_size is not None:
             raise ValueError(f"sub_batch_size={self.sub_batch_size} is not supported: use gradient_accumulation_steps.")
         if self.finetune_type == "layer" and max(self.compress_ratios) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ CACHE = 2**20
 def fast_dtype(device: str | torch.device) -> torch.dtype:
     """Return bfloat16 if `device` has instructions for it, otherwise float32.
 
-    A processor without them also runs bfloat16, tens of times slower than float32.
+    A processor without them also runs bfloat16, several times slower than float32.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -40,6 +41,21 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
     else:
         has_bfloat16 = False
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def warn_of_slow_bfloat16(dtype: torch.dtype, device: str | torch.device) -> None:
+    """Warn if a model computes in bfloat16 on a CPU without instructions for it.
+
+    On an Intel Xeon with AVX-512, VNNI and no such instructions, a thread multiplied 2,048 rows by a matrix of 576 ×
+    1,536 at 32 GFLOP/s, and in float32 at 135.
+    """
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and fast_dtype(device) != dtype:
+        warnings.warn(
+            "bfloat16 is several times slower than float32 on this processor, which has no instructions for it: leave "
+            "it out.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _capabilities() -> Mapping[str, Any]:

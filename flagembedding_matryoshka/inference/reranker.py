@@ -29,6 +29,7 @@ from flagembedding_matryoshka.inference.device import (
     follow_cpu_quota,
     resolve_dtype,
     threads_of_each,
+    warn_of_slow_bfloat16,
 )
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.fusion import as_fusion
@@ -72,8 +73,9 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
             own exits.
         max_layer: layers above this one are not loaded, and deeper cutoffs are refused; None loads all layers.
         quantization: "int8" stores the decoder layers in 8 bits, on a CPU, and computes in them: a quarter of float32's
-            memory, and faster. "nf4" stores them in 4 bits (bitsandbytes), on any one device: an eighth, and slower.
-            Scores differ from those of the full weights, and with "int8" slightly with the other pairs of a batch.
+            memory, and faster with VNNI instructions. All else is in float32, or by `dtype` in bfloat16. "nf4" stores
+            them in 4 bits (bitsandbytes), on any one device: an eighth, and slower. Scores differ from those of the
+            full weights.
         cutoff_layers: exits to score at, an int or several; None is the deepest.
         compress_layers: numbers of layers after which the passage is compressed, an int or several.
         compress_ratio: number of neighbouring passage tokens that become one there: 1 (off), 2, 4 or 8.
@@ -240,6 +242,7 @@ class MatryoshkaReranker(RankingMixin, AbsReranker):
         self.quantization = quantization
         resolved = resolve_dtype(dtype, use_fp16, use_bf16, first, quantization)
         self.dtype = str(resolved).removeprefix("torch.")
+        warn_of_slow_bfloat16(resolved, first)
         if any(torch.device(device).type == "cpu" for device in self.target_devices):
             follow_cpu_quota()
         threads = threads_of_each(self.target_devices)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from flagembedding_matryoshka.inference.device import warn_of_slow_bfloat16
 from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.mining.digests import digest_model, digest_texts
 from flagembedding_matryoshka.mining.pickles import ALLOW_PICKLE, BI_ENCODERS, refuse_pickled_modules
@@ -98,6 +99,7 @@ class BiEncoder:
             model_kwargs={"dtype": dtype, "use_safetensors": None if allow_pickle else True},
         )
         self.dtype = dtype
+        warn_of_slow_bfloat16(dtype, self.model.device)
         if max_length is not None:
             self.model.max_seq_length = max_length
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from flagembedding_matryoshka.checkpoints.gguf import locate
+from flagembedding_matryoshka.inference.device import warn_of_slow_bfloat16
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.mining.bm25 import BM25
 from flagembedding_matryoshka.mining.pickles import CROSS_ENCODERS, refuse_pickled_modules
@@ -155,14 +156,16 @@ def cross_encoder_teacher(
 
     if not allow_pickle:
         refuse_pickled_modules(model, CROSS_ENCODERS)
+    dtype = _dtype(use_fp16, use_bf16)
     encoder = CrossEncoder(
         model,
         max_length=max_length or 512,
         device=device,
         trust_remote_code=trust_remote_code,
         activation_fn=torch.nn.Identity(),
-        model_kwargs={"dtype": _dtype(use_fp16, use_bf16), "use_safetensors": None if allow_pickle else True},
+        model_kwargs={"dtype": dtype, "use_safetensors": None if allow_pickle else True},
     )
+    warn_of_slow_bfloat16(dtype, encoder.model.device)
     return lambda pairs: scale * np.asarray(encoder.predict(pairs, batch_size=batch_size, show_progress_bar=False))
 
 

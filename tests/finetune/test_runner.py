@@ -766,6 +766,12 @@ def test_bad_training_arguments_are_named(options, message, tiny_raw_model_path,
         runner(tiny_raw_model_path, training_file, tmp_path / "out", **options)
 
 
+def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.warns(UserWarning, match="bfloat16 is several times slower than float32 on this processor"):
+        MatryoshkaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

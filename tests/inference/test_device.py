@@ -1,3 +1,5 @@
+import warnings
+
 import joblib
 import pytest
 import torch
@@ -20,6 +22,30 @@ from tests.batches import WIDTHS
 def test_cpu_gets_bfloat16_only_with_instructions_for_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert fast_dtype("cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "options", "warns"),
+    [
+        ({"avx2": True}, {"dtype": "bfloat16"}, True),
+        ({"avx2": True}, {"use_bf16": True}, True),
+        ({"avx2": True}, {}, False),
+        ({"avx2": True}, {"dtype": "float16"}, False),
+        ({"avx512_bf16": True}, {"dtype": "bfloat16"}, False),
+    ],
+)
+def test_bfloat16_without_instructions_for_it_is_warned_of(
+    monkeypatch, tiny_layerwise_path, capabilities, options, warns
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MatryoshkaReranker(str(tiny_layerwise_path), devices="cpu", **options)
+    of_dtype = [
+        warning for warning in caught if "bfloat16 is several times slower than float32" in str(warning.message)
+    ]
+    assert len(of_dtype) == warns
+    assert not warns or of_dtype[0].filename == __file__
 
 
 @pytest.mark.parametrize(

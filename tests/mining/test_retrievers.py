@@ -67,6 +67,12 @@ def test_texts_are_cut_to_the_length_asked_for(path, encoder):
     torch.testing.assert_close(first, second)
 
 
+def test_bfloat16_without_instructions_for_it_is_warned_of(path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.warns(UserWarning, match="bfloat16 is several times slower than float32 on this processor"):
+        BiEncoder(str(path), device="cpu", use_bf16=True)
+
+
 def test_vectors_that_are_not_finite_are_refused(path, texts):
     encoder = BiEncoder(str(path), device="cpu")
     with torch.no_grad():
