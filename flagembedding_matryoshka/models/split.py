@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flagembedding_matryoshka.models.batch import PackedBatch, TokenIndices, on_device, ranges
+from flagembedding_matryoshka.models.batch import PackedBatch, TokenIndices, concatenated, on_device, ranges
 
 
 class SplitBatch:
@@ -117,5 +117,5 @@ def split_passages(
     if stored is None:
         return token_ids[:, there], SplitBatch(batch, places)
     places[:, 1] += size
-    (states,) = on_device([torch.cat(list(stored))], packed.device)
-    return token_ids[:, there], SplitBatch(batch, places, states[None])
+    states = concatenated(stored, packed.device)[None]
+    return token_ids[:, there], SplitBatch(batch, places, states)
