@@ -52,7 +52,8 @@ class AsGpu(TorchFunctionMode):
 
     Attributes:
         copies: for each copy, whether it asks not to block and its source is all of a pinned buffer.
-        written: for each pinned buffer, by its address, the addresses of the tensors that it was written from.
+        buffers: the pinned buffers.
+        written: for each pinned buffer, by its address, the addresses of the tensors that are concatenated in it.
     """
 
     def __init__(self):
@@ -118,14 +119,18 @@ def test_a_batch_is_one_copy_to_a_device_and_nothing_waits(reranker, setting, te
     assert recorder.copies == [True] and not recorder.waits
 
 
+@pytest.fixture(params=[None, "int8"])
+def state_quantization(request):
+    return request.param
+
+
 @pytest.fixture(params=[Setting(6, store_layer=3), Setting((3, 6), (2, 4), 4, store_layer=2)], ids=str)
-def stored(request, reranker, tmp_path):
+def stored(request, reranker, state_quantization, tmp_path):
     """A setting, and pairs of a query and passages that were stored with it."""
     setting = request.param
     width = {"compress_layers": setting.compress_layers, "compress_ratio": setting.compress_ratio}
-    store = reranker.store(
-        {str(place): text for place, (_, text) in enumerate(PAIRS)}, tmp_path / "store", setting.store_layer, **width
-    )
+    texts = {str(place): text for place, (_, text) in enumerate(PAIRS)}
+    store = reranker.store(texts, tmp_path, setting.store_layer, state_quantization=state_quantization, **width)
     call = Call(reranker._pair_tokenizer, ScoringOptions.resolve(reranker, {}), setting)
     compute = partial(reranker._engine.passage_states, setting=setting)
     return setting, store.pairs("a wing", [Passage(name, None) for name in store], call, compute)
@@ -142,13 +147,13 @@ def test_stored_passages_are_one_more_copy(reranker, stored):
 
 
 def test_on_a_gpu_stored_passages_go_from_the_mapped_file_through_pinned_memory_before_the_first_layer(
-    reranker, stored
+    reranker, stored, state_quantization
 ):
     setting, pairs = stored
     model = copy.deepcopy(reranker.model).to("meta")
     states = [pair.states for pair in pairs]
-    mapped = {one.untyped_storage().data_ptr() for one in states}
-    assert len(mapped) == 1  # parts of one shard, not copies
+    assert len({one.untyped_storage().data_ptr() for one in states}) == 1  # parts of one shard, not copies
+    assert {one.dtype for one in states} == {torch.float32 if state_quantization is None else torch.int8}
     with AsGpu() as gpu, Recorder() as recorder, torch.no_grad():
         embedded = model.model.embed(*pack_pairs(pairs, GPU), setting, states)
         assert gpu.copies == recorder.copies == [True, True]
