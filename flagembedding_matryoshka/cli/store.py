@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
+from flagembedding_matryoshka.models.split import StateQuantization
 from flagembedding_matryoshka.parser import Parser
 from flagembedding_matryoshka.text.collections import read_texts
 
@@ -38,6 +40,11 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="corpus to read; - is standard input")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the store")
+    parser.add_argument(
+        "--state_quantization",
+        choices=get_args(StateQuantization),
+        help="format of the states (default: the model's dtype)",
+    )
     add_reranker(parser, without=WITHOUT)
     return parser
 
@@ -51,5 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--store_layer must be the number of layers after which passages are stored")
     passages = read_texts(options.input)
     reranker = MatryoshkaReranker(options.model, **given)
-    store = reranker.store(tqdm(passages.items(), desc="store", unit="passage", disable=None), options.output)
+    progress = tqdm(passages.items(), desc="store", unit="passage", disable=None)
+    store = reranker.store(progress, options.output, state_quantization=options.state_quantization)
     print(f"{options.output} has {len(store)} passages of {store.bytes_per_passage:.0f} bytes.")

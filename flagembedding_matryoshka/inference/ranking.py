@@ -46,6 +46,7 @@ from flagembedding_matryoshka.inference.scoring import (
 from flagembedding_matryoshka.inference.store import Conditions, PassageStore, StoredPair, refuse_other_states
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
+from flagembedding_matryoshka.models.split import StateQuantization
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.pairs import PairTokenizer, TokenizedPair
 
@@ -235,6 +236,7 @@ class RankingMixin:
         path: str | PathLike[str],
         store_layer: int | None = None,
         compress_ratio: int | None = None,
+        state_quantization: StateQuantization | None = None,
         **overrides: Any,
     ) -> PassageStore:
         """Compute the states of passages after a store layer, and write them to a directory.
@@ -247,6 +249,8 @@ class RankingMixin:
             path: the directory.
             store_layer: number of layers that run; None is the re-ranker's own.
             compress_ratio: number of neighbouring tokens that become one after this layer; None is the re-ranker's own.
+            state_quantization: "int8" writes states in 8 bits, with a scale for every 32 channels; None writes them in
+                the model's dtype.
             overrides: as in `compute_score`. Passages are cut to the length that fits beside the longest query, by
                 `max_length` and `query_max_length`.
 
@@ -255,13 +259,13 @@ class RankingMixin:
 
         Raises:
             TypeError: if an id or a text is not a string.
-            ValueError: if the store was made with another model, setting or other words, has another text with an id,
-                or the re-ranker has several devices; also as in `compute_score`.
+            ValueError: if the store was made with another model, setting, format of states or other words, has another
+                text with an id, or the re-ranker has several devices; also as in `compute_score`.
         """
         engine = self._engine_of_store()
         given = {**overrides, "store_layer": store_layer, "compress_ratio": compress_ratio}
         call = Call(self._pair_tokenizer, *resolve_call(self, given))
-        found = PassageStore.create(path, self._conditions(call))
+        found = PassageStore.create(path, self._conditions(call, state_quantization))
         found.add(passages, call, partial(engine.passage_states, setting=call.setting))
         return found
 
@@ -284,7 +288,7 @@ class RankingMixin:
         """
         opened = self.open_store(store)
         call = Call(self._pair_tokenizer, *resolve_call(self, opened.completed(overrides)))
-        opened.check(self._conditions(call))
+        opened.check(self._conditions(call, opened.conditions.state_quantization))
         ((_, passages),) = read_passages([query], None, [ids], needs_texts=False)
         return opened.pairs(
             query, passages, call, partial(self._engine_of_store().passage_states, setting=call.setting)
@@ -295,8 +299,8 @@ class RankingMixin:
             raise ValueError(f"a store works on one device, and this re-ranker has {self.target_devices}.")
         return self._engine
 
-    def _conditions(self, call: Call) -> Conditions:
-        return Conditions.of(self._model_fingerprint, call, token_adapter_ratios(self.model))
+    def _conditions(self, call: Call, state_quantization: StateQuantization | None) -> Conditions:
+        return Conditions.of(self._model_fingerprint, call, token_adapter_ratios(self.model), state_quantization)
 
     @cached_property
     def _model_fingerprint(self) -> str:
@@ -386,7 +390,7 @@ class RankingMixin:
             refuse_min_score(options.min_score, call)
         normalize = self._normalizer_of(call) if call.options.normalize else None
         if store is not None:
-            store.check(self._conditions(call))
+            store.check(self._conditions(call, store.conditions.state_quantization))
         own: list[Call] | None = None
         if instructions is not None:
             if isinstance(lists, Sequence) and len(instructions) != len(lists):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from flagembedding_matryoshka.files import replacing, write_text
 from flagembedding_matryoshka.inference.inputs import Pairs, Passage, as_iterable, excerpt
 from flagembedding_matryoshka.inference.options import Call
+from flagembedding_matryoshka.models.split import StateQuantization, to_int8
 from flagembedding_matryoshka.setting import Setting
 from flagembedding_matryoshka.text.encoding import Ids
 from flagembedding_matryoshka.text.pairs import TokenizedPair
@@ -45,7 +46,8 @@ class StoredPair(TokenizedPair):
     """A pair whose passage is read from a store. Its `passage_ids` are zeros, one for each stored token.
 
     Attributes:
-        states: (passage tokens, hidden) states of the passage after the store layer, on the CPU.
+        states: (passage tokens, hidden) states of the passage after the store layer, on the CPU, in the model's dtype;
+            or the rows of `to_int8`.
         store_layer, compress_ratio: those of the states, as in `Conditions`.
     """
 
@@ -66,6 +68,10 @@ class Conditions:
         passage_instruction, passage_format, strips_passage, follows_words: the template's words around a passage, and
             how they are tokenised.
         passage_max_length: most tokens of a passage with these words.
+        state_quantization: "int8" if states are stored as `to_int8` returns them; None if in the model's dtype.
+
+    Raises:
+        ValueError: if `state_quantization` is another one.
     """
 
     model: str
@@ -77,18 +83,32 @@ class Conditions:
     strips_passage: bool
     follows_words: bool
     passage_max_length: int
+    state_quantization: StateQuantization | None = None
+
+    def __post_init__(self) -> None:
+        method = self.state_quantization
+        if method is not None and method not in get_args(StateQuantization):
+            allowed = " or ".join(map(repr, get_args(StateQuantization)))
+            raise ValueError(f"state_quantization is {method!r}, but must be {allowed}, or None.")
 
     @classmethod
-    def of(cls, model: str, call: Call, token_adapters: Collection[int] = ()) -> Conditions:
+    def of(
+        cls,
+        model: str,
+        call: Call,
+        token_adapters: Collection[int] = (),
+        state_quantization: StateQuantization | None = None,
+    ) -> Conditions:
         """Return the conditions of a call.
 
         Args:
             model: fingerprint of the model.
             token_adapters: the ratios that the model has token adapters for.
+            state_quantization: format of the states, as in `Conditions`.
 
         Raises:
-            ValueError: if the call has no store layer, its template begins with the passage, or its lengths leave no
-                room for passages.
+            ValueError: if the call has no store layer, its template begins with the passage, its lengths leave no room
+                for passages, or there is no such format.
         """
         setting, template, options = call.setting, call.template, call.options
         if not setting.store_layer:
@@ -110,6 +130,7 @@ class Conditions:
             "passage" in template.strip,
             template.is_continuous,
             passage_max_length,
+            state_quantization,
         )
 
 
@@ -148,7 +169,10 @@ class PassageStore:
         values = json.loads(noted.read_text(encoding="utf-8"))
         if values.pop("version", None) != VERSION:
             raise ValueError(f"{noted} is not of version {VERSION}: store the passages again, in another directory.")
-        self.conditions = Conditions(**values)
+        try:
+            self.conditions = Conditions(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{noted} cannot be read: {error}") from error
         self._shards: dict[int, Any] = {}
         self._read_indices()
 
@@ -240,9 +264,11 @@ class PassageStore:
             )
 
     def _compute(self, texts: Sequence[str], call: Call, compute: Compute) -> list[tuple[Tensor, bool]]:
-        """Return the states of each text, and whether it is truncated."""
+        """Return the states of each text, in the store's format, and whether it is truncated."""
         encoded = call.tokenizer.passages(texts, self.conditions.passage_max_length, call.template)
         states = _in_batches([one.ids for one in encoded], call.options.max_tokens_per_batch, compute)
+        if self.conditions.state_quantization is not None:
+            states = list(map(to_int8, states))
         return [(own, one.is_cut) for own, one in zip(states, encoded, strict=True)]
 
     def add(self, passages: Mapping[str, str] | Iterable[tuple[str, str]], call: Call, compute: Compute) -> None:
@@ -330,10 +356,10 @@ class PassageStore:
         self._tokens.append(start)
 
     def _read(self, place: Place) -> Tensor:
-        """Return (tokens, hidden) states. A shard is mapped into memory, and only these tokens are read.
+        """Return the states of a passage, as in `StoredPair`. A shard is mapped into memory, and only they are read.
 
         Raises:
-            ValueError: if the shard does not have the tokens of its index.
+            ValueError: if the shard does not have the tokens of its index, or the format of the store.
         """
         if place.shard not in self._shards:
             path = self._states(place.shard)
@@ -342,6 +368,12 @@ class PassageStore:
                 raise ValueError(
                     f"{path} has {opened.get_shape()[0]} tokens, and its index {self._tokens[place.shard]}: delete the "
                     "store, and store the passages again."
+                )
+            method = self.conditions.state_quantization
+            if (opened.get_dtype() == "I8") != (method is not None):
+                raise ValueError(
+                    f"{path} has states in {opened.get_dtype()}, but the store has state_quantization={method!r}: "
+                    "delete the store, and store the passages again."
                 )
             self._shards[place.shard] = opened
         states: Tensor = self._shards[place.shard][place.start : place.end]
@@ -360,7 +392,8 @@ def whole_length(pair: TokenizedPair) -> int:
 
 
 def refuse_other_states(pairs: Pairs, setting: Setting) -> None:
-    """Raise ValueError if pairs with stored passages are not those of a setting, or are beside pairs without."""
+    """Raise ValueError if pairs with stored passages are not those of a setting, are in several formats, or are beside
+    pairs without."""
     stored = [pair for pair in pairs if isinstance(pair, StoredPair)]
     if not stored:
         return
@@ -373,6 +406,11 @@ def refuse_other_states(pairs: Pairs, setting: Setting) -> None:
             raise ValueError(
                 f"pair {number} has a passage stored with store_layer={pair.store_layer} and compress_ratio="
                 f"{pair.compress_ratio}, but the call has {wanted[0]} and {wanted[1]}."
+            )
+        if pair.states.dtype != stored[0].states.dtype:
+            raise ValueError(
+                f"pair {number} has a passage stored in {pair.states.dtype}, and pair 0 in {stored[0].states.dtype}: "
+                "they need separate calls."
             )
 
 

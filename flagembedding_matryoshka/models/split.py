@@ -13,13 +13,22 @@ Two sequences, q q a b p | q q c p. The query part and prompt part of each are a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flagembedding_matryoshka.models.batch import PackedBatch, TokenIndices, on_device, ranges
+from flagembedding_matryoshka.models.batch import PackedBatch, TokenIndices, concatenated, on_device, ranges
+
+StateQuantization = Literal["int8"]
+"""Format of stored states that is not the model's dtype."""
+BLOCK = 32
+"""Channels of a state in int8 that share a scale, as in GGUF's Q8_0. Outliers of the others do not coarsen them."""
+SCALE = torch.bfloat16
+"""dtype of the scales: with the exponents of float32, no block's scale is 0 or infinite."""
 
 
 class SplitBatch:
@@ -33,8 +42,8 @@ class SplitBatch:
         batch: where the segments lie.
         firsts: (segments of the whole sequences, 3) int64, CPU: the token of the row where each one's query part,
             passage and prompt part begin. Stored passages stand after the row.
-        stored: (1, tokens, hidden) states of stored passages after the store layer, compressed there; None if passages
-            are in the row.
+        stored: (1, tokens, hidden) states of stored passages after the store layer, compressed there, or the rows of
+            `to_int8`; None if passages are in the row.
     """
 
     def __init__(self, batch: PackedBatch, firsts: Tensor, stored: Tensor | None = None) -> None:
@@ -55,7 +64,10 @@ class SplitBatch:
         Returns:
             (1, total_tokens of `packed`, hidden).
         """
-        row = hidden if self.stored is None else torch.cat([hidden, self.stored.to(hidden)], dim=1)
+        row = hidden
+        if self.stored is not None:
+            states = from_int8(self.stored, hidden.shape[-1]) if self.stored.dtype == torch.int8 else self.stored
+            row = torch.cat([hidden, states.to(hidden)], dim=1)
         return row[:, packed.indices(self.tokens).tokens]
 
 
@@ -67,8 +79,9 @@ def split_passages(
     Args:
         token_ids: (1, total_tokens) int64.
         packed: where the segments lie among them.
-        stored: for each sequence the (passage tokens, hidden) states of its passage, on the CPU. The split row then has
-            no passages, and their token ids do not matter. None: passages are in the row.
+        stored: for each sequence the (passage tokens, hidden) states of its passage, on the CPU, or for all of
+            them the rows of `to_int8`. The split row then has no passages, and their token ids do not matter. None:
+            passages are in the row.
 
     Returns:
         (1, tokens) token ids of the split row, on the same device, and where its segments lie.
@@ -117,5 +130,34 @@ def split_passages(
     if stored is None:
         return token_ids[:, there], SplitBatch(batch, places)
     places[:, 1] += size
-    (states,) = on_device([torch.cat(list(stored))], packed.device)
-    return token_ids[:, there], SplitBatch(batch, places, states[None])
+    states = concatenated(stored, packed.device)[None]
+    return token_ids[:, there], SplitBatch(batch, places, states)
+
+
+def to_int8(states: Tensor) -> Tensor:
+    """Round states to int8, in blocks of `BLOCK` channels. The scale of a block is its largest magnitude ÷ 127.
+
+    >>> rows = to_int8(torch.tensor([[1.5, -3.96875, 0.0], [0.0, 0.0, 0.0]]))
+    >>> rows[:, :3].tolist(), from_int8(rows, 3).tolist()
+    ([[48, -127, 0], [0, 0, 0]], [[1.5, -3.96875, 0.0], [0.0, 0.0, 0.0]])
+
+    Args:
+        states: (tokens, hidden), of a floating-point dtype.
+
+    Returns:
+        (tokens, hidden + 2 · ⌈hidden ÷ BLOCK⌉) int8: the values of each state, and then the bytes of its scales,
+        bfloat16.
+    """
+    hidden = states.shape[1]
+    values = pad(states.float(), (0, -hidden % BLOCK)).unflatten(1, (-1, BLOCK))
+    scales = (values.abs().amax(2) / 127).clamp_min(torch.finfo(SCALE).tiny).to(SCALE)
+    # A scale that bfloat16 rounds down brings its largest value to 127.25 at most, which is rounded to 127.
+    rounded = (values / scales[..., None].float()).round().to(torch.int8).flatten(1)
+    return torch.cat([rounded[:, :hidden], scales.view(torch.int8)], dim=1)
+
+
+def from_int8(rows: Tensor, hidden: int) -> Tensor:
+    """Return the (…, hidden) float32 states of rows that `to_int8` returned."""
+    values, scales = rows[..., :hidden], rows[..., hidden:].clone(memory_format=torch.contiguous_format).view(SCALE)
+    of_values = scales[..., None].expand(*scales.shape, BLOCK).flatten(-2)[..., :hidden]
+    return values * of_values.float()

@@ -335,13 +335,13 @@ class Scorer:
         return {**setting, **fixed}
 
     @property
-    def stored(self) -> dict[str, dict[str, int]]:
-        """Number, layer and ratio of the stored passages, as "store"; nothing without a store."""
+    def stored(self) -> dict[str, dict[str, int | str | None]]:
+        """Number, layer, ratio and format of the stored passages, as "store"; nothing without a store."""
         if self.store is None:
             return {}
         own = self.store.conditions
-        facts = {"store_layer": own.store_layer, "compress_ratio": own.compress_ratio}
-        return {"store": {"passages": len(self.store), **facts}}
+        names = ("store_layer", "compress_ratio", "state_quantization")
+        return {"store": {"passages": len(self.store)} | {name: getattr(own, name) for name in names}}
 
     def prepare(
         self,

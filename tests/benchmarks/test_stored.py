@@ -21,11 +21,13 @@ def test_texts_and_stores_are_measured_and_drawn(tiny_layerwise_path, tmp_path, 
     output, figure = tmp_path / "stored.json", tmp_path / "stored.svg"
     given = ["--model", tiny_layerwise_path, "--data", data, "--split", "train", "--dtype", "float32"]
     given += ["--store_layers", 2, "--ratios", 1, 4, "--output", output, "--figure", figure]
+    given += ["--state_quantization", "int8"]
     stored.main(list(map(str, given)))
     printed = capsys.readouterr().out
     report = json.loads(output.read_text())
     assert report == json.loads(printed.splitlines()[-1]) and report["queries"] == 2
-    rows = report["ways"]
+    rows = [row for row in report["ways"] if row["state_quantization"] is None]
+    narrow = [row for row in report["ways"] if row["state_quantization"] == "int8"]
     ways = [(row["store_layer"], row["compress_ratio"], *row["cutoff_layers"]) for row in rows]
     texts = [(0, 1, layer) for layer in (2, 3, 4, 5, 6)] + [(0, 4, layer) for layer in (4, 5, 6)]
     assert ways == texts + [(2, ratio, layer) for ratio in (1, 4) for layer in (3, 4, 5, 6)]
@@ -34,7 +36,15 @@ def test_texts_and_stores_are_measured_and_drawn(tiny_layerwise_path, tmp_path, 
     assert of[2, 4, 6]["share_of_operations"] < of[2, 1, 6]["share_of_operations"] < 1
     assert of[0, 4, 6]["bytes_per_passage"] is None
     assert of[2, 4, 6]["bytes_per_passage"] < of[2, 1, 6]["bytes_per_passage"] / 2
-    assert stored.table(rows) in printed
+    assert stored.table(report["ways"]) in printed
+    for row in narrow:
+        (layer,) = row["cutoff_layers"]
+        wide = of[row["store_layer"], row["compress_ratio"], layer]
+        size = 32 + 2  # values, and the scale of a block
+        assert row["bytes_per_passage"] == pytest.approx(wide["bytes_per_passage"] * size / (4 * 32), abs=1)
+        assert 0 < row["mean_difference"] < row["largest_difference"] < 0.1 and 0.8 < row["tau"] <= 1
+        assert row["share_of_operations"] == wide["share_of_operations"]
+    assert len(narrow) == sum(layer > 0 for layer, *_ in ways)
     words = {text.text for text in ElementTree.parse(figure).iter() if text.text}
     assert {"nDCG@10", "texts, by exit", "texts, by ratio", "stored after 2 layers, by ratio", "first stage"} <= words
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,28 @@ def test_ids_rank_as_the_texts_of_the_corpus(stored, reranker, capsys):
             assert hit["corpus_id"] == other["corpus_id"] and hit["score"] == pytest.approx(other["score"], abs=1e-5)
     assert all(hit["id"] == f"d{hit['corpus_id']}" and hit["rank"] == hit["corpus_id"] for hit in first)
     assert all(("id" in hit) == (hit["corpus_id"] < 3) for hit in second)
+
+
+def test_states_in_int8_take_fewer_bytes_and_are_ranked(stored, reranker, capsys):
+    desk, path, words = stored
+    store.main(words)
+    (wide,) = re.findall(r"passages of (\d+) bytes", capsys.readouterr().out)
+    in_int8 = [*words, "--state_quantization", "int8"]
+    with pytest.raises(ValueError, match="was made with state_quantization=None, and not 'int8'"):
+        store.main(in_int8)
+    in_int8[words.index(str(path))] = narrow_path = str(path.with_name("narrow"))
+    store.main(in_int8)
+    (narrow,) = re.findall(r"passages of (\d+) bytes", capsys.readouterr().out)
+    size = reranker.config.hidden_size
+    assert int(narrow) == pytest.approx(int(wide) * (size + 2 * -(-size // 32)) / (4 * size), abs=1)
+    ids = [row["_id"] for row in CORPUS]
+    desk.write([{"query": "wing", "documents": [{"id": name} for name in ids]}])
+    rank.main(desk.words("--store", narrow_path))
+    ((line,), expected) = desk.read(), reranker.rank("wing", ids=ids, store=narrow_path)
+    assert [hit["id"] for hit in line["ranking"]] == [hit["id"] for hit in expected]
+    with pytest.raises(SystemExit):
+        store.main([*words, "--state_quantization", "int4"])
+    assert "invalid choice: 'int4'" in capsys.readouterr().err
 
 
 def test_what_a_store_refuses_names_its_row(stored):

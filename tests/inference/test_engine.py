@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
@@ -23,6 +24,7 @@ from tests.batches import ImmediateExecutor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("a wing", f"passage {number} " * number) for number in range(8)]
+GPU = torch.device("cuda")
 
 
 class Recorder(TorchDispatchMode):
@@ -42,6 +44,37 @@ class Recorder(TorchDispatchMode):
             self.copies.append(bool((*arguments, options.get("non_blocking"))[2]))
         if is_meta and name in ("_local_scalar_dense", "nonzero"):
             self.waits.append(name)
+        return function(*arguments, **options)
+
+
+class AsGpu(TorchFunctionMode):
+    """Lets the meta device stand in for a GPU: memory that is asked to be pinned is noted, and copies to "cuda".
+
+    Attributes:
+        copies: for each copy, whether it asks not to block and its source is all of a pinned buffer.
+        buffers: the pinned buffers.
+        written: for each pinned buffer, by its address, the addresses of the tensors that are concatenated in it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.buffers, self.written = [], [], {}
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function is torch.empty and options.pop("pin_memory", False):
+            buffer = torch.empty(*arguments, **options)
+            self.buffers.append(buffer)
+            self.written[buffer.data_ptr()] = []
+            return buffer
+        if function is torch.cat and "out" in options:
+            self.written[options["out"].data_ptr()] += [one.data_ptr() for one in arguments[0]]
+        if function is torch.Tensor.to and GPU in arguments:
+            is_pinned = any(arguments[0] is buffer for buffer in self.buffers)
+            self.copies.append(bool(options.get("non_blocking")) and is_pinned)
+            arguments = tuple("meta" if one == GPU else one for one in arguments)
+        if options.get("device") == GPU:
+            options["device"] = "meta"
         return function(*arguments, **options)
 
 
@@ -86,21 +119,47 @@ def test_a_batch_is_one_copy_to_a_device_and_nothing_waits(reranker, setting, te
     assert recorder.copies == [True] and not recorder.waits
 
 
-@pytest.mark.parametrize("setting", [Setting(6, store_layer=3), Setting((3, 6), (2, 4), 4, store_layer=2)], ids=str)
-def test_stored_passages_are_one_more_copy(reranker, setting, tmp_path):
+@pytest.fixture(params=[None, "int8"])
+def state_quantization(request):
+    return request.param
+
+
+@pytest.fixture(params=[Setting(6, store_layer=3), Setting((3, 6), (2, 4), 4, store_layer=2)], ids=str)
+def stored(request, reranker, state_quantization, tmp_path):
+    """A setting, and pairs of a query and passages that were stored with it."""
+    setting = request.param
     width = {"compress_layers": setting.compress_layers, "compress_ratio": setting.compress_ratio}
-    store = reranker.store(
-        {str(place): text for place, (_, text) in enumerate(PAIRS)}, tmp_path / "store", setting.store_layer, **width
-    )
+    texts = {str(place): text for place, (_, text) in enumerate(PAIRS)}
+    store = reranker.store(texts, tmp_path, setting.store_layer, state_quantization=state_quantization, **width)
     call = Call(reranker._pair_tokenizer, ScoringOptions.resolve(reranker, {}), setting)
     compute = partial(reranker._engine.passage_states, setting=setting)
-    pairs = store.pairs("a wing", [Passage(name, None) for name in store], call, compute)
+    return setting, store.pairs("a wing", [Passage(name, None) for name in store], call, compute)
+
+
+def test_stored_passages_are_one_more_copy(reranker, stored):
+    setting, pairs = stored
     model = copy.deepcopy(reranker.model).to("meta")
-    stored = [pair.states for pair in pairs]
+    states = [pair.states for pair in pairs]
     with Recorder() as recorder, torch.no_grad():
-        states = model.model.embed(*pack_pairs(pairs, torch.device("meta")), setting, stored)
-        assert model.scores(states, setting).shape == (len(setting.cutoff_layers), len(PAIRS))
+        embedded = model.model.embed(*pack_pairs(pairs, torch.device("meta")), setting, states)
+        assert model.scores(embedded, setting).shape == (len(setting.cutoff_layers), len(PAIRS))
     assert recorder.copies == [True, True] and not recorder.waits
+
+
+def test_on_a_gpu_stored_passages_go_from_the_mapped_file_through_pinned_memory_before_the_first_layer(
+    reranker, stored, state_quantization
+):
+    setting, pairs = stored
+    model = copy.deepcopy(reranker.model).to("meta")
+    states = [pair.states for pair in pairs]
+    assert len({one.untyped_storage().data_ptr() for one in states}) == 1  # parts of one shard, not copies
+    assert {one.dtype for one in states} == {torch.float32 if state_quantization is None else torch.int8}
+    with AsGpu() as gpu, Recorder() as recorder, torch.no_grad():
+        embedded = model.model.embed(*pack_pairs(pairs, GPU), setting, states)
+        assert gpu.copies == recorder.copies == [True, True]
+        model.scores(embedded, setting)
+    assert gpu.copies == recorder.copies == [True, True] and not recorder.waits
+    assert [one.data_ptr() for one in states] in gpu.written.values()
 
 
 def test_a_later_stage_is_a_copy_of_what_is_selected_and_one_of_its_indices(reranker):

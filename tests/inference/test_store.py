@@ -1,6 +1,7 @@
 """Passages whose states are computed once and read for any query."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import store as module
 from flagembedding_matryoshka.inference.engine import Engine
 from flagembedding_matryoshka.inference.store import PassageStore
+from flagembedding_matryoshka.models.split import BLOCK, from_int8
 from tests.backbones import FIRST, layer_wise, let_heads_differ, write_raw
 from tests.qwen import write_causal_lm
 
@@ -415,3 +417,89 @@ def test_stored_pairs_of_another_setting_or_beside_others_are_refused(mistral, t
         mistral.stored_pairs(QUERIES[0], [3], tmp_path)
     with pytest.raises(ValueError, match="was made with store_layer=2"):
         mistral.stored_pairs(QUERIES[0], IDS[:1], tmp_path, store_layer=3)
+
+
+@pytest.mark.parametrize("cascade", CASCADES)
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_states_in_int8_score_as_the_states_that_they_stand_for(reranker, tmp_path, ratio, cascade):
+    setting = {"store_layer": 2, "compress_ratio": ratio}
+    wide = reranker.store(TEXTS, tmp_path / "wide", **setting)
+    narrow = reranker.store(TEXTS, tmp_path / "narrow", **setting, state_quantization="int8")
+    hidden = reranker.config.hidden_size
+    assert narrow.nbytes == wide.nbytes * (hidden + 2 * -(-hidden // BLOCK)) / (4 * hidden)
+    assert narrow.nbytes == sum(load_file(path)["states"].nbytes for path in narrow.path.glob("*.safetensors"))
+    of_wide, of_narrow = ([reranker.stored_pairs(query, IDS, store) for query in QUERIES] for store in (wide, narrow))
+    lists = []
+    for own, others in zip(of_narrow, of_wide, strict=True):
+        lists.append([replace(pair, states=from_int8(pair.states, hidden)) for pair in own])
+        for pair, other in zip(lists[-1], others, strict=True):
+            assert pair.states.shape == other.states.shape and pair.passage_length == other.passage_length
+            largest = other.states.abs().max() if len(other.states) else 0
+            assert ((pair.states - other.states).abs() <= largest / 127 * 0.51).all()
+    expected = reranker.score_lists(lists, cascade=cascade, **setting)
+    assert expected != reranker.score_lists(of_wide, cascade=cascade, **setting)
+    found = reranker.score_lists(of_narrow, cascade=cascade, **setting)
+    for hits, others, query in zip(found, expected, QUERIES, strict=True):
+        assert [hit["score"] for hit in hits] == pytest.approx([hit["score"] for hit in others], abs=2e-6)
+        ranking = by_id(reranker.rank(query, ids=IDS, store=narrow.path, cascade=cascade))
+        assert [ranking[name]["score"] for name in IDS] == pytest.approx([hit["score"] for hit in hits], abs=2e-6)
+
+
+def test_scores_of_states_in_int8_are_near_those_of_the_states_as_computed(reranker, tmp_path):
+    near, far = [], []
+    for ratio in (1, 4):
+        setting = {"store_layer": 2, "compress_ratio": ratio}
+        wide, own = (
+            by_id(reranker.rank(QUERIES[0], ids=IDS, store=reranker.store(TEXTS, tmp_path / name, **setting, **more)))
+            for name, more in ((f"{ratio}", {}), (f"{ratio}-int8", {"state_quantization": "int8"}))
+        )
+        near += [abs(own[name]["score"] - wide[name]["score"]) for name in IDS]
+        far += [abs(wide[name]["score"] - wide["empty"]["score"]) for name in IDS]
+    assert 0 < max(near) < 0.05 * max(far)
+
+
+def test_beside_states_in_int8_those_of_texts_are_rounded_too(mistral, tmp_path):
+    few = {name: TEXTS[name] for name in IDS[::3]}
+    options = {"store_layer": 3, "compress_ratio": 4, "state_quantization": "int8"}
+    stored = mistral.store(few, tmp_path / "few", **options), mistral.store(TEXTS, tmp_path / "all", **options)
+    mixed, whole = (mistral.rank(QUERIES[0], list(TEXTS.values()), ids=IDS, store=store) for store in stored)
+    assert len(stored[0]) == len(few)
+    same(mixed, [{name: value for name, value in hit.items() if name != "id"} for hit in whole])
+
+
+def test_a_store_in_another_format_is_refused_by_name(mistral, tmp_path):
+    setting = {"store_layer": 3, "compress_ratio": 4}
+    for name, method, other in (("wide", None, "int8"), ("narrow", "int8", None)):
+        mistral.store(TEXTS, tmp_path / name, **setting, state_quantization=method)
+        with pytest.raises(ValueError, match=f"made with state_quantization={method!r}, and not {other!r}"):
+            mistral.store({"new": "heat"}, tmp_path / name, **setting, state_quantization=other)
+        assert "new" not in PassageStore(tmp_path / name)
+    with pytest.raises(ValueError, match="state_quantization is 'int4', but must be 'int8', or None"):
+        mistral.store(TEXTS, tmp_path / "other", **setting, state_quantization="int4")
+    assert not (tmp_path / "other").exists()
+    lists = [mistral.stored_pairs(QUERIES[0], IDS[:2], tmp_path / name) for name in ("wide", "narrow")]
+    with pytest.raises(ValueError, match=r"pair 2 has a passage stored in torch.int8, and pair 0 in torch.float32"):
+        mistral.score_lists(lists, **setting)
+
+
+def test_a_store_says_its_format_and_its_shards_must_have_it(mistral, tmp_path):
+    setting = {"store_layer": 3, "compress_ratio": 4}
+    for name, method in (("wide", None), ("narrow", "int8")):
+        path = tmp_path / name
+        mistral.store(TEXTS, path, **setting, state_quantization=method)
+        expected = mistral.rank(QUERIES[0], ids=IDS, store=path)
+        noted = json.loads((path / "store.json").read_text())
+        assert noted.pop("state_quantization") == method
+        (path / "store.json").write_text(json.dumps(noted))  # as it was before there was a choice
+        if method is None:
+            assert mistral.rank(QUERIES[0], ids=IDS, store=path) == expected
+        else:
+            with pytest.raises(ValueError, match=r"00000.safetensors has states in I8, but .*state_quantization=None"):
+                mistral.rank(QUERIES[0], ids=IDS, store=path)
+        for wrong in ("int4", 8, False, ["int8"]):
+            (path / "store.json").write_text(json.dumps(noted | {"state_quantization": wrong}))
+            with pytest.raises(ValueError, match=r"store.json cannot be read: state_quantization is .*'int8', or None"):
+                PassageStore(path)
+    (tmp_path / "wide/store.json").write_text(json.dumps(noted | {"state_quantization": "int8"}))
+    with pytest.raises(ValueError, match=r"00000.safetensors has states in F32, but .*state_quantization='int8'"):
+        mistral.rank(QUERIES[0], ids=IDS, store=tmp_path / "wide")

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from hypothesis.extra.numpy import array_shapes, arrays
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from flagembedding_matryoshka import Setting
 from flagembedding_matryoshka.models.batch import pack_pairs
 from flagembedding_matryoshka.models.flops import estimate_flops
-from flagembedding_matryoshka.models.split import split_passages
+from flagembedding_matryoshka.models.split import BLOCK, from_int8, split_passages, to_int8
 from tests.backbones import BACKBONES, FIRST, layer_wise, let_heads_differ, write_raw
 from tests.batches import EXITS, close, slow_compress, tokenized_pair
 
@@ -216,3 +217,39 @@ def test_operations_are_those_that_torch_counts(layerwise_model, setting):
     shares = torch.tensor([False, True, False])
     parts = torch.tensor(lengths).unbind(1)
     assert estimate_flops(layerwise_model.config, setting, *parts, shares) == counter.get_total_flops()
+
+
+ROWS = arrays(
+    "float32", array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+)
+
+
+@given(ROWS, st.sampled_from([torch.float32, torch.float64]))
+def test_states_in_int8_are_off_by_half_a_step_of_their_block(values, dtype):
+    states = torch.from_numpy(values).to(dtype)
+    rows = to_int8(states)
+    assert rows.dtype == torch.int8 and rows.shape == (len(states), states.shape[1] - 2 * (-states.shape[1] // BLOCK))
+    found = from_int8(rows, states.shape[1])
+    for own, state in zip(found.double().split(BLOCK, dim=1), states.double().split(BLOCK, dim=1), strict=True):
+        step = (state.abs().amax(1, keepdim=True) / 127 * (1 + 2**-8)).clamp_min(torch.finfo(torch.float32).tiny)
+        assert ((own - state).abs() <= step * (0.5 + 1e-4)).all()
+        assert (own[state == 0] == 0).all()
+    assert torch.equal(from_int8(rows[None], states.shape[1])[0], found)
+
+
+def test_states_in_int8_may_have_no_tokens_and_are_read_from_any_address():
+    states = torch.randn(9, 50)
+    rows = to_int8(states)
+    assert from_int8(rows[:0], 50).shape == to_int8(states[:0])[:, :50].shape == (0, 50)
+    every = from_int8(rows, 50)
+    for place in range(9):  # a row has 54 bytes, of which the scales begin at the 51st
+        assert torch.equal(from_int8(rows[place : place + 1], 50)[0], every[place])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_state_that_is_no_number_is_none_in_int8_either(value):
+    states = torch.full((2, 2 * BLOCK), 127.0)
+    states[0, 3] = value
+    found = from_int8(to_int8(states), 2 * BLOCK)
+    assert not found[0, :BLOCK].isfinite().any() and torch.equal(found[0, BLOCK:], states[0, BLOCK:])
+    assert torch.equal(found[1], states[1])

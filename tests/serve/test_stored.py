@@ -105,8 +105,17 @@ def test_a_document_may_have_a_first_stage_score_and_is_returned_as_it_came(stor
 
 
 def test_info_tells_of_the_store(stored, client):
-    assert stored.get("/info").json()["store"] == {"passages": 4} | STORED
+    assert stored.get("/info").json()["store"] == {"passages": 4, "state_quantization": None} | STORED
     assert "store" not in client.get("/info").json()
+
+
+def test_passages_may_be_stored_in_int8(invariant, tmp_path):
+    store = invariant.store(TEXTS, tmp_path, state_quantization="int8", **STORED)
+    with client_of(invariant, store=tmp_path) as client:
+        assert client.get("/info").json()["store"]["state_quantization"] == "int8"
+        found = scores(post(client, documents=DOCUMENTS)["results"])
+    ranking = invariant.rank(QUERY, ids=[*TEXTS], store=store)
+    assert found == {hit["corpus_id"]: pytest.approx(hit["score"], abs=2e-6) for hit in ranking}
 
 
 @pytest.mark.parametrize(
