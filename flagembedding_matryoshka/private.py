@@ -39,8 +39,6 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
         "_save_rng_state",
     ),
     "FlagEmbedding.abc.finetune.reranker.AbsRerankerTrainer": ("_save_processing_class",),  # called, not overridden
-    # finetune/data.py
-    "FlagEmbedding.abc.finetune.reranker.AbsLLMRerankerTrainDataset": ("_load_dataset",),
     # finetune/sharding.py: accelerate reads it from a model that need not be a PreTrainedModel
     "transformers.PreTrainedModel": ("_no_split_modules",),
 }

@@ -1,5 +1,6 @@
 import ast
 import importlib
+import re
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_no_other_module_uses_a_private_name_of_a_library():
 def test_the_library_has_the_names_that_subclasses_override(place, name):
     module, _, kind = place.rpartition(".")
     assert hasattr(getattr(importlib.import_module(module), kind), name)
+
+
+def test_the_package_uses_each_of_these_names():
+    text = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "private.py")
+    for names in OVERRIDDEN.values():
+        for name in names:
+            assert re.search(rf"(def |\.){name}\b", text), name
 
 
 def test_attention_of_a_class_without_source_is_that_of_its_backbone():

@@ -17,6 +17,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, ea
 
 from flagembedding_matryoshka import CostWiseMistralConfig, Setting
 from flagembedding_matryoshka.finetune.data import Group
+from flagembedding_matryoshka.models.batch import compressed_lengths
 from flagembedding_matryoshka.models.causal_lm import CostWiseHead
 
 PADDED_ATTENTION = "padded_baseline"
@@ -103,7 +104,7 @@ def compress_padded(
     batch, length, width = hidden.shape
     query, prompt = query_lengths[:, None], prompt_lengths[:, None]
     passage = mask.sum(1, keepdim=True) - query - prompt
-    kept = (passage + ratio - 1) // ratio
+    kept = compressed_lengths(passage, ratio)
     groups, new_length = int(kept.max()), int((query + kept + prompt).max())
 
     def positions(count: int) -> Tensor:

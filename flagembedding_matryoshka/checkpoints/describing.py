@@ -235,7 +235,7 @@ class Files:
         return AutoTokenizer.from_pretrained(self.place, trust_remote_code=trust_remote_code, **self._hub)
 
 
-class Found(NamedTuple):
+class TemplateFact(NamedTuple):
     """A template with its source.
 
     Attributes:
@@ -406,15 +406,15 @@ def _template(
     given: str | PathLike[str] | Mapping[str, Any] | None,
     names: Sequence[str],
     trust_remote_code: bool,
-) -> Found:
+) -> TemplateFact:
     """Return the template from the first source that has it."""
     if given is not None:
         name = given if isinstance(given, str) and given in TEMPLATES else None
-        return Found(Template.load(given), "the caller", name)
+        return TemplateFact(Template.load(given), "the caller", name)
     if architecture == "layer-wise":
         name = config.template if isinstance(config.template, str) else None
         source = "template in config.json" if "template" in stored else f"model_type {stored.get('model_type')!r}"
-        return Found(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
+        return TemplateFact(Template.load(config.template), source, name, _saved_instruction(files, modules, config))
     known = _published(path, files, stored, names)
     temperature = {} if known is None else {"temperature": TEMPLATES[known[0]].temperature}
     if (exported := files.json(EXPORT_FILE)) is not None:  # the exported head may be divided by it
@@ -439,9 +439,9 @@ def _template(
                 f"or --template: a JSON file with head_tokens, or one of {', '.join(TEMPLATES)}."
             )
         made = template_from_chat(files.tokenizer(trust_remote_code), head)
-        return Found(Template.load(made.to_json() | temperature), "chat_template.jinja")
+        return TemplateFact(Template.load(made.to_json() | temperature), "chat_template.jinja")
     if known is not None:
-        return Found(TEMPLATES[known[0]], known[1], known[0])
+        return TemplateFact(TEMPLATES[known[0]], known[1], known[0])
     if architecture == "sequence classification":
         raise ValueError(
             f"{path} holds a {stored['architectures'][0]}, and nothing says which words it was trained with: neither a "
@@ -449,7 +449,7 @@ def _template(
             f"name in its path, configuration or model card. Name its template by template= or --template: a JSON file "
             f"or one of {', '.join(TEMPLATES)}."
         )
-    return Found(Template(), ASSUMED, "cost_wise")
+    return TemplateFact(Template(), ASSUMED, "cost_wise")
 
 
 def _published(path: str, files: Files, stored: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str] | None:
@@ -501,7 +501,7 @@ def _of_sentence_transformers(
     modules: Sequence[Mapping[str, Any]],
     trust_remote_code: bool,
     architecture: Architecture,
-) -> Found:
+) -> TemplateFact:
     """Return the template of a CrossEncoder.
 
     Raises:
@@ -550,7 +550,7 @@ def _of_sentence_transformers(
         words = made.with_instruction(None if instruction is None else instruction.value)
         (empty,) = PairTokenizer(tokenizer, words).build([("", "")], 10**6, 10**6, 3 * 10**6)
         length = Fact(max(1, length.value - len(empty)), f"{length.source}, without the template's {len(empty)}")
-    return Found(made, source, None, instruction, head_source, length)
+    return TemplateFact(made, source, None, instruction, head_source, length)
 
 
 def _chat_options(files: Files, transformer: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from flagembedding_matryoshka.cli.work import Results, Window, Windows, Work
+from flagembedding_matryoshka.cli.work import Results, RowWindow, RowWindows, Work
 from flagembedding_matryoshka.inference.fingerprint import resolved_dtype
 
 WINDOWS_PER_WORKER = 2
@@ -69,8 +69,8 @@ class Cluster:
             raise error.cause from None
 
     def compute(
-        self, kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Windows
-    ) -> Iterator[tuple[Window, list[Any]]]:
+        self, kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: RowWindows
+    ) -> Iterator[tuple[RowWindow, list[Any]]]:
         """Yield each window with its results, in order.
 
         If a worker dies, another worker computes its window, and the cluster starts a new worker, if necessary on
@@ -85,7 +85,7 @@ class Cluster:
         """
         crew = _Crew(ray.remote(**self._reserved)(kind), arguments, self.workers)
         limit = WINDOWS_PER_WORKER * self.workers
-        unwritten: deque[Window] = deque()
+        unwritten: deque[RowWindow] = deque()
         results: dict[int, list[Any]] = {}
         try:
             while True:
@@ -117,16 +117,16 @@ class _Crew:
     """
 
     def __init__(self, actor: Any, arguments: tuple[Any, ...], workers: int) -> None:
-        self.queue: deque[Window] = deque()
+        self.queue: deque[RowWindow] = deque()
         self._actor = actor
         self._arguments = arguments
         self._idle: list[Any] = []
-        self._tasks: dict[Any, tuple[Any, Window | None]] = {}
+        self._tasks: dict[Any, tuple[Any, RowWindow | None]] = {}
         self._deaths: Counter[int | None] = Counter()
         for _ in range(workers):
             self._start()
 
-    def wait(self) -> Iterator[tuple[Window, Results]]:
+    def wait(self) -> Iterator[tuple[RowWindow, Results]]:
         """Wait until a worker has started, computed or died. Yield the windows that are computed.
 
         Raises:
@@ -166,7 +166,7 @@ class _Crew:
         worker = self._actor.remote(*self._arguments)
         self._tasks[worker.__ray_ready__.remote()] = worker, None
 
-    def _replace(self, worker: Any, window: Window | None, error: RayError) -> None:
+    def _replace(self, worker: Any, window: RowWindow | None, error: RayError) -> None:
         """Start a worker in the place of one that died, and queue its window again.
 
         Raises:

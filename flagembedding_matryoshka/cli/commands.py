@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flagembedding_matryoshka.cli.output import Output, open_output
 from flagembedding_matryoshka.cli.rows import Row, read, without_result
-from flagembedding_matryoshka.cli.work import Window, Windows, Work
+from flagembedding_matryoshka.cli.work import RowWindow, RowWindows, Work
 from flagembedding_matryoshka.inference.arguments import add_reranker, given_options
 from flagembedding_matryoshka.inference.fingerprint import resolved_dtype, weights_of
 from flagembedding_matryoshka.text.lines import STANDARD_INPUT, parse
@@ -99,7 +99,7 @@ def run(parser: argparse.ArgumentParser, kind: type[Work], options: argparse.Nam
         done = _skip_done(kind, output, remaining, options.output)
         first = next(remaining, None)
         if first is not None:
-            waiting = Windows(kind, chain([first], remaining), done)
+            waiting = RowWindows(kind, chain([first], remaining), done)
             with tqdm(total=total, initial=done, desc=settings["command"], unit="row", disable=None) as progress:
                 for window, results in compute(kind, (options.model, given, call), waiting, cluster):
                     output.append(map(partial(_line, kind), window.rows, results))
@@ -107,8 +107,11 @@ def run(parser: argparse.ArgumentParser, kind: type[Work], options: argparse.Nam
 
 
 def compute(
-    kind: type[Work], arguments: tuple[str, dict[str, Any], dict[str, Any]], waiting: Windows, cluster: Cluster | None
-) -> Iterator[tuple[Window, list[Any]]]:
+    kind: type[Work],
+    arguments: tuple[str, dict[str, Any], dict[str, Any]],
+    waiting: RowWindows,
+    cluster: Cluster | None,
+) -> Iterator[tuple[RowWindow, list[Any]]]:
     """Yield each window with its results, in order. The size of windows follows their time.
 
     Args:

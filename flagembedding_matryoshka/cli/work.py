@@ -19,7 +19,7 @@ SECONDS_PER_WINDOW = 20.0
 """Time of a window with less than `PAIRS_PER_WINDOW` pairs. A stopped process loses at most about this work."""
 
 
-class Window(NamedTuple):
+class RowWindow(NamedTuple):
     """Consecutive rows of the input.
 
     Attributes:
@@ -84,7 +84,7 @@ class Work(ABC):
     def results(self, reranker: MatryoshkaReranker, rows: list[Row]) -> list[Any]:
         """Compute the result of each row."""
 
-    def run(self, window: Window) -> Results:
+    def run(self, window: RowWindow) -> Results:
         """Compute the result of each row of a window.
 
         Raises:
@@ -99,12 +99,12 @@ class Work(ABC):
         except (ArithmeticError, TypeError, ValueError) as error:
             if len(window.rows) > 1:
                 half = len(window.rows) // 2
-                self.run(Window(window.start, window.rows[:half]))
-                self.run(Window(window.start + half, window.rows[half:]))
+                self.run(RowWindow(window.start, window.rows[:half]))
+                self.run(RowWindow(window.start + half, window.rows[half:]))
             raise ValueError(f"{window} of the input: {error}") from error
 
 
-class Windows(Iterator[Window]):
+class RowWindows(Iterator[RowWindow]):
     """Divide the rows of an input into windows, by number of pairs and by time.
 
     A window ends with the row that reaches its number of pairs, a power of two. The number is at most
@@ -123,7 +123,7 @@ class Windows(Iterator[Window]):
         self._rows = iter(rows)
         self._start = start
 
-    def __next__(self) -> Window:
+    def __next__(self) -> RowWindow:
         limit = min(self.pairs, PAIRS_PER_WINDOW)
         rows: list[Row] = []
         pairs = 0
@@ -132,11 +132,11 @@ class Windows(Iterator[Window]):
             pairs += self._pairs(row)
         if not rows:
             raise StopIteration
-        window = Window(self._start, rows)
+        window = RowWindow(self._start, rows)
         self._start += len(rows)
         return window
 
-    def adapt(self, window: Window, seconds: float) -> None:
+    def adapt(self, window: RowWindow, seconds: float) -> None:
         """Choose the number of pairs of the next windows by the time of a window."""
         pairs = sum(map(self._pairs, window.rows))
         fitting = int(pairs * SECONDS_PER_WINDOW / max(seconds, 1e-9))

@@ -107,7 +107,8 @@ class MatryoshkaDataset(AbsLLMRerankerTrainDataset):
         files = [sample_rows(rows, path, limit, seed) for path, rows in zip(args.train_data, files, strict=True)]
         return files if args.data_weights is None else mix_rows(files, args.data_weights, seed)
 
-    def _sequences(self, row: dict[str, Any], passages: list[str]) -> list[TokenizedPair]:
+    def _pairs(self, row: dict[str, Any], passages: list[str]) -> list[TokenizedPair]:
+        """Tokenise a row's query with passages, in the row's own template and within the lengths of the class."""
         own = {name: row[column] for column, name in INSTRUCTIONS.items() if row.get(column)}
         template = replace(self.pair_tokenizer.template, **own).with_instruction(None)
         pairs = [(row["query"], passage) for passage in passages]
@@ -169,11 +170,11 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         own_columns = [
             rows.data.column(name) for name, kind in COLUMNS[self.row_kind(self.args)].items() if kind == TEXTS
         ]
-        longest = 1 + sum(pc.max(pc.list_value_length(column)).as_py() or 0 for column in own_columns)
+        most_own = 1 + sum(pc.max(pc.list_value_length(column)).as_py() or 0 for column in own_columns)
         texts: set[str] = set()
         for row in rows:
-            texts.update(map(_normalize, row[self.others]))
-            if len(texts) >= wanted + longest:
+            texts.update(map(_fold_text, row[self.others]))
+            if len(texts) >= wanted + most_own:  # enough for every row, whatever texts are its own
                 return
         for number, row in enumerate(rows):
             available = len(texts - self._own_texts(row))
@@ -186,7 +187,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
 
     def _own_texts(self, row: dict[str, Any]) -> set[str]:
         """Return the normalised texts that must not be random negatives of the row."""
-        return set(map(_normalize, (row["query"], *self.passages_of(row))))
+        return set(map(_fold_text, (row["query"], *self.passages_of(row))))
 
     def passages_of(self, row: dict[str, Any]) -> list[str]:
         """Return all passages of the row."""
@@ -202,7 +203,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         queries, passages = [], []
         for item in items:
             row = self.dataset[item]
-            pairs = self._sequences(row, self.passages_of(row)[:SAMPLED_PASSAGES])
+            pairs = self._pairs(row, self.passages_of(row)[:SAMPLED_PASSAGES])
             queries.append(pairs[0].query_is_cut)
             passages += [pair.passage_is_cut for pair in pairs]
         return sum(queries) / len(queries), sum(passages) / len(passages), len(items)
@@ -223,9 +224,10 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         if self.has_grades:
             own = args.train_group_size - len(others)
             most = max(args.train_group_size // 2, own - len(row["neg"]))
+            most = min(most, max(own - 1, 1))  # a place stays for a negative of the row
             rest = [index for index in range(len(row["pos"])) if index != positives[0]]
-            positives += draw.sample(rest, min(len(rest), most - 1, max(own - 2, 0)))
-        negatives = _sample(len(row["neg"]), args.train_group_size - len(positives) - len(others), draw)
+            positives += draw.sample(rest, min(len(rest), most - 1))
+        negatives = _draw_indices(len(row["neg"]), args.train_group_size - len(positives) - len(others), draw)
         passages = [
             *(self._shuffle_thirds(row["pos"][index], draw) for index in positives),
             *(row["neg"][index] for index in negatives),
@@ -240,7 +242,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         if self.has_grades:
             grades = [row["pos_labels"][index] for index in positives]
             grades += [0.0] * (len(negatives) + len(others))
-        return Group(self._sequences(row, passages), scores, grades)
+        return Group(self._pairs(row, passages), scores, grades)
 
     def _passages_of_others(self, item: int, row: dict[str, Any], draw: random.Random) -> list[str]:
         """Draw the random negatives of a group from other rows of the same file.
@@ -254,13 +256,13 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         while len(others) < _count_random_negatives(self.args):
             for _ in range(DRAWS):
                 passage = draw.choice(self.dataset[first + draw.randrange(size)][self.others])
-                if _normalize(passage) not in taken:
+                if _fold_text(passage) not in taken:
                     break
             else:
                 # The file repeats few texts. `_refuse_few_texts` has found that there are enough of them.
                 texts = self._texts_of_file(first, size)
                 passage = draw.choice([text for key, text in texts.items() if key not in taken])
-            taken.add(_normalize(passage))
+            taken.add(_fold_text(passage))
             others.append(passage)
         return others
 
@@ -268,7 +270,7 @@ class MatryoshkaTrainDataset(MatryoshkaDataset):
         """Return the distinct texts of rows `first` to `first + size - 1` by their normalised form."""
         if first not in self._texts_of_files:
             rows = self.dataset.select(range(first, first + size))
-            self._texts_of_files[first] = {_normalize(text): text for row in rows for text in row[self.others]}
+            self._texts_of_files[first] = {_fold_text(text): text for row in rows for text in row[self.others]}
         return self._texts_of_files[first]
 
     def _shuffle_thirds(self, text: str, draw: random.Random) -> str:
@@ -300,8 +302,8 @@ class UnlabelledTrainDataset(MatryoshkaTrainDataset):
         draw = random.Random(f"{self.seed}-{int(self.epoch)}-{item}")
         own = self.passages_of(row)
         others = self._passages_of_others(item, row, draw)
-        drawn = _sample(len(own), args.train_group_size - len(others), draw)
-        return Group(self._sequences(row, [*(own[index] for index in drawn), *others]))
+        drawn = _draw_indices(len(own), args.train_group_size - len(others), draw)
+        return Group(self._pairs(row, [*(own[index] for index in drawn), *others]))
 
 
 def _count_random_negatives(args: Any) -> int:
@@ -309,13 +311,13 @@ def _count_random_negatives(args: Any) -> int:
     return round(args.random_negatives * (args.train_group_size - 1))
 
 
-def _normalize(text: str) -> str:
-    """Return the text with case folded and each run of white space as one space."""
+def _fold_text(text: str) -> str:
+    """Return the form in which texts are compared: case folded, each run of white space one space."""
     return " ".join(text.split()).casefold()
 
 
-def _sample(size: int, wanted: int, draw: random.Random) -> list[int]:
-    """Draw `wanted` of `size` indices, each at most ceil(wanted / size) times."""
+def _draw_indices(size: int, wanted: int, draw: random.Random) -> list[int]:
+    """Draw `wanted` of `size` indices, each at most ⌈wanted ÷ size⌉ times: none twice if there are enough."""
     if not wanted:
         return []
     return draw.sample(list(range(size)) * math.ceil(wanted / size), wanted)
@@ -327,7 +329,7 @@ class MatryoshkaEvalDataset(MatryoshkaDataset):
     def __getitem__(self, item: int) -> Group:
         """Return the pairs of the list, and their grades, 0 for negatives."""
         row = self.dataset[item]
-        pairs = self._sequences(row, [*row["pos"], *row["neg"]])
+        pairs = self._pairs(row, [*row["pos"], *row["neg"]])
         return Group(pairs, grades=row["pos_labels"] + [0.0] * len(row["neg"]))
 
 

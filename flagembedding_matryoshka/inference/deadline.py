@@ -103,18 +103,23 @@ class Pace:
 
 
 @dataclass(eq=False)
-class Part:
-    """Candidates in one batch that have run the same layers, and their places among all candidates."""
+class CandidateBatch:
+    """Candidates that have run the same layers, in one batch.
+
+    Attributes:
+        states: the states, with a sequence for each candidate.
+        places: the index of each candidate among all candidates of the query.
+    """
 
     states: PackedStates
     places: list[int]
 
-    def select(self, chosen: list[bool]) -> Part:
-        """Return the chosen sequences; the part itself if all are chosen."""
+    def select(self, chosen: list[bool]) -> CandidateBatch:
+        """Return the chosen candidates; the batch itself if all are chosen."""
         if all(chosen):
             return self
         indices = [index for index, is_chosen in enumerate(chosen) if is_chosen]
-        return Part(self.states.select(indices), [self.places[index] for index in indices])
+        return CandidateBatch(self.states.select(indices), [self.places[index] for index in indices])
 
     @property
     def tokens(self) -> int:
@@ -166,10 +171,11 @@ class AnytimeRun:
         sizes = [len(states.packed.sequences) for states in batches]
         places = torch.arange(sum(sizes)).split(sizes)
         self._most_sequences = max(sizes)
-        self._parts = [Part(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
-        self._most_tokens = max(part.tokens for part in self._parts)
+        self._batches = [CandidateBatch(states, own.tolist()) for states, own in zip(batches, places, strict=True)]
+        self._most_tokens = max(batch.tokens for batch in self._batches)
+        # By the index of a candidate: its score, and the exit where it was read.
         self._scores, self._reached = torch.zeros(sum(sizes)), torch.zeros(sum(sizes), dtype=torch.long)
-        self._first_width = min(max(sizes), -(-sum(sizes) // 3))
+        self._first_width = min(max(sizes), math.ceil(sum(sizes) / 3))
         self._most = [_most(setting, layer, sum(sizes)) for layer in self._exits]
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,10 +196,10 @@ class AnytimeRun:
 
     def _go_deeper(self) -> None:
         """Run steps until the deadline."""
-        for part in self._parts:
+        for batch in self._batches:
             if self._between is not None:
                 self._between()
-            self._advance(part, self._exits[0])
+            self._advance(batch, self._exits[0])
         for numbers in self._rounds():
             for index in range(len(self._exits) - 1):
                 if not self._bring(index, numbers):
@@ -206,13 +212,23 @@ class AnytimeRun:
             if self._seconds_of_all() <= self._deadline.left:
                 numbers = self._most
             else:
-                wide = [-(-width * self._exits[1] // layer) for layer in self._exits[1:]]
+                wide = [math.ceil(width * self._exits[1] / layer) for layer in self._exits[1:]]
                 numbers = [len(self._scores), *map(min, wide, self._most[1:])]
             yield numbers
             width *= 2
 
     def _bring(self, index: int, numbers: Sequence[int]) -> bool:
-        """Run the best candidates at an exit to a deeper exit, up to its number; return False if time was too short."""
+        """Run the best candidates at an exit to a deeper one.
+
+        They run on to the first deeper exit where some of them stop in this cascade.
+
+        Args:
+            index: index of the exit where the candidates wait.
+            numbers: for each exit, the number of candidates that reach it in this cascade.
+
+        Returns:
+            False if the time is too short for a batch.
+        """
         layer = self._exits[index]
         missing = numbers[index + 1] - int((self._reached > layer).sum())
         if missing <= 0:
@@ -224,44 +240,51 @@ class AnytimeRun:
         fused = scores if self._fusion is None else self._fusion.fuse(self._scores, waiting)
         best = waiting[best_first(fused, scores)][:missing].tolist()
         rank = {place: number for number, place in enumerate(best)}
-        parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
-        parts.sort(key=lambda part: min(rank.get(place, len(rank)) for place in part.places))
-        while parts:
+        sources = [batch for batch in self._batches if not rank.keys().isdisjoint(batch.places)]
+        sources.sort(key=lambda batch: min(rank.get(place, len(rank)) for place in batch.places))
+        while sources:
             if self._between is not None:
                 self._between()
-            batch, going = self._full_batch(parts, rank.keys())
+            joined, going = self._full_batch(sources, rank.keys())
             if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
                 return False
-            for part in batch:
-                parts.remove(part)
-                self._parts.remove(part)
-                if not rank.keys() >= set(part.places):
-                    self._parts.append(part.select([place not in rank for place in part.places]))
-            self._parts.append(going)
+            for batch in joined:
+                sources.remove(batch)
+                self._batches.remove(batch)
+                if not rank.keys() >= set(batch.places):
+                    self._batches.append(batch.select([place not in rank for place in batch.places]))
+            self._batches.append(going)
             self._advance(going, goal)
         return True
 
-    def _full_batch(self, parts: Sequence[Part], chosen: Collection[int]) -> tuple[list[Part], Part]:
-        """Return the first parts whose chosen candidates fit into one batch, and these candidates as one part."""
-        batch: list[Part] = []
-        going: list[Part] = []
-        for part in parts:
-            own = part.select([place in chosen for place in part.places])
+    def _full_batch(
+        self, sources: Sequence[CandidateBatch], chosen: Collection[int]
+    ) -> tuple[list[CandidateBatch], CandidateBatch]:
+        """Join the chosen candidates of several batches in one batch.
+
+        Returns:
+            The first `sources` whose chosen candidates fit together, and the batch of these candidates.
+        """
+        joined: list[CandidateBatch] = []
+        going: list[CandidateBatch] = []
+        for batch in sources:
+            own = batch.select([place in chosen for place in batch.places])
             sequences = sum(len(other.places) for other in (own, *going))
             tokens = sum(other.tokens for other in (own, *going))
             if going and (sequences > self._most_sequences or tokens > self._most_tokens):
                 break
-            batch.append(part)
+            joined.append(batch)
             going.append(own)
         if len(going) == 1:
-            return batch, going[0]
-        states = PackedStates.concat([part.states for part in going])
-        return batch, Part(states, [place for part in going for place in part.places])
+            return joined, going[0]
+        states = PackedStates.concat([batch.states for batch in going])
+        return joined, CandidateBatch(states, [place for batch in going for place in batch.places])
 
-    def _advance(self, part: Part, goal: int) -> None:
-        with self._pace.measured(*self._work(part.states, goal)):
-            self._scores[part.places] = self._score(part.states, goal).cpu()
-        self._reached[part.places] = goal
+    def _advance(self, batch: CandidateBatch, goal: int) -> None:
+        """Run a batch to an exit, and measure its time."""
+        with self._pace.measured(*self._work(batch.states, goal)):
+            self._scores[batch.places] = self._score(batch.states, goal).cpu()
+        self._reached[batch.places] = goal
 
     def _seconds_of_all(self) -> float:
         """Return the predicted seconds until all candidates are as deep as they may go."""
@@ -269,11 +292,9 @@ class AnytimeRun:
         def share(layer: int) -> float:
             return _most(self._setting, layer + 1, len(self._scores)) / len(self._scores)
 
-        work = [self._work(part.states, self._exits[-1], share) for part in self._parts if self._waits(part)]
-        return sum(self._pace.seconds(*of_part) for of_part in work)
-
-    def _waits(self, part: Part) -> bool:
-        return int(self._reached[part.places[0]]) < self._exits[-1]
+        deepest = self._exits[-1]
+        waiting = [batch for batch in self._batches if int(self._reached[batch.places[0]]) < deepest]
+        return sum(self._pace.seconds(*self._work(batch.states, deepest, share)) for batch in waiting)
 
     def _work(
         self, states: PackedStates, goal: int, share: Callable[[int], float] = lambda layer: 1.0
@@ -282,7 +303,7 @@ class AnytimeRun:
 
         Args:
             goal: the exit, whose layer runs for the last tokens alone.
-            share: the fraction of candidates that go through a layer.
+            share: the fraction of candidates that go through a layer. A layer counts as this fraction of a layer.
         """
         layers = tokens = 0.0
         packed = states.packed

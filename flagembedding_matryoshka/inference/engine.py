@@ -118,8 +118,8 @@ class Engine:
     def start(self, task: Task, between_batches: Callable[[], None] | None = None) -> Callable[[], TaskScores]:
         """Queue a batch on the device and the copy of its scores, without waiting for them.
 
-        Of a task with `owners` the first stage is queued on a GPU, and the others run when it is waited for. With a
-        deadline, or on a CPU, all of it runs then.
+        For a task with `owners`, a GPU gets the first stage, and the later stages run when the results are waited for.
+        On a CPU, or with a deadline, all stages run then.
 
         After an out-of-memory error, this and later batches are computed in smaller ones.
 

@@ -90,7 +90,7 @@ BAR: dict[str, Any] = {"desc": "scoring", "unit": "pair"}
 
 
 @dataclass(frozen=True)
-class Portion:
+class ListSlice:
     """Pairs of one list that are scored together: the whole list, or a slice of a long list.
 
     Attributes:
@@ -106,14 +106,14 @@ class Portion:
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring portions, tokenised.
+    """Neighbouring slices, tokenised.
 
     Attributes:
         first: number of the first pair in the whole call.
-        inputs: the pairs of all portions.
+        inputs: the pairs of all slices.
     """
 
-    portions: Sequence[Portion]
+    slices: Sequence[ListSlice]
     first: int
     inputs: Inputs
 
@@ -203,10 +203,10 @@ def _scored_lists(
     ):
         for complete in scored:
             rest = iter(complete.hits)
-            for portion in complete.window.portions:
-                hits += islice(rest, len(portion.pairs))
-                if portion.is_last:
-                    yield portion.candidates, hits
+            for piece in complete.window.slices:
+                hits += islice(rest, len(piece.pairs))
+                if piece.is_last:
+                    yield piece.candidates, hits
                     hits = []
 
 
@@ -267,19 +267,19 @@ def windows_of(lists: Iterable[Candidates | None], call: Call, most: int) -> Gen
     candidates: Any = next(source, end)
     number, start, first, size = 0, 0, 0, min(PAIRS_TOKENIZED_FIRST, most)
     while candidates is not end:
-        portions: list[Portion] = []
+        slices: list[ListSlice] = []
         count = 0
         while candidates is not None and candidates is not end:
             left = len(candidates.pairs) - start
             taken = left if call.is_cascade else min(left, size)
-            if portions and count + taken > size:
+            if slices and count + taken > size:
                 break
-            portions.append(Portion(number, candidates, candidates.pairs[start : start + taken], taken == left))
+            slices.append(ListSlice(number, candidates, candidates.pairs[start : start + taken], taken == left))
             count, start = count + taken, start + taken
             if taken == left:
                 candidates, number, start = next(source, end), number + 1, 0
-        pairs: Any = [pair for portion in portions for pair in portion.pairs]
-        yield Window(portions, first, call.tokenize(pairs, first))
+        pairs: Any = [pair for piece in slices for pair in piece.pairs]
+        yield Window(slices, first, call.tokenize(pairs, first))
         first += count
         if candidates is None:
             candidates = next(source, end)
@@ -304,11 +304,11 @@ def tasks_of(window: Window, call: Call) -> Iterator[Task]:
         for batch in cut_batches(inputs, batch_size, max_tokens):
             yield Task([[inputs[place] for place in batch]], [[first + place for place in batch]], call.setting)
         return
-    owner = [portion.number for portion in window.portions for _ in portion.pairs]
+    owner = [piece.number for piece in window.slices for _ in piece.pairs]
     first_stage: list[float] = []
-    if call.fusion is not None:  # a portion is then a whole list
-        for portion in window.portions:
-            first_stage += portion.candidates.first_stage_of_pairs or ()
+    if call.fusion is not None:  # a piece is then a whole list
+        for piece in window.slices:
+            first_stage += piece.candidates.first_stage_of_pairs or ()
     limit = BATCHES_AT_ONCE * max_tokens
     if call.deadline is not None:
         limit = 0

@@ -160,23 +160,6 @@ def usable_rows(path: Path, add: bool = False, left_out: Counter[str] | None = N
             yield cleaned
 
 
-def _conditions_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all conditions of the scores, without the options that change only rounding or the way to an endpoint."""
-    given = {name: value for name, value in teacher.items() if name not in UNCONDITIONAL}
-    return {
-        "input": _digest_input(options),
-        "backend": options.backend,
-        "add": options.add,
-        "shard": str(options.shard),
-        "weights": digest_model(teacher["model"]) if "model" in teacher and options.backend != "openai" else None,
-        **given,
-    }
-
-
-def _digest_input(options: argparse.Namespace) -> str:
-    return digest_files([options.input], options.input.parent)
-
-
 def drop_false_negatives(rows: Iterable[Row], margin: float) -> Iterator[Row]:
     """Yield the rows without the negatives that score above the row's best positive - `margin`.
 
@@ -294,6 +277,23 @@ def _teacher_options(parser: argparse.ArgumentParser, options: argparse.Namespac
     return settings
 
 
+def _conditions_of(options: argparse.Namespace, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all conditions of the scores, without the options that change only rounding or the way to an endpoint."""
+    given = {name: value for name, value in teacher.items() if name not in UNCONDITIONAL}
+    return {
+        "input": _digest_input(options),
+        "backend": options.backend,
+        "add": options.add,
+        "shard": str(options.shard),
+        "weights": digest_model(teacher["model"]) if "model" in teacher and options.backend != "openai" else None,
+        **given,
+    }
+
+
+def _digest_input(options: argparse.Namespace) -> str:
+    return digest_files([options.input], options.input.parent)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -317,45 +317,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if left_out:
         logger.warning("%s: left out are %s", options.input, describe_counts(left_out))
     conditions = _conditions_of(options, teacher)
-    scores = FileOutput(partial_path(options.output), conditions)
+    scored = FileOutput(partial_path(options.output), conditions)
     try:
-        _complete(scores, options, teacher, places)
+        _score_rest(scored, options, teacher, places)
         if _digest_input(options) != conditions["input"]:
             raise ValueError(
-                f"{options.input} has changed while its rows were scored, so {scores.path} has scores of other "
-                f"rows. Restore {options.input} and call the command again, or remove {scores.path}."
+                f"{options.input} has changed while its rows were scored, so {scored.path} has scores of other "
+                f"rows. Restore {options.input} and call the command again, or remove {scored.path}."
             )
-        rows: Iterable[Row] = join_scores(options.input, places, scores.lines())
+        rows: Iterable[Row] = join_scores(options.input, places, scored.lines())
         if options.drop_margin is not None:
             rows = drop_false_negatives(rows, options.drop_margin)
         if options.raise_positive is not None:
             rows = raise_positives(rows, options.raise_positive)
         count = write_rows(options.output, rows)
     except BaseException:
-        if not scores.end:
-            scores.remove()
+        if not scored.end:  # no row has scores
+            scored.remove()
         raise
-    scores.remove()
+    scored.remove()
     print(f"Wrote {count} rows to {options.output}.")
 
 
-def _complete(scores: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], places: range) -> None:
-    """Append the missing scores, from the first batch of rows that an earlier run has not completed."""
-    done = sum(1 for _ in scores.lines())
+def _score_rest(scored: FileOutput, options: argparse.Namespace, teacher: dict[str, Any], places: range) -> None:
+    """Append the scores that an earlier run has not written.
+
+    Rows are scored in the same batches as without an interruption, so an incomplete batch is scored again.
+    """
+    done = sum(1 for _ in scored.lines())
     if done == len(places):
         return
     at_once = ROWS_AT_ONCE_REQUESTED if options.backend == "openai" else ROWS_AT_ONCE
     done -= done % at_once
-    scores.keep(done)
+    scored.keep(done)
     if done:
-        logger.info("%s has the scores of %d of %d rows", scores.path, done, len(places))
+        logger.info("%s has the scores of %d of %d rows", scored.path, done, len(places))
     if options.backend == "bm25":
         texts = dict.fromkeys(text for row in usable_rows(options.input) for text in (*row["pos"], *row["neg"]))
         teacher = {**teacher, "texts": list(texts)}
     scorer = TEACHERS[options.backend](**teacher)
     with tqdm(initial=done, total=len(places), desc="scoring", unit="row", disable=None) as progress:
         for found in score_rows(options.input, scorer, places[done:], at_once, options.add):
-            scores.append(map(json.dumps, found))
+            scored.append(map(json.dumps, found))
             progress.update(len(found))
 
 

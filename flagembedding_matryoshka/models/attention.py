@@ -19,7 +19,7 @@ from flagembedding_matryoshka.models.flex import flex_attention, flex_indices, r
 
 PACKED_ATTENTION = "cost_wise_packed"
 SEPARATE_ATTENTION = "cost_wise_packed_separately"
-LONGEST_LEARNT_PRODUCT = 512
+LONGEST_TRAINED_PRODUCT = 512
 """Tokens of a context up to which a CPU trains with whole attention maps, which are kept for the backward pass. This
 pass then takes a quarter (bfloat16) or half (float32) of the fused kernel's time. Longer maps would fill the memory."""
 LONGEST_PRODUCT = 256
@@ -30,6 +30,8 @@ WIDTH_MULTIPLE = 32
 over 190, whose last columns fill no vector of the processor."""
 
 Kernel = Literal["flash", "flex", "groups", "products", "segments", "last tokens"]
+"""How attention is computed: one call for the row (flash, flex); a call per group of segments of similar length, with
+the fused kernel (groups) or as products and softmax (products); a call per segment; or for the last tokens alone."""
 
 
 class ContextIndices(NamedTuple):
@@ -38,13 +40,13 @@ class ContextIndices(NamedTuple):
     Attributes:
         tokens: (sum of context lengths,) int64: the tokens of the contexts in the row.
         segments: (sum of context lengths,) int64: the segment whose context each of these belongs to.
-        behind: (sum of context lengths,) int64: the number of tokens of its context after each of these.
+        later: (sum of context lengths,) int64: the number of tokens of its context after each of these.
         own: (total_tokens,) int64: the place of each token of the row among `tokens`.
     """
 
     tokens: Tensor
     segments: Tensor
-    behind: Tensor
+    later: Tensor
     own: Tensor
 
 
@@ -211,7 +213,7 @@ def choose_kernel(
     if not on_cpu:
         return "groups"
     if query.requires_grad:
-        longest = LONGEST_LEARNT_PRODUCT
+        longest = LONGEST_TRAINED_PRODUCT
     else:
         longest = LONGEST_PRODUCT if query.dtype == torch.bfloat16 and softcap is None else 0
     if not dropout and packed.context_lengths.max() <= longest:
@@ -344,7 +346,7 @@ def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Log
     Returns:
         (kv_heads, heads per kv_head, sum of context_lengths) float32, which sums to 1 over a context.
     """
-    tokens, segments, behind, _ = packed.indices(context_indices)
+    tokens, segments, later, _ = packed.indices(context_indices)
     if packed.prefixes is not None:
         key = key[:, tokens]
     last = last.unflatten(0, (len(key), -1))
@@ -353,7 +355,7 @@ def _last_token_maps(last: Tensor, key: Tensor, packed: PackedBatch, logits: Log
     if logits.softcap is not None:
         values = capped(values, logits.softcap)
     if logits.window is not None:
-        values = values.masked_fill(behind >= logits.window, float("-inf"))
+        values = values.masked_fill(later >= logits.window, float("-inf"))
     shape = values.shape
     values = values.reshape(-1, shape[-1])
 

@@ -147,7 +147,7 @@ class PackedBatch:
     def indices(self, make: Callable[[PackedBatch], T]) -> T:
         """Return the tensors that `make` returns for this batch, on `device`. They are made and copied once.
 
-        `stage` copies the indices of several functions and batches at once.
+        `copy_indices` copies the indices of several functions and batches at once.
 
         Args:
             make: returns a tuple, with a name for each item, of CPU tensors, lists of these, or None.
@@ -156,7 +156,7 @@ class PackedBatch:
             if self.device.type == "cpu":
                 self._indices[make] = make(self)
             else:
-                stage([(self, make)], self.device)
+                copy_indices([(self, make)], self.device)
         return self._indices[make]
 
     @property
@@ -328,7 +328,7 @@ def ranges(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
-def stage(
+def copy_indices(
     wanted: Iterable[tuple[PackedBatch, Callable[[PackedBatch], tuple[Any, ...]]]],
     device: torch.device,
     *others: Tensor,

@@ -290,7 +290,7 @@ class CostWiseForCausalLM(PreTrainedModel):
         """
         exits = cutoff_layers or setting.cutoff_layers
         if states.packed.device.type != "cpu":
-            self.model.stage(states, setting, exits)
+            self.model.copy_indices(states, setting, exits)
         # Each exit is read alone, so that its scores are bitwise independent of the other exits asked for.
         found: dict[int, Tensor] = {}
         for layer in sorted(exits):

@@ -61,8 +61,8 @@ class SlotsOf:
         group = per_token(packed.query_lengths) + (offset - per_token(packed.query_lengths)).div(
             self.ratio, rounding_mode="floor"
         )
-        behind = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
-        slot = torch.where(in_query, offset, torch.where(in_prompt, behind, group))
+        after_groups = offset - per_token(packed.passage_lengths - compressed.passage_lengths)
+        slot = torch.where(in_query, offset, torch.where(in_prompt, after_groups, group))
         return Slots(slot + per_token(compressed.cu_seqlens[:-1]), ~in_query & ~in_prompt)
 
 

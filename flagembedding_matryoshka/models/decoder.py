@@ -25,7 +25,7 @@ from flagembedding_matryoshka.models.attention import (
     choose_kernel,
     context_indices,
 )
-from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices, row_indices, stage
+from flagembedding_matryoshka.models.batch import PackedBatch, apart_indices, copy_indices, row_indices
 from flagembedding_matryoshka.models.compiling import OPAQUE_ATTENTION
 from flagembedding_matryoshka.models.compression import SlotsOf, compress
 from flagembedding_matryoshka.models.configuration import CostWiseConfig
@@ -231,18 +231,18 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
                 exits = (setting.cascade[0][0],) if setting.cascade else setting.cutoff_layers
                 indices = self._indices(packed, split, setting, exits)
             if token_ids.device.type == packed.device.type:
-                stage(indices, packed.device)
+                copy_indices(indices, packed.device)
             else:
-                (token_ids,) = stage(indices, packed.device, token_ids)
+                (token_ids,) = copy_indices(indices, packed.device, token_ids)
         return PackedStates(self.embeddings(token_ids), packed, split=split)
 
-    def stage(self, states: PackedStates, setting: Setting, exits: Sequence[int]) -> None:
+    def copy_indices(self, states: PackedStates, setting: Setting, exits: Sequence[int]) -> None:
         """Copy the indices to the device, in one copy, that a pass from `states` to the deepest of `exits` needs.
 
         A pass that needs others copies them when it needs them. On a CPU nothing is copied, so a caller skips this.
         """
         indices = self._indices(states.packed, states.split, setting, exits, states.layers_run)
-        stage(indices, states.packed.device)
+        copy_indices(indices, states.packed.device)
 
     def _indices(
         self,
@@ -386,7 +386,7 @@ class CostWiseModel(BackboneAttention, PreTrainedModel):
         """
         exits = setting.cutoff_layers
         if states.packed.device.type != "cpu":
-            self.stage(states, setting, exits)
+            self.copy_indices(states, setting, exits)
         last_token_states: dict[int, Tensor] = {}
         full_width_states: dict[int, Tensor] | None = None
         hidden_states: dict[int, Tensor] = {}

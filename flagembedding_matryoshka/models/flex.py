@@ -20,8 +20,8 @@ BLOCK = 128
 """Tokens of a block of `FlexIndices`."""
 LEAST_HEAD = 16
 GRAPHS = {"assume_static_by_default": True, "specialize_float": True, "recompile_limit": 64}
-"""Options of the compiler: one graph for each cap, and few graphs for all lengths. A kernel takes no other number as an
-argument. A model needs three graphs: for the first row, for other rows, and for rows of one block."""
+"""Options of the compiler. The cap is a constant of a graph, because a kernel cannot take it as an argument. A model
+needs three graphs: for the first row, for other rows, and for rows of one block."""
 
 _graphs_lock = Lock()
 

@@ -12,7 +12,7 @@ from flagembedding_matryoshka.models.batch import PackedBatch, row_indices
 from flagembedding_matryoshka.models.compiling import name_of
 
 
-class ContextKnown(Exception):
+class ContextEnd(Exception):
     """A layer has computed the keys and values of its row, and nothing else of it is needed."""
 
 
@@ -21,7 +21,7 @@ class Context:
 
     The layer takes it for its `transformers.Cache` and calls `update` between projections and attention:
 
-        first pass, all tokens:   layer → q k v → update keeps k, v → ContextKnown, no attention
+        first pass, all tokens:   layer → q k v → update keeps k, v → ContextEnd, no attention
         second pass, last tokens: layer → q k v → update returns the kept k, v → attention → output
     """
 
@@ -31,7 +31,7 @@ class Context:
         """Return keys and values of all tokens, (1, kv_heads, total_tokens, head_dim) each."""
         if self.states is None:
             self.states = keys, values
-            raise ContextKnown
+            raise ContextEnd
         return self.states
 
 
@@ -65,7 +65,7 @@ class CostWiseLayer(GradientCheckpointingLayer):
                 hidden_states, *args, packed=attended, position_ids=positions, last_row=last_row, **kwargs
             )
         rotary, context = kwargs.pop("position_embeddings"), Context()
-        with suppress(ContextKnown):
+        with suppress(ContextEnd):
             whole = super().forward(
                 hidden_states,
                 position_embeddings=rotary,

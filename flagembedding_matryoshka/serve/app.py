@@ -23,16 +23,16 @@ from starlette.types import Receive, Scope, Send
 
 from flagembedding_matryoshka.inference.reranker import MatryoshkaReranker
 from flagembedding_matryoshka.serve.document import (
-    INFINITY_CALL,
+    INFINITY_OPERATION,
     INFO,
     LIVE,
     METRICS,
     MODELS,
     ONE_MODEL,
     READY,
-    RERANK_CALL,
-    SCORE_CALL,
-    Call,
+    RERANK_OPERATION,
+    SCORE_OPERATION,
+    Operation,
 )
 from flagembedding_matryoshka.serve.forms import (
     INFINITY,
@@ -64,7 +64,7 @@ PIECE = 2**16
 """Bytes of an answer that are sent at a time."""
 
 
-class Answer(JSONResponse):
+class ResponseInPieces(JSONResponse):
     """An answer that is sent in pieces: the next one when the client has read most of the one before."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,7 +153,7 @@ def create_app(
         async def answer(request: Request, admission: Admission = admission) -> Response:
             authorize(request)
             content, fingerprint = await service.answer(request, admission, form)
-            answer = Answer(content, headers={FINGERPRINT: fingerprint})
+            answer = ResponseInPieces(content, headers={FINGERPRINT: fingerprint})
             admission.share.hold(len(answer.body))
             return answer
 
@@ -164,16 +164,16 @@ def create_app(
     protected = [*token, Depends(authorize)] if protect_all else []
     of_protected = (401,) if protect_all else ()
     errors = (401,) if token else ()
-    for paths, call, form, schema, answer in (
-        (("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_CALL, RERANK, RERANK_SCHEMA, RerankAnswer),
-        (("/infinity/rerank",), INFINITY_CALL, INFINITY, INFINITY_SCHEMA, InfinityAnswer),
-        (("/score", "/v1/score"), SCORE_CALL, SCORE, SCORE_SCHEMA, ScoreAnswer),
+    for paths, operation, form, schema, answer in (
+        (("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_OPERATION, RERANK, RERANK_SCHEMA, RerankAnswer),
+        (("/infinity/rerank",), INFINITY_OPERATION, INFINITY, INFINITY_SCHEMA, InfinityAnswer),
+        (("/score", "/v1/score"), SCORE_OPERATION, SCORE, SCORE_SCHEMA, ScoreAnswer),
     ):
         for path in paths:
-            app.post(path, dependencies=token, **call.described(path, schema, answer, errors))(answering(form))
+            app.post(path, dependencies=token, **operation.described(path, schema, answer, errors))(answering(form))
 
-    def described(call: Call, path: str) -> dict[str, Any]:
-        return call.described(path, more_errors=of_protected) | {"dependencies": protected}
+    def described(operation: Operation, path: str) -> dict[str, Any]:
+        return operation.described(path, more_errors=of_protected) | {"dependencies": protected}
 
     async def live() -> dict[str, str]:
         return {"status": "ok"}
@@ -182,8 +182,8 @@ def create_app(
         await service.check_health()
         return {"status": "ok", "model": service.name, "fingerprint": service.fingerprint}
 
-    for path, probe, call in (("/live", live, LIVE), ("/health", health, READY), ("/ready", health, READY)):
-        app.get(path, **call.described(path))(probe)
+    for path, probe, operation in (("/live", live, LIVE), ("/health", health, READY), ("/ready", health, READY)):
+        app.get(path, **operation.described(path))(probe)
         app.head(path, include_in_schema=False)(probe)
 
     @app.get("/metrics", response_class=PlainTextResponse, **described(METRICS, "/metrics"))

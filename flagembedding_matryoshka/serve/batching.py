@@ -95,25 +95,26 @@ class BatchReport:
     queued: Sequence[float]
 
 
-class Abandoned(Exception):
+class ClientsGone(Exception):
     """All clients of the running computation have left."""
 
 
 class Batcher:
     """Run `compute` on batches of tasks, one batch at a time. An asynchronous context manager.
 
-    Tasks take turns. In each turn the tasks with a deadline that wait are computed, the earliest deadline first, and
-    then one batch of other tasks. The oldest of these opens the batch. Tasks with its key follow in order of arrival,
-    until the tokens are used up. No batch waits to be filled. A task that is larger than a batch gets one batch and
+    Tasks take turns. A turn computes all waiting tasks with a deadline, the earliest deadline first, and then one batch
+    of other tasks. The oldest task opens this batch. Tasks with the same key follow in order of arrival, as long as
+    their tokens fit. No batch waits for further tasks. A task that is larger than a batch gets one batch in a turn, and
     then moves to the end of the queue.
 
-    Between any two steps of a task that is not divisible there is such a turn, of tasks with an earlier deadline and
-    of one batch. Tasks of this batch are divisible, or have at most half of the tokens that the interrupted one has
-    left. During a task with a deadline they have at most the tokens of one batch.
+    A task that is not divisible, which is a cascade or has a deadline, runs in steps. Between two steps other tasks get
+    a turn: those with an earlier deadline, and one batch. A task that is not divisible is in this batch only if it is
+    small: if a cascade is interrupted, at most half of the tokens that this cascade has left; if a task with a deadline
+    is interrupted, at most the tokens of one batch.
 
     Args:
         compute: (key, items of each task, between) to results of each task's items, in order. It calls `between` where
-            it can be interrupted. `between` computes other tasks in another thread, or raises `Abandoned` if all
+            it can be interrupted. `between` computes other tasks in another thread, or raises `ClientsGone` if all
             clients have left.
         max_tokens: most tokens of a batch, unless a single item, or a task that is not divisible, has more. It may
             change between two batches.
@@ -213,12 +214,12 @@ class Batcher:
             level: number of batches that are interrupted by `batch`.
 
         Raises:
-            Abandoned: if all clients of `batch` have left.
+            ClientsGone: if all clients of `batch` have left.
         """
         if all(slice.task.future.done() for slice in batch):
-            raise Abandoned
+            raise ClientsGone
         end = batch[0].task.end
-        # A cascade's first stage computes about one batch of its tokens in a step.
+        # An estimate: in its first stage, which has most tokens, a cascade computes one batch in a step.
         left = sum(slice.tokens for slice in batch) - steps * self.max_tokens
         for slice in batch:
             slice.task.is_interrupted = True
@@ -264,7 +265,7 @@ class Batcher:
             found = await loop.run_in_executor(
                 self._threads[level], self._compute, batch[0].task.key, [slice.items for slice in batch], between
             )
-        except Abandoned:
+        except ClientsGone:
             return
         except Exception as error:
             self.failing = True

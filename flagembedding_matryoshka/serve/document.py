@@ -1,4 +1,4 @@
-"""The OpenAPI document: summary, tag, errors and examples of each call."""
+"""The OpenAPI document: summary, tag, errors and examples of each operation."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Error(TypedDict):
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of the server, as the document describes it.
+class Operation:
+    """An operation of the server: a method of a path.
 
     Attributes:
         summary: one line.
@@ -79,7 +79,7 @@ class Call:
         Args:
             schema: JSON schema of the body; None is no body.
             model: type of the answer; None leaves it to FastAPI.
-            more_errors: statuses of errors beside those of the call.
+            more_errors: statuses of errors beside those of the operation.
         """
         responses: dict[int | str, Any] = {
             status: {"model": Error, "description": "an error"} for status in (*self.errors, *more_errors)
@@ -102,21 +102,21 @@ class Call:
 
 
 ERRORS_OF_RANKING = (408, 413, 415, 422, 429, 500, 503)
-RERANK_CALL = Call("Rank documents for a query", "re-ranking", RANKING, BODIES_OF_RERANK, ERRORS_OF_RANKING)
-INFINITY_CALL = Call(
+RERANK_OPERATION = Operation("Rank documents for a query", "re-ranking", RANKING, BODIES_OF_RERANK, ERRORS_OF_RANKING)
+INFINITY_OPERATION = Operation(
     "Rank documents for a query, for clients of Infinity",
     "re-ranking",
     RANKING | {"results": [result | {"document": DOCUMENTS[result["index"]]} for result in RANKING["results"]]},
     {"Infinity": {"query": QUERY, "documents": DOCUMENTS, "return_documents": True}},
     ERRORS_OF_RANKING,
 )
-SCORE_CALL = Call("Score pairs, in their order", "re-ranking", PAIRS, BODIES_OF_SCORE, ERRORS_OF_RANKING)
-LIVE = Call("Tell that the process runs", "state", {"status": "ok"})
-READY = Call("Tell whether the model can be asked", "state", HEALTH, errors=(503,))
-METRICS = Call("Return metrics for Prometheus", "state", None)
-MODELS = Call("List the model", "model", {"object": "list", "data": [MODEL]})
-ONE_MODEL = Call("Describe the model by its name", "model", MODEL | {"model_type": "rerank"}, errors=(404,))
-INFO = Call(
+SCORE_OPERATION = Operation("Score pairs, in their order", "re-ranking", PAIRS, BODIES_OF_SCORE, ERRORS_OF_RANKING)
+LIVE = Operation("Tell that the process runs", "state", {"status": "ok"})
+READY = Operation("Tell whether the model can be asked", "state", HEALTH, errors=(503,))
+METRICS = Operation("Return metrics for Prometheus", "state", None)
+MODELS = Operation("List the model", "model", {"object": "list", "data": [MODEL]})
+ONE_MODEL = Operation("Describe the model by its name", "model", MODEL | {"model_type": "rerank"}, errors=(404,))
+INFO = Operation(
     "Describe the model and the limits",
     "model",
     {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
@@ -20,7 +20,7 @@ POWERS = tuple(2**exponent for exponent in range(11))
 TOKENS = tuple(2**exponent for exponent in range(6, 20))
 
 
-class _OfCache(Collector):
+class _CacheCollector(Collector):
     """Metrics that are read from the cache of scores."""
 
     def __init__(self, cache: ScoreCache) -> None:
@@ -37,7 +37,7 @@ class _OfCache(Collector):
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server.
+    """Counters, gauges and histograms of one server, and on Linux memory, CPU time and open files of its process.
 
     Args:
         requests: returns the number of requests that count for the limit.
@@ -56,13 +56,14 @@ class Metrics:
         cache: ScoreCache | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()) -> Histogram:
             return Histogram(f"matryoshka_{name}", text, labels, buckets=buckets, registry=self.registry)
 
         by_path = ["path", "status"]
         self._requests = Counter("matryoshka_requests", "Requests", by_path, registry=self.registry)
-        self._tokens = Counter("matryoshka_tokens", "Tokens that the model has read", registry=self.registry)
+        self._tokens = Counter("matryoshka_tokens", "Tokens that the model has computed", registry=self.registry)
         about = "From a request to the end of its answer; status is 2xx, 4xx or 5xx"
         self._latency = histogram("request_seconds", about, SECONDS, by_path)
         about = "From the tokens of a query and its documents to their first batch"
@@ -87,7 +88,7 @@ class Metrics:
         gauge("request_bytes_limit", "Most of these bytes").set(most_bytes)
         self._model = gauge("model_info", "1 for the model that computes", ["fingerprint"])
         if cache is not None:
-            self.registry.register(_OfCache(cache))
+            self.registry.register(_CacheCollector(cache))
 
     @contextmanager
     def request(self, path: str) -> Iterator[None]:

@@ -66,7 +66,7 @@ def found_by(workers, kind, desk, rows, **call):
 
     with Cluster(workers) as cluster:
         options = {"dtype": "float32", "devices": "cpu"}
-        yield from commands.compute(kind, (desk.model, options, call), work.Windows(kind, rows), cluster)
+        yield from commands.compute(kind, (desk.model, options, call), work.RowWindows(kind, rows), cluster)
 
 
 def test_the_file_is_read_no_further_than_the_workers_need(ray_cluster, desk, monkeypatch):
@@ -137,7 +137,7 @@ def test_workers_and_nodes_may_die(desk, tmp_path):
         try:
             with cluster.Cluster(2) as found:
                 arguments = {desk.model!r}, {{"dtype": "float32", "devices": "cpu"}}, {{}}
-                for window, _ in commands.compute(score.Score, arguments, work.Windows(score.Score, PAIRS), found):
+                for window, _ in commands.compute(score.Score, arguments, work.RowWindows(score.Score, PAIRS), found):
                     starts.append(window.start)
                     if window.start in (8, 32):
                         nodes.remove_node(workers.pop())

@@ -46,14 +46,14 @@ def test_a_pipe_is_read_from_its_start_and_no_further_than_is_needed(monkeypatch
     monkeypatch.setattr(work, "PAIRS_PER_WINDOW", 3)
     read = []
     rows = (read.append(number) or {"query": "q", "passage": "p"} for number in range(1000))
-    windows = work.Windows(Score, rows)
+    windows = work.RowWindows(Score, rows)
     assert len(next(windows).rows) == 3 and read == [0, 1, 2]
     assert next(windows).start == 3
 
 
 def sizes(pairs_per_second):
     """Pairs of the windows of 20,000 rows, where they are computed at this rate."""
-    windows = work.Windows(Score, ({"query": "q", "passage": "p"} for _ in range(20_000)))
+    windows = work.RowWindows(Score, ({"query": "q", "passage": "p"} for _ in range(20_000)))
     for window in windows:
         windows.adapt(window, len(window.rows) / pairs_per_second)
         yield len(window.rows)

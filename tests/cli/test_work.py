@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flagembedding_matryoshka.cli.work import Window, Work
+from flagembedding_matryoshka.cli.work import RowWindow, Work
 
 
 class Sum(Work):
@@ -24,7 +24,7 @@ class Sum(Work):
 
 @given(st.lists(st.sampled_from([1, 2, "refused"]), min_size=1, max_size=20), st.integers(0, 9))
 def test_the_error_names_the_first_row_that_is_refused(values, start):
-    work, window = Sum("model", {}, {}), Window(start, [{"value": value} for value in values])
+    work, window = Sum("model", {}, {}), RowWindow(start, [{"value": value} for value in values])
     if "refused" not in values:
         assert work.run(window).of_rows == values
         return
@@ -38,4 +38,4 @@ def test_rows_that_are_refused_only_together_are_all_named():
     work = Sum("model", {}, {})
     work.most = 3
     with pytest.raises(ValueError, match=r"^rows 3 to 6 of the input: too many rows$"):
-        work.run(Window(2, [{"value": 1}] * 4))
+        work.run(RowWindow(2, [{"value": 1}] * 4))

@@ -160,10 +160,10 @@ def test_random_negatives_are_passages_of_other_rows_of_the_same_file(tmp_path, 
 
 def passage_texts(rows, item):
     """The drawn passages of a group, in order."""
-    drawn, build = [], rows._sequences
-    rows._sequences = lambda row, passages: drawn.extend(passages) or build(row, passages)
+    drawn, build = [], rows._pairs
+    rows._pairs = lambda row, passages: drawn.extend(passages) or build(row, passages)
     _, scores, _ = rows[item]
-    rows._sequences = build
+    rows._pairs = build
     return drawn, scores
 
 

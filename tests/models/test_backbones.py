@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.cross_encoder import load_cross_encoder
+from flagembedding_matryoshka.models.layers import Context
+from flagembedding_matryoshka.models.packing import pack
 from tests.backbones import BACKBONES, ESSENTIAL, HEAD_TOKEN, THOROUGH, layer_wise, let_heads_differ, write_raw
 from tests.batches import EXITS, LENGTHS, WIDTHS, close, collate, random_sequences, scores, slow_scores
 
@@ -74,6 +76,29 @@ def test_a_batch_scores_as_transformers_layers_on_one_sequence_at_a_time(backbon
     options = {"equal_weights": weights == "equal", "scale": tiny.embedding_scale}
     slow = [slow_scores(plain, model.lm_head, sequence, **width, **options) for sequence in SEQUENCES]
     close(scores(model, SEQUENCES, **width), tiny.finish(torch.stack(slow, 1)), 2e-5)
+
+
+@ESSENTIAL
+@torch.no_grad()
+def test_a_layer_takes_keys_and_values_of_the_row_for_its_last_tokens(model, monkeypatch):
+    """Its first pass ends where `Context.update` has them; its second one returns what a pass for all tokens does."""
+    updates, update = [], Context.update
+
+    def counting(self, keys, values, *layer):
+        updates.append((keys.shape[2], self.states is not None))
+        return update(self, keys, values, *layer)
+
+    monkeypatch.setattr(Context, "update", counting)
+    decoder, layer = model.model, model.model.layers[0]
+    batch = collate(SEQUENCES)
+    token_ids, packed = pack(batch["input_ids"], batch["attention_mask"])
+    hidden = decoder.embed(token_ids, packed).hidden
+    rotary = decoder.rotary_embeddings(hidden, packed)[0]
+    every, _ = layer(hidden, packed=packed, position_embeddings=rotary)
+    assert not updates
+    last, _ = layer(hidden, packed=packed, position_embeddings=rotary, only_last=True)
+    assert updates == [(packed.total_tokens, False), (len(SEQUENCES), True)]
+    close(last, every[:, packed.cu_seqlens[1:] - 1])
 
 
 @THOROUGH

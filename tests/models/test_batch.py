@@ -9,10 +9,10 @@ from flagembedding_matryoshka.models.attention import context_indices, group_ind
 from flagembedding_matryoshka.models.batch import (
     PackedBatch,
     apart_indices,
+    copy_indices,
     in_one_copy,
     row_indices,
     segment_indices,
-    stage,
 )
 from flagembedding_matryoshka.models.compression import SlotsOf
 from flagembedding_matryoshka.models.flash import flash_indices
@@ -108,7 +108,7 @@ def test_indices_are_made_once_whoever_asks_for_them():
         made.append(batch)
         return row_indices(batch)
 
-    (other,) = stage([(packed, make), (packed, make), (packed, row_indices)], packed.device, torch.tensor([5]))
+    (other,) = copy_indices([(packed, make), (packed, make), (packed, row_indices)], packed.device, torch.tensor([5]))
     assert packed.indices(make) is packed.indices(make) and made == [packed] and other.tolist() == [5]
     for maker in MAKERS:
         assert packed.indices(maker) is packed.indices(maker)
@@ -118,7 +118,7 @@ def test_indices_are_made_once_whoever_asks_for_them():
 @pytest.mark.gpu
 def test_indices_on_a_gpu_are_those_of_the_cpu():
     expected, found = shared_batch("cpu"), shared_batch("cuda")
-    stage([(found, make) for make in MAKERS], found.device)
+    copy_indices([(found, make) for make in MAKERS], found.device)
     for make in MAKERS:
         for index, wanted in zip(tree_leaves(found.indices(make)), tree_leaves(expected.indices(make)), strict=True):
             assert index.is_cuda and index.dtype == wanted.dtype and torch.equal(index.cpu(), wanted)

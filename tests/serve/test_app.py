@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -496,3 +497,9 @@ def test_metrics_count_requests_batches_and_tokens(reranker, gate):
             f"matryoshka_tokens_total {4.0 * (shared + sum(tokens))}",
         ):
             assert line in metrics.text, line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prometheus_client reads /proc")
+def test_metrics_have_the_memory_of_the_process(client):
+    metrics = client.get("/metrics").text
+    assert float(re.search(r"^process_resident_memory_bytes (\S+)$", metrics, re.M)[1]) > 2**20

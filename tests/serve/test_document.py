@@ -3,7 +3,7 @@
 import json
 import re
 
-from flagembedding_matryoshka.serve.document import BODIES_OF_RERANK, BODIES_OF_SCORE, INFINITY_CALL
+from flagembedding_matryoshka.serve.document import BODIES_OF_RERANK, BODIES_OF_SCORE, INFINITY_OPERATION
 from tests.serve.conftest import client_of
 
 
@@ -77,7 +77,7 @@ def test_examples_of_answers_have_the_fields_of_answers(client):
         if "application/json" not in content:
             assert path == "/metrics"
             continue
-        own = {"/score": BODIES_OF_SCORE, "/v1/score": BODIES_OF_SCORE, "/infinity/rerank": INFINITY_CALL.bodies}
+        own = {"/score": BODIES_OF_SCORE, "/v1/score": BODIES_OF_SCORE, "/infinity/rerank": INFINITY_OPERATION.bodies}
         body = next(iter(own.get(path, BODIES_OF_RERANK).values()))
         answer = client.request(method, path.replace("{model_id}", "tiny"), json=body if method == "post" else None)
         example, found = content["application/json"]["example"], answer.json()

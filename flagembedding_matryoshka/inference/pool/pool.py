@@ -21,7 +21,7 @@ import torch
 from flagembedding_matryoshka.inference.device import threads_of_each
 from flagembedding_matryoshka.inference.engine import Task, TaskScores
 from flagembedding_matryoshka.inference.pool.process import work
-from flagembedding_matryoshka.inference.pool.worker import Assignment, RunEnded, Worker
+from flagembedding_matryoshka.inference.pool.worker import Assignment, RunError, Worker
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -77,7 +77,7 @@ class WorkerPool:
             self._start()
             try:
                 yield from self._run(tasks, device, between_batches, given)
-            except RunEnded as ended:
+            except RunError as ended:
                 for assignment in given:
                     assignment.is_abandoned = True
                 for worker in self._workers:
@@ -114,7 +114,7 @@ class WorkerPool:
                 elif assignment.answer is not None:
                     given.remove(assignment)
                     if assignment.answer.error is not None:
-                        raise RunEnded(assignment.answer.error)
+                        raise RunError(assignment.answer.error)
                     yield assignment.task, assignment.answer.result
             if not (upcoming or returned or given):
                 return
@@ -149,7 +149,7 @@ class WorkerPool:
             except (EOFError, OSError):
                 self._bury(worker)
                 logger.warning("A worker is lost, the others go on with its work: %s.", self._last_death)
-            except RunEnded:
+            except RunError:
                 self._bury(worker)
                 raise
 
@@ -158,7 +158,7 @@ class WorkerPool:
         try:
             between()
         except Exception as error:
-            raise RunEnded(error) from None
+            raise RunError(error) from None
         finally:
             self._lock.acquire()
 

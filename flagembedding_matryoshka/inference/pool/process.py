@@ -24,14 +24,14 @@ from flagembedding_matryoshka.inference.engine import Engine, Task, TaskScores
 from flagembedding_matryoshka.models.causal_lm import CostWiseForCausalLM
 
 
-class Order(NamedTuple):
+class TaskMessage(NamedTuple):
     """A task, and whether it pauses between the batches of a cascade."""
 
     task: Task
     pauses: bool
 
 
-class Answer(NamedTuple):
+class TaskAnswer(NamedTuple):
     """The answer to a task: its results, or an exception with its traceback."""
 
     result: Any = None
@@ -39,21 +39,21 @@ class Answer(NamedTuple):
     where: str = ""
 
 
-class Word(Enum):
-    """Messages beside orders and answers."""
+class Control(Enum):
+    """Messages beside tasks and answers."""
 
     PAUSE = auto()
-    """From a worker: a task pauses between two batches. The worker takes orders until GO_ON or STOP."""
+    """From a worker: a task pauses between two batches. The worker takes tasks until GO_ON or STOP."""
     GO_ON = auto()
     STOP = auto()
 
 
-class Stopped(Exception):
+class RunStop(Exception):
     """The run of the task has ended."""
 
 
 def work(connection: Connection, model: CostWiseForCausalLM, device: str, threads: int, compile: bool) -> None:
-    """Load the model, answer whether that worked, and answer orders until the other end of `connection` is closed."""
+    """Load the model, answer whether that worked, and answer tasks until the other end of `connection` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError):  # the parent closed it, or is gone
@@ -62,7 +62,7 @@ def work(connection: Connection, model: CostWiseForCausalLM, device: str, thread
         except Exception as error:
             connection.send(_failure(error))
             return
-        connection.send(Answer())
+        connection.send(TaskAnswer())
         parent = ParentConnection(connection)
         while True:
             answer(parent, engine, parent.receive())
@@ -78,7 +78,7 @@ class ParentConnection:
         self.send = connection.send
         self._connection = connection
         self._received: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=self._receive, name="orders", daemon=True).start()
+        threading.Thread(target=self._receive, name="tasks", daemon=True).start()
 
     def _receive(self) -> None:
         try:
@@ -105,48 +105,48 @@ class ParentConnection:
         return received
 
 
-def answer(parent: ParentConnection, engine: Engine, order: Order) -> None:
-    """Answer an order, and the orders that come before its answer.
+def answer(parent: ParentConnection, engine: Engine, message: TaskMessage) -> None:
+    """Answer a task, and the tasks that come before its answer.
 
-    If an order waits, it is started before the results of the previous order are waited for.
+    If a task waits, it is started before the results of the previous task are waited for.
     """
-    started = deque([_start(parent, engine, order)])
+    started = deque([_start(parent, engine, message)])
     while started:
         if len(started) == 1 and parent.has_received():
             started.append(_start(parent, engine, parent.receive()))
         parent.send(started.popleft()())
 
 
-def _start(parent: ParentConnection, engine: Engine, order: Order) -> Callable[[], Answer]:
+def _start(parent: ParentConnection, engine: Engine, message: TaskMessage) -> Callable[[], TaskAnswer]:
     """Start a task, and return a callable that waits for its answer."""
     try:
-        wait = engine.start(order.task, partial(_pause, parent, engine) if order.pauses else None)
+        wait = engine.start(message.task, partial(_pause, parent, engine) if message.pauses else None)
     except Exception as error:
         failure = _failure(error)
         return lambda: failure
     return partial(_answer_of, wait)
 
 
-def _answer_of(wait: Callable[[], TaskScores]) -> Answer:
+def _answer_of(wait: Callable[[], TaskScores]) -> TaskAnswer:
     try:
-        return Answer(wait())
+        return TaskAnswer(wait())
     except Exception as error:
         return _failure(error)
 
 
 def _pause(parent: ParentConnection, engine: Engine) -> None:
-    parent.send(Word.PAUSE)
-    while (heard := parent.receive()) is not Word.GO_ON:
-        if heard is Word.STOP:
-            raise Stopped
+    parent.send(Control.PAUSE)
+    while (heard := parent.receive()) is not Control.GO_ON:
+        if heard is Control.STOP:
+            raise RunStop
         answer(parent, engine, heard)
 
 
-def _failure(error: Exception) -> Answer:
+def _failure(error: Exception) -> TaskAnswer:
     """Return an answer with the exception, or with its text if it cannot be pickled."""
     where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         error = RuntimeError(repr(error))
-    return Answer(error=error, where=where)
+    return TaskAnswer(error=error, where=where)

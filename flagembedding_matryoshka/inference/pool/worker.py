@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from flagembedding_matryoshka.inference.engine import Task
-from flagembedding_matryoshka.inference.pool.process import Answer, Order, Word
+from flagembedding_matryoshka.inference.pool.process import Control, TaskAnswer, TaskMessage
 
 SECONDS_TO_LEAVE = 5.0
 """A worker that has not ended this long after its connection was closed is killed."""
@@ -20,7 +20,7 @@ class RemoteTraceback(Exception):
     """The traceback of a worker's exception."""
 
 
-class RunEnded(Exception):
+class RunError(Exception):
     """A run ends with `error`, and the workers stay."""
 
     def __init__(self, error: Exception) -> None:
@@ -42,7 +42,7 @@ class Assignment:
 
     number: int
     task: Task
-    answer: Answer | None = None
+    answer: TaskAnswer | None = None
     death: str | None = None
     is_abandoned: bool = False
     is_ahead: bool = False
@@ -87,35 +87,35 @@ class Worker:
         """Send a task that is computed after the last one, without pauses."""
         assignment.is_ahead = True
         self.ahead.append(assignment)
-        self._send(Order(assignment.task, False))
+        self._send(TaskMessage(assignment.task, False))
 
     def give(self, assignment: Assignment, pauses: bool) -> None:
         """Send a task, which pauses between the batches of a cascade if `pauses` is true."""
         self.assignments.append(assignment)
         self.is_paused = False
-        self._send(Order(assignment.task, pauses))
+        self._send(TaskMessage(assignment.task, pauses))
 
     def resume(self) -> None:
         """Let the paused task continue, or stop it if its run has ended."""
         self.is_paused = False
-        self._send(Word.STOP if self.assignments[-1].is_abandoned else Word.GO_ON)
+        self._send(Control.STOP if self.assignments[-1].is_abandoned else Control.GO_ON)
 
     def read(self) -> None:
         """Receive the next message.
 
         Raises:
             EOFError, OSError: if the worker is dead.
-            RunEnded: if the worker cannot load the model.
+            RunError: if the worker cannot load the model.
         """
-        heard: Answer | Word = self.connection.recv()
-        if isinstance(heard, Answer) and heard.error is not None:
+        heard: TaskAnswer | Control = self.connection.recv()
+        if isinstance(heard, TaskAnswer) and heard.error is not None:
             heard.error.__cause__ = RemoteTraceback(f"in the worker of {self.device}\n{heard.where}")
-        if isinstance(heard, Answer) and not self.loaded:
+        if isinstance(heard, TaskAnswer) and not self.loaded:
             if heard.error is not None:
-                raise RunEnded(heard.error)
+                raise RunError(heard.error)
             self.loaded = True
             return
-        if isinstance(heard, Answer):
+        if isinstance(heard, TaskAnswer):
             self.assignments.pop().answer = heard
             if self.ahead:
                 self.assignments.append(self.ahead.popleft())
@@ -134,6 +134,6 @@ class Worker:
             self.process.join()
         return self.process.exitcode
 
-    def _send(self, words: Order | Word) -> None:
+    def _send(self, words: TaskMessage | Control) -> None:
         with suppress(OSError):  # the worker is dead, and `read` raises
             self.connection.send(words)

@@ -101,7 +101,7 @@ class VoyageAnswer(TypedDict):
     usage: Usage
 
 
-class DocumentsRead(NamedTuple):
+class DocumentTexts(NamedTuple):
     """The documents of a query, as they are ranked and answered.
 
     Attributes:
@@ -159,7 +159,7 @@ class ObjectsRequest(Request):
 
     def _read_documents(
         self, documents: Sequence[str | Mapping[str, Any]], scores: Sequence[float | None] | None, returned: bool
-    ) -> DocumentsRead:
+    ) -> DocumentTexts:
         """Read the documents of a query.
 
         Args:
@@ -183,7 +183,7 @@ class ObjectsRequest(Request):
             for number, text in enumerate(texts):
                 if isinstance(text, Passage):
                     raise ValueError(f"documents.{number}: return_documents needs a text, and there is an id alone")
-        return DocumentsRead(texts, [_returned(document) for document in documents] if returned else [], first_stage)
+        return DocumentTexts(texts, [_returned(document) for document in documents] if returned else [], first_stage)
 
     @property
     def chunks(self) -> dict[str, Any] | None:
@@ -204,7 +204,7 @@ class DocumentsRequest(ObjectsRequest):
     query: str
     documents: Documents
     top_k: int | None = Field(None, ge=1, description="Voyage's name of top_n; the answer is then in Voyage's format")
-    _read: DocumentsRead
+    _read: DocumentTexts
 
     @model_validator(mode="after")
     def _check_documents(self, info: ValidationInfo) -> Self:

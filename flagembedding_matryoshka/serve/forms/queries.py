@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationInfo, WithJsonSchema, model_validator
 from typing_extensions import Self, TypedDict
 
-from flagembedding_matryoshka.serve.forms.cohere import CohereResult, Documents, DocumentsRead, ObjectsRequest
+from flagembedding_matryoshka.serve.forms.cohere import CohereResult, Documents, DocumentTexts, ObjectsRequest
 from flagembedding_matryoshka.serve.forms.common import (
     FirstStageScores,
     QueryDocuments,
@@ -54,7 +54,7 @@ class QueriesRequest(ObjectsRequest):
         Field(min_length=1, description="queries, each with its documents, in the order of the answer"),
         WithJsonSchema({"type": "array", "minItems": 1, "items": Query.model_json_schema()}),
     ]
-    _read: list[tuple[Query, DocumentsRead]]
+    _read: list[tuple[Query, DocumentTexts]]
     """Each query, without its documents, and the documents."""
 
     @model_validator(mode="after")

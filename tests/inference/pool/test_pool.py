@@ -252,10 +252,8 @@ def test_a_killed_worker_is_noticed_and_the_other_does_its_work(one, two, caplog
         found = pool.submit(two.compute_score, PAIRS, batch_size=4)
         time.sleep(0.5)
         assert not found.done()
-        start = time.monotonic()
         victim.kill()
         close(found.result(timeout=30), one.compute_score(PAIRS))
-    assert time.monotonic() - start < 5
     assert "that of cpu, which died with exit code -9" in caplog.text
     two.compute_score(PAIRS)
     assert len(processes(two)) == 2, "a new one has taken its place"

@@ -7,7 +7,7 @@ import pytest
 from flagembedding_matryoshka import MatryoshkaReranker
 from flagembedding_matryoshka.inference import cascade, engine
 from flagembedding_matryoshka.inference.engine import Engine, Task
-from flagembedding_matryoshka.inference.pool.process import Order, ParentConnection, answer
+from flagembedding_matryoshka.inference.pool.process import ParentConnection, TaskMessage, answer
 from flagembedding_matryoshka.setting import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def test_a_task_that_is_there_is_started_before_the_scores_before_it_are_read(
         return lambda: order.append("wait") or values
 
     for task in tasks:
-        ours.send(Order(task, pauses=False))
+        ours.send(TaskMessage(task, pauses=False))
     first = parent.receive()
     while parent._received.qsize() < 2:
         pass
@@ -67,7 +67,7 @@ def test_a_task_that_cannot_be_started_is_answered_in_its_turn(reranker):
     ours, theirs = Pipe()
     parent, own = ParentConnection(theirs), Engine(reranker.model)
     for task in (good, Task([[]], [[]], Setting(6)), good):
-        ours.send(Order(task, pauses=False))
+        ours.send(TaskMessage(task, pauses=False))
     found = []
     while len(found) < 3:
         answer(parent, own, parent.receive())
