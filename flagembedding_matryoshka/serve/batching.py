@@ -107,9 +107,10 @@ class Batcher:
     until the tokens are used up. No batch waits to be filled. A task that is larger than a batch gets one batch and
     then moves to the end of the queue.
 
-    Between any two steps of a task that is not divisible there is such a turn, of tasks with an earlier deadline and
-    of one batch. Tasks of this batch are divisible, or have at most half of the tokens that the interrupted one has
-    left. During a task with a deadline they have at most the tokens of one batch.
+    Before each step of a task that is not divisible there is such a turn, of tasks with an earlier deadline and of one
+    batch. Tasks of this batch are divisible, or have at most half of the tokens that the interrupted one has left.
+    During a task with a deadline they have at most the tokens of one batch. Before its first step there is no batch:
+    the task has waited for one.
 
     Args:
         compute: (key, items of each task, between) to results of each task's items, in order. It calls `between` where
@@ -186,14 +187,15 @@ class Batcher:
         Args:
             level: number of interrupted batches.
             end: deadlines that are not earlier wait.
-            most: tasks that are not divisible and have more tokens wait.
+            most: tasks that are not divisible and have more tokens wait. With -math.inf all tasks without a
+                deadline wait.
         """
         if level == MAX_INTERRUPTED:
-            end, most = -math.inf, 0
+            end, most = -math.inf, min(most, 0)
         for task in sorted((task for task in self._waiting if task.end < end), key=lambda task: task.end):
             if task.waits:
                 await self._serve([task], level)
-        others = [task for task in self._waiting if task.waits and task.end == math.inf]
+        others = [task for task in self._waiting if task.waits and task.end == math.inf and most > -math.inf]
         if fitting := [task for task in others if task.divisible or task.all_tokens <= most]:
             await self._serve(fitting, level)
 
@@ -220,10 +222,11 @@ class Batcher:
         end = batch[0].task.end
         # A cascade's first stage computes about one batch of its tokens in a step.
         left = sum(slice.tokens for slice in batch) - steps * self.max_tokens
+        most_of_deadline = self.max_tokens if steps else -math.inf
         for slice in batch:
             slice.task.is_interrupted = True
         try:
-            await self._take_turn(level + 1, end, left / 2 if end == math.inf else self.max_tokens)
+            await self._take_turn(level + 1, end, left / 2 if end == math.inf else most_of_deadline)
         finally:
             for slice in batch:
                 slice.task.is_interrupted = False
