@@ -227,11 +227,14 @@ class AnytimeRun:
         parts = [part for part in self._parts if not rank.keys().isdisjoint(part.places)]
         parts.sort(key=lambda part: min(rank.get(place, len(rank)) for place in part.places))
         while parts:
+            batch, going = self._full_batch(parts, rank.keys())
+            seconds = self._pace.seconds(*self._work(going.states, goal))
+            if seconds > self._deadline.left:
+                return False  # at once: others that run first would make the answer later
             if self._between is not None:
                 self._between()
-            batch, going = self._full_batch(parts, rank.keys())
-            if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
-                return False
+                if seconds > self._deadline.left:
+                    return False
             for part in batch:
                 parts.remove(part)
                 self._parts.remove(part)
