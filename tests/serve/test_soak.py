@@ -6,6 +6,7 @@ are killed one after the other, and the model is loaded again and again.
 No answer is wrong, no request is lost, memory is flat, and nothing is left behind."""
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -202,12 +203,19 @@ class Load:
 
 def workers_of(server):
     """Its worker processes; there is another that multiprocessing starts for itself."""
-    return [child for child in server.children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = []
+    for child in server.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a former model's, which has just ended
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
 
 
 def has_model(worker):
     """Whether it maps the weights that all share."""
-    return "/torch_" in Path(f"/proc/{worker.pid}/maps").read_text()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return "/torch_" in Path(f"/proc/{worker.pid}/maps").read_text()
+    return False
 
 
 def kill_workers(server, seen, stop):
@@ -217,8 +225,9 @@ def kill_workers(server, seen, stop):
         workers = workers_of(server)
         seen.update(worker.pid for worker in workers)
         if len(workers) == 2 and all(map(has_model, workers)):
-            workers[deaths % 2].kill()
-            deaths += 1
+            with contextlib.suppress(psutil.NoSuchProcess):
+                workers[deaths % 2].kill()
+                deaths += 1
     return deaths
 
 
