@@ -243,11 +243,14 @@ class AnytimeRun:
         sources = [batch for batch in self._batches if not rank.keys().isdisjoint(batch.places)]
         sources.sort(key=lambda batch: min(rank.get(place, len(rank)) for place in batch.places))
         while sources:
+            joined, going = self._full_batch(sources, rank.keys())
+            seconds = self._pace.seconds(*self._work(going.states, goal))
+            if seconds > self._deadline.left:
+                return False  # at once: others that run first would make the answer later
             if self._between is not None:
                 self._between()
-            joined, going = self._full_batch(sources, rank.keys())
-            if self._pace.seconds(*self._work(going.states, goal)) > self._deadline.left:
-                return False
+                if seconds > self._deadline.left:
+                    return False
             for batch in joined:
                 sources.remove(batch)
                 self._batches.remove(batch)

@@ -246,6 +246,8 @@ class Server(uvicorn.Server):
         self._running = asyncio.create_task(self._run())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.uds is not None:  # asyncio leaves the file before Python 3.13
+            Path(self.config.uds).unlink(missing_ok=True)
         await super().shutdown(sockets)
         self._running.cancel()
         await asyncio.wait([self._running])

@@ -107,10 +107,11 @@ class Batcher:
     their tokens fit. No batch waits for further tasks. A task that is larger than a batch gets one batch in a turn, and
     then moves to the end of the queue.
 
-    A task that is not divisible, which is a cascade or has a deadline, runs in steps. Between two steps other tasks get
+    A task that is not divisible, which is a cascade or has a deadline, runs in steps. Before each step other tasks get
     a turn: those with an earlier deadline, and one batch. A task that is not divisible is in this batch only if it is
     small: if a cascade is interrupted, at most half of the tokens that this cascade has left; if a task with a deadline
-    is interrupted, at most the tokens of one batch.
+    is interrupted, at most the tokens of one batch. Before the first step of a task with a deadline there is no batch:
+    it has waited for one.
 
     Args:
         compute: (key, items of each task, between) to results of each task's items, in order. It calls `between` where
@@ -187,14 +188,15 @@ class Batcher:
         Args:
             level: number of interrupted batches.
             end: deadlines that are not earlier wait.
-            most: tasks that are not divisible and have more tokens wait.
+            most: tasks that are not divisible and have more tokens wait. With -math.inf all tasks without a
+                deadline wait.
         """
         if level == MAX_INTERRUPTED:
-            end, most = -math.inf, 0
+            end, most = -math.inf, min(most, 0)
         for task in sorted((task for task in self._waiting if task.end < end), key=lambda task: task.end):
             if task.waits:
                 await self._serve([task], level)
-        others = [task for task in self._waiting if task.waits and task.end == math.inf]
+        others = [task for task in self._waiting if task.waits and task.end == math.inf and most > -math.inf]
         if fitting := [task for task in others if task.divisible or task.all_tokens <= most]:
             await self._serve(fitting, level)
 
@@ -221,10 +223,11 @@ class Batcher:
         end = batch[0].task.end
         # An estimate: in its first stage, which has most tokens, a cascade computes one batch in a step.
         left = sum(slice.tokens for slice in batch) - steps * self.max_tokens
+        most_of_deadline = self.max_tokens if steps else -math.inf
         for slice in batch:
             slice.task.is_interrupted = True
         try:
-            await self._take_turn(level + 1, end, left / 2 if end == math.inf else self.max_tokens)
+            await self._take_turn(level + 1, end, left / 2 if end == math.inf else most_of_deadline)
         finally:
             for slice in batch:
                 slice.task.is_interrupted = False

@@ -214,8 +214,8 @@ def test_real_time_is_kept(tiny_layerwise_path):
     assert set(exits_of(reranker.rank(QUERY, documents, deadline_ms=600_000)).values()) == {6}
 
 
-def anytime(sizes, share, exits=range(4, 33), cascade=()):
-    """Numbers of sequences in each call of the model, and of fits of the pace, with a share of the time of all."""
+def anytime(sizes, share, exits=range(4, 33), cascade=(), between=None):
+    """Numbers of sequences in each call of the model, and the exits, with a share of the time of all."""
     clock, calls, generator = LayerClock(), [], torch.Generator().manual_seed(0)
 
     def score(states, layer):
@@ -232,7 +232,8 @@ def anytime(sizes, share, exits=range(4, 33), cascade=()):
         batches.append(PackedStates(torch.zeros(1, 2 + 4 * size, 1), packed))
     whole = exits[-1] * sum(states.hidden.shape[1] for states in batches)
     deadline = Deadline(share * whole, clock).start()
-    run = AnytimeRun(score, batches, Setting((exits[-1],), cascade=cascade), exits, 1.0, deadline, None)
+    before_step = None if between is None else partial(between, calls)
+    run = AnytimeRun(score, batches, Setting((exits[-1],), cascade=cascade), exits, 1.0, deadline, before_step)
     _, reached, _ = run.run()
     return calls, reached
 
@@ -254,6 +255,14 @@ def test_candidates_of_several_batches_that_wait_at_an_exit_fill_batches(share):
     calls, _ = anytime([100] * 10, share)
     assert max(calls) <= 100
     assert len(calls) <= sum(calls) / 100 + 2 * len(few)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.8])
+def test_others_run_before_a_step_and_not_before_an_answer(share):
+    """Once there is no time for another step, nobody else makes the answer later."""
+    calls_before = []
+    calls, _ = anytime([100] * 3, share, between=lambda calls: calls_before.append(len(calls)))
+    assert calls_before == list(range(len(calls)))
 
 
 def test_a_cascades_exits_are_among_the_stops():

@@ -256,8 +256,22 @@ def order(calls):
 def test_the_earliest_deadline_is_first_and_before_others_that_came_earlier():
     jobs = [("k", [1]), ("steps late", [2], False, 20.0), ("steps early", [3], False, 10.0), ("k", [4])]
     calls, results = run(scenario_of(*jobs), max_tokens=10)
-    assert order(calls)[1:] == ["steps early", "k", "steps late"]
+    assert order(calls)[1:] == ["steps early", "steps late", "k"]
     assert results == [[2], [4], [6], [8], [0]]
+
+
+def test_others_are_computed_before_each_step_of_a_deadline_but_the_first():
+    """It has waited for a batch already. An earlier deadline comes before the first step, too."""
+    jobs = [("k", [1], 0, [1], True), ("steps early", [2], 0, [1], False, 10.0), ("k", [3], 0, [3], True)]
+    calls = arriving_between_steps(("steps late", [4, 5], 0, [1] * 2, False, 20.0), *jobs)
+    assert calls[1:] == [
+        ("steps early", [[2]]),
+        "a step early",
+        "a step late",
+        ("k", [[1]]),
+        "a step late",
+        ("k", [[3]]),
+    ]
 
 
 def test_deadlines_that_keep_coming_do_not_starve_others():

@@ -119,8 +119,11 @@ def test_live_is_answered_before_torch_is_imported_and_no_connection_is_lost(
             finally:
                 ended.set()
             assert set(probing.result()) <= {200, 503}
+        server.terminate()
+        server.wait(60)
     assert sum("running on" in line for line in server.log) == 1
     assert "Traceback" not in "".join(server.log)
+    assert not path.exists()
 
 
 @pytest.mark.slow
