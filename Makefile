@@ -11,6 +11,7 @@ BIN := .venv/bin
 DEMO := .venv/.installed-demo
 INSTALLED := .venv/.installed
 COHERE5 := .venv-cohere5/.installed
+DEEPSPEED := .venv-deepspeed/.installed
 VLLM := .venv-vllm/.installed
 NODE := tests/serve/node/node_modules/.installed
 # Tests of clients need environments of their own.
@@ -40,6 +41,14 @@ $(INSTALLED): $(DEMO)
 $(COHERE5): tests/serve/cohere5.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install $(PIP_FLAGS) -r $<
+	@touch $@
+
+# DeepSpeed alone, over the packages of .venv: installed there, all tests of training would import it.
+$(DEEPSPEED): $(INSTALLED)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$where")')" > "$$($(@D)/bin/python -c "$$where")/over.pth"
+	DS_BUILD_OPS=0 $(@D)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt deepspeed
 	@touch $@
 
 # By hand: 3.5 GB. PyPI's torchvision is for CUDA, and vLLM reads texts without it.
@@ -77,11 +86,8 @@ test-oldest: ## run the quick tests on the oldest versions that setup.cfg allows
 	    httpx hypothesis ir-measures pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
 
-test-deepspeed: ## run the tests of DeepSpeed, in .venv-deepspeed
-	test -x .venv-deepspeed/bin/python || $(PYTHON) -m venv .venv-deepspeed
-	.venv-deepspeed/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e . hypothesis pytest pytest-timeout setuptools wheel
-	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation deepspeed
-	.venv-deepspeed/bin/python -m pytest tests/finetune/test_sharding.py -k deepspeed
+test-deepspeed: $(DEEPSPEED) ## run the tests of DeepSpeed, in .venv-deepspeed
+	$(<D)/bin/python -m pytest tests/finetune/test_sharding.py -k deepspeed
 
 test-gpu: $(INSTALLED) ## run the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu
