@@ -223,7 +223,7 @@ def test_the_next_windows_first_stage_is_queued_before_the_last_scores_are_read(
     monkeypatch.setattr(cascade, "copy_to_host", recording(order, "queue"))
     monkeypatch.setattr(reranker._engine, "_ahead", 1)
     assert rank(reranker, queries, lists, **options) == expected
-    assert [len(window.portions) for window in windows] == [1, 1, 1]
+    assert [len(window.slices) for window in windows] == [1, 1, 1]
     first, later = ["wait", "queue", "wait"], ["queue", "wait", "queue", "wait"]
     assert order == ["queue", "queue", *first, *later, *first]
 

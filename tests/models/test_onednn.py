@@ -273,5 +273,6 @@ def test_batches_of_all_sizes_keep_the_code_of_few_products():
         return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more).stdout)
 
     kept = grown("kept")
-    assert kept < 100 < grown("as torch")
-    assert grown("kept", **dict.fromkeys(names, "1024")) > 100
+    # the code of a product is several times as large with AMX as without it
+    assert 2 * kept < grown("as torch")
+    assert 2 * kept < grown("kept", **dict.fromkeys(names, "1024"))
